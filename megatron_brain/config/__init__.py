@@ -1,0 +1,1 @@
+"""Typed configuration: dataclasses, one YAML file, command-line overrides, checks before anything starts."""

@@ -1,0 +1,66 @@
+"""Tokenizer, records and their lengths."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """The tokenizer; a checkpoint carries its own, which is the default."""
+
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] = "HuggingFaceTokenizer"
+    """Kind of tokenizer --tokenizer-model names."""
+
+    tokenizer_model: str | None = None
+    """Directory, hub name or .model file; default: the loaded checkpoint's or --hf-model's tokenizer."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Records to train on, and what happens to those that are too long."""
+
+    train_data: str | None = None
+    """Training records: jsonl, json, parquet or Arrow file, glob, saved `datasets` folder or hub name."""
+
+    valid_data: str | None = None
+    """Validation records, same kinds; unset: no validation."""
+
+    train_split: str = "train"
+    """Split of a hub data set to train on."""
+
+    valid_split: str = "validation"
+    """Split of a hub data set to validate on."""
+
+    max_train_records: int | None = None
+    """Use only the first so many training records."""
+
+    max_valid_records: int | None = None
+    """Use only the first so many validation records."""
+
+    seq_length: int = 1024
+    """Longest prompt plus response, in tokens; with packing also the length records are packed into."""
+
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens; unset: only --seq-length limits it."""
+
+    max_response_length: int | None = None
+    """Longest response with its EOS, in tokens; unset: only --seq-length limits it."""
+
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a record over a length limit. Drops and truncations are counted and reported."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "seq_length",
+            "max_prompt_length",
+            "max_response_length",
+            "max_train_records",
+            "max_valid_records",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        for name in ("max_prompt_length", "max_response_length"):
+            value = getattr(self, name)
+            if value is not None and value >= self.seq_length:
+                raise ValueError(f"{name}={value} leaves no room inside seq_length={self.seq_length}")

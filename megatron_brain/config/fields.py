@@ -1,0 +1,174 @@
+"""The fields of the configuration dataclasses as data: flag, type, choices, default and help text.
+
+The dataclasses are the one place where an option is defined. The command line, the YAML reader, --help and the tables of
+docs/configuration.md are all made from the `FieldSpec`s read here.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import textwrap
+import types
+import typing
+from dataclasses import dataclass
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+
+_EXPECTED = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "non-empty text",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldSpec:
+    """One option. `kind` is int, float, bool or str; `choices` is empty unless only some texts are allowed."""
+
+    section: str
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    default: object
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """Name on the command line, e.g. `--micro-batch-size`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        text = "one of " + ", ".join(self.choices) if self.choices else _EXPECTED[self.kind]
+        return f"{text} (or null)" if self.optional else text
+
+
+@functools.cache
+def section_types() -> dict[str, type]:
+    """Dataclass of each section, in the order of `RunConfig`."""
+    hints = typing.get_type_hints(RunConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig) if field.name != "stage"}
+
+
+@functools.cache
+def section_fields(section: str) -> tuple[FieldSpec, ...]:
+    """Specifications of a section's fields, in the order they are declared."""
+    cls = section_types()[section]
+    hints = typing.get_type_hints(cls)
+    docs = _attribute_docstrings(cls)
+    specs = []
+    for field in dataclasses.fields(cls):
+        kind, choices, optional = _read_type(hints[field.name])
+        specs.append(
+            FieldSpec(
+                section=section,
+                name=field.name,
+                kind=kind,
+                choices=choices,
+                optional=optional,
+                default=field.default,
+                help=docs[field.name],
+            )
+        )
+    return tuple(specs)
+
+
+@functools.cache
+def all_fields() -> dict[str, FieldSpec]:
+    """Every field of every section by name; names are unique over all sections."""
+    specs: dict[str, FieldSpec] = {}
+    for section in section_types():
+        for spec in section_fields(section):
+            assert spec.name not in specs, f"{spec.name} is in {section} and in {specs[spec.name].section}"
+            specs[spec.name] = spec
+    return specs
+
+
+def stage_fields(stage: str) -> dict[str, FieldSpec]:
+    """The fields a stage accepts, by name.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if stage not in STAGE_SECTIONS:
+        raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGE_SECTIONS)}{did_you_mean(stage, STAGE_SECTIONS)}")
+    sections = STAGE_SECTIONS[stage]
+    return {name: spec for name, spec in all_fields().items() if spec.section in sections}
+
+
+def convert(spec: FieldSpec, value: object, origin: str) -> object:
+    """`value` as the field's type. Text is read as the type it must be, so `1e-5` is a number whatever YAML thinks of it.
+
+    Args:
+        spec: the field.
+        value: text from YAML or the command line, a value that has its type already, or None.
+        origin: where the value was set, for the error.
+
+    Raises:
+        ConfigError: the value is not of the field's type or not one of its choices.
+    """
+    if value is None and spec.optional:
+        return None
+    converted = _parse_text(spec, value) if isinstance(value, str) else _check_type(spec, value)
+    if converted is None:
+        hint = did_you_mean(value, spec.choices) if isinstance(value, str) else ""
+        shown = "null" if value is None else repr(value)
+        raise ConfigError(f"{spec.name}={shown} ({origin}): expected {spec.expected}{hint}")
+    return converted
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?` with the nearest known words, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _parse_text(spec: FieldSpec, text: str) -> object | None:
+    """The text as the field's type, None when it is not one."""
+    if spec.choices:
+        return text if text in spec.choices else None
+    if spec.kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    if spec.kind is str:
+        return text or None
+    try:
+        number = spec.kind(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _check_type(spec: FieldSpec, value: object) -> object | None:
+    """A value that is no text, if it has the field's type; an integer is also a number. None when it has not."""
+    if spec.kind is float and type(value) in (int, float):
+        return float(value) if math.isfinite(value) else None
+    return value if type(value) is spec.kind else None
+
+
+def _read_type(hint: object) -> tuple[type, tuple[str, ...], bool]:
+    """(kind, choices, optional) of an annotation such as `int`, `float | None` or `Literal["a", "b"] | None`."""
+    optional = False
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        optional = True
+    if typing.get_origin(hint) is typing.Literal:
+        return str, typing.get_args(hint), optional
+    assert hint in _EXPECTED, f"no configuration field can have the type {hint}"
+    return hint, (), optional
+
+
+def _attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, which is its help text."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for statement, following in zip(definition.body, definition.body[1:]):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[statement.target.id] = inspect.cleandoc(following.value.value)
+    return docs

@@ -1,0 +1,60 @@
+"""Optimizer and learning-rate schedule."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate the decay ends at."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
+    """Shape of the decay after warm-up."""
+
+    lr_decay_iters: int | None = None
+    """Iterations the decay takes; default: --train-iters."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay (norms and biases excluded)."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    clip_grad: float = 1.0
+    """Global gradient norm to clip to; 0 turns clipping off."""
+
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel processes."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr}: must be positive")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr={self.min_lr}: must lie in [0, lr={self.lr}]")
+        for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name}={value}: must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value}: must lie in [0, 1)")
+        if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
+            raise ValueError(
+                f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}"
+            )

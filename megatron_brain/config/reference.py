@@ -1,0 +1,51 @@
+"""The option tables of docs/configuration.md, made from the dataclasses.
+
+    python -m megatron_brain.config.reference docs/configuration.md
+
+rewrites the part of the file between the two markers; a test compares it with the dataclasses.
+"""
+
+import sys
+from pathlib import Path
+
+from megatron_brain.config.fields import FieldSpec, section_fields, section_types
+from megatron_brain.config.run import STAGE_SECTIONS
+
+BEGIN = "<!-- options: begin (python -m megatron_brain.config.reference docs/configuration.md) -->"
+END = "<!-- options: end -->"
+
+
+def option_tables() -> str:
+    """A Markdown table per section: flag, type, default, meaning; and the stages that read it."""
+    parts = []
+    for section, cls in section_types().items():
+        stages = ", ".join(stage for stage, sections in STAGE_SECTIONS.items() if section in sections)
+        parts.append(f"### {section}\n\n{cls.__doc__} Stages: {stages}.\n\n| flag | type | default | meaning |\n|---|---|---|---|")
+        parts[-1] += "".join(f"\n{_row(spec)}" for spec in section_fields(section))
+    return "\n\n".join(parts)
+
+
+def replace_tables(text: str) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    for marker in (BEGIN, END):
+        if marker not in text:
+            raise ValueError(f"marker {marker!r} is missing")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    return f"{before}{BEGIN}\n\n{option_tables()}\n\n{END}{after}"
+
+
+def _row(spec: FieldSpec) -> str:
+    flag = f"`{spec.flag}`, `--no-{spec.flag[2:]}`" if spec.kind is bool else f"`{spec.flag}`"
+    kind = ", ".join(f"`{choice}`" for choice in spec.choices) if spec.choices else spec.kind.__name__
+    default = "" if spec.default is None else f"`{str(spec.default).lower() if spec.kind is bool else spec.default}`"
+    return f"| {flag} | {kind} | {default} | {spec.help.replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(replace_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""The configuration of one run: the sections its stage reads, and the checks that span sections."""
+
+from dataclasses import dataclass, field
+
+from megatron_brain.config.data import DataConfig, TokenizerConfig
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.optimizer import OptimizerConfig
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stages import (
+    BrainConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScoringConfig,
+    SFTConfig,
+)
+from megatron_brain.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
+
+_COMMON = ("model", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
+
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "sft": (*_COMMON, "optimizer", "sft"),
+    "reward": (*_COMMON, "optimizer", "reward", "scoring"),
+    "brain": (*_COMMON, "optimizer", "sampling", "scoring", "brain"),
+    "generate": (*_COMMON, "sampling", "generate"),
+    "evaluate": (*_COMMON, "sampling", "scoring", "generate", "evaluate"),
+}
+"""Sections each stage accepts; a key of another section is an error, not ignored."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run was told. Sections its stage does not read keep their defaults."""
+
+    stage: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    brain: BrainConfig = field(default_factory=BrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

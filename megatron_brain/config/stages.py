@@ -1,0 +1,154 @@
+"""Settings that belong to one stage, or to sampling."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    packing: bool = True
+    """Pack several records into one sequence of --seq-length; they never attend to each other."""
+
+    multi_turn_loss: bool = False
+    """Train on every assistant turn of a conversation instead of the last one only."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """Reward model with the Bradley-Terry loss."""
+
+    centering_coefficient: float = 0.0
+    """Weight of the mean squared sum of a pair's rewards, which keeps rewards near zero."""
+
+    def __post_init__(self) -> None:
+        if self.centering_coefficient < 0:
+            raise ValueError(f"centering_coefficient={self.centering_coefficient}: must not be negative")
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How responses are drawn."""
+
+    samples_per_prompt: int = 8
+    """Responses drawn per prompt (n)."""
+
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+
+    top_p: float = 1.0
+    """Smallest set of tokens whose probability reaches this; 1 keeps all."""
+
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+
+    max_new_tokens: int = 64
+    """Longest response, EOS included, in tokens."""
+
+    sampling_batch_size: int = 64
+    """Responses decoded at one time on one data-parallel replica."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_new_tokens", "sampling_batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
+
+
+@dataclass(kw_only=True)
+class ScoringConfig:
+    """Frozen models that score responses. They share the layout of the policy."""
+
+    prior_load: str | None = None
+    """Checkpoint of the prior p, the SFT model; default: the checkpoint a --finetune run starts from."""
+
+    reward_load: str | None = None
+    """Checkpoint of the reward model r."""
+
+    shared_prefix: bool = True
+    """Compute the prompt of a group once for its n responses."""
+
+
+@dataclass(kw_only=True)
+class BrainConfig:
+    """BRAIn: the policy is trained to match the reward-conditioned posterior of the prior."""
+
+    reward_temperature: float = 1.0
+    """Temperature tau: the posterior is proportional to p(y|x) exp(r(x,y)/tau)."""
+
+    baseline: Literal["self-normalized", "unnormalized", "none"] = "self-normalized"
+    """Weight on grad log q(y_i): alpha_i - beta_i, alpha_i - (1/n) q/q', or alpha_i."""
+
+    alpha: Literal["soft", "hard"] = "soft"
+    """Posterior weights alpha: softmax of log alpha, or one-hot at its largest reward."""
+
+    policy_strength: float = 1.0
+    """Strength b in beta proportional to (q/q')^b; 1 is BRAIn, DPO calls it beta."""
+
+    prompts_per_round: int = 64
+    """Prompts sampled in one round."""
+
+    refresh_interval: int | None = None
+    """Optimizer steps K between refreshes of the proposal q' <- policy; unset: one pass over the round."""
+
+    refresh_proposal: bool = True
+    """Sample every round from the current policy; off: always from the prior (static proposal)."""
+
+    rollout_dir: str | None = None
+    """Write each round's samples, rewards, log-probs and weights to round_NNNN.jsonl here."""
+
+    rollout_data: str | None = None
+    """Train on rollout files written before (file or glob, one file a round) instead of sampling."""
+
+    max_refresh_error: float = 1e-4
+    """Largest |beta - 1/n| allowed right after a refresh, in fp32; bf16 runs need more, see docs/stages.md."""
+
+    def __post_init__(self) -> None:
+        for name in ("reward_temperature", "policy_strength", "max_refresh_error"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ValueError(f"{name}={value}: must be positive")
+        if self.prompts_per_round < 1:
+            raise ValueError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
+        if self.refresh_interval is not None and self.refresh_interval < 1:
+            raise ValueError(f"refresh_interval={self.refresh_interval}: must be at least 1")
+        if self.rollout_dir and self.rollout_data:
+            raise ValueError("rollout_dir writes and rollout_data reads rollouts: give one of them")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """Responses for a file of prompts."""
+
+    prompts: str | None = None
+    """Records with a prompt each, as --train-data."""
+
+    output: str | None = None
+    """File to write: one JSON line per prompt (generate) or a JSON report (evaluate)."""
+
+    max_prompts: int | None = None
+    """Use only the first so many prompts."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Comparison of --load with the references and with a baseline checkpoint."""
+
+    baseline_load: str | None = None
+    """Checkpoint whose answers --load is compared with; default: --prior-load."""
+
+    judge: str | None = None
+    """Judge `path/to/file.py:function` of (prompts, responses, references) -> scores."""
+
+    bootstrap_samples: int = 2000
+    """Resamplings of the prompts behind each 95% interval."""
+
+    num_examples: int = 3
+    """Prompts shown with all answers in the report."""

@@ -1,0 +1,92 @@
+"""Length of the run, batch sizes, checkpoints and logging."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Batch sizes, length of the run and validation."""
+
+    micro_batch_size: int = 1
+    """Samples of one forward-backward pass. A sample is a packed sequence (sft), a pair (reward), a group (brain)."""
+
+    global_batch_size: int = 8
+    """Samples of one optimizer step over all data-parallel processes."""
+
+    train_iters: int | None = None
+    """Optimizer steps to take; unset: --train-epochs decides."""
+
+    train_epochs: float | None = None
+    """Passes over the training records, used when --train-iters is unset; default: 1."""
+
+    eval_interval: int | None = None
+    """Steps between validations; unset: validate before the first and after the last step only."""
+
+    seed: int = 1234
+    """Seed of initial weights, data order, dropout and sampling."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "global_batch_size", "train_iters", "eval_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.train_epochs is not None and self.train_epochs <= 0:
+            raise ValueError(f"train_epochs={self.train_epochs}: must be positive")
+        if self.train_iters is not None and self.train_epochs is not None:
+            raise ValueError("train_iters and train_epochs are both set: give one of them")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Where weights come from and where they go."""
+
+    load: str | None = None
+    """Checkpoint folder to resume from; with --finetune, only its weights are taken."""
+
+    finetune: bool = False
+    """Take only the weights of --load and start at step 0 with a fresh optimizer and data order."""
+
+    auto_resume: bool = False
+    """Resume from --save when it already holds a checkpoint (for requeued jobs), otherwise use --load."""
+
+    save: str | None = None
+    """Folder to write iter_NNNNNNN checkpoints into."""
+
+    save_interval: int | None = None
+    """Steps between checkpoints; unset: only the last step is saved."""
+
+    save_optim: bool = True
+    """Save optimizer state, which resuming needs (--no-save-optim halves and more the size)."""
+
+    def __post_init__(self) -> None:
+        if self.save_interval is not None and self.save_interval < 1:
+            raise ValueError(f"save_interval={self.save_interval}: must be at least 1")
+        if self.save_interval is not None and self.save is None:
+            raise ValueError(f"save_interval={self.save_interval} needs --save")
+        if self.finetune and self.load is None:
+            raise ValueError("finetune=true needs --load, the checkpoint whose weights to take")
+        if self.auto_resume and self.save is None:
+            raise ValueError("auto_resume=true needs --save, the folder to resume from")
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What a run shows of itself."""
+
+    log_interval: int = 1
+    """Steps between metric lines."""
+
+    tensorboard_dir: str | None = None
+    """Folder of the TensorBoard event file and metrics.jsonl; default: --save."""
+
+    progress: bool = True
+    """Show a live progress line on rank 0 when the output is a terminal."""
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise ValueError(f"log_interval={self.log_interval}: must be at least 1")

@@ -1,0 +1,1 @@
+"""Tokenizers, records, and the groups and packed batches made of them."""

@@ -1,0 +1,179 @@
+"""Conversations: chat messages, and dialogues written as plain text, as prompt and response.
+
+Messages are a list of ``{"role": ..., "content": ...}``, rendered by the tokenizer's chat template. `where` in
+every function is the place of the record, for error messages.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from megatron_brain.data.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+
+DIALOGUE_CUE = "\n\nAssistant:"
+"""What precedes each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK_CURE = (
+    "wrap what the assistant writes, its end-of-turn token included, in {% generation %} ... {% endgeneration %} "
+    "in the tokenizer's chat template, or train on the last turn only (without --multi-turn-loss)"
+)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a field holds a chat (a list) and not a text."""
+    return isinstance(value, list)
+
+
+def check_messages(messages: Any, key: str, where: str) -> Messages:
+    """The messages without fields that are None (columns of a table have those).
+
+    Raises:
+        ValueError: not a list of one or more objects with a text role, naming `where` and `key`.
+    """
+    if not is_messages(messages) or not messages:
+        raise ValueError(f"{where}: {key!r} must be a list of one or more messages {{'role', 'content'}}")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where}: {key}[{index}] must be an object with a text 'role', not {_short(message)}")
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise ValueError(f"{where}: {key}[{index}] ({message['role']}) has no 'content'")
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+
+
+def render_prompt(tokenizer: Tokenizer, messages: Messages, where: str, tools: list | None = None) -> str:
+    """The messages and the template's opening of an assistant turn.
+
+    Raises:
+        ValueError: the last message is the assistant's already, or the template refuses the messages.
+    """
+    if not messages or messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where}: a prompt must have a message before the assistant's turn and must not end with the assistant's"
+        )
+    return _render(tokenizer, messages, where, tools, add_generation_prompt=True)
+
+
+def render_last_turn(
+    tokenizer: Tokenizer, messages: Messages, where: str, tools: list | None = None
+) -> tuple[str, str]:
+    """Rendered prompt (all before the last assistant turn) and rendered response (that turn with its end).
+
+    Raises:
+        ValueError: the last message is not an assistant's, or is empty; or the template renders the earlier
+            messages differently once the answer is there, so that no response can be cut out.
+    """
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s; remove it")
+    if not last.get("tool_calls") and not answer_text(messages).strip():
+        raise ValueError(f"{where}: the last assistant message is empty")
+    prompt = render_prompt(tokenizer, messages[:-1], where, tools)
+    full = _render(tokenizer, messages, where, tools, add_generation_prompt=False)
+    if not full.startswith(prompt):
+        same = len(os.path.commonprefix([prompt, full]))
+        raise ValueError(
+            f"{where}: the chat template renders the prompt as ...{prompt[same:][:60]!r} where the whole conversation "
+            f"has ...{full[same:][:60]!r}, so the response cannot be cut out; use a chat template whose text for "
+            "[messages so far + generation prompt] begins the text of the whole conversation, or give "
+            "{'prompt', 'completion'} texts"
+        )
+    if not full[len(prompt) :].strip():
+        raise ValueError(f"{where}: the chat template renders nothing of the last assistant message")
+    return prompt, full[len(prompt) :]
+
+
+def encode_all_turns(
+    tokenizer: Tokenizer, messages: Messages, where: str, tools: list | None = None
+) -> tuple[list[int], list[int], list[bool]]:
+    """A conversation as ids for a loss on every assistant turn.
+
+    Returns:
+        prompt ids (up to the first assistant token), response ids (the rest, ending with EOS), and for each
+        response token whether the assistant wrote it (as the template's ``{% generation %}`` blocks say).
+
+    Raises:
+        ValueError: the template does not mark the assistant's tokens, or not all of them.
+    """
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
+    if tokenizer.chat_template is not None and not _GENERATION_BLOCK.search(tokenizer.chat_template):
+        raise ValueError(f"{where}: the chat template does not mark the assistant's tokens; {_MARK_CURE}")
+    try:
+        ids, mask = tokenizer.encode_chat_marked(messages, tools=tools)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
+    ends = [i + 1 for i, marked in enumerate(mask) if marked and not mask[i + 1 : i + 2] == [True]]
+    turns = sum(message["role"] == "assistant" for message in messages)
+    if len(ends) != turns:
+        raise ValueError(f"{where}: the chat template marks {len(ends)} of {turns} assistant turns; {_MARK_CURE}")
+    if any(ids[end : end + 1] == [tokenizer.eos_id] for end in ends):
+        raise ValueError(f"{where}: the chat template leaves the end-of-turn token unmarked; {_MARK_CURE}")
+    start = mask.index(True)
+    if start == 0:
+        raise ValueError(f"{where}: the conversation has nothing before the assistant's first turn")
+    end = start + tokenizer.end_of_turn(ids[start : ends[-1]])
+    return ids[:start], [*ids[start:end], tokenizer.eos_id], [*mask[start:end], True]
+
+
+def answer_text(messages: Messages) -> str:
+    """Text of the last message; parts of a list of contents are joined."""
+    content = messages[-1].get("content", "")
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content)
+
+
+def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected completion of two conversations that share their beginning.
+
+    Raises:
+        ValueError: they do not differ in exactly their last message.
+    """
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise ValueError(
+            f"{where}: without a 'prompt', 'chosen' and 'rejected' must be conversations that share every message "
+            "but the last; give the shared messages as 'prompt'"
+        )
+    return chosen[:-1], chosen[-1:], rejected[-1:]
+
+
+def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected answer of two plain-text dialogues (the format of Anthropic/hh-rlhf).
+
+    The prompt ends with the last ``"\\n\\nAssistant:"`` that both share.
+
+    Raises:
+        ValueError: they share none.
+    """
+    shared = os.path.commonprefix([chosen, rejected])
+    end = shared.rfind(DIALOGUE_CUE) + len(DIALOGUE_CUE)
+    if end < len(DIALOGUE_CUE):
+        raise ValueError(
+            f"{where}: no 'prompt', and 'chosen' and 'rejected' do not share a beginning that ends with "
+            f"{DIALOGUE_CUE!r}; give the prompt as its own field"
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[dict], where: str, tools: list | None, *, add_generation_prompt: bool
+) -> str:
+    try:
+        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""The networks: megatron-core GPT trunks with our attention, norm and heads."""

@@ -1,0 +1,109 @@
+"""Policy and reward model: a megatron-core GPT trunk that reads packed batches."""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_brain.data.groups import PackedBatch
+from megatron_brain.logprobs import vocab_parallel_logprobs
+from megatron_brain.models.attention import PackedLayout
+
+
+class _PackedGPT(GPTModel):
+    """GPTModel whose trunk is called with explicit positions and an attention layout.
+
+    GPTModel derives rotary positions from the sequence length and builds logits; a packed sequence with shared
+    prefixes needs positions by token, and log-probabilities need no logits. So the forward pass is ours, everything
+    else (construction, pipeline input, checkpoint names) is megatron-core's.
+    """
+
+    true_vocab_size: int
+    logprob_chunk_size: int
+
+    def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
+        """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
+        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary(position_ids),
+            packed_seq_params=layout,
+        )
+
+    def _rotary(self, position_ids: Tensor) -> Tensor:
+        """Rotary angles `[T, 1, 1, dim]` of each token's own position."""
+        positions = position_ids[0]
+        return self.rotary_pos_emb(self.max_sequence_length)[positions]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """This stage's output: hidden states, or on the last stage what the head makes of them."""
+        hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
+        return self.head(hidden, batch) if self.post_process else hidden
+
+
+class PolicyModel(_PackedGPT):
+    """Language model: response tokens' log-probabilities."""
+
+    def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Log-probabilities `[N]` float32 of the batch's response tokens."""
+        return self.token_logprobs(self.select(hidden, batch.predict_index), batch.targets)
+
+    def select(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """Hidden states `[N, h]` at places of the whole sequence, their gradient summed over tensor-parallel ranks."""
+        tp = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+            return hidden[:, 0][index]
+        return copy_to_tensor_model_parallel_region(hidden[:, 0][index], group=tp)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """This rank's rows `[V_local, h]` of the output layer."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities `[N]` float32 of `targets` `[N]` given hidden states `[N, h]`."""
+        return vocab_parallel_logprobs(
+            hidden,
+            self.output_weight,
+            targets,
+            group=self.pg_collection.tp,
+            vocab_size=self.true_vocab_size,
+            temperature=temperature,
+            chunk_size=self.logprob_chunk_size,
+        )
+
+
+class RewardModel(_PackedGPT):
+    """The same trunk with a scalar head instead of the vocabulary projection."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # GPTModel allocates a vocabulary projection; a reward model has none.
+            self.output_layer = None
+            self.reward_head = torch.nn.Linear(
+                self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype
+            )
+
+    def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Rewards `[R]` float32, read at each response's last token."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return self.reward_head(hidden[:, 0][batch.last_index]).squeeze(-1).float()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """Sharded tensors of the trunk and the head; GPTModel's own version expects a vocabulary projection."""
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

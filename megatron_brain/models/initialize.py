@@ -1,0 +1,60 @@
+"""Random weights that are the same whatever the layout."""
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import nn
+
+from megatron_brain.config.model import ModelConfig
+
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> None:
+    """Fill `module` from the normal distribution (norms: ones, biases: zeros).
+
+    Every weight is drawn whole from a generator seeded by `seed` and its global name and layer, then this rank's
+    slice is kept. So one process and every tensor- and pipeline-parallel layout start from equal weights, vocabulary
+    padding (zeros) aside. Outputs that add to the residual stream are scaled down by sqrt(2 x layers).
+    """
+    for sharded in _sharded_tensors(module):
+        if sharded.data is None or sharded.data.numel() == 0 or not sharded.data.is_floating_point():
+            continue
+        if "norm" in sharded.key:
+            sharded.data.fill_(1.0)
+        elif sharded.key.endswith(".bias"):
+            sharded.data.zero_()
+        else:
+            sharded.data.copy_(_slice_of_whole(sharded, model, seed=seed))
+
+
+def _sharded_tensors(module: nn.Module) -> list[ShardedTensor]:
+    found: list[ShardedTensor] = []
+    for value in module.sharded_state_dict().values():
+        if isinstance(value, ShardedTensorFactory):
+            # Gated weights are stored as two halves; their slices write through to the parameter.
+            built = value.build()
+            found += built if isinstance(built, list) else list(built.values())
+        elif isinstance(value, ShardedTensor):
+            found.append(value)
+    return found
+
+
+def _slice_of_whole(sharded: ShardedTensor, model: ModelConfig, *, seed: int) -> torch.Tensor:
+    prepended = sharded.prepend_axis_num
+    place, offset = sharded.global_offset[:prepended], sharded.global_offset[prepended:]
+    whole_shape = list(sharded.global_shape[prepended:])
+    padded_rows = whole_shape[0]
+    if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
+        whole_shape[0] = model.vocab_size
+    std = model.init_method_std
+    if sharded.key.endswith(_RESIDUAL_OUTPUTS):
+        std /= math.sqrt(2 * model.num_layers)
+    name = f"{seed}:{sharded.key}:{place}"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
+    whole = torch.zeros([padded_rows, *whole_shape[1:]])
+    whole[: whole_shape[0]] = torch.randn(whole_shape, generator=generator) * std
+    return whole[tuple(slice(o, o + n) for o, n in zip(offset, sharded.data.shape[-len(offset) :], strict=True))]

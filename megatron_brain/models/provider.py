@@ -1,0 +1,125 @@
+"""Builds this rank's share of a policy or reward model."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.models.gpt import PolicyModel, RewardModel
+from megatron_brain.models.initialize import initialize_weights
+from megatron_brain.models.norm import RMSNorm
+from megatron_brain.models.specs import choose_transformer_impl, layer_spec
+from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
+
+Head = Literal["policy", "reward"]
+Chunk = PolicyModel | RewardModel
+
+
+def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> TransformerConfig:
+    """Megatron-core's configuration of a Llama-family trunk. `model` has its sizes resolved."""
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    chunks = virtual_pipeline_size(parallel_config, model.num_layers)
+    # With the batched default, two stages mix up activations of interleaved chunks; see docs/design.md.
+    interleaved = {} if chunks is None else {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    full = model.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        bf16=model.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel_config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel_config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks,
+        sequence_parallel=parallel_config.sequence_parallel,
+        recompute_granularity=model.recompute_granularity,
+        recompute_method=(model.recompute_method or "uniform") if full else None,
+        recompute_num_layers=(model.recompute_num_layers or 1) if full else None,
+        calculate_per_token_loss=True,
+        **interleaved,
+    )
+
+
+def build_model(
+    model: ModelConfig, parallel_config: ParallelConfig, parallel: Parallel, *, head: Head, seed: int
+) -> list[Chunk]:
+    """This rank's model chunks, one unless the pipeline is interleaved, with random weights that depend on `seed`
+    alone and not on the layout.
+
+    Args:
+        model: architecture with every size resolved.
+        head: vocabulary projection (`policy`) or scalar head (`reward`).
+    """
+    config = transformer_config(model, parallel_config)
+    impl, _ = choose_transformer_impl(model.transformer_impl, parallel.device)
+    vp_size = config.virtual_pipeline_model_parallel_size
+    chunks = [
+        _build_chunk(model, config, parallel, head=head, impl=impl, vp_stage=vp_stage)
+        for vp_stage in (range(vp_size) if vp_size else [None])
+    ]
+    for chunk in chunks:
+        initialize_weights(chunk, model, seed=seed)
+        chunk.to(parallel.device)
+    return chunks
+
+
+def _build_chunk(
+    model: ModelConfig,
+    config: TransformerConfig,
+    parallel: Parallel,
+    *,
+    head: Head,
+    impl: str,
+    vp_stage: int | None,
+) -> Chunk:
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    spec = layer_spec(impl)
+    if impl == "local":
+        # A block spec of our own, because the default one ends in a norm that refuses sequence parallelism.
+        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=parallel.pp_rank)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+    chunk = (PolicyModel if head == "policy" else RewardModel)(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(model, config.tensor_model_parallel_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel.is_first_stage and vp_stage in (None, 0),
+        post_process=parallel.is_last_stage and vp_stage in (None, last_chunk),
+        share_embeddings_and_output_weights=head == "policy" and not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=parallel.groups,
+        vp_stage=vp_stage,
+    )
+    chunk.true_vocab_size = model.vocab_size
+    chunk.logprob_chunk_size = model.logprob_chunk_size
+    return chunk
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
+    """Vocabulary size rounded up so that every tensor-parallel rank holds the same number of rows."""
+    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-model.vocab_size // multiple) * multiple

@@ -1,0 +1,42 @@
+"""Layer specs: megatron-core's own modules (`local`) or Transformer Engine's, both with our core attention."""
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_brain.models.attention import CoreAttention
+from megatron_brain.models.norm import RMSNorm
+
+
+def choose_transformer_impl(requested: str, device: torch.device) -> tuple[str, str]:
+    """Resolve `auto`. Returns the implementation and why it was taken.
+
+    Raises:
+        ValueError: Transformer Engine was asked for and cannot run here.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    usable = installed and device.type == "cuda"
+    missing = "there is no CUDA device" if installed else "transformer_engine is not installed"
+    if requested == "transformer_engine" and not usable:
+        raise ValueError(f"--transformer-impl transformer_engine: {missing}; use local, or pip install .[gpu]")
+    if requested == "auto":
+        return ("transformer_engine", "installed, on CUDA") if usable else ("local", missing)
+    return requested, "asked for"
+
+
+def layer_spec(transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec:
+    """Spec of one decoder layer. The transformer_engine one has not been run on a GPU."""
+    if transformer_impl == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    return spec

@@ -1,0 +1,128 @@
+"""Lets megatron-core, which is written for CUDA, run on a machine without it.
+
+Megatron-core asks `torch.cuda` for the current device, streams, events and random states, and writes the literal
+device "cuda" in places. `install` answers those calls with the CPU. Nothing is replaced where CUDA is present, and
+no arithmetic is: the layers, schedules, optimizers and checkpoints that run are megatron-core's own.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
+_installed = False
+
+
+def needs_cpu_backend() -> bool:
+    """Whether this machine has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Redirect the calls megatron-core makes to CUDA. Call once, before any megatron-core object is built."""
+    global _installed
+    if _installed:
+        return
+    # Its torch.compile decorators make torch list what torch.cuda holds: that must still be torch's own.
+    import megatron.core.models.gpt  # noqa: F401
+
+    _redirect_torch_cuda()
+    _redirect_device_literals()
+    _redirect_random_states()
+    _installed = True
+
+
+class _Stream:
+    """A stream or an event where all work is done in order: every wait is over at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _done(self, *args: Any, **kwargs: Any) -> None: ...
+
+    record = wait = wait_stream = wait_event = record_event = synchronize = _done
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _redirect_torch_cuda() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.Stream = cuda.Event = _Stream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *args, **kwargs: _Stream())
+    for name in ("set_device", "set_stream", "synchronize", "empty_cache"):
+        setattr(cuda, name, _nothing)
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.nvtx.range = lambda *args, **kwargs: contextlib.nullcontext()
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return redirected
+
+
+def _redirect_device_literals() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return tensor_to(self, *(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        # The mixed-precision optimizers compare the name with 'torch.cuda.FloatTensor'.
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _redirect_random_states() -> None:
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_state
+        module.set_rng_state = set_state
+        # Not torch.manual_seed: that seeds CUDA as well and would come back here.
+        module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
+
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    mcore_random._get_cuda_rng_state = get_state
+    mcore_random._set_cuda_rng_state = set_state

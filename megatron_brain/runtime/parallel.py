@@ -1,0 +1,162 @@
+"""Start-up under torchrun or alone, and the one object that holds all process groups."""
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.runtime import cpu_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This process's place in the layout.
+
+    `groups` is megatron-core's ProcessGroupCollection; ranks and sizes are read off it once. The first and last
+    pipeline stage are those of the physical pipeline.
+    """
+
+    groups: object
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """The one process that writes files and prints: global rank 0."""
+        return self.rank == 0
+
+    def sum_over_data_parallel(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum in place over data-parallel replicas."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor of the last pipeline stage, in place, to all stages of this replica."""
+        if self.pp_size > 1:
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
+        return tensor
+
+    def gather_over_data_parallel(self, item: object) -> list[object]:
+        """Collect one picklable object from every data-parallel replica, in replica order, on all of them."""
+        items: list[object] = [None] * self.dp_size
+        dist.all_gather_object(items, item, group=self.groups.dp)
+        return items
+
+    def next_stage(self) -> int:
+        """Global rank of the next pipeline stage."""
+        return dist.get_process_group_ranks(self.groups.pp)[self.pp_rank + 1]
+
+    def previous_stage(self) -> int:
+        """Global rank of the previous pipeline stage."""
+        return dist.get_process_group_ranks(self.groups.pp)[self.pp_rank - 1]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def launched_world_size() -> int:
+    """Processes torchrun started, known before any process group exists; 1 when run alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launch_writer() -> bool:
+    """Whether this is global rank 0, known before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -> Parallel:
+    """Join the world, make the process groups of the layout and seed every generator.
+
+    Under torchrun the world is the one it made; alone it is this process. NCCL on CUDA, gloo elsewhere. May be
+    called again in the same process with another layout over the same world.
+    """
+    if cpu_backend.needs_cpu_backend():
+        cpu_backend.install()
+    timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+    device = _join_world(timeout)
+
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config, num_layers),
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
+    # Fused kernels compiled at first use would make a CPU run wait for a C++ compiler.
+    if device.type == "cpu":
+        from megatron.core.jit import disable_jit_fuser
+
+        disable_jit_fuser()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    parallel = Parallel(
+        groups=groups,
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+    )
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed + 100 * parallel.pp_rank)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel.pp_rank)
+    return parallel
+
+
+def stop() -> None:
+    """Leave the world."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def virtual_pipeline_size(config: ParallelConfig, num_layers: int | None) -> int | None:
+    """Model chunks per pipeline stage; None where the schedule is not interleaved."""
+    per_chunk = config.num_layers_per_virtual_pipeline_stage
+    if per_chunk is None:
+        return None
+    if num_layers is None:
+        raise ValueError("the interleaved schedule needs the number of layers before start-up")
+    return num_layers // (config.pipeline_model_parallel_size * per_chunk)
+
+
+def _join_world(timeout: datetime.timedelta) -> torch.device:
+    cuda = not cpu_backend.needs_cpu_backend()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device

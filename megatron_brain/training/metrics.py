@@ -1,0 +1,240 @@
+"""What a run shows of itself: TensorBoard events, metrics.jsonl and a progress line.
+
+Metric names are flat, with a slash for a group: `loss`, `grad_norm`, `lr`, `validation/loss`. A line of metrics.jsonl is
+one iteration; calls of `log` for the same iteration are merged into its line.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_SHOWN_LIVE = ("loss", "grad_norm", "lr", "tokens_per_second")
+
+
+class MetricsLogger:
+    """Writes the metrics of a run on one rank; on the others (`is_writer=False`) every method does nothing.
+
+    Args:
+        directory: folder of metrics.jsonl and the event file, made if missing; None writes no file.
+        total_steps: last iteration of the run, for progress and ETA.
+        is_writer: True on the one rank that writes.
+        progress: show a live progress line if the console is a terminal. Otherwise, a plain line every `log_interval`.
+        log_interval: iterations between plain lines. Files get every iteration.
+        resume_step: iteration the run goes on from: later ones an interrupted run left in the files are dropped, since
+            they are going to be run again. None: a new run; a metrics.jsonl already there is kept as metrics.N.jsonl.
+        console: where to show progress; default: standard output.
+    """
+
+    def __init__(
+        self,
+        directory: str | None,
+        *,
+        total_steps: int,
+        is_writer: bool,
+        progress: bool,
+        log_interval: int,
+        resume_step: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self._is_writer = is_writer
+        self._lines: _JsonLines | None = None
+        self._events: SummaryWriter | None = None
+        self._display: _LiveDisplay | _PlainDisplay | None = None
+        if not is_writer:
+            return
+        self._first_step = resume_step or 0
+        if directory is not None:
+            self._lines = _JsonLines(Path(directory) / "metrics.jsonl", resume_step)
+            self._events = _open_events(directory, purge_step=0 if resume_step is None else resume_step + 1)
+        console = console or Console()
+        eta = _Eta(self._first_step, total_steps)
+        if progress and console.is_terminal:
+            self._display = _LiveDisplay(console, eta)
+        else:
+            self._display = _PlainDisplay(console, eta, log_interval)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of an iteration.
+
+        Args:
+            step: iteration, not smaller than the last one logged.
+            metrics: numbers (or zero-dimensional tensors) by flat name.
+
+        Raises:
+            ValueError: the iteration lies before the last one, or a metric is called `iteration`.
+        """
+        if not self._is_writer:
+            return
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        if "iteration" in numbers:
+            raise ValueError("a metric cannot be called 'iteration': that is the key of the step in metrics.jsonl")
+        if self._lines is not None:
+            self._lines.write(step, numbers)
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
+        self._display.show(step, numbers)
+
+    def log_text(self, step: int, tag: str, text: str) -> None:
+        """Record a text, such as sampled responses, under TensorBoard's text tab (it renders Markdown)."""
+        if self._events is not None:
+            self._events.add_text(tag, text, step)
+
+    def log_config(self, text: str) -> None:
+        """Record the resolved configuration, shown as it is."""
+        self.log_text(self._first_step if self._is_writer else 0, "config", f"```yaml\n{text}\n```")
+
+    def close(self) -> None:
+        """Flush the files and end the progress line. Closing twice is harmless."""
+        if self._display is not None:
+            self._display.close()
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+class _JsonLines:
+    """metrics.jsonl: one JSON object per iteration, in order, no iteration twice."""
+
+    def __init__(self, path: Path, resume_step: int | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last: dict[str, float] = {}
+        self._last_offset = 0
+        if path.exists() and resume_step is None:
+            path.rename(_free_name(path))
+        elif path.exists():
+            self._keep_until(path, resume_step)
+        self._file = open(path, "ab")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append a line, or merge into the last one if it is of the same iteration."""
+        last_step = self._last.get("iteration")
+        if last_step is not None and step < last_step:
+            raise ValueError(f"iteration {step} is logged after iteration {last_step}")
+        if step == last_step:
+            self._file.truncate(self._last_offset)
+        else:
+            self._last = {"iteration": step}
+            self._last_offset = self._file.seek(0, 2)
+        self._last |= {name: _json_number(value) for name, value in numbers.items()}
+        self._file.write((json.dumps(self._last, allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _keep_until(self, path: Path, step: int) -> None:
+        """Cut the file after the last line of an iteration up to `step`; a line torn by a crash is cut too."""
+        with open(path, "r+b") as file:
+            kept = 0
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n") or record["iteration"] > step:
+                    break
+                self._last, self._last_offset = record, kept
+                kept += len(line)
+            file.truncate(kept)
+
+
+class _Eta:
+    """Time left, from the mean time per iteration of this run so far."""
+
+    def __init__(self, first_step: int, total_steps: int) -> None:
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self._start = time.monotonic()
+
+    def remaining(self, step: int) -> str:
+        """Hours, minutes and seconds until `total_steps`; `-:--:--` before the first step is done."""
+        done = step - self.first_step
+        if done <= 0:
+            return "-:--:--"
+        seconds = round((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+class _PlainDisplay:
+    """One line every `log_interval` iterations, for logs and pipes; validation and the last iteration always."""
+
+    def __init__(self, console: Console, eta: _Eta, log_interval: int) -> None:
+        self._console = console
+        self._eta = eta
+        self._log_interval = log_interval
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        due = step % self._log_interval == 0 or step == self._eta.total_steps
+        if due or any(name.startswith("validation/") for name in numbers):
+            line = f"iteration {step}/{self._eta.total_steps} | {_words(numbers)} | eta {self._eta.remaining(step)}"
+            print(line, file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _LiveDisplay:
+    """A progress bar that stays at the bottom of the terminal; validation metrics scroll by above it."""
+
+    def __init__(self, console: Console, eta: _Eta) -> None:
+        self._eta = eta
+        self._bar = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("eta {task.fields[eta]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=console,
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(
+            "", total=eta.total_steps, completed=eta.first_step, eta=eta.remaining(eta.first_step), numbers=""
+        )
+        self._bar.start()
+
+    def show(self, step: int, numbers: Mapping[str, float]) -> None:
+        validation = {name: value for name, value in numbers.items() if name.startswith("validation/")}
+        if validation:
+            self._bar.console.print(f"iteration {step} | {_words(validation)}", markup=False, highlight=False)
+        shown = {name: numbers[name] for name in _SHOWN_LIVE if name in numbers}
+        fields = {"numbers": _words(shown)} if shown else {}
+        self._bar.update(self._task, completed=step, eta=self._eta.remaining(step), **fields)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _open_events(directory: str, purge_step: int) -> "SummaryWriter":
+    """TensorBoard's writer. TensorBoard hides what earlier event files of the folder hold from `purge_step` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(directory, purge_step=purge_step)
+
+
+def _free_name(path: Path) -> Path:
+    """The first of metrics.1.jsonl, metrics.2.jsonl, ... that is not there."""
+    number = 1
+    while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return free
+
+
+def _json_number(value: float) -> float | str:
+    """JSON has no NaN or infinity: they become the texts `NaN`, `Infinity` and `-Infinity`, which float() reads."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _words(numbers: Mapping[str, float]) -> str:
+    """`loss 1.234 | lr 1e-05`."""
+    return " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())

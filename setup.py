@@ -1,0 +1,34 @@
+"""Installation of megatron_brain. The tested CPU set is pinned in constraints-cpu.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = Path("megatron_brain/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+setup(
+    name="megatron_brain",
+    version=version,
+    description="Post-training of megatron-core GPT models: SFT, reward models and BRAIn",
+    packages=find_packages(include=["megatron_brain", "megatron_brain.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.20",
+        "psutil",  # megatron-core's checkpointing needs it and does not say so
+        "numpy",
+        "transformers>=4.51",
+        "datasets>=3.0",
+        "sentencepiece>=0.2",
+        "safetensors>=0.4",
+        "tensorboard>=2.15",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff"],
+        "examples": ["gguf>=0.10", "accelerate>=1.0", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
+        # NVIDIA Apex is not listed: the package of that name on PyPI is something else.
+        "gpu": ["transformer-engine[pytorch]"],
+    },
+)
