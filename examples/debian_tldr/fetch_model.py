@@ -16,6 +16,7 @@ from the loss and the model would never learn to stop.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -49,7 +50,8 @@ def main() -> None:
     args = parse_args()
     origin = {"model": "smoke" if args.smoke else REQUIREMENT, "dtype": args.dtype}
     if args.smoke:
-        origin |= {"seed": args.seed}
+        data = hashlib.sha256(args.tokenizer_data.read_bytes()).hexdigest()
+        origin |= {"seed": args.seed, "tokenizer_data_sha256": data}
     if is_complete(args.out, origin):
         print(f"{args.out}: complete, used as it is")
         return

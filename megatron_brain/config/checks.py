@@ -1,7 +1,7 @@
 """Checks that need more than one section, or the size of the world. Pure: no torch, no process group.
 
-`require` runs when a configuration is loaded. `validate_layout` runs as soon as the model's sizes are known (they may be in
---hf-model or in a checkpoint) and before `init_process_group`, so that an impossible layout costs no start-up.
+`require` runs when a configuration is loaded. `validate_layout` runs as soon as the model's sizes are known (they may
+be in --hf-model or in a checkpoint) and before `init_process_group`, so that an impossible layout costs no start-up.
 """
 
 from megatron_brain.config.errors import ConfigError
@@ -64,7 +64,7 @@ def _require_start(config: RunConfig) -> None:
         flags = ", ".join("--" + key.replace("_", "-") for key in missing)
         raise ConfigError(
             f"no model: the {config.stage} stage needs --load (a checkpoint), --hf-model (a Hugging Face directory) or "
-            f"the sizes of a randomly initialised model, of which {flags} {'is' if len(missing) == 1 else 'are'} missing"
+            f"the sizes of a randomly initialised model, of which these are missing: {flags}"
         )
     if config.tokenizer.tokenizer_model is None:
         raise ConfigError("tokenizer_model is not set: without --load or --hf-model, give --tokenizer-model")
@@ -82,10 +82,12 @@ def _require_brain(config: RunConfig) -> None:
     _require_all(config, "checkpoint.load")
     if config.brain.rollout_data:
         if config.data.train_data:
-            raise ConfigError("train_data and rollout_data are both set: rollout files hold their own prompts; give one")
+            raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
         return
     if config.data.train_data is None:
-        raise ConfigError("train_data is not set: the brain stage needs --train-data (prompts to sample) or --rollout-data")
+        raise ConfigError(
+            "train_data is not set: the brain stage needs --train-data (prompts to sample) or --rollout-data"
+        )
     _require_all(config, "scoring.reward_load")
     if config.scoring.prior_load is None and not config.checkpoint.finetune:
         raise ConfigError(
@@ -125,7 +127,7 @@ _REQUIREMENTS = {
 def _check_training(config: RunConfig) -> None:
     """Settings of the loop that live in different sections."""
     if config.training.eval_interval is not None and config.data.valid_data is None:
-        raise ConfigError(f"eval_interval={config.training.eval_interval} needs --valid-data, the records to validate on")
+        raise ConfigError(f"eval_interval={config.training.eval_interval} needs --valid-data to validate on")
     warmup, total = config.optimizer.lr_warmup_iters, config.training.train_iters
     if total is not None and warmup >= total:
         raise ConfigError(f"lr_warmup_iters={warmup} must be less than train_iters={total}")
@@ -145,8 +147,8 @@ def _check_response_length(config: RunConfig) -> None:
         raise ConfigError(f"max_new_tokens={new} leaves no room for a prompt inside seq_length={total}")
     if prompt is not None and prompt + new > total:
         raise ConfigError(
-            f"max_prompt_length={prompt} + max_new_tokens={new} exceed seq_length={total}: raise --seq-length to {prompt + new} "
-            "or lower one of them"
+            f"max_prompt_length={prompt} + max_new_tokens={new} exceed seq_length={total}: "
+            f"raise --seq-length to {prompt + new} or lower one of them"
         )
 
 
@@ -172,7 +174,8 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfi
             f"(num_query_groups={groups}): use {works}"
         )
     raise ConfigError(
-        f"tensor_model_parallel_size={size} is neither a divisor nor a multiple of num_query_groups={groups}: use {works}"
+        f"tensor_model_parallel_size={size} is neither a divisor nor a multiple of num_query_groups={groups}: "
+        f"use {works}"
     )
 
 
@@ -205,7 +208,8 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"world size {world_size} is not a multiple of tensor_model_parallel_size="
             f"{config.parallel.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{config.parallel.pipeline_model_parallel_size} = {replica}: start {_nearest_multiples(world_size, replica)} processes"
+            f"{config.parallel.pipeline_model_parallel_size} = {replica}: "
+            f"start {_nearest_multiples(world_size, replica)} processes"
         )
 
 
@@ -216,8 +220,8 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
     unit = micro * replicas
     if batch % unit:
         raise ConfigError(
-            f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} x data-parallel size {replicas} = "
-            f"{unit}: use {_nearest_multiples(batch, unit)}"
+            f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} x "
+            f"data-parallel size {replicas} = {unit}: use {_nearest_multiples(batch, unit)}"
         )
     stages = config.parallel.pipeline_model_parallel_size
     if config.parallel.num_layers_per_virtual_pipeline_stage and (batch // unit) % stages:

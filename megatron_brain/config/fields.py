@@ -1,7 +1,7 @@
 """The fields of the configuration dataclasses as data: flag, type, choices, default and help text.
 
-The dataclasses are the one place where an option is defined. The command line, the YAML reader, --help and the tables of
-docs/configuration.md are all made from the `FieldSpec`s read here.
+The dataclasses are the one place where an option is defined. The command line, the YAML reader, --help and the tables
+of docs/configuration.md are all made from the `FieldSpec`s read here.
 """
 
 import ast
@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import textwrap
 import types
@@ -57,6 +58,11 @@ def section_types() -> dict[str, type]:
     return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig) if field.name != "stage"}
 
 
+def section_help(section: str) -> str:
+    """What a section is about, on one line: the docstring of its dataclass."""
+    return " ".join(section_types()[section].__doc__.split())
+
+
 @functools.cache
 def section_fields(section: str) -> tuple[FieldSpec, ...]:
     """Specifications of a section's fields, in the order they are declared."""
@@ -98,13 +104,14 @@ def stage_fields(stage: str) -> dict[str, FieldSpec]:
         ConfigError: there is no such stage.
     """
     if stage not in STAGE_SECTIONS:
-        raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGE_SECTIONS)}{did_you_mean(stage, STAGE_SECTIONS)}")
+        hint = did_you_mean(stage, STAGE_SECTIONS)
+        raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGE_SECTIONS)}{hint}")
     sections = STAGE_SECTIONS[stage]
     return {name: spec for name, spec in all_fields().items() if spec.section in sections}
 
 
 def convert(spec: FieldSpec, value: object, origin: str) -> object:
-    """`value` as the field's type. Text is read as the type it must be, so `1e-5` is a number whatever YAML thinks of it.
+    """`value` as the field's type. Text is read as the type it must be: `1e-5` is a number whatever YAML thinks of it.
 
     Args:
         spec: the field.
@@ -168,7 +175,7 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
     """The string literal under each field of a dataclass, which is its help text."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     docs = {}
-    for statement, following in zip(definition.body, definition.body[1:]):
+    for statement, following in itertools.pairwise(definition.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = inspect.cleandoc(following.value.value)
+            docs[statement.target.id] = " ".join(following.value.value.split())
     return docs

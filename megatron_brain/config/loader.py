@@ -1,7 +1,8 @@
 """Reads the configuration of a run: defaults < YAML file < command line.
 
-YAML keys are the flag names without the leading dashes, flat: `micro_batch_size: 4` or `micro-batch-size: 4`. argparse
-splits the command line and prints --help; the values of both sources go through one typed conversion (`fields.convert`).
+YAML keys are the flag names without the leading dashes, flat: `micro_batch_size: 4` or `micro-batch-size: 4`.
+argparse splits the command line and prints --help; the values of both sources go through one typed conversion
+(`fields.convert`).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from megatron_brain.config.fields import (
     convert,
     did_you_mean,
     section_fields,
+    section_help,
     section_types,
     stage_fields,
 )
@@ -41,12 +43,12 @@ def load_config(stage: str, argv: Sequence[str]) -> RunConfig:
 
     Args:
         stage: a key of `STAGE_SECTIONS`.
-        argv: arguments after the stage; dashes and underscores in flag names mean the same, the last of a repeated flag
-            wins, `null` unsets an optional field.
+        argv: arguments after the stage; dashes and underscores in flag names mean the same, the last of a repeated
+            flag wins, `null` unsets an optional field.
 
     Raises:
-        ConfigError: an unknown key, one of another stage, a wrong type or value, a missing required setting, a file that
-            cannot be read.
+        ConfigError: an unknown key, one of another stage, a wrong type or value, a missing required setting, a file
+            that cannot be read.
         SystemExit: after --help.
     """
     file, overrides = _parse_arguments(stage, argv)
@@ -75,9 +77,9 @@ def config_to_yaml(config: RunConfig) -> str:
     """YAML text of `config_to_dict`, grouped by section, that --config reads back."""
     values = config_to_dict(config)
     lines = [_yaml_line("stage", config.stage)]
-    for section, cls in section_types().items():
+    for section in section_types():
         if section in STAGE_SECTIONS[config.stage]:
-            lines.append(f"\n# {section}: {cls.__doc__}\n")
+            lines.append(f"\n# {section}: {section_help(section)}\n")
             lines.extend(_yaml_line(spec.name, values[spec.name]) for spec in section_fields(section))
     return "".join(lines)
 
@@ -116,7 +118,7 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
 def _check_stage(stage: str, item: _Given) -> None:
     """A file may say which stage it configures; then it must be this one."""
     if item.value != stage:
-        raise ConfigError(f"stage={item.value!r} ({item.origin}): this is the configuration of another stage than {stage!r}")
+        raise ConfigError(f"stage={item.value!r} ({item.origin}): this configures another stage than {stage!r}")
 
 
 def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
@@ -157,16 +159,16 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"python -m megatron_brain {stage}",
         usage=f"python -m megatron_brain {stage} [--config FILE] [--flag VALUE ...]",
-        description="Defaults are overridden by the YAML file, and both by the command line. YAML keys are the flag names; "
-        "null unsets an optional value. Defaults are in [brackets].",
+        description="Defaults are overridden by the YAML file, and both by the command line. "
+        "YAML keys are the flag names; null unsets an optional value. Defaults are in [brackets].",
         formatter_class=functools.partial(_HelpFormatter, width=width, max_help_position=34),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", action="append", help="YAML file of flat `key: value` lines")
-    for section, cls in section_types().items():
+    for section in section_types():
         if section in STAGE_SECTIONS[stage]:
-            group = parser.add_argument_group(section, cls.__doc__)
+            group = parser.add_argument_group(section, section_help(section))
             for spec in section_fields(section):
                 _add_flag(group, spec)
     return parser
@@ -217,7 +219,8 @@ def _unknown_argument(stage: str, argv: Sequence[str], unknown: Sequence[str]) -
     before = argv[argv.index(first) - 1] if argv.index(first) else ""
     spec = all_fields().get(before.removeprefix("--").removeprefix("no-").replace("-", "_"))
     if before.startswith("--") and spec is not None and spec.kind is bool:
-        return ConfigError(f"command line: {first!r} after {before}: write {spec.flag} or --no-{spec.flag[2:]} without a value")
+        cure = f"write {spec.flag} or --no-{spec.flag[2:]} without a value"
+        return ConfigError(f"command line: {first!r} after {before}: {cure}")
     return ConfigError(f"command line: {first!r} does not follow a flag; values are given as --flag value")
 
 

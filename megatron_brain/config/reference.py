@@ -8,7 +8,7 @@ rewrites the part of the file between the two markers; a test compares it with t
 import sys
 from pathlib import Path
 
-from megatron_brain.config.fields import FieldSpec, section_fields, section_types
+from megatron_brain.config.fields import FieldSpec, section_fields, section_help, section_types
 from megatron_brain.config.run import STAGE_SECTIONS
 
 BEGIN = "<!-- options: begin (python -m megatron_brain.config.reference docs/configuration.md) -->"
@@ -18,10 +18,11 @@ END = "<!-- options: end -->"
 def option_tables() -> str:
     """A Markdown table per section: flag, type, default, meaning; and the stages that read it."""
     parts = []
-    for section, cls in section_types().items():
+    for section in section_types():
         stages = ", ".join(stage for stage, sections in STAGE_SECTIONS.items() if section in sections)
-        parts.append(f"### {section}\n\n{cls.__doc__} Stages: {stages}.\n\n| flag | type | default | meaning |\n|---|---|---|---|")
-        parts[-1] += "".join(f"\n{_row(spec)}" for spec in section_fields(section))
+        head = "| flag | type | default | meaning |\n|---|---|---|---|\n"
+        rows = "\n".join(map(_row, section_fields(section)))
+        parts.append(f"### {section}\n\n{section_help(section)} Stages: {stages}.\n\n{head}{rows}")
     return "\n\n".join(parts)
 
 

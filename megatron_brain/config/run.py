@@ -21,7 +21,7 @@ _COMMON = ("model", "parallel", "tokenizer", "data", "training", "checkpoint", "
 
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "sft": (*_COMMON, "optimizer", "sft"),
-    "reward": (*_COMMON, "optimizer", "reward", "scoring"),
+    "reward": (*_COMMON, "optimizer", "reward"),
     "brain": (*_COMMON, "optimizer", "sampling", "scoring", "brain"),
     "generate": (*_COMMON, "sampling", "generate"),
     "evaluate": (*_COMMON, "sampling", "scoring", "generate", "evaluate"),

@@ -72,9 +72,6 @@ class ScoringConfig:
     reward_load: str | None = None
     """Checkpoint of the reward model r."""
 
-    shared_prefix: bool = True
-    """Compute the prompt of a group once for its n responses."""
-
 
 @dataclass(kw_only=True)
 class BrainConfig:

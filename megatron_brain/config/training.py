@@ -22,6 +22,9 @@ class TrainingConfig:
     eval_interval: int | None = None
     """Steps between validations; unset: validate before the first and after the last step only."""
 
+    shared_prefix: bool = True
+    """Compute a prompt once for all its responses (reward pairs, brain groups, scoring)."""
+
     seed: int = 1234
     """Seed of initial weights, data order, dropout and sampling."""
 

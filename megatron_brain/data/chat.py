@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -106,10 +107,8 @@ def encode_all_turns(
         raise ValueError(f"{where}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
     if tokenizer.chat_template is not None and not _GENERATION_BLOCK.search(tokenizer.chat_template):
         raise ValueError(f"{where}: the chat template does not mark the assistant's tokens; {_MARK_CURE}")
-    try:
+    with _errors_at(where):
         ids, mask = tokenizer.encode_chat_marked(messages, tools=tools)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
     ends = [i + 1 for i, marked in enumerate(mask) if marked and not mask[i + 1 : i + 2] == [True]]
     turns = sum(message["role"] == "assistant" for message in messages)
     if len(ends) != turns:
@@ -166,8 +165,15 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
 def _render(
     tokenizer: Tokenizer, messages: Sequence[dict], where: str, tools: list | None, *, add_generation_prompt: bool
 ) -> str:
-    try:
+    with _errors_at(where):
         return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+
+@contextmanager
+def _errors_at(where: str) -> Iterator[None]:
+    """Errors of the chat template, or of its absence, with the place of the record."""
+    try:
+        yield
     except jinja2.TemplateError as error:
         raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
     except ValueError as error:

@@ -6,8 +6,8 @@ shared prefix the prompt stands there once and its responses follow it, each att
 at positions that continue the prompt's. Without, every response brings its own copy of the prompt.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ class Group:
     """One prompt with its responses, tokenised.
 
     `responses` hold their EOS where the text was complete. `loss_masks` says per response token whether it counts
-    (None: all do). `record_id` is the place the record came from, for error messages.
+    (None: all do). `values` are numbers the loss needs: one per group ("margin") or one per response ("reward").
+    `record_id` is the place the record came from, for error messages.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     loss_masks: tuple[tuple[bool, ...], ...] | None = None
+    values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     record_id: str = ""
 
     def __post_init__(self) -> None:
@@ -77,6 +79,10 @@ class PackedBatch:
         """The same batch with its tensors on `device`."""
         moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return PackedBatch(**moved)
+
+    def values(self, name: str) -> Tensor:
+        """The groups' values of one name, laid end to end: `[G]` or `[R]` float32 on the batch's device."""
+        return torch.tensor([v for group in self.groups for v in group.values[name]], device=self.tokens.device)
 
     def sum_per_response(self, values: Tensor) -> Tensor:
         """Sum values `[N]` of counted response tokens to `[R]` in fp32."""

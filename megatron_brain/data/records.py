@@ -186,7 +186,8 @@ def _prompt_and_answers(
 def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> _Draft:
     """Draft of a prompt alone, with the text of the response people wrote where the record holds one."""
     record_id = where if record.get("id") is None else str(record["id"])
-    answer = next((record[key] for key in ("completion", "chosen") if record.get(key) is not None), None)
+    key = "completion" if record.get("completion") is not None else "chosen"
+    answer = record.get(key)
     if record.get("messages") is not None:
         prompt = chat.check_messages(record["messages"], "messages", where)
         if prompt[-1]["role"] == "assistant":
@@ -194,8 +195,8 @@ def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -
     elif record.get("prompt") is None and record.get("rejected") is not None:
         pair = [_field(record, key, where) for key in ("chosen", "rejected")]
         if chat.is_messages(pair[0]):
-            pair = [chat.check_messages(value, "chosen", where) for value in pair]
-            prompt, answer, _ = chat.split_shared_messages(*pair, where)
+            chosen, rejected = (chat.check_messages(value, "chosen", where) for value in pair)
+            prompt, answer, _ = chat.split_shared_messages(chosen, rejected, where)
         else:
             prompt, answer, _ = chat.split_shared_dialogue(*pair, where)
     else:
@@ -205,7 +206,9 @@ def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -
         messages = chat.check_messages(prompt, "prompt", where)
         prompt, kind = chat.render_prompt(tokenizer, messages, where, record.get("tools")), "chat"
     if chat.is_messages(answer):
-        answer = chat.answer_text(chat.check_messages(answer, "completion", where))
+        answer = chat.answer_text(chat.check_messages(answer, key, where))
+    if answer is not None:
+        _check_text(answer, key, where)
     text = _check_text(prompt, "prompt", where)
     return _Draft(where=where, prompt=text, kind=kind, reference=answer, record_id=record_id)
 
@@ -262,15 +265,11 @@ def _fitted_groups(
         where, mask = draft.where, draft.loss_mask
         if any(response == (tokenizer.eos_id,) for response in responses):
             raise ValueError(f"{where}: a response has no tokens but EOS: its text normalises to nothing")
-        fitted = fit_group(
-            prompt, responses, bos_id=tokenizer.bos_id, limits=limits, where=where, counts=counts
-        )
+        fitted = fit_group(prompt, responses, bos_id=tokenizer.bos_id, limits=limits, where=where, counts=counts)
         if fitted is None:
             continue
         prompt, responses = fitted
         masks = None if mask is None else (tuple(mask[: len(responses[0])]),)
-        if masks and not any(masks[0]):
-            raise ValueError(f"{where}: truncation leaves no response token to learn; raise --seq-length")
         counts["duplicates"] += fitted in seen
         seen.add(fitted)
         yield draft, Group(prompt=prompt, responses=responses, loss_masks=masks, record_id=where)

@@ -5,6 +5,12 @@ import math
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from torch import nn
 
 from megatron_brain.config.model import ModelConfig
@@ -29,6 +35,19 @@ def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> N
             sharded.data.zero_()
         else:
             sharded.data.copy_(_slice_of_whole(sharded, model, seed=seed))
+
+
+def mark_tensor_parallel(module: nn.Module) -> None:
+    """Say of every weight that is split over tensor-parallel ranks that it is.
+
+    megatron-core does so only while it draws its own initial weights, which we replace; the gradient norm counts an
+    unmarked weight on one rank alone.
+    """
+    for part in module.modules():
+        if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)) and part.weight is not None:
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(part, RowParallelLinear):
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=1, stride=1)
 
 
 def _sharded_tensors(module: nn.Module) -> list[ShardedTensor]:

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models.gpt import PolicyModel, RewardModel
-from megatron_brain.models.initialize import initialize_weights
+from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel
 from megatron_brain.models.norm import RMSNorm
 from megatron_brain.models.specs import choose_transformer_impl, layer_spec
 from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
@@ -81,6 +81,7 @@ def build_model(
         for vp_stage in (range(vp_size) if vp_size else [None])
     ]
     for chunk in chunks:
+        mark_tensor_parallel(chunk)
         initialize_weights(chunk, model, seed=seed)
         chunk.to(parallel.device)
     return chunks

@@ -1,7 +1,7 @@
 """What a run shows of itself: TensorBoard events, metrics.jsonl and a progress line.
 
-Metric names are flat, with a slash for a group: `loss`, `grad_norm`, `lr`, `validation/loss`. A line of metrics.jsonl is
-one iteration; calls of `log` for the same iteration are merged into its line.
+Metric names are flat, with a slash for a group: `loss`, `grad_norm`, `lr`, `validation/loss`. A line of metrics.jsonl
+is one iteration; calls of `log` for the same iteration are merged into its line.
 """
 
 import json

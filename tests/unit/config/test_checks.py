@@ -85,13 +85,14 @@ def test_sequence_parallel_needs_tensor_parallel_and_a_length_it_divides():
     with pytest.raises(ConfigError, match="sequence_parallel=true needs tensor_model_parallel_size > 1"):
         config_from_dict("sft", {"sequence_parallel": True})
     with pytest.raises(ConfigError, match="seq_length=100 .* use 99 or 102"):
-        load_config("sft", "--train-data t --load c --sequence-parallel --tensor-model-parallel-size 3 --seq-length 100".split())
+        layout = "--sequence-parallel --tensor-model-parallel-size 3 --seq-length 100"
+        load_config("sft", f"--train-data t --load c {layout}".split())
 
 
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"num_attention_heads": 9, "num_query_groups": 2}, "num_attention_heads=9 is not a multiple of num_query_groups=2"),
+        ({"num_attention_heads": 9, "num_query_groups": 2}, "9 is not a multiple of num_query_groups=2"),
         ({"hidden_size": 100, "num_attention_heads": 9}, "hidden_size=100"),
         ({"recompute_num_layers": 1}, "needs recompute_granularity=full"),
         ({"recompute_method": "block"}, "needs recompute_granularity=full"),

@@ -102,10 +102,11 @@ def test_a_resumed_run_replaces_the_iterations_it_runs_again(tmp_path):
     assert scalars == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 304.0), (5, 305.0), (6, 306.0)]
 
 
-def test_a_line_torn_by_a_crash_is_dropped_on_resume(tmp_path):
+@pytest.mark.parametrize("torn", ['{"iteration": 3, "lo', '{"iteration": 2, "loss": 2.0}'])
+def test_a_line_torn_by_a_crash_is_dropped_on_resume(tmp_path, torn):
     log_losses(tmp_path, [1, 2])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 3, "lo')
+        file.write(torn)
     log_losses(tmp_path, [3], resume_step=2)
     assert [record["iteration"] for record in lines(tmp_path)] == [1, 2, 3]
 

@@ -1,0 +1,73 @@
+"""`python -m megatron_brain STAGE --config FILE [--flag value ...]`, alone or under torchrun."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+_STAGES = {
+    "sft": "supervised fine-tuning on prompt/response records",
+    "reward": "reward model from preference pairs",
+    "brain": "BRAIn: match the reward-conditioned posterior",
+    "generate": "sample responses for a file of prompts",
+    "evaluate": "compare checkpoints on held-out prompts",
+}
+
+_USER_ERROR = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a stage. Returns the exit status: 2 for a mistake in what was asked for, reported in one message."""
+    if not argv or argv[0] not in _STAGES:
+        print(_usage(argv), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else _USER_ERROR
+    stage, flags = argv[0], argv[1:]
+    try:
+        # Read before torch is imported, so that --help and mistakes in the configuration answer at once.
+        from megatron_brain.config.loader import load_config
+
+        config = load_config(stage, flags)
+        from megatron_brain.runtime import parallel
+        from megatron_brain.training.run import open_run
+
+        run = open_run(config)
+        importlib.import_module(f"megatron_brain.stages.{stage}").main(run)
+        parallel.stop()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        _report(error)
+        return _USER_ERROR
+    return 0
+
+
+def _usage(argv: Sequence[str]) -> str:
+    wrong = [f"error: unknown stage {argv[0]!r}", ""] if argv and not argv[0].startswith("-") else []
+    stages = [f"  {name:10}{what}" for name, what in _STAGES.items()]
+    return "\n".join(
+        [
+            *wrong,
+            "usage: python -m megatron_brain STAGE --config FILE [--flag value ...]",
+            "",
+            *stages,
+            "",
+            "STAGE --help lists the flags of a stage.",
+        ]
+    )
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised the error on purpose, rather than a library it calls."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).parent in raised_in.parents
+
+
+def _report(error: ValueError) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

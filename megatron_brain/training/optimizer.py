@@ -1,0 +1,81 @@
+"""Gradient buffers, AdamW and the learning-rate schedule, all megatron-core's."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_brain.config.run import RunConfig
+from megatron_brain.models.provider import Chunk
+from megatron_brain.runtime.parallel import Parallel
+
+
+def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Parallel) -> list[DistributedDataParallel]:
+    """Give every chunk float32 gradient buffers that are summed over data-parallel replicas."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=ddp_config,
+            module=chunk,
+            disable_bucketing=i > 0,
+            pg_collection=parallel.groups,
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    model_config = chunks[0].config
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: Sequence[DistributedDataParallel], config: RunConfig, train_iters: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the wrapped chunks' parameters, and its schedule in units of iterations."""
+    settings = config.optimizer
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    optimizer = get_megatron_optimizer(
+        config=MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.model.bf16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+        ),
+        model_chunks=list(wrapped),
+    )
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    decay_iters = settings.lr_decay_iters or train_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        # A warm-up as long as the run would never decay; megatron-core wants it shorter than the decay.
+        lr_warmup_steps=min(settings.lr_warmup_iters, max(decay_iters - 1, 0)),
+        lr_decay_steps=decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(train_iters, 1),
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler

@@ -1,0 +1,58 @@
+"""What a micro-batch has to say of itself, and how it adds up over micro-batches and data-parallel replicas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_brain.runtime.parallel import Parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """Loss of one micro-batch on the last pipeline stage.
+
+    The gradient is that of `loss_sum / (count summed over the global batch)`, so the step's loss is one mean over
+    the global batch whatever its shape. `means` maps a metric to (sum, count); `maxima` to a value.
+    """
+
+    loss_sum: Tensor
+    count: int
+    means: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+
+
+def reduce_reports(
+    reports: Sequence[LossOutput],
+    parallel: Parallel,
+    *,
+    mean_names: Sequence[str] = (),
+    max_names: Sequence[str] = (),
+) -> dict[str, float]:
+    """Metrics of a step on all ranks: "loss" and other means over all micro-batches and replicas, and maxima.
+
+    Args:
+        reports: one per micro-batch on the last pipeline stage; none on the others.
+        mean_names, max_names: the metrics every report carries, which all ranks know, so that two small
+            reductions suffice.
+    """
+    sums = torch.zeros(1 + len(mean_names), 2, dtype=torch.float64)
+    peaks = torch.full((len(max_names),), -torch.inf, dtype=torch.float64)
+    for report in reports:
+        assert set(report.means) == set(mean_names) and set(report.maxima) == set(max_names), (
+            f"a report carries {[*report.means, *report.maxima]}, declared are {[*mean_names, *max_names]}"
+        )
+        rows = [(report.loss_sum, report.count), *(report.means[name] for name in mean_names)]
+        sums += torch.tensor([[float(total), float(count)] for total, count in rows], dtype=torch.float64)
+        if max_names:
+            mine = torch.tensor([float(report.maxima[name]) for name in max_names], dtype=torch.float64)
+            peaks = torch.maximum(peaks, mine)
+    sums, peaks = sums.to(parallel.device), peaks.to(parallel.device)
+    dist.all_reduce(sums, group=parallel.groups.dp)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=parallel.groups.dp)
+    parallel.broadcast_from_last_stage(sums)
+    parallel.broadcast_from_last_stage(peaks)
+    metrics = {name: (total / count).item() for name, (total, count) in zip(("loss", *mean_names), sums, strict=True)}
+    return metrics | {name: peak.item() for name, peak in zip(max_names, peaks, strict=True)}

@@ -1,0 +1,148 @@
+"""Everything a stage needs around it, opened in the order that lets mistakes stop a run before it starts."""
+
+import dataclasses
+import logging
+import sys
+from dataclasses import dataclass
+
+from megatron_brain.config.checks import validate_layout
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.loader import config_to_yaml
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.run import RunConfig
+from megatron_brain.conversion import load_hf_weights, read_hf_architecture
+from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
+from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
+from megatron_brain.models.provider import Chunk, Head, build_model
+from megatron_brain.models.specs import choose_transformer_impl
+from megatron_brain.runtime import parallel as runtime
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.training.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info
+from megatron_brain.training.metrics import MetricsLogger
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An opened run.
+
+    `config` has the model's sizes resolved. `start_from` is the checkpoint its weights come from, if any;
+    `resuming` says that optimizer and position come from it too.
+    """
+
+    config: RunConfig
+    parallel: Parallel
+    tokenizer: Tokenizer
+    start_from: CheckpointInfo | None
+    resuming: bool
+
+    def build_model(self, head: Head) -> list[Chunk]:
+        """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
+        model = self.config.model
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=self.config.training.seed)
+        if self.start_from is None and model.hf_model is not None:
+            load_hf_weights(model.hf_model, chunks, model, head)
+        elif self.start_from is None:
+            log.warning("no --load and no --hf-model: training starts from random weights")
+        return chunks
+
+    def load_frozen(self, directory: str, head: Head) -> list[Chunk]:
+        """A model that only scores, on the run's layout, in evaluation mode.
+
+        Raises:
+            ValueError: the checkpoint is not such a model, or its tokenizer has another vocabulary.
+        """
+        info = read_info(directory)
+        if info.head != head:
+            raise ValueError(f"{info.path} holds a {info.head} model, a {head} model is needed here")
+        model = resolve(_without_sizes(self.config.model), info.architecture, str(info.path))
+        if model.vocab_size != self.config.model.vocab_size:
+            raise ValueError(
+                f"{info.path} has vocab_size={model.vocab_size}, the policy has {self.config.model.vocab_size}: "
+                "all models of a run share one tokenizer"
+            )
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=self.config.training.seed)
+        load_weights(info, chunks, head=head)
+        for chunk in chunks:
+            chunk.eval().requires_grad_(False)
+        return chunks
+
+
+    def open_logger(self, total_steps: int) -> MetricsLogger:
+        """The run's metrics logger, in --tensorboard-dir or else --save; it only does something on the writer."""
+        logger = MetricsLogger(
+            self.config.logging.tensorboard_dir or self.config.checkpoint.save,
+            total_steps=total_steps,
+            is_writer=self.parallel.is_writer,
+            progress=self.config.logging.progress,
+            log_interval=self.config.logging.log_interval,
+            resume_step=self.start_from.iteration if self.resuming else None,
+        )
+        logger.log_config(config_to_yaml(self.config))
+        return logger
+
+
+def open_run(config: RunConfig) -> Run:
+    """Resolve the model, check the layout, then start processes.
+
+    Raises:
+        ValueError: anything the user asked for that cannot be; nothing has been started by then.
+    """
+    _set_up_logging()
+    start_from, resuming = _find_start(config)
+    if start_from is not None:
+        found, source = start_from.architecture, str(start_from.path)
+    elif config.model.hf_model is not None:
+        found, source = read_hf_architecture(config.model.hf_model), config.model.hf_model
+    else:
+        found, source = None, "the flags"
+    config = dataclasses.replace(config, model=resolve(config.model, found, source))
+    validate_layout(config, runtime.launched_world_size(), config.model)
+    tokenizer, config = _open_tokenizer(config, start_from)
+    check_fits(tokenizer, config.model.vocab_size)
+    parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
+    impl, reason = choose_transformer_impl(config.model.transformer_impl, parallel.device)
+    log.info("transformer implementation: %s (%s)", impl, reason)
+    return Run(
+        config=config,
+        parallel=parallel,
+        tokenizer=tokenizer,
+        start_from=start_from,
+        resuming=resuming,
+    )
+
+
+def _find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
+    """The checkpoint to start from, and whether to resume it rather than take its weights alone."""
+    checkpoint = config.checkpoint
+    if checkpoint.auto_resume and has_checkpoint(checkpoint.save):
+        return read_info(checkpoint.save), True
+    if checkpoint.load is None:
+        return None, False
+    trains = config.stage in ("sft", "reward", "brain")
+    return read_info(checkpoint.load), trains and not checkpoint.finetune
+
+
+def _open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[Tokenizer, RunConfig]:
+    asked = config.tokenizer
+    if asked.tokenizer_model is not None:
+        return build_tokenizer(asked.tokenizer_type, asked.tokenizer_model), config
+    if start_from is not None:
+        kind, place = start_from.tokenizer_type, str(start_from.tokenizer_dir)
+    elif config.model.hf_model is not None:
+        kind, place = "HuggingFaceTokenizer", config.model.hf_model
+    else:
+        raise ConfigError("no tokenizer: give --tokenizer-model, or --load or --hf-model which bring one")
+    settings = dataclasses.replace(asked, tokenizer_type=kind, tokenizer_model=place)
+    return build_tokenizer(kind, place), dataclasses.replace(config, tokenizer=settings)
+
+
+def _without_sizes(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, **dict.fromkeys(ARCHITECTURE_FIELDS))
+
+
+def _set_up_logging() -> None:
+    level = logging.INFO if runtime.is_launch_writer() else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("megatron_brain").setLevel(level)

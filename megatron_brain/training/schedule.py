@@ -1,0 +1,108 @@
+"""Runs micro-batches through megatron-core's pipeline schedules, with or without the backward pass."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
+from megatron_brain.models.provider import Chunk
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.training.report import LossOutput
+
+LossFunction = Callable[[Tensor, PackedBatch], LossOutput]
+
+
+def pack_micro_batches(
+    micro_batches: Sequence[Sequence[Group]], *, shared_prefix: bool, multiple_of: int = 1
+) -> list[PackedBatch]:
+    """Pack each micro-batch into one sequence, all padded to the longest: pipeline stages exchange one shape.
+
+    Args:
+        multiple_of: lengths are rounded up to it; the tensor-parallel size where sequences are split.
+    """
+    length = max(
+        (packed_length(groups, shared_prefix=shared_prefix, multiple_of=multiple_of) for groups in micro_batches),
+        default=0,
+    )
+    return [pack_groups(groups, shared_prefix=shared_prefix, length=length) for groups in micro_batches]
+
+
+def forward_backward(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    loss_function: LossFunction,
+    parallel: Parallel,
+    *,
+    forward_only: bool = False,
+) -> list[LossOutput]:
+    """Loss of every micro-batch on the last stage (nothing elsewhere), gradients left in the model's buffers.
+
+    Args:
+        chunks: this rank's model chunks, wrapped by megatron-core's DistributedDataParallel unless `forward_only`.
+        batches: this replica's micro-batches, all of one length.
+    """
+
+    def loss_and_count(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
+        result = loss_function(output, batch)
+        # Three values: megatron-core divides the summed gradient by the count over the global batch.
+        count = torch.tensor(result.count, dtype=torch.int, device=output.device)
+        return result.loss_sum, count, result
+
+    return _run(chunks, batches, loss_and_count, parallel, forward_only=forward_only)
+
+
+@torch.no_grad()
+def forward(chunks: Sequence[Chunk], batches: Sequence[PackedBatch], parallel: Parallel) -> list[Tensor]:
+    """The model's output for every micro-batch, on all pipeline stages of the replica.
+
+    Returns:
+        per batch `[N]` token log-probabilities of a policy or `[R]` rewards of a reward model, float32.
+    """
+    if not batches:
+        return []
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    outputs = _run(chunks, batches, _keep_output, parallel, forward_only=True, collect_non_loss_data=True)
+    for chunk, was_training in zip(chunks, training, strict=True):
+        chunk.train(was_training)
+    if parallel.pp_size > 1:
+        size = torch.tensor([output.numel() for output in outputs] or [0] * len(batches), device=parallel.device)
+        sizes = parallel.broadcast_from_last_stage(size).tolist()
+        flat = torch.cat(outputs) if outputs else torch.empty(sum(sizes), device=parallel.device)
+        outputs = list(parallel.broadcast_from_last_stage(flat).split(sizes))
+    return outputs
+
+
+def _keep_output(batch: PackedBatch, output: Tensor, *, non_loss_data: bool) -> Tensor:
+    return output
+
+
+def _run(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[PackedBatch],
+    after: Callable,
+    parallel: Parallel,
+    **options,
+) -> list:
+    if not batches:
+        return []
+
+    def forward_step(batches, model):
+        batch = next(batches).to(parallel.device)
+        return model(batch), partial(after, batch)
+
+    iterators = [iter(batches) for _ in chunks]
+    one = len(chunks) == 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if one else iterators,
+        model=chunks[0] if one else list(chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.size(1),
+        micro_batch_size=1,
+        **options,
+    )

@@ -1,0 +1,78 @@
+"""Runs held-out or to-be-scored groups through a model in micro-batches of like length."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_brain.data.groups import Group
+from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.training.report import LossOutput, reduce_reports
+from megatron_brain.training.schedule import LossFunction, forward, forward_backward, pack_micro_batches
+
+_WINDOW = 16
+"""Micro-batches that share one padded length."""
+
+
+@torch.no_grad()
+def mean_loss(
+    chunks: Sequence[Chunk],
+    samples: Sequence[Sequence[Group]],
+    loss_function: LossFunction,
+    parallel: Parallel,
+    *,
+    micro_batch_size: int,
+    shared_prefix: bool,
+    mean_names: Sequence[str] = (),
+    max_names: Sequence[str] = (),
+) -> dict[str, float]:
+    """Loss and metrics of samples every replica holds, each replica computing its share."""
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    mine = samples[parallel.dp_rank :: parallel.dp_size]
+    reports: list[LossOutput] = []
+    for window in _windows(mine, micro_batch_size, shared_prefix=shared_prefix):
+        batches = pack_micro_batches(window, shared_prefix=shared_prefix, multiple_of=parallel.tp_size)
+        reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
+    for chunk, was_training in zip(chunks, training, strict=True):
+        chunk.train(was_training)
+    return reduce_reports(reports, parallel, mean_names=mean_names, max_names=max_names)
+
+
+def score_groups(
+    chunks: Sequence[Chunk],
+    micro_batches: Sequence[Sequence[Group]],
+    parallel: Parallel,
+    *,
+    head: Head,
+    shared_prefix: bool,
+) -> list[list[Tensor]]:
+    """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
+
+    Args:
+        micro_batches: groups computed together; keep those of training, so that the numerics are the same.
+
+    Returns:
+        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
+    """
+    scored: list[list[Tensor]] = []
+    for start in range(0, len(micro_batches), _WINDOW):
+        window = micro_batches[start : start + _WINDOW]
+        batches = pack_micro_batches(window, shared_prefix=shared_prefix, multiple_of=parallel.tp_size)
+        for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
+            values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
+            scored.append(list(values.split([len(group.responses) for group in batch.groups])))
+    return scored
+
+
+def _windows(
+    samples: Sequence[Sequence[Group]], micro_batch_size: int, *, shared_prefix: bool
+) -> list[list[list[Group]]]:
+    by_length = sorted(samples, key=lambda groups: sum(g.num_tokens(shared_prefix=shared_prefix) for g in groups))
+    micro_batches = [
+        [group for sample in by_length[start : start + micro_batch_size] for group in sample]
+        for start in range(0, len(by_length), micro_batch_size)
+    ]
+    return [micro_batches[start : start + _WINDOW] for start in range(0, len(micro_batches), _WINDOW)]

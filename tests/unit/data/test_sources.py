@@ -1,0 +1,130 @@
+import json
+import re
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_brain.data.sources import load_records
+
+ROWS = [{"prompt": f"p{i}", "completion": f"c {i} \u2028 é"} for i in range(5)]
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def fields(records):
+    return [record for _, record in records]
+
+
+def test_every_kind_of_source_gives_the_same_records(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "array.json").write_text(json.dumps(ROWS, indent=1))
+    write_jsonl(tmp_path / "lines.json")
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    with pyarrow.ipc.new_stream(str(tmp_path / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pyarrow.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "array.json", "lines.json", "a.parquet", "stream.arrow", "file.arrow", "saved"):
+        assert fields(load_records(str(tmp_path / name))) == ROWS, name
+
+
+def test_records_carry_file_and_line_or_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": 2}')
+    assert load_records(str(path)) == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2})]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert load_records(str(tmp_path / "a.parquet"))[4][0] == f"{tmp_path}/a.parquet[4]"
+
+
+def test_glob_reads_files_in_the_order_of_their_names(tmp_path):
+    for name in ("b", "a", "c"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"from": name}])
+    assert [r["from"] for r in fields(load_records(f"{tmp_path}/*.jsonl"))] == ["a", "b", "c"]
+
+
+def test_limit_reads_no_further(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl")
+    path.write_text(path.read_text() + "not json\n")
+    assert fields(load_records(str(path), limit=5)) == ROWS
+
+
+def test_saved_dataset_dict_needs_a_split_it_has(tmp_path):
+    source = str(tmp_path / "saved")
+    part = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(source)
+    assert load_records(source, split="test") == [(f"{source}[test][0]", ROWS[1])]
+    for split in (None, "validation"):
+        with pytest.raises(ValueError, match=rf"no split {split!r}; it has train, test"):
+            load_records(source, split=split)
+
+
+def test_hub_names_go_through_datasets(monkeypatch):
+    def load_dataset(name):
+        assert name == "trl-lib/tldr"
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_records("trl-lib/tldr", split="train")[2] == ("trl-lib/tldr[train][2]", ROWS[2])
+
+
+def test_a_name_that_is_neither_file_nor_hub_data_set_says_where_it_looked(monkeypatch, tmp_path):
+    def load_dataset(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/data/train\).*hub \(ConnectionError: no network"):
+        load_records("data/train")
+    for missing in ("data/train.jsonl", "a/b/c", "nothing*.jsonl"):
+        with pytest.raises(ValueError, match=re.escape(f"{missing}: no such file (looked for {tmp_path}/{missing})")):
+            load_records(missing)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": ', "not valid JSON"),
+        (b'["prompt"]', "must be a JSON object with named fields, not list"),
+        (b'{"prompt": "\xff"}', "not valid JSON"),
+        (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"prompt": "ok"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"bad.jsonl:2: .*{message}"):
+        load_records(str(path))
+
+
+def test_empty_unknown_and_damaged_files_are_named(tmp_path):
+    for name, content, message in [
+        ("empty.jsonl", b"\n", "file is empty"),
+        ("empty.json", b"[]", "file is empty"),
+        ("a.csv", b"a,b", "unknown kind of file; must be one of .jsonl"),
+        ("bad.parquet", b"no parquet at all", "cannot be read as parquet"),
+        ("bad.arrow", b"no arrow at all", "cannot be read as arrow"),
+        ("bad.json", b'[{"a": 1},', "not valid JSON"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+            load_records(str(tmp_path / name))
+
+
+def test_one_empty_file_of_a_glob_is_named(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").touch()
+    with pytest.raises(ValueError, match=r"b.jsonl: the file is empty"):
+        load_records(f"{tmp_path}/*.jsonl")
+
+
+def test_a_folder_of_files_suggests_a_glob(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"save_to_disk did not write.*\*\.jsonl"):
+        load_records(str(tmp_path))
