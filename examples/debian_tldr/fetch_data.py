@@ -93,6 +93,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--test-share", type=float, default=0.05, help="share of source packages in test.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split")
     args = parser.parse_args()
+    if args.max_prompt_words < FilterSettings.min_description_words:
+        parser.error(f"--max-prompt-words must be at least {FilterSettings.min_description_words}")
     if min(args.valid_share, args.test_share) <= 0 or args.valid_share + args.test_share >= 1:
         parser.error("--valid-share and --test-share must be positive and leave something for train")
     return args

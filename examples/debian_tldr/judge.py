@@ -43,7 +43,7 @@ def score(prompts: list[str], responses: list[str], references: list[str]) -> li
             continue
         rouge_2, rouge_l = rouge(response, reference)
         cosine = float(embeddings[row[response.strip()]] @ embeddings[row[reference.strip()]])
-        scores.append(0.25 * rouge_2 + 0.25 * rouge_l + 0.5 * max(0.0, cosine))
+        scores.append(0.25 * rouge_2 + 0.25 * rouge_l + 0.5 * cosine)
     return scores
 
 

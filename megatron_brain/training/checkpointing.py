@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class CheckpointInfo:
     tokenizer_type: str
     stage_state: dict
     has_optimizer: bool
+    bf16: bool
     layout: dict[str, int]
     """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
 
@@ -67,19 +69,19 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     """
     root = Path(directory)
     if not root.is_dir():
-        raise ValueError(f"checkpoint folder {root.resolve()} does not exist")
+        raise ConfigError(f"checkpoint folder {root.resolve()} does not exist")
     path = root
     if not (root / INFO).is_file():
         if not has_checkpoint(root):
-            raise ValueError(
+            raise ConfigError(
                 f"{root.resolve()} holds no checkpoint: it has no {LATEST}. Was --save of the earlier run another folder?"
             )
         text = (root / LATEST).read_text().strip()
         if not text.isdigit():
-            raise ValueError(f"{root / LATEST} says {text!r}, which is not an iteration number")
+            raise ConfigError(f"{root / LATEST} says {text!r}, which is not an iteration number")
         path = iteration_dir(root, int(text))
     if not (path / INFO).is_file():
-        raise ValueError(f"{path} has no {INFO}: it was not written by megatron_brain, or its save was cut off")
+        raise ConfigError(f"{path} has no {INFO}: it was not written by megatron_brain, or its save was cut off")
     return CheckpointInfo(path=path, **json.loads((path / INFO).read_text()))
 
 
@@ -126,6 +128,7 @@ def save_checkpoint(
             "tokenizer_type": config.tokenizer.tokenizer_type,
             "stage_state": stage_state or {},
             "has_optimizer": optimizer is not None,
+            "bf16": config.model.bf16,
             "layout": _layout(parallel),
         }
         (path / INFO).write_text(json.dumps(info, indent=2))
@@ -141,7 +144,7 @@ def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -
         ValueError: a policy is asked from a reward checkpoint, whose output layer is gone.
     """
     if head == "policy" and info.head == "reward":
-        raise ValueError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
+        raise ConfigError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
     state = _model_state(chunks)
     if head == "reward" and info.head == "policy":
         for chunk_state in state.values():
@@ -160,10 +163,16 @@ def load_training_state(
     """Load weights, optimizer, schedule and random states, to go on as if never stopped.
 
     Raises:
-        ValueError: the checkpoint was saved without its optimizer.
+        ValueError: the checkpoint was saved without its optimizer, or in another precision.
     """
     if not info.has_optimizer:
-        raise ValueError(f"{info.path} was saved with --no-save-optim: add --finetune to start from its weights")
+        raise ConfigError(f"{info.path} was saved with --no-save-optim: add --finetune to start from its weights")
+    bf16 = chunks[0].config.bf16
+    if info.bf16 != bf16:
+        raise ConfigError(
+            f"{info.path} was trained with bf16={info.bf16}, this run has bf16={bf16}: resume in the same precision, "
+            "or add --finetune to start from its weights"
+        )
     state = _sharded_state(chunks, parallel, optimizer, scheduler, loading=True)
     same_layout = info.layout == _layout(parallel)
     if not same_layout:

@@ -24,7 +24,8 @@ def test_sft_group_is_encoded_prompt_then_encoded_response(any_tokenizer):
 
 def test_both_chat_formats_give_the_same_group(hf):
     groups, _ = sft_groups(at({"messages": [USER, GOOD]}, {"prompt": [USER], "completion": [GOOD]}), hf, ROOMY)
-    assert groups[0].prompt == groups[1].prompt == tuple(hf.encode_prompt(chat.render_prompt(hf, [USER], ""), chat=True))
+    rendered = chat.render_prompt(hf, [USER], "")
+    assert groups[0].prompt == groups[1].prompt == tuple(hf.encode_prompt(rendered, chat=True))
     assert groups[0].responses == groups[1].responses == (tuple(hf.encode_response("a short summary")),)
 
 
@@ -194,8 +195,13 @@ def test_bad_preference_records_name_line_and_field(hf, record, message):
 
 @pytest.mark.parametrize(
     ("record", "message"),
-    [({"completion": "c"}, "'prompt' is missing"), ({"prompt": " "}, "'prompt' is empty"), ({"prompt": 3}, "a text"),
-     ({"prompt": "p", "completion": ""}, "'completion' is empty"), ({"prompt": "p", "chosen": 1}, "'chosen' must be a text")],
+    [
+        ({"completion": "c"}, "'prompt' is missing"),
+        ({"prompt": " "}, "'prompt' is empty"),
+        ({"prompt": 3}, "'prompt' must be a text"),
+        ({"prompt": "p", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "p", "chosen": 1}, "'chosen' must be a text"),
+    ],
 )
 def test_bad_prompt_records_name_line_and_field(hf, record, message):
     with pytest.raises(ValueError, match=f"^d.jsonl:1: .*{message}"):

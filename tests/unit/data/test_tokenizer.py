@@ -82,8 +82,10 @@ def test_a_chosen_special_pad_is_saved_and_an_ordinary_one_stays_ordinary(tmp_pa
     only_eos = HuggingFaceTokenizer(
         write_hf_tokenizer(tmp_path / "b", special=["</s>"], eos_token="</s>", bos_token="</s>", pad_token="</s>")
     )
-    assert only_eos.pad_id not in (only_eos.eos_id, None)
-    assert only_eos.decode([only_eos.pad_id]) == only_eos.hf.convert_ids_to_tokens(only_eos.pad_id)
+    only_eos.save(tmp_path / "saved_b")
+    again = HuggingFaceTokenizer(str(tmp_path / "saved_b"))
+    assert again.pad_id == only_eos.pad_id != only_eos.eos_id
+    assert again.decode([again.pad_id]) == again.hf.convert_ids_to_tokens(again.pad_id)
 
 
 def test_saved_tokenizer_reads_back_the_same(any_tokenizer, tmp_path):

@@ -1,0 +1,50 @@
+"""Responses of a checkpoint to a list of prompts, as the generate and evaluate stages draw them."""
+
+import logging
+from collections.abc import Sequence
+
+from megatron_brain.config.stages import SamplingConfig
+from megatron_brain.data.records import Prompt, prompt_groups
+from megatron_brain.data.sources import load_records
+from megatron_brain.generation.sampler import Sample, Sampler
+from megatron_brain.models.provider import Chunk
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def read_prompts(run: Run) -> Sequence[Prompt]:
+    """The prompts of --prompts."""
+    settings = run.config.generate
+    prompts, report = prompt_groups(
+        load_records(settings.prompts, run.config.data.valid_split, settings.max_prompts),
+        run.tokenizer,
+        run.config.data,
+    )
+    log.info("%s: %s", settings.prompts, report)
+    return prompts
+
+
+def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:
+    """Indices of the prompts this replica answers."""
+    return list(range(parallel.dp_rank, len(prompts), parallel.dp_size))
+
+
+def sample_answers(
+    run: Run, chunks: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int], sampling: SamplingConfig
+) -> list[list[Sample]]:
+    """Samples for this replica's prompts; which ones depends on the seed and the prompt's index, not on the layout."""
+    sampler = Sampler(chunks, run.parallel, sampling, eos_id=run.tokenizer.eos_id)
+    return sampler.generate(
+        [prompts[i].tokens for i in mine],
+        samples_per_prompt=sampling.samples_per_prompt,
+        keys=list(mine),
+        seed=run.config.training.seed,
+    )
+
+
+def gather_rows(rows: Sequence[tuple[int, dict]], parallel: Parallel) -> list[dict]:
+    """All replicas' rows in the order of their prompts."""
+    everyone = parallel.gather_over_data_parallel(list(rows))
+    return [row for _, row in sorted((item for replica in everyone for item in replica), key=lambda item: item[0])]

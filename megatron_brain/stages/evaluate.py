@@ -1,0 +1,168 @@
+"""Compares a policy with a baseline checkpoint and with reference responses on held-out prompts."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.groups import Group
+from megatron_brain.data.records import Prompt
+from megatron_brain.generation.sampler import Sample
+from megatron_brain.models.provider import Chunk
+from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
+from megatron_brain.statistics import Estimate, bootstrap, wins
+from megatron_brain.training.checkpointing import load_weights
+from megatron_brain.training.run import Run
+from megatron_brain.training.validation import score_groups
+
+log = logging.getLogger(__name__)
+
+Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
+
+_ANSWERS = ("policy", "baseline", "reference")
+
+
+def main(run: Run) -> None:
+    """Sample both checkpoints, score all answers, and write the report as JSON."""
+    settings = run.config.evaluate
+    judge = load_judge(settings.judge) if settings.judge else None
+    prompts = read_prompts(run)
+    mine = my_share(prompts, run.parallel)
+    policy = run.build_model("policy")
+    load_weights(run.start_from, policy, head="policy")
+    prior = run.load_frozen(run.config.scoring.prior_load, "policy")
+    baseline = run.load_frozen(settings.baseline_load, "policy") if settings.baseline_load else prior
+    one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
+    drawn = {
+        "policy": [samples[0] for samples in sample_answers(run, policy, prompts, mine, one)],
+        "baseline": [samples[0] for samples in sample_answers(run, baseline, prompts, mine, one)],
+    }
+    rows = [_row(run, prompts[i], {name: drawn[name][k] for name in drawn}) for k, i in enumerate(mine)]
+    for row, difference in zip(rows, _log_ratios(run, policy, prior, prompts, mine), strict=True):
+        row["kl_to_prior"] = difference
+    if run.config.scoring.reward_load is not None:
+        _add_rewards(run, rows, [prompts[i] for i in mine], drawn)
+    everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
+    if run.parallel.is_writer:
+        if judge is not None:
+            _add_judge_scores(judge, everything)
+        _write_report(run, everything)
+
+
+def load_judge(name: str) -> Judge:
+    """The function a `path/to/file.py:function` names.
+
+    Raises:
+        ConfigError: no such file or function.
+    """
+    path, _, function = name.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ConfigError(f"judge={name}: give path/to/file.py:function; {path or name} is no file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"judge={name}: {path} has no function {function}")
+    return getattr(module, function)
+
+
+def _row(run: Run, prompt: Prompt, drawn: dict[str, Sample]) -> dict:
+    row = {"id": prompt.record_id, "prompt": prompt.text, "reference": prompt.reference}
+    for name, sample in drawn.items():
+        row[name] = run.tokenizer.decode(sample.tokens)
+        row[f"length/{name}"] = len(sample.tokens)
+        row[f"unfinished/{name}"] = float(not sample.finished)
+    return row
+
+
+def _log_ratios(
+    run: Run, policy: Sequence[Chunk], prior: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int]
+) -> list[float]:
+    """log q(y|x) - log p(y|x) of one sample y ~ q per prompt, whose mean estimates KL(policy || prior) in nats.
+
+    The samples are drawn at temperature 1 whatever the answers were drawn at: only those are samples of q.
+    """
+    plain = dataclasses.replace(run.config.sampling, samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0)
+    samples = sample_answers(run, policy, prompts, mine, plain)
+    groups = [
+        [Group(prompt=prompts[i].tokens, responses=(drawn[0].tokens,), record_id=prompts[i].record_id)]
+        for i, drawn in zip(mine, samples, strict=True)
+    ]
+    scores = [
+        score_groups(chunks, groups, run.parallel, head="policy", shared_prefix=True) for chunks in (policy, prior)
+    ]
+    return [(q[0] - p[0]).item() for q, p in zip(*scores, strict=True)]
+
+
+def _add_rewards(run: Run, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Sample]]) -> None:
+    model = run.load_frozen(run.config.scoring.reward_load, "reward")
+    groups = []
+    for k, prompt in enumerate(prompts):
+        responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
+        if prompt.reference is not None:
+            responses.append(tuple(run.tokenizer.encode_response(prompt.reference)))
+        groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
+    shared_prefix = run.config.training.shared_prefix
+    scored = score_groups(model, groups, run.parallel, head="reward", shared_prefix=shared_prefix)
+    for row, [rewards] in zip(rows, scored, strict=True):
+        row |= {f"reward/{name}": value for name, value in zip(_ANSWERS, rewards.tolist(), strict=False)}
+
+
+def _add_judge_scores(judge: Judge, rows: list[dict]) -> None:
+    if any(row["reference"] is None for row in rows):
+        raise ConfigError("the judge compares with references, and some prompts have none")
+    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
+    for name in _ANSWERS:
+        scores = judge(prompts, [row[name] for row in rows], references)
+        for row, score in zip(rows, scores, strict=True):
+            row[f"judge/{name}"] = float(score)
+
+
+def _write_report(run: Run, rows: list[dict]) -> None:
+    settings = run.config.evaluate
+    metrics = {
+        name: dataclasses.asdict(estimate)
+        for name, estimate in summarize(
+            rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed
+        ).items()
+    }
+    report = {
+        "num_prompts": len(rows),
+        "metrics": metrics,
+        "examples": [
+            {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
+            for r in rows[: settings.num_examples]
+        ],
+        "rows": rows,
+    }
+    output = Path(run.config.generate.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    for name, estimate in metrics.items():
+        log.info("%-40s %8.4f  [%.4f, %.4f]", name, *estimate.values())
+
+
+def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dict[str, Estimate]:
+    """Means and win-rates with 95% intervals over prompts.
+
+    Args:
+        rows: one per prompt, with numbers named `kind/answer` and `kl_to_prior`.
+
+    Returns:
+        every number's mean, and `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference` and
+        `.../baseline_vs_reference` for the kinds reward and judge where all prompts have both.
+    """
+    columns = {
+        name: [row[name] for row in rows]
+        for name in rows[0]
+        if isinstance(rows[0][name], (int, float)) and all(name in row for row in rows)
+    }
+    for kind in ("reward", "judge"):
+        for one, other in (("policy", "baseline"), ("policy", "reference"), ("baseline", "reference")):
+            scores = [columns.get(f"{kind}/{answer}") for answer in (one, other)]
+            if all(score is not None for score in scores):
+                columns[f"win_rate/{kind}/{one}_vs_{other}"] = wins(*scores)
+    return {name: bootstrap(values, samples=bootstrap_samples, seed=seed) for name, values in columns.items()}

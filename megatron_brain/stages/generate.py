@@ -1,0 +1,43 @@
+"""Responses for a file of prompts, one JSON line a prompt."""
+
+import json
+import logging
+from pathlib import Path
+
+from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
+from megatron_brain.training.checkpointing import load_weights
+from megatron_brain.training.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def main(run: Run) -> None:
+    """Sample and write."""
+    prompts = read_prompts(run)
+    chunks = run.build_model("policy")
+    if run.start_from is not None:
+        load_weights(run.start_from, chunks, head="policy")
+    mine = my_share(prompts, run.parallel)
+    samples = sample_answers(run, chunks, prompts, mine, run.config.sampling)
+    rows = [
+        (
+            i,
+            {
+                "id": prompts[i].record_id,
+                "prompt": prompts[i].text,
+                "reference": prompts[i].reference,
+                "responses": [run.tokenizer.decode(sample.tokens) for sample in drawn],
+                "finished": [sample.finished for sample in drawn],
+                "logprobs": [sample.logprob for sample in drawn],
+            },
+        )
+        for i, drawn in zip(mine, samples, strict=True)
+    ]
+    everything = gather_rows(rows, run.parallel)
+    if run.parallel.is_writer:
+        output = Path(run.config.generate.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w") as file:
+            for row in everything:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        log.info("wrote %d prompts with %d responses each to %s", len(everything), len(samples[0]), output)

@@ -1,0 +1,121 @@
+"""Rollouts: the sampled and scored groups of a round, in memory and as files any engine may write.
+
+A file holds one JSON object per prompt:
+
+    {"id": "...", "index": 0, "prompt_tokens": [...], "prompt": "...",
+     "responses": [{"tokens": [...], "text": "...", "finished": true, "sampler_logprob": -12.3,
+                    "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4, "alpha": 0.1}, ...]}
+
+To be read back, a response needs its tokens and log_proposal, the log-probability under the distribution it was drawn
+from (or sampler_logprob, the sampling engine's own word for it). Reward and log_prior are computed where they are
+missing.
+"""
+
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.groups import Group
+from megatron_brain.data.sources import load_records
+
+
+@dataclass(kw_only=True)
+class Response:
+    """One sample. Log-probabilities are sums over its tokens, EOS included, in nats."""
+
+    tokens: tuple[int, ...]
+    text: str = ""
+    finished: bool = True
+    sampler_logprob: float | None = None
+    log_proposal: float | None = None
+    log_prior: float | None = None
+    reward: float | None = None
+    alpha: float | None = None
+
+
+@dataclass(kw_only=True)
+class Rollout:
+    """One prompt with its samples. `index` is the prompt's place in the round, which decides its replica."""
+
+    id: str
+    index: int
+    prompt_tokens: tuple[int, ...]
+    prompt: str = ""
+    responses: list[Response] = field(default_factory=list)
+
+    def values(self, name: str) -> tuple[float, ...]:
+        """One number per response."""
+        return tuple(getattr(response, name) for response in self.responses)
+
+    def group(self) -> Group:
+        """The group to score or train on, with the numbers known so far."""
+        known = {
+            name: self.values(name)
+            for name in ("log_proposal", "log_prior", "reward")
+            if all(value is not None for value in self.values(name))
+        }
+        finished = tuple(float(response.finished) for response in self.responses)
+        return Group(
+            prompt=self.prompt_tokens,
+            responses=tuple(response.tokens for response in self.responses),
+            values={**known, "finished": finished},
+            record_id=self.id,
+        )
+
+    def as_dict(self) -> dict:
+        """JSON-able form."""
+        return asdict(self)
+
+
+def rollout_from_dict(record: dict, where: str) -> Rollout:
+    """Read one record.
+
+    Raises:
+        ConfigError: a field is missing or unknown, or there are fewer than two responses; names `where`.
+    """
+    try:
+        responses = [Response(**{**r, "tokens": tuple(r["tokens"])}) for r in record["responses"]]
+        rollout = Rollout(
+            **{**record, "prompt_tokens": tuple(record["prompt_tokens"]), "responses": responses}
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: not a rollout record, {error}; docs/data.md shows the format") from error
+    if len(responses) < 2:
+        raise ConfigError(f"{where}: {len(responses)} response(s), a group needs at least 2")
+    for response in responses:
+        if response.log_proposal is None:
+            response.log_proposal = response.sampler_logprob
+        if response.log_proposal is None:
+            raise ConfigError(f"{where}: a response has neither log_proposal nor sampler_logprob")
+    return rollout
+
+
+def rollout_files(pattern: str) -> list[str]:
+    """Rollout files in the order of their names, one a round.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise ConfigError(f"rollout_data={pattern} matches no file under {Path.cwd()}")
+    return files
+
+
+def read_rollouts(path: str) -> list[Rollout]:
+    """All rollouts of a file (jsonl or Arrow), sorted by index."""
+    rollouts = [rollout_from_dict(record, where) for where, record in load_records(path)]
+    return sorted(rollouts, key=lambda rollout: rollout.index)
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write a round; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(rollout.as_dict(), ensure_ascii=False) + "\n")
+    partial.replace(path)
