@@ -224,9 +224,7 @@ def filter_packages(packages: list[Package], settings: FilterSettings) -> tuple[
     return kept, dropped, changed
 
 
-def text_rule(
-    package: Package, uncut: tuple[str, ...], settings: FilterSettings, seen: set[str]
-) -> str | None:
+def text_rule(package: Package, uncut: tuple[str, ...], settings: FilterSettings, seen: set[str]) -> str | None:
     """Name the rule on the texts that drops a package, or None; `seen` holds the descriptions kept so far."""
     words = len(package.description.split())
     if uncut and not package.paragraphs:

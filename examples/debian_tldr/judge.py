@@ -1,6 +1,8 @@
 """The gold judge of the example: how near is a response to the synopsis that the package's maintainer wrote?
 
-    score = 0.25 ROUGE-2 F + 0.25 ROUGE-L F + 0.5 max(0, cosine of MiniLM sentence embeddings),   0 for an empty response
+    score = 0.25 ROUGE-2 F + 0.25 ROUGE-L F + 0.5 max(0, cosine of MiniLM sentence embeddings)
+
+and 0 for an empty response.
 
 It needs the reference, which neither the policy nor the reward model ever sees. It labels preference pairs among
 samples on training prompts, and it evaluates on held-out prompts; nothing is trained against it directly.
@@ -43,7 +45,7 @@ def score(prompts: list[str], responses: list[str], references: list[str]) -> li
             continue
         rouge_2, rouge_l = rouge(response, reference)
         cosine = float(embeddings[row[response.strip()]] @ embeddings[row[reference.strip()]])
-        scores.append(0.25 * rouge_2 + 0.25 * rouge_l + 0.5 * cosine)
+        scores.append(0.25 * rouge_2 + 0.25 * rouge_l + 0.5 * max(0.0, cosine))
     return scores
 
 

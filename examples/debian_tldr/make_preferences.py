@@ -173,7 +173,7 @@ def nearest_records(records: list[dict], rows: list[int], batch: int = 256) -> l
 
 
 def neighbour_completion(chosen: str, candidates: list[str]) -> str | None:
-    """First candidate that shares at most `MAX_SHARED_WORDS` of its words with the chosen text; None if there is none."""
+    """First candidate that shares at most `MAX_SHARED_WORDS` of its words with the chosen text, or None."""
     words = set(chosen.lower().split())
     for candidate in candidates:
         own = set(candidate.lower().split())

@@ -82,7 +82,8 @@ class PackedBatch:
 
     def values(self, name: str) -> Tensor:
         """The groups' values of one name, laid end to end: `[G]` or `[R]` float32 on the batch's device."""
-        return torch.tensor([v for group in self.groups for v in group.values[name]], device=self.tokens.device)
+        values = [value for group in self.groups for value in group.values[name]]
+        return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
     def sum_per_response(self, values: Tensor) -> Tensor:
         """Sum values `[N]` of counted response tokens to `[R]` in fp32."""
@@ -110,7 +111,7 @@ def pack_groups(groups: Sequence[Group], *, shared_prefix: bool, length: int | N
     if total > length:
         raise ValueError(f"groups of {total} tokens do not fit into a sequence of {length}")
     if total < length:
-        builder.add_segment([0] * (length - total), first_position=0)
+        builder.add_padding(length - total)
     return builder.build(tuple(groups))
 
 
@@ -137,6 +138,12 @@ class _Builder:
         self.positions += range(first_position, first_position + len(tokens))
         self.segments.append(segment)
         return segment
+
+    def add_padding(self, length: int) -> None:
+        # At position 0 throughout: padding may be longer than any sequence the model has positions for.
+        self.segments.append(Segment(start=len(self.tokens), length=length))
+        self.tokens += [0] * length
+        self.positions += [0] * length
 
     def add_group(self, index: int, group: Group, *, shared_prefix: bool) -> None:
         prompt = self.add_segment(group.prompt, first_position=0) if shared_prefix else None

@@ -26,7 +26,7 @@ def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> N
     slice is kept. So one process and every tensor- and pipeline-parallel layout start from equal weights, vocabulary
     padding (zeros) aside. Outputs that add to the residual stream are scaled down by sqrt(2 x layers).
     """
-    for sharded in _sharded_tensors(module):
+    for sharded in sharded_tensors(module):
         if sharded.data is None or sharded.data.numel() == 0 or not sharded.data.is_floating_point():
             continue
         if "norm" in sharded.key:
@@ -50,11 +50,12 @@ def mark_tensor_parallel(module: nn.Module) -> None:
             set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=1, stride=1)
 
 
-def _sharded_tensors(module: nn.Module) -> list[ShardedTensor]:
+def sharded_tensors(module: nn.Module) -> list[ShardedTensor]:
+    """Every weight of this rank with its place in the whole model; `data` writes through to the parameter."""
     found: list[ShardedTensor] = []
     for value in module.sharded_state_dict().values():
         if isinstance(value, ShardedTensorFactory):
-            # Gated weights are stored as two halves; their slices write through to the parameter.
+            # Gated weights are stored as two halves.
             built = value.build()
             found += built if isinstance(built, list) else list(built.values())
         elif isinstance(value, ShardedTensor):

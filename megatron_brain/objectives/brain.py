@@ -4,6 +4,7 @@ All functions take one group: tensors `[n]`, one entry per sample of one prompt.
 response's tokens, EOS included, in nats, float32 or better.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -63,13 +64,17 @@ def brain_loss(
       - `unnormalized`: alpha_i - (1/n) (q_theta/q')^b, of the generalised KL of unnormalised weights;
       - `none`: alpha_i, of the cross-entropy alone.
     The value is zero where the policy's weights equal alpha.
+
+    Raises:
+        ValueError: fewer than two samples.
     """
+    _check_group(log_policy)
     log_ratio = strength * (log_policy - log_proposal)
     alpha = log_alpha.exp()
     entropy_term = torch.where(alpha > 0, alpha * log_alpha, 0.0).sum()
     if baseline == "self-normalized":
         return entropy_term - _weighted_sum(alpha, policy_log_weights(log_policy, log_proposal, strength=strength))
-    log_mean_ratio = log_ratio - torch.log(torch.tensor(float(len(log_ratio))))
+    log_mean_ratio = log_ratio - math.log(len(log_ratio))
     cross_entropy = entropy_term - _weighted_sum(alpha, log_mean_ratio)
     if baseline == "none":
         return cross_entropy

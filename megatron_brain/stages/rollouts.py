@@ -13,6 +13,7 @@ missing.
 
 import glob
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,23 +75,39 @@ def rollout_from_dict(record: dict, where: str) -> Rollout:
     """Read one record.
 
     Raises:
-        ConfigError: a field is missing or unknown, or there are fewer than two responses; names `where`.
+        ConfigError: a field is missing, unknown or of another kind, or there are fewer than two responses; names
+            `where`.
     """
     try:
-        responses = [Response(**{**r, "tokens": tuple(r["tokens"])}) for r in record["responses"]]
-        rollout = Rollout(
-            **{**record, "prompt_tokens": tuple(record["prompt_tokens"]), "responses": responses}
-        )
+        responses = [Response(**{**r, "tokens": _token_ids(r["tokens"])}) for r in record["responses"]]
+        rollout = Rollout(**{**record, "prompt_tokens": _token_ids(record["prompt_tokens"]), "responses": responses})
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{where}: not a rollout record, {error}; docs/data.md shows the format") from error
     if len(responses) < 2:
         raise ConfigError(f"{where}: {len(responses)} response(s), a group needs at least 2")
     for response in responses:
+        _make_floats(response, where)
         if response.log_proposal is None:
             response.log_proposal = response.sampler_logprob
         if response.log_proposal is None:
             raise ConfigError(f"{where}: a response has neither log_proposal nor sampler_logprob")
     return rollout
+
+
+def _token_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(token, int) for token in value):
+        raise TypeError(f"tokens must be a list of at least one id, not {str(value)[:40]!r}")
+    return tuple(value)
+
+
+def _make_floats(response: Response, where: str) -> None:
+    for name in ("sampler_logprob", "log_proposal", "log_prior", "reward"):
+        value = getattr(response, name)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a finite number")
+        setattr(response, name, float(value))
 
 
 def rollout_files(pattern: str) -> list[str]:

@@ -83,7 +83,7 @@ class Trainer:
                 shown |= self._validate()
             interval = self.config.checkpoint.save_interval
             if done or (interval and self.iteration % interval == 0):
-                self._save()
+                self.save()
         self.logger.close()
         return shown
 
@@ -156,7 +156,8 @@ class Trainer:
             f"Records of rank {self.parallel.rank}: {', '.join(records)}. A lower --lr or --clip-grad may help."
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of the current iteration to --save, where one is set."""
         checkpoint = self.config.checkpoint
         if checkpoint.save is None:
             return

@@ -1,0 +1,1 @@
+"""Drawing responses from a policy: key/value cache, token choice, sampler."""

@@ -1,0 +1,81 @@
+"""What the samples of one batch are and which of them are still drawn."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_brain.generation.cache import KeyValueCache
+
+_COMPACT_AT = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response.
+
+    tokens: EOS included where the model gave it. logprob: sum over the tokens of the log of the probability each was
+    drawn with, temperature, top-k and top-p included (so 0 when greedy). finished: whether it ends in EOS.
+    """
+
+    tokens: tuple[int, ...]
+    logprob: float
+    finished: bool
+
+
+class Batch:
+    """P prompts with n samples each, first all, then those worth keeping in the forward pass.
+
+    Attributes:
+        ids: `[P, n]`, number of the sample each row draws, counted over the whole batch, prompt-major.
+        live: `[P, n]` bool, whether the row's sample goes on; the tokens of other rows are ignored.
+        live_counts: live samples of each prompt.
+        logprobs: `[samples]` float64, on the last pipeline stage.
+    """
+
+    def __init__(self, prompts: int, samples: int, max_new_tokens: int, device: torch.device) -> None:
+        self.ids = torch.arange(prompts * samples, device=device).view(prompts, samples)
+        self.live = torch.ones_like(self.ids, dtype=torch.bool)
+        self.live_counts = [samples] * prompts
+        self.logprobs = torch.zeros(prompts * samples, dtype=torch.float64, device=device)
+        # No token id is negative: what stays is what was never drawn.
+        self._tokens = torch.full((prompts * samples, max_new_tokens), -1, device=device)
+
+    def record(self, step: int, tokens: Tensor, logprobs: Tensor, eos_id: int) -> None:
+        """Add the token `[P * n]` that every row drew at this step, and its log-probability."""
+        tokens, logprobs = tokens.view_as(self.ids), logprobs.view_as(self.ids)
+        ids = self.ids[self.live]
+        self._tokens[ids, step] = tokens[self.live]
+        self.logprobs[ids] += logprobs[self.live]
+        self.live &= tokens != eos_id
+        self.live_counts = self.live.sum(dim=1).tolist()
+
+    def compact(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Drop finished samples from the batch and the cache where enough rows are saved to pay for the copy.
+
+        Every prompt left keeps as many rows as the one with most live samples needs.
+
+        Returns:
+            The tokens `[P * n]` of the rows that are left.
+        """
+        most = max(self.live_counts)
+        left = [prompt for prompt, count in enumerate(self.live_counts) if count]
+        if len(left) * most > _COMPACT_AT * self.live.numel():
+            return tokens
+        prompts = torch.tensor(left, device=tokens.device)
+        live_first = torch.sort(~self.live[prompts], dim=1, stable=True).indices
+        samples = live_first[:, :most]
+        cache.keep(prompts, samples)
+        rows = (prompts[:, None], samples)
+        tokens = tokens.view_as(self.ids)[rows].flatten()
+        self.ids, self.live = self.ids[rows], self.live[rows]
+        self.live_counts = [self.live_counts[prompt] for prompt in left]
+        return tokens
+
+    def samples(self, eos_id: int) -> list[Sample]:
+        """All samples in order of their number."""
+        found = []
+        for row, logprob in zip(self._tokens.tolist(), self.logprobs.tolist(), strict=True):
+            tokens = tuple(token for token in row if token >= 0)
+            found.append(Sample(tokens=tokens, logprob=logprob, finished=tokens[-1] == eos_id))
+        return found

@@ -1,0 +1,203 @@
+"""Draws responses from a policy, on any tensor- and pipeline-parallel layout."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_brain.config.stages import SamplingConfig
+from megatron_brain.data.groups import Segment
+from megatron_brain.generation.batch import Batch, Sample
+from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, PrefillLayout
+from megatron_brain.generation.choose import choose_tokens, draw_uniforms
+from megatron_brain.generation.pipeline import trunk_forward
+from megatron_brain.logprobs import local_logits
+from megatron_brain.models.gpt import PolicyModel
+from megatron_brain.runtime.parallel import Parallel
+
+Prompt = tuple[int, ...]
+
+
+class Sampler:
+    """Samples responses of prompts, each data-parallel replica its own.
+
+    All ranks of a replica call `generate` with the same arguments and get the same samples. A sample's draws depend
+    on the seed, the key of its prompt and its number alone, so (rounding aside) neither the layout nor the prompts
+    it is batched with change it.
+
+    Args:
+        chunks: this rank's policy, as `build_model` returns it (not wrapped for data parallelism).
+        sampling: how to draw, at most how long, and how many at one time.
+        eos_id: token that ends a response.
+        progress: called after every step with the samples done and the tokens drawn since `generate` began.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[PolicyModel],
+        parallel: Parallel,
+        sampling: SamplingConfig,
+        *,
+        eos_id: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.parallel = parallel
+        self.sampling = sampling
+        self.eos_id = eos_id
+        self.progress = progress
+        self._done = self._tokens = 0
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, keys: Sequence[int], seed: int
+    ) -> list[list[Sample]]:
+        """Draw responses.
+
+        Whole prompts are batched up to `sampling_batch_size` responses; a batch holds at least one prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            samples_per_prompt: n responses of each.
+            keys: a number per prompt that stays its own from call to call; it seeds the prompt's draws.
+            seed: seeds all draws.
+
+        Returns:
+            n samples per prompt, prompts in the order given.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for `max_new_tokens`, or keys do not match prompts.
+        """
+        self._check(prompts, keys)
+        self._done = self._tokens = 0
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        at_once = max(1, self.sampling.sampling_batch_size // samples_per_prompt)
+        results: list[list[Sample]] = [[] for _ in prompts]
+        with _evaluating(self.chunks):
+            for start in range(0, len(order), at_once):
+                batch = order[start : start + at_once]
+                samples = self._generate_batch(
+                    [prompts[i] for i in batch], samples_per_prompt, [keys[i] for i in batch], seed
+                )
+                for place, index in enumerate(batch):
+                    results[index] = samples[place * samples_per_prompt : (place + 1) * samples_per_prompt]
+        return results
+
+    def _check(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> None:
+        if len(keys) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many keys, not {len(keys)}")
+        limit, new = self.chunks[0].max_sequence_length, self.sampling.max_new_tokens
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} has no tokens")
+            if len(prompt) + new > limit:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={new} that is more than "
+                    f"max_position_embeddings={limit}: shorten the prompt to {max(0, limit - new)} tokens or lower "
+                    "--max-new-tokens"
+                )
+
+    def _generate_batch(
+        self, prompts: list[Prompt], samples_per_prompt: int, keys: list[int], seed: int
+    ) -> list[Sample]:
+        """Samples `[P * n]` of one batch, prompt-major."""
+        longest = self.sampling.max_new_tokens
+        device = self.parallel.device
+        batch = Batch(len(prompts), samples_per_prompt, longest, device)
+        draws = [draw_uniforms(seed, key, i, longest) for key in keys for i in range(samples_per_prompt)]
+        uniforms = torch.from_numpy(numpy.stack(draws)).to(device)
+        cache = KeyValueCache(
+            [len(prompt) for prompt in prompts],
+            samples=samples_per_prompt,
+            capacity=longest - 1,  # The last token is never fed back.
+            device=device,
+        )
+        hidden = self._prefill(prompts, cache)
+        for step in range(longest):
+            tokens, logprobs = self._choose(hidden, uniforms[batch.ids.flatten(), step])
+            before = sum(batch.live_counts)
+            batch.record(step, tokens, logprobs, self.eos_id)
+            going_on = sum(batch.live_counts) if step + 1 < longest else 0
+            self._report(samples=before - going_on, tokens=before)
+            if not going_on:
+                break
+            hidden = self._decode(batch.compact(tokens, cache), cache)
+        self.parallel.broadcast_from_last_stage(batch.logprobs)
+        return batch.samples(self.eos_id)
+
+    def _report(self, *, samples: int, tokens: int) -> None:
+        self._done += samples
+        self._tokens += tokens
+        if self.progress is not None:
+            self.progress(self._done, self._tokens)
+
+    def _prefill(self, prompts: list[Prompt], cache: KeyValueCache) -> Tensor | None:
+        """Run the prompts. Returns the hidden states `[P * n, h]` that predict the rows' first tokens."""
+        flat = [token for prompt in prompts for token in prompt]
+        ends = numpy.cumsum([len(prompt) for prompt in prompts]).tolist()
+        segments = [Segment(end - len(prompt), len(prompt)) for end, prompt in zip(ends, prompts, strict=True)]
+        positions = [place for prompt in prompts for place in range(len(prompt))]
+        tokens, position_ids = (self._padded(torch.tensor(values)) for values in (flat, positions))
+        if tokens.size(1) > len(flat):
+            segments.append(Segment(len(flat), tokens.size(1) - len(flat)))
+        layout = PrefillLayout(segments=tuple(segments), cache=cache)
+        hidden = trunk_forward(self.chunks, self.parallel, tokens, position_ids, layout)
+        if hidden is None:
+            return None
+        last = torch.tensor(ends, device=tokens.device) - 1
+        return self.chunks[-1].select(hidden, last.repeat_interleave(cache.samples))
+
+    def _decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor | None:
+        """Feed every row's token `[P * n]`. Returns the hidden states `[P * n, h]` that predict the next."""
+        layout = DecodeLayout(cache=cache)
+        hidden = trunk_forward(
+            self.chunks, self.parallel, self._padded(tokens), self._padded(cache.next_positions()), layout
+        )
+        cache.advance()
+        if hidden is None:
+            return None
+        return self.chunks[-1].select(hidden, torch.arange(tokens.numel(), device=tokens.device))
+
+    def _padded(self, values: Tensor) -> Tensor:
+        """Values `[T]` as `[1, T']`, zeros added until sequence parallelism can split them."""
+        multiple = self.parallel.tp_size if self.chunks[0].config.sequence_parallel else 1
+        values = values.to(self.parallel.device)
+        return torch.nn.functional.pad(values, (0, -values.numel() % multiple))[None]
+
+    def _choose(self, hidden: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and, on the last stage, log-probability of every row, from hidden states and draws `[P * n]`.
+
+        Tensor-parallel ranks choose from the same gathered logits, so their tokens are the same.
+        """
+        tokens = torch.empty_like(uniforms, dtype=torch.int64)
+        logprobs = torch.zeros_like(uniforms)
+        if hidden is not None:
+            chunk, tp = self.chunks[-1], self.parallel.groups.tp
+            weight = chunk.output_weight
+            logits = local_logits(
+                hidden, weight, first_id=tp.rank() * weight.size(0), vocab_size=chunk.true_vocab_size
+            )
+            tokens, logprobs = choose_tokens(
+                gather_from_tensor_model_parallel_region(logits, group=tp),
+                uniforms,
+                temperature=self.sampling.temperature,
+                top_k=self.sampling.top_k,
+                top_p=self.sampling.top_p,
+            )
+        return self.parallel.broadcast_from_last_stage(tokens), logprobs
+
+
+@contextlib.contextmanager
+def _evaluating(chunks: Sequence[PolicyModel]) -> Iterator[None]:
+    """Eval mode, and back to what each chunk was in."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, modes, strict=True):
+            chunk.train(training)

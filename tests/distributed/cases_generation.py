@@ -1,0 +1,61 @@
+"""Responses are those of one process, token by token, whatever the layout."""
+
+import pytest
+from distributed.world import Context, Layout
+from helpers.assets import SIZES
+
+# Ragged, an odd number of tokens in all, and more than one batch of them.
+PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4), (301, 300)]
+EOS = 7
+
+
+def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
+    """Per prompt and sample: tokens, log-probability, whether it ended in EOS; a tiny random model, 3 samples."""
+    from megatron_brain.config.model import ModelConfig
+    from megatron_brain.config.parallel import ParallelConfig
+    from megatron_brain.config.stages import SamplingConfig
+    from megatron_brain.generation.sampler import Sampler
+    from megatron_brain.models.provider import build_model
+    from megatron_brain.runtime import parallel as runtime
+
+    # Weights so large that the likeliest tokens are far apart and rounding does not swap them.
+    model = ModelConfig(
+        **SIZES, kv_channels=8, rotary_base=10000, norm_epsilon=1e-5, init_method_std=0.3,
+        untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    config = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sp,
+        num_layers_per_virtual_pipeline_stage=layout.layers_per_virtual_stage,
+    )
+    parallel = runtime.start(config, seed=1, num_layers=model.num_layers)
+    chunks = build_model(model, config, parallel, head="policy", seed=3)
+    settings = SamplingConfig(**{"max_new_tokens": 20, "sampling_batch_size": 9} | sampling)
+    results = Sampler(chunks, parallel, settings, eos_id=EOS).generate(
+        PROMPTS, samples_per_prompt=3, keys=[11, 12, 13, 14, 15], seed=5
+    )
+    return [[[list(s.tokens), s.logprob, s.finished] for s in samples] for samples in results]
+
+
+def expect_equal(actual: list, expected: list) -> None:
+    for index, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
+        for (tokens, logprob, finished), (their_tokens, their_logprob, their_finished) in zip(mine, theirs, strict=True):
+            assert (tokens, finished) == (their_tokens, their_finished), f"prompt {index}"
+            assert logprob == pytest.approx(their_logprob, abs=1e-4), f"prompt {index}"
+
+
+def case_greedy(layout: Layout, context: Context) -> None:
+    actual = generate(layout, temperature=0.0)
+    expect_equal(actual, context.reference("generation_greedy", actual))
+
+
+def case_sampled(layout: Layout, context: Context) -> None:
+    actual = generate(layout, temperature=0.8)
+    assert len({len(tokens) for samples in actual for tokens, _, _ in samples}) > 1
+    expect_equal(actual, context.reference("generation_sampled", actual))
+
+
+def case_sampled_top_k_top_p(layout: Layout, context: Context) -> None:
+    actual = generate(layout, temperature=1.2, top_k=40, top_p=0.9)
+    expect_equal(actual, context.reference("generation_filtered", actual))

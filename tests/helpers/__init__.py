@@ -1,0 +1,1 @@
+"""What tests share: tiny assets and the runner of distributed cases."""

@@ -1,0 +1,207 @@
+"""The sampler on one process: against a loop without cache, against the policy's own log-probs, and itself."""
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stages import SamplingConfig
+from megatron_brain.data.groups import Group, Segment, pack_groups
+from megatron_brain.generation.choose import draw_uniforms
+from megatron_brain.generation.sampler import Sampler
+from megatron_brain.models.attention import PackedLayout
+from megatron_brain.models.provider import build_model
+
+VOCABULARY = 300
+NO_EOS = 10_000
+PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4)]
+
+
+@pytest.fixture(scope="module")
+def model(single):
+    # Weights so large that the model is sure of some tokens and attention is far from even.
+    return _build(single, untie_embeddings_and_output_weights=True, init_method_std=0.2)
+
+
+def _build(parallel, **changes):
+    config = ModelConfig(
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        rotary_base=10000,
+        norm_epsilon=1e-5,
+        **changes,
+    )
+    [chunk] = build_model(config, ParallelConfig(), parallel, head="policy", seed=3)
+    return chunk
+
+
+def _generate(model, parallel, prompts=PROMPTS, *, n=4, eos=NO_EOS, keys=None, seed=7, **sampling):
+    sampler = Sampler([model], parallel, SamplingConfig(**{"max_new_tokens": 12} | sampling), eos_id=eos)
+    return sampler.generate(
+        prompts, samples_per_prompt=n, keys=list(range(len(prompts))) if keys is None else keys, seed=seed
+    )
+
+
+@torch.no_grad()
+def _next_logits(model, sequence):
+    """Logits `[V]` after a sequence, from a forward pass over all of it."""
+    tokens = torch.tensor([sequence])
+    layout = PackedLayout(segments=(Segment(0, len(sequence)),))
+    hidden = model.trunk(tokens, torch.arange(len(sequence))[None], layout)
+    return (hidden[-1, 0] @ model.output_weight.t())[:VOCABULARY]
+
+
+def _greedy_without_cache(model, prompt, count):
+    sequence = list(prompt)
+    for _ in range(count):
+        sequence.append(int(_next_logits(model, sequence).argmax()))
+    return tuple(sequence[len(prompt) :])
+
+
+def _tokens(results):
+    return [[sample.tokens for sample in samples] for samples in results]
+
+
+def test_greedy_equals_a_loop_without_cache(model, single):
+    results = _generate(model, single, n=2, temperature=0.0)
+    expected = [_greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
+    assert len(set(expected)) > 1
+    assert _tokens(results) == [[tokens] * 2 for tokens in expected]
+    assert all(sample.logprob == 0 and not sample.finished for samples in results for sample in samples)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprob_is_the_policys_own(model, single, temperature):
+    results = _generate(model, single, temperature=temperature)
+    groups = [Group(prompt=p, responses=tuple(s.tokens for s in r)) for p, r in zip(PROMPTS, results, strict=True)]
+    batch = pack_groups(groups, shared_prefix=True)
+    with torch.no_grad():
+        hidden = model.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
+        logprobs = model.token_logprobs(
+            model.select(hidden, batch.predict_index), batch.targets, temperature=temperature
+        )
+    expected = batch.sum_per_response(logprobs)
+    sampled = torch.tensor([sample.logprob for samples in results for sample in samples])
+    torch.testing.assert_close(sampled, expected, atol=1e-5, rtol=1e-6)
+
+
+def test_logprob_counts_temperature_top_k_and_top_p(model, single):
+    settings = {"temperature": 1.3, "top_k": 20, "top_p": 0.8}
+    for prompt, samples in zip(PROMPTS, _generate(model, single, n=2, **settings), strict=True):
+        for sample in samples:
+            total = 0.0
+            for place, token in enumerate(sample.tokens):
+                logits = _next_logits(model, prompt + sample.tokens[:place]).double() / 1.3
+                probs, order = logits.softmax(0).sort(descending=True)
+                probs[20:] = 0.0
+                probs /= probs.sum()
+                probs[probs.cumsum(0) - probs >= 0.8] = 0.0
+                total += float((probs / probs.sum())[order == token].log())
+            assert sample.logprob == pytest.approx(total, abs=1e-4)
+
+
+def test_first_tokens_follow_the_models_distribution(model, single):
+    draws = 4000
+    [samples] = _generate(model, single, PROMPTS[:1], n=draws, max_new_tokens=1)
+    probs = _next_logits(model, PROMPTS[0]).double().softmax(0)
+    counts = torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=VOCABULARY)
+    likely = probs * draws >= 5
+    observed = torch.cat([counts[likely], counts[~likely].sum()[None]]).double()
+    expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * draws
+    cells = len(expected)
+    chi_square = float(((observed - expected) ** 2 / expected).sum())
+    # Mean cells - 1, variance 2 (cells - 1): within four deviations.
+    assert cells > 10
+    assert abs(chi_square - (cells - 1)) < 4 * (2 * (cells - 1)) ** 0.5
+
+
+def test_samples_do_not_depend_on_batch_or_order(model, single):
+    together = _tokens(_generate(model, single))
+    assert len({tokens for samples in together for tokens in samples}) == 16
+    assert _tokens(_generate(model, single, sampling_batch_size=4)) == together
+    assert _tokens(_generate(model, single, sampling_batch_size=8)) == together
+    backwards = _generate(model, single, PROMPTS[::-1], keys=[3, 2, 1, 0])
+    assert _tokens(backwards) == together[::-1]
+    for index, prompt in enumerate(PROMPTS):
+        assert _tokens(_generate(model, single, [prompt], keys=[index])) == [together[index]]
+
+
+def test_fewer_samples_are_the_first_of_more(model, single):
+    more, fewer = _tokens(_generate(model, single, n=5)), _tokens(_generate(model, single, n=2))
+    assert [samples[:2] for samples in more] == fewer
+
+
+def test_shared_prompt_equals_separate_prompts(model, single):
+    """Every sample is what its draws give on a prompt of its own, computed without cache."""
+    [samples] = _generate(model, single, PROMPTS[1:2], n=3, keys=[42], max_new_tokens=6)
+    for index, sample in enumerate(samples):
+        sequence = list(PROMPTS[1])
+        for uniform in draw_uniforms(7, 42, index, 6):
+            cumulative = _next_logits(model, sequence).double().softmax(0).cumsum(0)
+            sequence.append(int((cumulative <= uniform).sum()))
+        assert sample.tokens == tuple(sequence[len(PROMPTS[1]) :])
+
+
+def test_samples_stop_at_eos_whatever_is_dropped_from_the_batch(model, single):
+    free = _tokens(_generate(model, single, n=6, max_new_tokens=20))
+    counts = torch.bincount(torch.tensor([t for samples in free for tokens in samples for t in tokens]))
+    eos = int(counts.argmax())
+    results = _generate(model, single, n=6, max_new_tokens=20, eos=eos)
+    for with_eos, without in zip(itertools.chain(*results), itertools.chain(*free), strict=True):
+        end = without.index(eos) + 1 if eos in without else len(without)
+        assert with_eos.tokens == without[:end]
+        assert with_eos.finished == (eos in without)
+    assert len({len(sample.tokens) for samples in results for sample in samples}) > 4
+
+
+def test_progress_counts_samples_and_tokens(model, single):
+    calls = []
+    sampler = Sampler(
+        [model],
+        single,
+        SamplingConfig(max_new_tokens=5, sampling_batch_size=4),
+        eos_id=NO_EOS,
+        progress=lambda samples, tokens: calls.append((samples, tokens)),
+    )
+    sampler.generate(PROMPTS, samples_per_prompt=2, keys=range(4), seed=0)
+    assert calls == [(0, 4), (0, 8), (0, 12), (0, 16), (4, 20), (4, 24), (4, 28), (4, 32), (4, 36), (8, 40)]
+
+
+def test_training_goes_on_after_sampling(model, single):
+    model.train()
+    _generate(model, single)
+    assert model.training and all(module.training for module in model.modules())
+    model(pack_groups([Group(prompt=(1, 2), responses=((3,),))], shared_prefix=True)).sum().backward()
+    assert model.output_weight.grad.abs().sum() > 0
+    model.zero_grad(set_to_none=True)
+
+
+def test_bfloat16_samples_score_as_the_policy_scores_them(single):
+    chunk = _build(single, untie_embeddings_and_output_weights=False, bf16=True)
+    results = _generate(chunk, single)
+    groups = [Group(prompt=p, responses=tuple(s.tokens for s in r)) for p, r in zip(PROMPTS, results, strict=True)]
+    with torch.no_grad():
+        batch = pack_groups(groups, shared_prefix=True)
+        expected = batch.sum_per_response(chunk(batch))
+    sampled = torch.tensor([sample.logprob for samples in results for sample in samples])
+    torch.testing.assert_close(sampled, expected, atol=0.05, rtol=0)
+
+
+def test_a_prompt_without_room_is_refused_with_its_number_and_the_cure(model, single):
+    with pytest.raises(ValueError, match=r"prompt 1 has 60 tokens.*max_position_embeddings=64.*to 52 tokens"):
+        _generate(model, single, [(1, 2), (1,) * 60])
+
+
+def test_empty_prompts_and_missing_keys_are_refused(model, single):
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        _generate(model, single, [(1, 2), ()])
+    with pytest.raises(ValueError, match="4 prompts need as many keys, not 1"):
+        _generate(model, single, keys=[0])

@@ -1,0 +1,121 @@
+"""Policy and reward model of one process: shared prefixes are exact, rewards are read at the last token."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.assets import SIZES
+
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.models.architecture import resolve
+from megatron_brain.models.provider import build_model, padded_vocab_size
+
+GROUPS = [
+    Group(prompt=(1, 2, 3, 4), responses=((5, 6, 7), (8, 9), (10,))),
+    Group(prompt=(11, 12, 13), responses=((5, 6, 7),)),
+    Group(prompt=(11,), responses=((9, 9), (8, 7, 6, 5))),
+]
+
+
+def tiny(**changes):
+    # A large spread of initial weights, so that attention patterns matter.
+    return resolve(ModelConfig(init_method_std=0.2, **SIZES | changes), None, "the test")
+
+
+def build(parallel, head, **changes):
+    [model] = build_model(tiny(**changes), ParallelConfig(), parallel, head=head, seed=1)
+    return model
+
+
+def output_and_gradients(model, batch, upstream):
+    model.zero_grad()
+    output = model(batch)
+    (output * upstream).sum().backward()
+    return output.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_shared_prefix_equals_copies_of_the_prompt_in_outputs_and_gradients(single, head, recompute):
+    model = build(single, head, recompute_granularity=recompute)
+    shared, plain = (pack_groups(GROUPS, shared_prefix=is_shared) for is_shared in (True, False))
+    assert shared.tokens.numel() < plain.tokens.numel()
+    size = plain.targets.numel() if head == "policy" else plain.num_responses
+    upstream = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    outputs, gradients = zip(*(output_and_gradients(model, batch, upstream) for batch in (shared, plain)), strict=True)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_outputs_do_not_depend_on_neighbours_or_padding(single, head):
+    model = build(single, head)
+    packed = model(pack_groups(GROUPS, shared_prefix=True, length=40))
+    alone = torch.cat([model(pack_groups([group], shared_prefix=True)) for group in GROUPS])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_longer_than_the_models_positions_is_harmless(single):
+    model = build(single, "policy", max_position_embeddings=8)
+    padded = model(pack_groups(GROUPS, shared_prefix=True, length=64))
+    torch.testing.assert_close(padded, model(pack_groups(GROUPS, shared_prefix=True)), rtol=1e-5, atol=1e-5)
+
+
+def test_log_probabilities_of_all_next_tokens_sum_to_one(single):
+    model = build(single, "policy")
+    group = Group(prompt=(1, 2, 3), responses=tuple((token,) for token in range(SIZES["vocab_size"])))
+    assert model(pack_groups([group], shared_prefix=True)).exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_temperature_divides_the_logits(single):
+    model = build(single, "policy")
+    hidden = torch.randn(5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(5)
+    actual = model.token_logprobs(hidden, targets, temperature=0.5)
+    logits = hidden @ model.output_weight[: SIZES["vocab_size"]].t()
+    torch.testing.assert_close(actual, torch.log_softmax(logits / 0.5, 1).diagonal(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_rewards_are_the_head_at_each_responses_last_token(single, shared_prefix):
+    model = build(single, "reward")
+    batch = pack_groups(GROUPS, shared_prefix=shared_prefix)
+    seen = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    rewards = model(batch)
+    last = batch.last_index.tolist()
+    assert [batch.tokens[0, place].item() for place in last] == [r[-1] for g in GROUPS for r in g.responses]
+    expected = torch.stack([seen[0][place, 0] for place in last]) @ model.reward_head.weight[0]
+    torch.testing.assert_close(rewards, expected)
+    assert rewards.dtype == torch.float32
+
+
+def test_a_reward_depends_on_its_whole_response_and_on_no_other(single):
+    model = build(single, "reward")
+    before = model(pack_groups(GROUPS[:1], shared_prefix=True))
+    for place in range(3):
+        first = list(GROUPS[0].responses[0])
+        first[place] = 50
+        changed = dataclasses.replace(GROUPS[0], responses=(tuple(first), *GROUPS[0].responses[1:]))
+        after = model(pack_groups([changed], shared_prefix=True))
+        assert after[0] != before[0]
+        torch.testing.assert_close(after[1:], before[1:])
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_reward_model_is_the_policys_trunk_with_a_scalar_for_a_vocabulary(single, untied):
+    policy, reward = (build(single, head, untie_embeddings_and_output_weights=untied) for head in ("policy", "reward"))
+    shapes, reward_shapes = ({n: p.shape for n, p in model.named_parameters()} for model in (policy, reward))
+    assert reward_shapes.pop("reward_head.weight") == (1, SIZES["hidden_size"])
+    assert (shapes.pop("output_layer.weight", None) is not None) == untied
+    assert reward_shapes == shapes
+    assert not any("output_layer" in key for key in reward.sharded_state_dict())
+
+
+def test_the_vocabulary_is_padded_to_the_multiple_times_the_tensor_parallel_size():
+    model = tiny(make_vocab_size_divisible_by=128)
+    assert [padded_vocab_size(model, size) for size in (1, 2, 4)] == [384, 512, 512]
+    assert padded_vocab_size(tiny(make_vocab_size_divisible_by=1), 3) == 321

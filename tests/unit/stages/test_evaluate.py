@@ -1,0 +1,67 @@
+"""The evaluation report by hand, and judges that cannot be loaded."""
+
+import pytest
+
+from megatron_brain.stages.evaluate import load_judge, summarize
+
+ROWS = [
+    {"prompt": "a", "reward/policy": 2.0, "reward/baseline": 1.0, "reward/reference": 3.0, "kl_to_prior": 0.5},
+    {"prompt": "b", "reward/policy": 1.0, "reward/baseline": 1.0, "reward/reference": 0.0, "kl_to_prior": 1.5},
+    {"prompt": "c", "reward/policy": 0.0, "reward/baseline": -1.0, "reward/reference": 0.5, "kl_to_prior": -0.5},
+    {"prompt": "d", "reward/policy": 1.0, "reward/baseline": 2.0, "reward/reference": 0.0, "kl_to_prior": 0.5},
+]
+
+
+def values(rows):
+    return {name: estimate.value for name, estimate in summarize(rows, bootstrap_samples=50, seed=0).items()}
+
+
+def test_means_and_win_rates_by_hand():
+    assert values(ROWS) == {
+        "reward/policy": 1.0,
+        "reward/baseline": 0.75,
+        "reward/reference": 0.875,
+        "kl_to_prior": 0.5,
+        "win_rate/reward/policy_vs_baseline": (1 + 0.5 + 1 + 0) / 4,
+        "win_rate/reward/policy_vs_reference": (0 + 1 + 0 + 1) / 4,
+        "win_rate/reward/baseline_vs_reference": (0 + 1 + 0 + 1) / 4,
+    }
+
+
+def test_an_answer_some_prompts_lack_is_left_out_and_not_averaged_over_fewer():
+    rows = [dict(row) for row in ROWS]
+    del rows[2]["reward/reference"]
+    found = values(rows)
+    assert "reward/reference" not in found
+    assert [name for name in found if name.startswith("win_rate")] == ["win_rate/reward/policy_vs_baseline"]
+
+
+def test_judge_and_reward_have_win_rates_of_their_own():
+    rows = [row | {"judge/policy": 0.0, "judge/baseline": 1.0} for row in ROWS]
+    found = values(rows)
+    assert found["win_rate/judge/policy_vs_baseline"] == 0.0
+    assert found["win_rate/reward/policy_vs_baseline"] == 0.625
+
+
+def test_intervals_hold_the_value_and_follow_from_the_seed():
+    first = summarize(ROWS, bootstrap_samples=200, seed=0)
+    assert all(estimate.low <= estimate.value <= estimate.high for estimate in first.values())
+    assert summarize(ROWS, bootstrap_samples=200, seed=0) == first
+    assert summarize(ROWS, bootstrap_samples=200, seed=1) != first
+
+
+def test_a_judge_is_a_function_of_a_file(tmp_path):
+    path = tmp_path / "my_judge.py"
+    path.write_text("def length(prompts, responses, references):\n    return [len(r) for r in responses]\n")
+    assert load_judge(f"{path}:length")(["p"], ["four"], ["r"]) == [4]
+
+
+def test_a_judge_that_cannot_be_loaded_is_named_with_what_would_be_right(tmp_path):
+    path = tmp_path / "my_judge.py"
+    path.write_text("score = 1\n")
+    for name in (f"{tmp_path}/absent.py:score", str(path), "score", str(tmp_path) + ":score"):
+        with pytest.raises(ValueError, match=r"judge=.*give path/to/file.py:function; .* is no file"):
+            load_judge(name)
+    for function in ("score", "absent"):
+        with pytest.raises(ValueError, match=f"my_judge.py has no function {function}"):
+            load_judge(f"{path}:{function}")

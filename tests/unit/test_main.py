@@ -1,0 +1,99 @@
+"""The command line as a user meets it: exit codes, messages, and how fast --help answers."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_brain import __main__ as command
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.run import STAGE_SECTIONS
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_brain", *args], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_every_stage_of_the_configuration_is_a_command():
+    assert list(command._STAGES) == list(STAGE_SECTIONS)
+
+
+@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+def test_help_of_every_stage_prints_its_flags_and_exits_0(stage, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([stage, "--help"])
+    assert stopped.value.code == 0
+    assert "--seq-length" in capsys.readouterr().out
+
+
+def test_help_answers_without_loading_torch():
+    code = (
+        "import sys; sys.argv[1:] = ['brain', '--help']\n"
+        "import runpy\n"
+        "try: runpy.run_module('megatron_brain', run_name='__main__')\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--reward-temperature" in result.stdout
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_without_a_stage_lists_the_stages(flag, capsys):
+    assert command.main([flag]) == 0
+    shown = capsys.readouterr()
+    assert all(f"\n  {stage} " in shown.out for stage in STAGE_SECTIONS)
+    assert not shown.err
+
+
+def test_an_unknown_or_missing_stage_is_a_user_error_that_lists_the_stages(capsys):
+    assert command.main(["sfd", "--config", "x.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert "unknown stage 'sfd'" in shown.err and "brain" in shown.err
+    assert not shown.out
+    assert command.main([]) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_user_error_ends_the_process_with_2_and_one_message_on_stderr():
+    result = run("sft", "--micro-batch-sise", "3")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "micro_batch_size" in result.stderr
+    assert "Traceback" not in result.stderr and not result.stdout
+
+
+def test_a_mistake_of_the_user_is_reported_on_the_first_rank_alone(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert command.main(["sft", "--micro-batch-sise", "3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_library_value_error_is_not_taken_for_a_users_mistake(monkeypatch):
+    def call_a_library(stage, flags):
+        int("not a number")  # raised in this file, which is not ours to the command
+
+    monkeypatch.setattr("megatron_brain.config.loader.load_config", call_a_library)
+    with pytest.raises(ValueError, match="invalid literal"):
+        command.main(["sft"])
+
+
+def test_a_value_error_raised_in_the_package_is_reported(monkeypatch, capsys):
+    from megatron_brain.data.groups import Group
+
+    monkeypatch.setattr(
+        "megatron_brain.config.loader.load_config",
+        lambda stage, flags: Group(prompt=(), responses=((1,),), record_id="a.jsonl:7"),
+    )
+    assert command.main(["sft"]) == 2
+    assert capsys.readouterr().err == "error: a.jsonl:7: the prompt has no tokens\n"
+
+
+def test_a_configuration_error_is_a_value_error():
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,60 @@
+"""Bootstrap intervals and win counts."""
+
+import numpy
+import pytest
+
+from megatron_brain.statistics import bootstrap, wins
+
+
+def test_wins_count_one_losses_zero_and_ties_one_half():
+    assert wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]) == [1.0, 0.0, 0.5]
+
+
+def test_wins_of_both_sides_add_up_to_the_number_of_prompts():
+    one, other = [0.1, 0.5, 0.2, 0.2], [0.3, 0.5, 0.1, 0.2]
+    assert sum(wins(one, other)) + sum(wins(other, one)) == 4
+
+
+def test_wins_refuse_score_lists_of_different_lengths():
+    with pytest.raises(ValueError, match="shorter"):
+        wins([1.0, 2.0], [1.0])
+
+
+def test_estimate_of_a_constant_has_no_width():
+    estimate = bootstrap([0.5, 0.5, 0.5], samples=100, seed=0)
+    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.5, 0.5)
+
+
+def test_value_is_the_mean_and_lies_inside_the_interval():
+    estimate = bootstrap([1.0, 0.0, 0.0, 1.0, 1.0], samples=1000, seed=0)
+    assert estimate.value == pytest.approx(0.6)
+    assert 0.0 <= estimate.low < 0.6 < estimate.high <= 1.0
+
+
+def test_interval_is_that_of_the_normal_approximation_for_many_prompts():
+    values = numpy.random.default_rng(0).normal(3.0, 2.0, size=2000)
+    estimate = bootstrap(values, samples=4000, seed=1)
+    half_width = 1.96 * values.std() / 2000**0.5
+    assert estimate.low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
+    assert estimate.high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
+
+
+def test_interval_covers_the_true_mean_about_nineteen_times_in_twenty():
+    generator = numpy.random.default_rng(2)
+    covered = 0
+    for trial in range(400):
+        estimate = bootstrap(generator.binomial(1, 0.6, size=100), samples=400, seed=trial)
+        covered += estimate.low <= 0.6 <= estimate.high
+    # Binomial(400, 0.95) lies within four standard deviations of 380.
+    assert 380 - 18 <= covered <= 380 + 18
+
+
+def test_interval_follows_from_the_seed():
+    values = [0.1, 0.9, 0.4, 0.3]
+    assert bootstrap(values, samples=200, seed=3) == bootstrap(values, samples=200, seed=3)
+    assert bootstrap(values, samples=200, seed=3) != bootstrap(values, samples=200, seed=4)
+
+
+def test_no_values_are_refused():
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap([], samples=10, seed=0)
