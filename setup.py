@@ -20,6 +20,7 @@ setup(
         "transformers>=4.51",
         "datasets>=3.0",
         "sentencepiece>=0.2",
+        "jinja2>=3.1",
         "safetensors>=0.4",
         "tensorboard>=2.15",
         "pyyaml>=6.0",

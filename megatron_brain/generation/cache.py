@@ -37,9 +37,7 @@ class KeyValueCache:
         device: where the cache lives. A layer is allocated when its prompts are stored.
     """
 
-    def __init__(
-        self, prompt_lengths: Sequence[int], *, samples: int, capacity: int, device: torch.device
-    ) -> None:
+    def __init__(self, prompt_lengths: Sequence[int], *, samples: int, capacity: int, device: torch.device) -> None:
         self.samples = samples
         self.capacity = capacity
         self.length = 0
@@ -60,17 +58,18 @@ class KeyValueCache:
         return (self.prompt_lengths + self.length).repeat_interleave(self.samples)
 
     def store_prompts(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """Allocate a layer and keep the packed prompts' key and value `[T, key_value_heads, dim]`, T their lengths'
-        sum."""
+        """Allocate a layer and keep the packed prompts' key and value `[T, key_value_heads, dim]`, without the padding
+        that may follow the prompts."""
         heads, dim = key.shape[1:]
         # Products and softmax of the cache are taken in float32, as the fused attention that scores a response
-        # does. On a CPU float32 products of these sizes are no slower, so nothing is gained by converting each time.
+        # does. On a CPU bfloat16 products of these sizes are no faster, so it stores what it computes with.
         dtype = torch.float32 if key.device.type == "cpu" else key.dtype
         longest = int(self.prompt_lengths.max())
 
         def by_prompt(packed: Tensor) -> Tensor:
             padded = packed.new_zeros(self.prompts, heads, longest, dim, dtype=dtype)
-            padded.transpose(1, 2)[self._packed_prompt, self._packed_place] = packed.to(dtype)
+            tokens = packed[: self._packed_prompt.numel()].to(dtype)
+            padded.transpose(1, 2)[self._packed_prompt, self._packed_place] = tokens
             return padded
 
         own = [key.new_empty(self.prompts, heads, self.samples, self.capacity, dim, dtype=dtype) for _ in range(2)]
@@ -134,8 +133,7 @@ class PrefillLayout(PackedLayout):
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
         """As `PackedLayout.attend`."""
-        stored = self.cache._packed_prompt.numel()
-        self.cache.store_prompts(layer_number, key[:stored], value[:stored])
+        self.cache.store_prompts(layer_number, key, value)
         return super().attend(layer_number, query, key, value, **options)
 
 
@@ -182,9 +180,7 @@ def _attend_in_two_parts(queries: Tensor, layer: _Layer, length: int, prompt_bia
     prompts, key_heads, samples, per_key, dim = queries.shape
     prompt_batch, own_batch = prompts * key_heads, prompts * key_heads * samples
     prompt_key, prompt_value = (t.flatten(0, 1).float() for t in (layer.prompt_key, layer.prompt_value))
-    own_key, own_value = (
-        t.view(own_batch, -1, dim)[:, :length].float() for t in (layer.own_key, layer.own_value)
-    )
+    own_key, own_value = (t.view(own_batch, -1, dim)[:, :length].float() for t in (layer.own_key, layer.own_value))
     longest = prompt_key.size(1)
 
     to_prompt = torch.bmm(queries.view(prompt_batch, -1, dim), prompt_key.transpose(1, 2))

@@ -29,9 +29,7 @@ def trunk_forward(
         if not chunk.pre_process:
             config = chunk.config
             length = tokens.size(1) // (parallel.tp_size if config.sequence_parallel else 1)
-            received = torch.empty(
-                length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device
-            )
+            received = torch.empty(length, 1, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
             dist.recv(received, src=previous, group=parallel.groups.pp)
             chunk.set_input_tensor(received)
         hidden = chunk.trunk(tokens, position_ids, layout)

@@ -177,9 +177,7 @@ class Sampler:
         if hidden is not None:
             chunk, tp = self.chunks[-1], self.parallel.groups.tp
             weight = chunk.output_weight
-            logits = local_logits(
-                hidden, weight, first_id=tp.rank() * weight.size(0), vocab_size=chunk.true_vocab_size
-            )
+            logits = local_logits(hidden, weight, first_id=tp.rank() * weight.size(0), vocab_size=chunk.true_vocab_size)
             tokens, logprobs = choose_tokens(
                 gather_from_tensor_model_parallel_region(logits, group=tp),
                 uniforms,

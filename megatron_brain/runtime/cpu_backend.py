@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
@@ -89,6 +90,9 @@ def _on_cpu(function: Callable) -> Callable:
 
 
 def _redirect_device_literals() -> None:
+    # `with torch.device(...)` looks factories up in a set made at its first use: it must hold torch's own, or models
+    # that transformers builds on the meta device would come out uninitialised.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type

@@ -78,9 +78,7 @@ def test_top_p_of_a_flat_distribution_looks_beyond_the_first_candidates():
 
 def test_greedy_takes_the_likeliest_with_certainty():
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 4.0]])
-    tokens, logprobs = choose_tokens(
-        logits, torch.zeros(2, dtype=torch.float64), temperature=0.0, top_k=0, top_p=1.0
-    )
+    tokens, logprobs = choose_tokens(logits, torch.zeros(2, dtype=torch.float64), temperature=0.0, top_k=0, top_p=1.0)
     assert tokens.tolist() == [1, 0]
     assert logprobs.tolist() == [0.0, 0.0]
 

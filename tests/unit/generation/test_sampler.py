@@ -70,6 +70,10 @@ def _tokens(results):
     return [[sample.tokens for sample in samples] for samples in results]
 
 
+def _commonest_token(results):
+    return int(torch.tensor([t for samples in results for sample in samples for t in sample.tokens]).mode().values)
+
+
 def test_greedy_equals_a_loop_without_cache(model, single):
     results = _generate(model, single, n=2, temperature=0.0)
     expected = [_greedy_without_cache(model, prompt, 12) for prompt in PROMPTS]
@@ -79,8 +83,10 @@ def test_greedy_equals_a_loop_without_cache(model, single):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprob_is_the_policys_own(model, single, temperature):
-    results = _generate(model, single, temperature=temperature)
+def test_logprob_is_the_policys_own_and_counts_eos(model, single, temperature):
+    eos = _commonest_token(_generate(model, single, temperature=temperature))
+    results = _generate(model, single, temperature=temperature, eos=eos)
+    assert any(sample.finished for samples in results for sample in samples)
     groups = [Group(prompt=p, responses=tuple(s.tokens for s in r)) for p, r in zip(PROMPTS, results, strict=True)]
     batch = pack_groups(groups, shared_prefix=True)
     with torch.no_grad():
@@ -150,11 +156,11 @@ def test_shared_prompt_equals_separate_prompts(model, single):
         assert sample.tokens == tuple(sequence[len(PROMPTS[1]) :])
 
 
-def test_samples_stop_at_eos_whatever_is_dropped_from_the_batch(model, single):
-    free = _tokens(_generate(model, single, n=6, max_new_tokens=20))
-    counts = torch.bincount(torch.tensor([t for samples in free for tokens in samples for t in tokens]))
-    eos = int(counts.argmax())
-    results = _generate(model, single, n=6, max_new_tokens=20, eos=eos)
+@pytest.mark.parametrize(("prompts", "n"), [(PROMPTS, 6), (PROMPTS[1:2], 12)], ids=["prompts", "one prompt"])
+def test_samples_stop_at_eos_whatever_is_dropped_from_the_batch(model, single, prompts, n):
+    free = _generate(model, single, prompts, n=n, max_new_tokens=20)
+    eos, free = _commonest_token(free), _tokens(free)
+    results = _generate(model, single, prompts, n=n, max_new_tokens=20, eos=eos)
     for with_eos, without in zip(itertools.chain(*results), itertools.chain(*free), strict=True):
         end = without.index(eos) + 1 if eos in without else len(without)
         assert with_eos.tokens == without[:end]
