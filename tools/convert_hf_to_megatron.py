@@ -67,9 +67,7 @@ def convert(args: argparse.Namespace) -> Comparison:
         place = parallel.start(ParallelConfig(), seed=config.training.seed)
         chunks = build_model(model, config.parallel, place, head=source.head, seed=config.training.seed)
         load_hf_weights(args.hf_model, chunks, model, source.head)
-        save_checkpoint(
-            folder, 0, chunks=chunks, head=source.head, config=config, tokenizer=tokenizer, parallel=place
-        )
+        save_checkpoint(folder, 0, chunks=chunks, head=source.head, config=config, tokenizer=tokenizer, parallel=place)
         with torch.no_grad():
             for parameter in chunks[0].parameters():
                 parameter.fill_(torch.nan)

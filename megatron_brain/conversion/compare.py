@@ -64,7 +64,8 @@ class Comparison:
         """Raise MismatchError where the difference exceeds the tolerance, or is not a number."""
         if not self.largest <= tolerance:
             raise MismatchError(
-                f"the {self.what} differ by up to {self.largest:.3e}, allowed are {tolerance:.0e}; {self.first_difference}"
+                f"the {self.what} differ by up to {self.largest:.3e}, allowed are {tolerance:.0e}; "
+                f"{self.first_difference}"
             )
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ def compare_with_hf(
             parameter.data = parameter.data.to(dtype).float()
     sequences = _random_sequences(model, tokenizer, hf.config.pad_token_id, padded=head == "reward")
     ours, our_hidden = _run_ours(chunk, sequences, head, device)
-    theirs, their_hidden = _run_hf(hf, sequences, head, hf.config.pad_token_id or 0, device)
+    theirs, their_hidden = _run_hf(hf, sequences, head, hf.config.pad_token_id, device)
     return Comparison(
         what="logits" if head == "policy" else "rewards",
         count=ours.size(0),
@@ -157,7 +158,11 @@ def _run_hf(
 
 
 def _named_parts(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> dict[str, nn.Module]:
-    return {"the embedding": embedding, **{f"layer {i}": layer for i, layer in enumerate(layers)}, "the final norm": norm}
+    return {
+        "the embedding": embedding,
+        **{f"layer {i}": layer for i, layer in enumerate(layers)},
+        "the final norm": norm,
+    }
 
 
 @contextmanager

@@ -132,7 +132,9 @@ def _refuse_unsupported(config: dict) -> None:
     }
     unsupported = [what for what, is_so in found.items() if is_so]
     if unsupported:
-        raise ConfigError(f"config.json has {'; '.join(unsupported)}: not supported for Llama models, and never ignored")
+        raise ConfigError(
+            f"config.json has {'; '.join(unsupported)}: not supported for Llama models, and never ignored"
+        )
 
 
 LLAMA = Family(

@@ -59,7 +59,9 @@ class SafetensorsReader:
             try:
                 self._files[name] = self._open.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
-                raise ConfigError(f"{path} cannot be read ({error}): it may have been cut off, fetch it again") from error
+                raise ConfigError(
+                    f"{path} cannot be read ({error}): it may have been cut off, fetch it again"
+                ) from error
         return self._files[name]
 
 

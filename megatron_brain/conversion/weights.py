@@ -15,7 +15,7 @@ from megatron_brain.conversion.llama import LLAMA
 from megatron_brain.conversion.pieces import Piece, pieces
 from megatron_brain.conversion.registry import HFModel, read_hf_model
 from megatron_brain.conversion.safetensors_files import SafetensorsReader, SafetensorsWriter
-from megatron_brain.data.tokenizer import Tokenizer, check_fits
+from megatron_brain.data.tokenizer import HuggingFaceTokenizer, Tokenizer, check_fits
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
 
@@ -186,9 +186,23 @@ def _config_json(family: Family, model: ModelConfig, head: Head, tokenizer: Toke
 
 def _write_tokenizer(target: Path, tokenizer: Tokenizer, head: Head) -> None:
     tokenizer.save(target)
-    path = target / "tokenizer_config.json"
-    if head == "reward" and path.is_file():
-        # A row padded or cut on the left loses the end that the reward is read at.
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        log.warning(
+            "%s: AutoTokenizer may split text otherwise than %s does (leading spaces): give the model token ids, or "
+            "encode with the sentencepiece library",
+            target,
+            tokenizer.tokenizer_type,
+        )
+    elif head == "reward":
+        if tokenizer.hf.pad_token_id != tokenizer.pad_id:
+            log.warning(
+                "%s: the tokenizer pads with %s, which transformers would read the reward at: pad with id %d",
+                target,
+                tokenizer.hf.pad_token,
+                tokenizer.pad_id,
+            )
+        # A text cut on the right loses the end that the reward is read at.
+        path = target / "tokenizer_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         _write_json(path, {**settings, "padding_side": "right", "truncation_side": "left"})
 

@@ -1,9 +1,11 @@
 """Hugging Face weights reach every layout as they reach one process."""
+
 from pathlib import Path
 
 import torch
-from distributed.world import Context, Layout
 from helpers.assets import SIZES
+
+from distributed.world import Context, Layout
 
 VOCABULARY = SIZES["vocab_size"] + 7
 """Not a multiple of anything: the last rank's embedding ends in padding."""

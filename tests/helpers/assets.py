@@ -30,7 +30,7 @@ def write_assets(directory: Path) -> None:
     _write(directory / "sft.jsonl", records)
     _write(directory / "prompts.jsonl", [{"prompt": r["prompt"]} for r in records])
     pairs = [
-        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": " " + " ".join(rng.sample(WORDS, 2))}
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": f" some {rng.choice(WORDS)} or other"}
         for r in records
     ]
     _write(directory / "pairs.jsonl", pairs)

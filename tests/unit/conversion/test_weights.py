@@ -87,6 +87,21 @@ def test_exported_reward_is_read_at_the_end_of_text_of_a_padded_row(write_hf, lo
     assert torch.allclose(together, expected)
 
 
+def test_a_tokenizer_that_can_only_pad_with_its_end_of_text_is_warned_of(
+    write_hf, load, tokenizer_dir, single, tmp_path, caplog
+):
+    settings = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] == "</s>"]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "</s>"}
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tmp_path / "tokenizer")
+    model, chunk = load(write_hf(head="reward"))
+    export_hf(tmp_path / "out", [chunk], model, "reward", tokenizer, torch.float32, single)
+    assert "the tokenizer pads with </s>" in caplog.text
+
+
 def test_a_reward_model_starts_from_a_language_model_with_a_head_of_its_own(write_hf, load, tokenizer):
     source = write_hf(tie_word_embeddings=False)
     _, reward = load(source, head="reward")
@@ -103,7 +118,12 @@ def test_a_policy_is_not_made_of_a_classifier(write_hf, load):
 
 
 def test_vocabulary_padding_is_zero_and_is_not_exported(write_hf, load, tokenizer, single, tmp_path):
-    model, chunk = load(write_hf(tie_word_embeddings=False))
+    source = write_hf(tie_word_embeddings=False)
+    model, chunk = load(source)
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.fill_(1.0)
+    load_hf_weights(source, [chunk], model, "policy")
     for weight in (chunk.embedding.word_embeddings.weight, chunk.output_layer.weight):
         assert weight.size(0) == 384
         assert not weight[330:].any()
@@ -112,7 +132,9 @@ def test_vocabulary_padding_is_zero_and_is_not_exported(write_hf, load, tokenize
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_bfloat16_is_written_rounded_and_read_by_transformers_as_such(bf16, write_hf, load, tokenizer, single, tmp_path):
+def test_bfloat16_is_written_rounded_and_read_by_transformers_as_such(
+    bf16, write_hf, load, tokenizer, single, tmp_path
+):
     source = write_hf()
     model, chunk = load(source, bf16=bf16)
     export_hf(tmp_path / "out", [chunk], model, "policy", tokenizer, torch.bfloat16, single)
@@ -159,7 +181,10 @@ def test_not_a_number_is_a_difference(write_hf, load, tokenizer):
     ("change", "message"),
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks 1 of the 29 .*layers\.1\.mlp\.up_proj"),
-        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), r"does not have: .*q_proj\.bias"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+            r"does not have: .*q_proj\.bias",
+        ),
         (lambda t: t.update({"model.norm.weight": torch.zeros(31)}), r"model\.norm\.weight has shape \[31\].* \[32\]"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(330, 32)}), "tie_word_embeddings=true, but lm_head"),
     ],

@@ -20,16 +20,11 @@ MICRO_BATCHES = [
     [Group(prompt=(9,), responses=((10, 11, 12, 13),)), Group(prompt=(14, 15), responses=((16,), (17, 18)))],
     [Group(prompt=(3, 2, 1), responses=((1,),))],
 ]
-SETTINGS = ModelConfig(init_method_std=0.2, **SIZES)
 
 
 def build(parallel, head="policy", **changes):
-    model = resolve(SETTINGS, None, "the test")
-    chunks = build_model(model, ParallelConfig(), parallel, head=head, seed=1)
-    for chunk in chunks:
-        for name, value in changes.items():
-            setattr(chunk.config, name, value)
-    return chunks
+    model = resolve(ModelConfig(init_method_std=0.2, **SIZES | changes), None, "the test")
+    return build_model(model, ParallelConfig(), parallel, head=head, seed=1)
 
 
 def squared_loss(output, batch):
@@ -88,11 +83,13 @@ def test_forward_returns_the_models_outputs_without_a_graph(single, head):
     assert forward(chunks, [], single) == []
 
 
-def test_scoring_is_without_dropout_and_gives_the_mode_back(single):
-    [model] = build(single, hidden_dropout=0.5, attention_dropout=0.5)
+@pytest.mark.parametrize("dropout", ["hidden_dropout", "attention_dropout"])
+def test_scoring_is_without_dropout_and_gives_the_mode_back(single, dropout):
+    [model] = build(single, **{dropout: 0.5})
     batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True)
     first, second = (torch.cat(forward([model], batches, single)) for _ in range(2))
     assert torch.equal(first, second)
+    assert not torch.equal(torch.cat([model(batch) for batch in batches]), first)
     assert model.training
     model.eval()
     forward([model], batches, single)
@@ -125,4 +122,12 @@ def test_validation_loss_is_the_mean_over_all_samples_however_they_are_batched(s
             chunks, samples, squared_loss, single, micro_batch_size=micro_batch_size, shared_prefix=True
         )
         assert metrics == {"loss": pytest.approx(expected, rel=1e-5)}
+    assert chunks[0].training
+
+
+def test_validation_is_without_dropout_and_gives_the_mode_back(single):
+    chunks = build(single, hidden_dropout=0.5)
+    options = {"micro_batch_size": 2, "shared_prefix": True}
+    first, second = (mean_loss(chunks, MICRO_BATCHES, squared_loss, single, **options) for _ in range(2))
+    assert first == second
     assert chunks[0].training
