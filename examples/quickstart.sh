@@ -28,7 +28,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Smoke sizes train a random model for a few steps: the chain is what is tried, not the answers.
 if $smoke; then
     sft_records=64 pair_prompts=16 pair_packages=60 pairs=64 brain_prompts=16 test_prompts=32 judge=score_rouge
-    sizes=(--global-batch-size 8)
+    sizes=(--global-batch-size 8 --micro-batch-size 2)
     brain_sizes=(--prompts-per-round 8 --samples-per-prompt 4 --max-new-tokens 12)
 else
     sft_records=720 pair_prompts=160 pair_packages=200 pairs=480 brain_prompts=256 test_prompts=300 judge=score

@@ -65,8 +65,13 @@ def _is_ours(error: ValueError) -> bool:
 
 
 def _report(error: ValueError) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
+    rank = os.environ.get("RANK", "0")
+    torch = sys.modules.get("torch")
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr)
+    elif torch is not None and torch.distributed.is_initialized():
+        print(f"rank {rank}: error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

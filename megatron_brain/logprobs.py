@@ -38,9 +38,7 @@ def vocab_parallel_logprobs(
     return _VocabParallelLogprobs.apply(hidden, weight, targets, group, vocab_size, temperature, chunk_size)
 
 
-def local_logits(
-    hidden: Tensor, weight: Tensor, *, first_id: int, vocab_size: int, temperature: float = 1.0
-) -> Tensor:
+def local_logits(hidden: Tensor, weight: Tensor, *, first_id: int, vocab_size: int, temperature: float = 1.0) -> Tensor:
     """This rank's logits `[N, V_local]` in float32, vocabulary padding at -inf. `first_id` is its first token id."""
     logits = (hidden @ weight.t()).float()
     if temperature != 1.0:

@@ -55,6 +55,4 @@ class OptimizerConfig:
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value}: must lie in [0, 1)")
         if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
-            raise ValueError(
-                f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}"
-            )
+            raise ValueError(f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}")

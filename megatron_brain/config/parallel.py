@@ -40,6 +40,4 @@ class ParallelConfig:
                 "sequence_parallel=true needs tensor_model_parallel_size > 1; it is 1: drop sequence_parallel"
             )
         if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                "num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size > 1; it is 1"
-            )
+            raise ValueError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size > 1; it is 1")

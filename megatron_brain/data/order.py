@@ -36,9 +36,7 @@ class SampleOrder:
         return [self[iteration * batch_size + i] for i in range(batch_size)]
 
 
-def replica_share(
-    items: Sequence[Item], *, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> list[list[Item]]:
+def replica_share(items: Sequence[Item], *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[Item]]:
     """A replica's micro-batches of a global batch: micro-batches are dealt out to the replicas in turn.
 
     Raises:

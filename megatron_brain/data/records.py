@@ -142,9 +142,7 @@ def prompt_groups(
         tokens = cut_prompt(ids, longest, tokenizer.bos_id)
         counts["duplicates"] += tokens in seen
         seen.add(tokens)
-        prompts.append(
-            Prompt(tokens=tokens, text=draft.prompt, reference=draft.reference, record_id=draft.record_id)
-        )
+        prompts.append(Prompt(tokens=tokens, text=draft.prompt, reference=draft.reference, record_id=draft.record_id))
     return prompts, make_report(counts, len(prompts), limits)
 
 

@@ -32,7 +32,7 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
     for name, value in (found or {}).items():
         if sizes[name] is not None and sizes[name] != value:
             raise ValueError(
-                f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read from there"
+                f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
             )
         sizes[name] = value
     missing = [name for name in _REQUIRED if sizes[name] is None]

@@ -51,17 +51,13 @@ def _attend_to_self(segment: Segment, query: Tensor, key: Tensor, value: Tensor,
     return out[0]
 
 
-def _attend_after_prefix(
-    segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **options
-) -> list[Tensor]:
+def _attend_after_prefix(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **options) -> list[Tensor]:
     """Responses of one prompt in one call: each row of the batch is a response, padded at its end."""
     longest = max(segment.length for segment in segments)
     prefix = slice(segments[0].prefix_start, segments[0].prefix_start + segments[0].prefix_length)
 
     def rows(tensor: Tensor) -> Tensor:
-        pieces = [
-            F.pad(tensor[s.start : s.start + s.length], (0, 0, 0, 0, 0, longest - s.length)) for s in segments
-        ]
+        pieces = [F.pad(tensor[s.start : s.start + s.length], (0, 0, 0, 0, 0, longest - s.length)) for s in segments]
         return torch.stack(pieces)
 
     def after_prefix(tensor: Tensor) -> Tensor:

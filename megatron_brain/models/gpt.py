@@ -90,9 +90,7 @@ class RewardModel(_PackedGPT):
         if self.post_process:
             # GPTModel allocates a vocabulary projection; a reward model has none.
             self.output_layer = None
-            self.reward_head = torch.nn.Linear(
-                self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype
-            )
+            self.reward_head = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
 
     def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Rewards `[R]` float32, read at each response's last token."""
@@ -102,8 +100,6 @@ class RewardModel(_PackedGPT):
             )
         return self.reward_head(hidden[:, 0][batch.last_index]).squeeze(-1).float()
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Sharded tensors of the trunk and the head; GPTModel's own version expects a vocabulary projection."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

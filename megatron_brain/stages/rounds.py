@@ -47,9 +47,7 @@ class RoundMaker:
         """This replica's scored rollouts of a round, and metrics of making them (the same on all ranks)."""
         start = time.perf_counter()
         rollouts = self._read(number) if self._files else self._sample(trainer, number)
-        self.proposal_is_policy = (
-            not self._files and self._samples_plainly and self._run.config.brain.refresh_proposal
-        )
+        self.proposal_is_policy = not self._files and self._samples_plainly and self._run.config.brain.refresh_proposal
         sampled = time.perf_counter()
         differences = self._score(trainer, rollouts, number)
         scored = time.perf_counter()

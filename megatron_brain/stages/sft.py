@@ -46,9 +46,7 @@ class SFTStage(SampledStage):
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: response tokens' log-probabilities `[N]`."""
-        return LossOutput(
-            loss_sum=negative_log_likelihood(output, batch.loss_mask), count=int(batch.loss_mask.sum())
-        )
+        return LossOutput(loss_sum=negative_log_likelihood(output, batch.loss_mask), count=int(batch.loss_mask.sum()))
 
 
 def main(run: Run) -> None:

@@ -1,10 +1,10 @@
 """Checkpoints through megatron-core's dist_checkpointing: saved at one layout, loaded at any.
 
-    <save>/latest_checkpointed_iteration.txt     written last, by rename
-    <save>/iter_0000100/                         tensors, sharded; common.pt, metadata.json of megatron-core
-    <save>/iter_0000100/megatron_brain.json      iteration, head, architecture, position in the data
-    <save>/iter_0000100/config.yaml              the run's resolved configuration
-    <save>/iter_0000100/tokenizer/               the tokenizer
+<save>/latest_checkpointed_iteration.txt     written last, by rename
+<save>/iter_0000100/                         tensors, sharded; common.pt, metadata.json of megatron-core
+<save>/iter_0000100/megatron_brain.json      iteration, head, architecture, position in the data
+<save>/iter_0000100/config.yaml              the run's resolved configuration
+<save>/iter_0000100/tokenizer/               the tokenizer
 """
 
 import json
@@ -74,7 +74,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     if not (root / INFO).is_file():
         if not has_checkpoint(root):
             raise ConfigError(
-                f"{root.resolve()} holds no checkpoint: it has no {LATEST}. Was --save of the earlier run another folder?"
+                f"{root.resolve()} holds no checkpoint: it has no {LATEST}; was --save of the earlier run another?"
             )
         text = (root / LATEST).read_text().strip()
         if not text.isdigit():
@@ -202,9 +202,7 @@ def _sharded_state(
         )
         state["scheduler"] = scheduler.state_dict()
         ranks = (parallel.pp_rank, parallel.tp_rank, parallel.dp_rank)
-        state["random_state"] = ShardedObject(
-            "random_state", random_state(), tuple(_layout(parallel).values()), ranks
-        )
+        state["random_state"] = ShardedObject("random_state", random_state(), tuple(_layout(parallel).values()), ranks)
     return state
 
 

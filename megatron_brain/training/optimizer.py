@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import megatron.core.optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
@@ -38,6 +40,21 @@ def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Para
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def check_optimizer_can_be_saved(config: RunConfig) -> None:
+    """Refuse at the start what would fail at the first save.
+
+    Raises:
+        ConfigError: the distributed optimizer would have to save the state of torch's AdamW, which megatron-core takes
+            where neither Transformer Engine nor Apex brings a fused one, and cannot save.
+    """
+    saves = config.checkpoint.save is not None and config.checkpoint.save_optim
+    if config.optimizer.use_distributed_optimizer and saves and megatron.core.optimizer.Adam is torch.optim.AdamW:
+        raise ConfigError(
+            "use_distributed_optimizer=true cannot save its state without Transformer Engine's or Apex's fused Adam: "
+            "add --no-save-optim to save weights alone, or leave out --use-distributed-optimizer"
+        )
 
 
 def build_optimizer(

@@ -68,7 +68,6 @@ class Run:
             chunk.eval().requires_grad_(False)
         return chunks
 
-
     def open_logger(self, total_steps: int) -> MetricsLogger:
         """The run's metrics logger, in --tensorboard-dir or else --save; it only does something on the writer."""
         logger = MetricsLogger(

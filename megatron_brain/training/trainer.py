@@ -11,7 +11,7 @@ import torch
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.provider import Head
 from megatron_brain.training.checkpointing import load_training_state, load_weights, save_checkpoint
-from megatron_brain.training.optimizer import build_optimizer, wrap_for_training
+from megatron_brain.training.optimizer import build_optimizer, check_optimizer_can_be_saved, wrap_for_training
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
@@ -55,6 +55,7 @@ class Trainer:
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
+        check_optimizer_can_be_saved(self.config)
         self.chunks = run.build_model(stage.head)
         self.iteration = 0
         self.logger = run.open_logger(stage.train_iters)
@@ -133,7 +134,9 @@ class Trainer:
 
     def _count_tokens(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
         counts = [
-            sum(group.num_tokens(shared_prefix=self.stage.shared_prefix) for batch in batches for group in batch.groups),
+            sum(
+                group.num_tokens(shared_prefix=self.stage.shared_prefix) for batch in batches for group in batch.groups
+            ),
             sum(batch.tokens.numel() for batch in batches),
             sum(batch.targets.numel() for batch in batches),
             sum(batch.num_responses for batch in batches),

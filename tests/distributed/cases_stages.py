@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.world import Context, Layout
 from helpers.assets import size_flags
+
+from distributed.world import Context, Layout
 
 STEPS = 3
 

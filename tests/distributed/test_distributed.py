@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.world import LAYOUTS, case_names
 from helpers.assets import write_assets
+
+from distributed.world import LAYOUTS, case_names
 
 _WORLD = Path(__file__).parent / "world.py"
 _TIMEOUT_SECONDS = 420

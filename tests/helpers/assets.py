@@ -8,7 +8,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "editor server library game tool reader writer viewer small fast simple terminal graphical network file".split()
+_NOUNS = ["editor", "server", "library", "game", "tool", "reader", "writer", "viewer", "terminal", "network", "file"]
+WORDS = [*_NOUNS, "small", "fast", "simple", "graphical"]
 
 SIZES = {
     "num_layers": 4,

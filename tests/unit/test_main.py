@@ -1,8 +1,7 @@
-"""The command line as a user meets it: exit codes, messages, and how fast --help answers."""
+"""The command line as a user meets it: exit codes, messages and --help."""
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -37,11 +36,9 @@ def test_help_answers_without_loading_torch():
         "except SystemExit as stopped: assert not stopped.code\n"
         "assert 'torch' not in sys.modules"
     )
-    start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert "--reward-temperature" in result.stdout
-    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

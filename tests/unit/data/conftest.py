@@ -1,7 +1,7 @@
 """Fixtures: one tokenizer of each kind, built once a run."""
 
 import pytest
-from tiny_tokenizers import CHATML, CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
+from helpers.tiny_tokenizers import CHATML, CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
 
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 

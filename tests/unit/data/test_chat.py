@@ -1,5 +1,5 @@
 import pytest
-from tiny_tokenizers import CHATML, CHATML_MARKED, write_hf_tokenizer
+from helpers.tiny_tokenizers import CHATML, CHATML_MARKED, write_hf_tokenizer
 
 from megatron_brain.data import chat
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer

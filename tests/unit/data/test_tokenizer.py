@@ -1,7 +1,7 @@
 import logging
 
 import pytest
-from tiny_tokenizers import LINES, train_sentencepiece, write_hf_tokenizer
+from helpers.tiny_tokenizers import LINES, train_sentencepiece, write_hf_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
