@@ -95,17 +95,10 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
     device = _join_world(timeout)
 
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_size(config, num_layers),
-        distributed_timeout_minutes=config.distributed_timeout_minutes,
-    )
+    _make_groups(config, virtual_pipeline_size(config, num_layers))
     # Fused kernels compiled at first use would make a CPU run wait for a C++ compiler.
     if device.type == "cpu":
         from megatron.core.jit import disable_jit_fuser
@@ -129,6 +122,39 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
     torch.manual_seed(seed + 100 * parallel.pp_rank)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel.pp_rank)
     return parallel
+
+
+def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | None) -> None:
+    """Make megatron-core's process groups, or keep those there are where the layout is the same.
+
+    A gloo group costs threads in every process, so those of another layout are destroyed rather than left behind.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    layout = (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        virtual_pipeline_parallel_size,
+    )
+    if parallel_state.model_parallel_is_initialized():
+        present = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        )
+        if present == layout:
+            return
+        old = vars(ProcessGroupCollection.use_mpu_process_groups()).values()
+        parallel_state.destroy_model_parallel()
+        for group in {id(group): group for group in old if isinstance(group, dist.ProcessGroup)}.values():
+            dist.destroy_process_group(group)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
 
 
 def stop() -> None:
