@@ -38,6 +38,11 @@ def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> N
     _check_tensor_parallel(config, world_size, model)
     _check_pipeline_parallel(config, world_size, model)
     _check_world_size(config, world_size)
+    if model.max_position_embeddings is not None and config.data.seq_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length={config.data.seq_length} exceeds the model's max_position_embeddings="
+            f"{model.max_position_embeddings}: use --seq-length {model.max_position_embeddings} or less"
+        )
     if "optimizer" in STAGE_SECTIONS[config.stage]:
         _check_batches(config, world_size)
 
@@ -141,6 +146,8 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_response_length(config: RunConfig) -> None:
     """A prompt and its sampled response fit into --seq-length."""
+    if config.brain.rollout_data is not None:
+        return
     new, total = config.sampling.max_new_tokens, config.data.seq_length
     prompt = config.data.max_prompt_length
     if prompt is None and new >= total:

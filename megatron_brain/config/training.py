@@ -82,7 +82,7 @@ class LoggingConfig:
     """What a run shows of itself."""
 
     log_interval: int = 1
-    """Steps between metric lines."""
+    """Steps between the lines on the console; the files get every step."""
 
     tensorboard_dir: str | None = None
     """Folder of the TensorBoard event file and metrics.jsonl; default: --save."""

@@ -41,6 +41,8 @@ class Prompt:
     text: str
     reference: str | None
     record_id: str
+    chat: bool = False
+    """Whether a chat template rendered the prompt: a response to it then ends a turn."""
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,15 @@ def prompt_groups(
         tokens = cut_prompt(ids, longest, tokenizer.bos_id)
         counts["duplicates"] += tokens in seen
         seen.add(tokens)
-        prompts.append(Prompt(tokens=tokens, text=draft.prompt, reference=draft.reference, record_id=draft.record_id))
+        prompts.append(
+            Prompt(
+                tokens=tokens,
+                text=draft.prompt,
+                reference=draft.reference,
+                record_id=draft.record_id,
+                chat=draft.kind == "chat",
+            )
+        )
     return prompts, make_report(counts, len(prompts), limits)
 
 

@@ -64,14 +64,15 @@ def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> T
 
 
 def build_model(
-    model: ModelConfig, parallel_config: ParallelConfig, parallel: Parallel, *, head: Head, seed: int
+    model: ModelConfig, parallel_config: ParallelConfig, parallel: Parallel, *, head: Head, seed: int | None
 ) -> list[Chunk]:
-    """This rank's model chunks, one unless the pipeline is interleaved, with random weights that depend on `seed`
-    alone and not on the layout.
+    """This rank's model chunks, one unless the pipeline is interleaved.
 
     Args:
         model: architecture with every size resolved.
         head: vocabulary projection (`policy`) or scalar head (`reward`).
+        seed: seeds random weights, which depend on it alone and not on the layout; None leaves zeros, for weights
+            that are going to be loaded.
     """
     config = transformer_config(model, parallel_config)
     impl, _ = choose_transformer_impl(model.transformer_impl, parallel.device)
@@ -82,7 +83,10 @@ def build_model(
     ]
     for chunk in chunks:
         mark_tensor_parallel(chunk)
-        initialize_weights(chunk, model, seed=seed)
+        if seed is None:
+            _zero_weights(chunk)
+        else:
+            initialize_weights(chunk, model, seed=seed)
         chunk.to(parallel.device)
     return chunks
 
@@ -118,6 +122,12 @@ def _build_chunk(
     chunk.true_vocab_size = model.vocab_size
     chunk.logprob_chunk_size = model.logprob_chunk_size
     return chunk
+
+
+@torch.no_grad()
+def _zero_weights(module: torch.nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.zero_()
 
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:

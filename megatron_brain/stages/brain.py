@@ -133,21 +133,27 @@ class BrainStage:
         """None while training: the evaluate stage compares policies on held-out prompts."""
         return {}
 
-    def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-        """Check the first step of a round, where the policy still is the proposal; report the round once.
+    def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Check the first step of a round, where the policy still is the proposal.
 
         Raises:
             RuntimeError: beta is not 1/n there: proposal and policy were not computed alike.
         """
-        error = metrics.pop("beta_error")
-        if (trainer.iteration - 1) % self.steps_per_round:
-            return {}
+        error = metrics["beta_error"]
+        if trainer.iteration % self.steps_per_round:
+            return
         if self._maker.proposal_is_policy and error > self._config.brain.max_refresh_error:
             raise RuntimeError(
                 f"first step of round {self._round}: the policy is the proposal, so every beta is 1/n, but the largest "
                 f"difference is {error:.3g} (limit --max-refresh-error {self._config.brain.max_refresh_error:g}). "
                 "A mask, template or numerics differs between scoring and training."
             )
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+        """Report the round with its first step."""
+        error = metrics.pop("beta_error")
+        if (trainer.iteration - 1) % self.steps_per_round:
+            return {}
         for tag, text in self._maker.texts(self._rollouts):
             trainer.logger.log_text(trainer.iteration, tag, text)
         return {"beta_error_at_refresh": error, "round": self._round, **self._round_metrics}

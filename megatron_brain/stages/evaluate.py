@@ -103,7 +103,7 @@ def _add_rewards(run: Run, rows: list[dict], prompts: Sequence[Prompt], drawn: d
     for k, prompt in enumerate(prompts):
         responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
         if prompt.reference is not None:
-            responses.append(tuple(run.tokenizer.encode_response(prompt.reference)))
+            responses.append(tuple(run.tokenizer.encode_response(prompt.reference, chat=prompt.chat)))
         groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
     shared_prefix = run.config.training.shared_prefix
     scored = score_groups(model, groups, run.parallel, head="reward", shared_prefix=shared_prefix)

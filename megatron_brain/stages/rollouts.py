@@ -82,7 +82,7 @@ def rollout_from_dict(record: dict, where: str) -> Rollout:
         responses = [Response(**{**r, "tokens": _token_ids(r["tokens"])}) for r in record["responses"]]
         rollout = Rollout(**{**record, "prompt_tokens": _token_ids(record["prompt_tokens"]), "responses": responses})
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: not a rollout record, {error}; docs/data.md shows the format") from error
+        raise ConfigError(f"{where}: not a rollout record, {error}; docs/stages.md shows the format") from error
     if len(responses) < 2:
         raise ConfigError(f"{where}: {len(responses)} response(s), a group needs at least 2")
     for response in responses:

@@ -16,6 +16,7 @@ from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.objectives.brain import posterior_log_weights
 from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, write_rollouts
+from megatron_brain.training.checkpointing import read_info
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import score_groups
@@ -39,8 +40,10 @@ class RoundMaker:
         self._order = SampleOrder(len(prompts), seed=run.config.training.seed) if prompts else None
         sampling = run.config.sampling
         self._samples_plainly = sampling.temperature == 1.0 and sampling.top_p == 1.0 and sampling.top_k == 0
-        # Loaded when a round first needs them; rollouts read from files may bring all numbers along.
+        # Loaded when a round first needs them; rollouts read from files may bring all numbers along. Which ones is
+        # settled now: a folder that --save shares will hold newer checkpoints by then.
         self._models: dict[str, list[Chunk]] = {}
+        self._checkpoints = {"prior": self._prior_checkpoint(), "reward": run.config.scoring.reward_load}
         self.proposal_is_policy = False
 
     def make(self, trainer: Trainer, number: int) -> tuple[list[Rollout], dict[str, float]]:
@@ -71,7 +74,13 @@ class RoundMaker:
 
     def micro_batches(self, rollouts: Sequence[Rollout]) -> list[list[Group]]:
         """This replica's rollouts as micro-batches, in the order of training."""
-        size = self._run.config.training.micro_batch_size
+        size, parallel = self._run.config.training.micro_batch_size, self._run.parallel
+        batch = self._run.config.training.global_batch_size
+        for rollout in rollouts:
+            owner = rollout.index % batch // size % parallel.dp_size
+            assert owner == parallel.dp_rank, (
+                f"group {rollout.index} of replica {owner} is on replica {parallel.dp_rank}"
+            )
         groups = [rollout.group() for rollout in rollouts]
         return [groups[start : start + size] for start in range(0, len(groups), size)]
 
@@ -191,15 +200,17 @@ class RoundMaker:
     def _model(self, which: str) -> list[Chunk]:
         """The prior or the reward model, loaded when first needed."""
         if which not in self._models:
-            config = self._run.config
-            directory = {
-                "prior": config.scoring.prior_load or config.checkpoint.load,
-                "reward": config.scoring.reward_load,
-            }[which]
+            directory = self._checkpoints[which]
             if directory is None:
                 raise ConfigError(f"the rollouts hold no {which} values: give --{which}-load to compute them")
             self._models[which] = self._run.load_frozen(directory, "reward" if which == "reward" else "policy")
         return self._models[which]
+
+    def _prior_checkpoint(self) -> str | None:
+        """--prior-load, or else the checkpoint that a --finetune run starts from; a resumed policy is no prior."""
+        checkpoint = self._run.config.checkpoint
+        directory = self._run.config.scoring.prior_load or (checkpoint.load if checkpoint.finetune else None)
+        return None if directory is None else str(read_info(directory).path)
 
     def _set_alpha(self, rollouts: Sequence[Rollout]) -> None:
         settings = self._run.config.brain

@@ -65,6 +65,9 @@ class SampledStage:
             max_names=self.max_metrics,
         )
 
+    def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """Nothing to check."""
+
     def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Nothing to add."""
         return {}

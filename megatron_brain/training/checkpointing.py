@@ -7,6 +7,7 @@
 <save>/iter_0000100/tokenizer/               the tokenizer
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ class CheckpointInfo:
 
     path: Path
     iteration: int
+    stage: str
     head: Head
     architecture: dict
     tokenizer_type: str
@@ -82,7 +84,12 @@ def read_info(directory: str | Path) -> CheckpointInfo:
         path = iteration_dir(root, int(text))
     if not (path / INFO).is_file():
         raise ConfigError(f"{path} has no {INFO}: it was not written by megatron_brain, or its save was cut off")
-    return CheckpointInfo(path=path, **json.loads((path / INFO).read_text()))
+    values = json.loads((path / INFO).read_text())
+    known = {field.name for field in dataclasses.fields(CheckpointInfo)} - {"path"}
+    if values.keys() != known:
+        differing = ", ".join(sorted(values.keys() ^ known))
+        raise ConfigError(f"{path / INFO} was written by another version of megatron_brain: it differs in {differing}")
+    return CheckpointInfo(path=path, **values)
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
@@ -123,6 +130,7 @@ def save_checkpoint(
         save_config(config, path / "config.yaml")
         info = {
             "iteration": iteration,
+            "stage": config.stage,
             "head": head,
             "architecture": architecture(config.model),
             "tokenizer_type": config.tokenizer.tokenizer_type,

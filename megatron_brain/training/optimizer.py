@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import megatron.core.optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -46,14 +45,14 @@ def check_optimizer_can_be_saved(config: RunConfig) -> None:
     """Refuse at the start what would fail at the first save.
 
     Raises:
-        ConfigError: the distributed optimizer would have to save the state of torch's AdamW, which megatron-core takes
-            where neither Transformer Engine nor Apex brings a fused one, and cannot save.
+        ConfigError: the distributed optimizer's state would be saved, which megatron-core 0.16 cannot do for torch's
+            AdamW and which is not tried yet with a fused one.
     """
     saves = config.checkpoint.save is not None and config.checkpoint.save_optim
-    if config.optimizer.use_distributed_optimizer and saves and megatron.core.optimizer.Adam is torch.optim.AdamW:
+    if config.optimizer.use_distributed_optimizer and saves:
         raise ConfigError(
-            "use_distributed_optimizer=true cannot save its state without Transformer Engine's or Apex's fused Adam: "
-            "add --no-save-optim to save weights alone, or leave out --use-distributed-optimizer"
+            "use_distributed_optimizer=true cannot save its state yet: add --no-save-optim to save weights alone, or "
+            "leave out --use-distributed-optimizer"
         )
 
 
@@ -94,5 +93,8 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=max(train_iters, 1),
         wd_incr_style="constant",
+        # A resumed run follows its own flags; only its position comes from the checkpoint.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

@@ -45,7 +45,7 @@ def reduce_reports(
             f"a report carries {[*report.means, *report.maxima]}, declared are {[*mean_names, *max_names]}"
         )
         rows = [(report.loss_sum, report.count), *(report.means[name] for name in mean_names)]
-        sums += torch.tensor([[float(total), float(count)] for total, count in rows], dtype=torch.float64)
+        sums += torch.tensor([[float(total.detach()), float(count)] for total, count in rows], dtype=torch.float64)
         if max_names:
             mine = torch.tensor([float(report.maxima[name]) for name in max_names], dtype=torch.float64)
             peaks = torch.maximum(peaks, mine)

@@ -4,12 +4,13 @@ import dataclasses
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.errors import ConfigError
-from megatron_brain.config.loader import config_to_yaml
+from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.conversion import load_hf_weights, read_hf_architecture
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
@@ -40,7 +41,9 @@ class Run:
     def build_model(self, head: Head) -> list[Chunk]:
         """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
         model = self.config.model
-        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=self.config.training.seed)
+        complete = self.start_from is not None and self.start_from.head == head
+        seed = None if complete else self.config.training.seed
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=seed)
         if self.start_from is None and model.hf_model is not None:
             load_hf_weights(model.hf_model, chunks, model, head)
         elif self.start_from is None:
@@ -62,16 +65,17 @@ class Run:
                 f"{info.path} has vocab_size={model.vocab_size}, the policy has {self.config.model.vocab_size}: "
                 "all models of a run share one tokenizer"
             )
-        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=self.config.training.seed)
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None)
         load_weights(info, chunks, head=head)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
         return chunks
 
     def open_logger(self, total_steps: int) -> MetricsLogger:
-        """The run's metrics logger, in --tensorboard-dir or else --save; it only does something on the writer."""
+        """The run's metrics logger, in --tensorboard-dir or else --save, where the resolved configuration goes too."""
+        directory = self.config.logging.tensorboard_dir or self.config.checkpoint.save
         logger = MetricsLogger(
-            self.config.logging.tensorboard_dir or self.config.checkpoint.save,
+            directory,
             total_steps=total_steps,
             is_writer=self.parallel.is_writer,
             progress=self.config.logging.progress,
@@ -79,6 +83,8 @@ class Run:
             resume_step=self.start_from.iteration if self.resuming else None,
         )
         logger.log_config(config_to_yaml(self.config))
+        if directory is not None and self.parallel.is_writer:
+            save_config(self.config, Path(directory) / "config.yaml")
         return logger
 
 
@@ -119,7 +125,7 @@ def _find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
         return read_info(checkpoint.save), True
     if checkpoint.load is None:
         return None, False
-    trains = config.stage in ("sft", "reward", "brain")
+    trains = "optimizer" in STAGE_SECTIONS[config.stage]
     return read_info(checkpoint.load), trains and not checkpoint.finetune
 
 

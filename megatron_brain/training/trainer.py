@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.provider import Head
 from megatron_brain.training.checkpointing import load_training_state, load_weights, save_checkpoint
@@ -38,6 +39,9 @@ class Stage(Protocol):
 
     def validate(self, trainer: "Trainer") -> dict[str, float]:
         """Metrics on held-out data, empty where the run has none."""
+
+    def before_update(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
+        """Look at the metrics of the step's loss before the weights move; may raise to stop the run."""
 
     def after_step(self, trainer: "Trainer", metrics: dict[str, float]) -> dict[str, float]:
         """Look at the metrics of the step just made; returns metrics of the stage to log beside them."""
@@ -109,6 +113,7 @@ class Trainer:
         )
         self.optimizer.prepare_grads()
         self._check_finite(metrics["loss"], float(self.optimizer.get_grad_norm()), batches)
+        self.stage.before_update(self, metrics)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
@@ -122,8 +127,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         metrics |= {"seconds_per_step": seconds, "tokens_per_second": metrics.pop("tokens") / seconds}
         metrics |= self.stage.after_step(self, metrics)
-        if self.iteration % self.config.logging.log_interval == 0 or self.iteration == self.stage.train_iters:
-            self.logger.log(self.iteration, metrics)
+        self.logger.log(self.iteration, metrics)
         return metrics
 
     def _validate(self) -> dict[str, float]:
@@ -180,8 +184,11 @@ class Trainer:
 
     def _resume(self) -> None:
         info = self.run.start_from
-        if info.head != self.stage.head:
-            raise ValueError(f"{info.path} holds a {info.head} model, this stage trains a {self.stage.head} model")
+        if info.stage != self.config.stage:
+            raise ConfigError(
+                f"{info.path} is of the {info.stage} stage and cannot be resumed by {self.config.stage}: "
+                "add --finetune to start from its weights"
+            )
         load_training_state(
             info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
         )
