@@ -105,7 +105,7 @@ class BrainConfig:
     """Train on rollout files written before (file or glob, one file a round) instead of sampling."""
 
     max_refresh_error: float = 1e-4
-    """Largest |beta - 1/n| allowed right after a refresh, in fp32; bf16 runs need more, see docs/stages.md."""
+    """Largest |beta - 1/n| allowed right after a refresh, see docs/stages.md."""
 
     def __post_init__(self) -> None:
         for name in ("reward_temperature", "policy_strength", "max_refresh_error"):

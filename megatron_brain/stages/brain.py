@@ -79,7 +79,7 @@ class BrainStage:
         if wanted != self._round:
             self._start_round(trainer, wanted)
         mine = self._maker.micro_batches(self._rollouts)
-        per_step = self._batch // (self._config.training.micro_batch_size * trainer.parallel.dp_size)
+        per_step = self._maker.micro_batches_per_step
         start = step * per_step % len(mine)
         return mine[start : start + per_step]
 

@@ -68,6 +68,12 @@ class RoundMaker:
             metrics["sampler_logprob_difference"] = difference / responses
         return rollouts, metrics
 
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches of this replica in one optimizer step."""
+        settings = self._run.config.training
+        return settings.global_batch_size // (settings.micro_batch_size * self._run.parallel.dp_size)
+
     def share(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """This replica's part of all rollouts of a round."""
         return [rollout for share in self._deal(sorted(rollouts, key=lambda r: r.index)) for rollout in share]
@@ -192,6 +198,7 @@ class RoundMaker:
             self._run.parallel,
             head=head,
             shared_prefix=self._run.config.training.shared_prefix,
+            window=self.micro_batches_per_step,
         )
         for rollout, values in zip(rollouts, (group for batch in scored for group in batch), strict=True):
             for response, value in zip(rollout.responses, values.tolist(), strict=True):

@@ -16,18 +16,22 @@ LossFunction = Callable[[Tensor, PackedBatch], LossOutput]
 
 
 def pack_micro_batches(
-    micro_batches: Sequence[Sequence[Group]], *, shared_prefix: bool, multiple_of: int = 1
+    micro_batches: Sequence[Sequence[Group]], parallel: Parallel, *, shared_prefix: bool
 ) -> list[PackedBatch]:
-    """Pack each micro-batch into one sequence, all padded to the longest: pipeline stages exchange one shape.
+    """Pack each micro-batch into one sequence.
 
-    Args:
-        multiple_of: lengths are rounded up to it; the tensor-parallel size where sequences are split.
+    Lengths are multiples of the tensor-parallel size, over which sequences may be split. Pipeline stages exchange one
+    shape, so there all are padded to the longest.
     """
-    length = max(
-        (packed_length(groups, shared_prefix=shared_prefix, multiple_of=multiple_of) for groups in micro_batches),
-        default=0,
-    )
-    return [pack_groups(groups, shared_prefix=shared_prefix, length=length) for groups in micro_batches]
+    lengths = [
+        packed_length(groups, shared_prefix=shared_prefix, multiple_of=parallel.tp_size) for groups in micro_batches
+    ]
+    if parallel.pp_size > 1:
+        lengths = [max(lengths, default=0)] * len(lengths)
+    return [
+        pack_groups(groups, shared_prefix=shared_prefix, length=length)
+        for groups, length in zip(micro_batches, lengths, strict=True)
+    ]
 
 
 def forward_backward(

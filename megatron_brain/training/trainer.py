@@ -98,11 +98,7 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or a gradient is not finite; the weights are untouched.
         """
-        batches = pack_micro_batches(
-            micro_batches,
-            shared_prefix=self.stage.shared_prefix,
-            multiple_of=self.parallel.tp_size,
-        )
+        batches = pack_micro_batches(micro_batches, self.parallel, shared_prefix=self.stage.shared_prefix)
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()

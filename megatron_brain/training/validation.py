@@ -34,7 +34,7 @@ def mean_loss(
     mine = samples[parallel.dp_rank :: parallel.dp_size]
     reports: list[LossOutput] = []
     for window in _windows(mine, micro_batch_size, shared_prefix=shared_prefix):
-        batches = pack_micro_batches(window, shared_prefix=shared_prefix, multiple_of=parallel.tp_size)
+        batches = pack_micro_batches(window, parallel, shared_prefix=shared_prefix)
         reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
@@ -48,19 +48,21 @@ def score_groups(
     *,
     head: Head,
     shared_prefix: bool,
+    window: int = _WINDOW,
 ) -> list[list[Tensor]]:
     """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
 
     Args:
-        micro_batches: groups computed together; keep those of training, so that the numerics are the same.
+        micro_batches: groups computed together.
+        window: micro-batches that share a padded length in a pipeline. With training's micro-batches and as many as a
+            step has, scores are bit for bit what training computes.
 
     Returns:
         per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
     """
     scored: list[list[Tensor]] = []
-    for start in range(0, len(micro_batches), _WINDOW):
-        window = micro_batches[start : start + _WINDOW]
-        batches = pack_micro_batches(window, shared_prefix=shared_prefix, multiple_of=parallel.tp_size)
+    for start in range(0, len(micro_batches), window):
+        batches = pack_micro_batches(micro_batches[start : start + window], parallel, shared_prefix=shared_prefix)
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
             values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
             scored.append(list(values.split([len(group.responses) for group in batch.groups])))

@@ -14,6 +14,8 @@ MULTI_HEAD = ModelConfig(num_layers=8, hidden_size=256, num_attention_heads=8)
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage"
 MBS, GBS = "micro_batch_size", "global_batch_size"
 
+SAMPLED_BRAIN = "--train-data t --load c --finetune --reward-load r"
+
 
 @pytest.mark.parametrize(
     ("model", "world", "settings"),
@@ -127,8 +129,8 @@ SIZES = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-h
         ("brain", "--samples-per-prompt 1", "use 2 or more"),
         ("brain", "--train-data t --load c --reward-load r --finetune --temperature 0", "temperature=0.0"),
         ("brain", "--train-data t --load c --reward-load r --finetune --prompts-per-round 20", "use 16 or 24"),
-        ("brain", "--rollout-data r --load c --max-new-tokens 1024", "max_new_tokens=1024"),
-        ("brain", "--rollout-data r --load c --max-prompt-length 1000", "raise --seq-length to 1064"),
+        ("brain", f"{SAMPLED_BRAIN} --max-new-tokens 1024", "max_new_tokens=1024"),
+        ("brain", f"{SAMPLED_BRAIN} --max-prompt-length 1000", "raise --seq-length to 1064"),
         ("generate", "--prompts p --output o", "--load (a checkpoint) or --hf-model"),
         ("generate", "--load c --output o", "--prompts"),
         ("generate", "--load c --prompts p", "--output"),
@@ -157,3 +159,8 @@ def test_what_a_stage_cannot_do_without_is_named(stage, arguments, part):
 )
 def test_the_least_a_stage_needs_is_enough(stage, arguments):
     assert load_config(stage, arguments.split()).stage == stage
+
+
+def test_rollouts_need_no_room_for_sampling():
+    flags = "--rollout-data r --load c --finetune --seq-length 64".split()
+    assert load_config("brain", flags).brain.rollout_data == "r"

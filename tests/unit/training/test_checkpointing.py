@@ -11,7 +11,7 @@ from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import RunConfig
-from megatron_brain.data.groups import Group
+from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.models.provider import build_model
 from megatron_brain.training.checkpointing import (
@@ -25,9 +25,9 @@ from megatron_brain.training.checkpointing import (
 )
 from megatron_brain.training.optimizer import build_optimizer, wrap_for_training
 from megatron_brain.training.report import LossOutput
-from megatron_brain.training.schedule import forward_backward, pack_micro_batches
+from megatron_brain.training.schedule import forward_backward
 
-BATCHES = pack_micro_batches([[Group(prompt=(1, 2, 3), responses=((4, 5), (6, 7, 8)))]], shared_prefix=True)
+BATCHES = [pack_groups([Group(prompt=(1, 2, 3), responses=((4, 5), (6, 7, 8)))], shared_prefix=True)]
 
 
 class FakeTokenizer:

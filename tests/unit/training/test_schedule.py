@@ -1,5 +1,7 @@
 """The pipeline schedule of one process against plain autograd."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.assets import SIZES
@@ -39,16 +41,18 @@ def plain_gradients(model, batches):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_micro_batches_are_padded_to_the_longest_rounded_up():
-    batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True, multiple_of=4)
-    assert [batch.tokens.shape for batch in batches] == [(1, 12)] * 3
-    assert pack_micro_batches([], shared_prefix=True) == []
+def test_micro_batches_are_padded_to_the_tensor_parallel_size_and_in_a_pipeline_to_the_longest(single):
+    alone = pack_micro_batches(MICRO_BATCHES, dataclasses.replace(single, tp_size=4), shared_prefix=True)
+    assert [batch.tokens.shape for batch in alone] == [(1, 8), (1, 12), (1, 4)]
+    piped = pack_micro_batches(MICRO_BATCHES, dataclasses.replace(single, tp_size=4, pp_size=2), shared_prefix=True)
+    assert [batch.tokens.shape for batch in piped] == [(1, 12)] * 3
+    assert pack_micro_batches([], single, shared_prefix=True) == []
 
 
 @pytest.mark.parametrize("head", ["policy", "reward"])
 def test_gradient_is_that_of_the_mean_over_the_global_batch(single, head):
     chunks = build(single, head)
-    batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True)
+    batches = pack_micro_batches(MICRO_BATCHES, single, shared_prefix=True)
     expected = plain_gradients(chunks[0], batches)
     chunks[0].zero_grad()
     wrapped = wrap_for_training(chunks, RunConfig(stage="sft"), single)
@@ -65,7 +69,7 @@ def test_gradient_is_that_of_the_mean_over_the_global_batch(single, head):
 
 def test_forward_only_reports_the_same_losses_and_leaves_no_gradient(single):
     chunks = build(single)
-    batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True)
+    batches = pack_micro_batches(MICRO_BATCHES, single, shared_prefix=True)
     reports = forward_backward(chunks, batches, squared_loss, single, forward_only=True)
     expected = [squared_loss(chunks[0](batch), batch) for batch in batches]
     assert [r.loss_sum.item() for r in reports] == pytest.approx([e.loss_sum.item() for e in expected])
@@ -75,7 +79,7 @@ def test_forward_only_reports_the_same_losses_and_leaves_no_gradient(single):
 @pytest.mark.parametrize("head", ["policy", "reward"])
 def test_forward_returns_the_models_outputs_without_a_graph(single, head):
     chunks = build(single, head)
-    batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True)
+    batches = pack_micro_batches(MICRO_BATCHES, single, shared_prefix=True)
     outputs = forward(chunks, batches, single)
     for output, batch in zip(outputs, batches, strict=True):
         assert not output.requires_grad
@@ -86,7 +90,7 @@ def test_forward_returns_the_models_outputs_without_a_graph(single, head):
 @pytest.mark.parametrize("dropout", ["hidden_dropout", "attention_dropout"])
 def test_scoring_is_without_dropout_and_gives_the_mode_back(single, dropout):
     [model] = build(single, **{dropout: 0.5})
-    batches = pack_micro_batches(MICRO_BATCHES, shared_prefix=True)
+    batches = pack_micro_batches(MICRO_BATCHES, single, shared_prefix=True)
     first, second = (torch.cat(forward([model], batches, single)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(torch.cat([model(batch) for batch in batches]), first)
@@ -115,7 +119,7 @@ def test_groups_are_scored_per_response_in_their_order(single, head, shared_pref
 def test_validation_loss_is_the_mean_over_all_samples_however_they_are_batched(single):
     chunks = build(single)
     samples = [*MICRO_BATCHES] * 7
-    reports = [squared_loss(chunks[0](b), b) for b in pack_micro_batches(samples, shared_prefix=True)]
+    reports = [squared_loss(chunks[0](b), b) for b in pack_micro_batches(samples, single, shared_prefix=True)]
     expected = (sum(r.loss_sum for r in reports) / sum(r.count for r in reports)).item()
     for micro_batch_size in (1, 4, 100):
         metrics = mean_loss(
