@@ -22,8 +22,8 @@ source tools/environment.sh examples
 if $smoke; then work=${WORK:-work/smoke}; else work=${WORK:-work/quickstart}; fi
 mkdir -p "$work"
 example=examples/debian_tldr
-# One thread a process: two processes share two cores.
-export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# One thread a process: two processes share two cores. Huge pages: large tensors come and go every step.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false THP_MEM_ALLOC_ENABLE=1
 
 # Smoke sizes train a random model for a few steps: the chain is what is tried, not the answers.
 if $smoke; then

@@ -99,8 +99,8 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     _make_groups(config, virtual_pipeline_size(config, num_layers))
-    # Fused kernels compiled at first use would make a CPU run wait for a C++ compiler.
     if device.type == "cpu":
+        # Fused kernels compiled at first use would make a CPU run wait for a C++ compiler.
         from megatron.core.jit import disable_jit_fuser
 
         disable_jit_fuser()

@@ -162,5 +162,5 @@ def test_the_least_a_stage_needs_is_enough(stage, arguments):
 
 
 def test_rollouts_need_no_room_for_sampling():
-    flags = "--rollout-data r --load c --finetune --seq-length 64".split()
+    flags = ["--rollout-data", "r", "--load", "c", "--finetune", "--seq-length", "64"]
     assert load_config("brain", flags).brain.rollout_data == "r"
