@@ -66,10 +66,15 @@ def test_a_user_error_ends_the_process_with_2_and_one_message_on_stderr():
     assert "Traceback" not in result.stderr and not result.stdout
 
 
-def test_a_mistake_of_the_user_is_reported_on_the_first_rank_alone(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("started", "message"), [(False, ""), (True, "rank 1: error: micro_batch_sise='3' (command line): unknown key")]
+)
+def test_a_mistake_all_ranks_make_is_reported_once_and_later_ones_by_every_rank(monkeypatch, capsys, started, message):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: started)
     assert command.main(["sft", "--micro-batch-sise", "3"]) == 2
-    assert capsys.readouterr().err == ""
+    error = capsys.readouterr().err
+    assert error.startswith(message) and bool(error) == started
 
 
 def test_a_library_value_error_is_not_taken_for_a_users_mistake(monkeypatch):
