@@ -23,7 +23,6 @@ for extra in "$@"; do
     stamp="$venv/.installed-$extra-$(cat setup.py constraints-cpu.txt | sha256sum | cut -c1-16)"
     if [ ! -e "$stamp" ]; then
         echo "installing megatron_brain[$extras]"
-        pip install --quiet --disable-pip-version-check -c constraints-cpu.txt "torch==2.13.0"
         pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[$extras]"
         for each in "$@"; do touch "$venv/.installed-$each-${stamp##*-}"; done
         break

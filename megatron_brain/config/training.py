@@ -75,6 +75,10 @@ class CheckpointConfig:
             raise ValueError("finetune=true needs --load, the checkpoint whose weights to take")
         if self.auto_resume and self.save is None:
             raise ValueError("auto_resume=true needs --save, the folder to resume from")
+        if self.auto_resume and not self.save_optim:
+            raise ValueError(
+                "auto_resume=true needs save_optim: a checkpoint without optimizer state cannot be resumed"
+            )
 
 
 @dataclass(kw_only=True)

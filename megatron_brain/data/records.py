@@ -115,19 +115,19 @@ def preference_groups(
 
 
 def prompt_groups(
-    records: Iterable[Record], tokenizer: Tokenizer, limits: LengthLimits
+    records: Iterable[Record], tokenizer: Tokenizer, limits: LengthLimits, *, room: int = 1
 ) -> tuple[list[Prompt], ReadReport]:
     """Prompts to sample responses for.
 
     Records: any of the formats above; the reference is ``completion``, ``chosen`` or the last assistant message,
-    where there is one. A prompt may have `max_prompt_length` tokens and must leave room in `seq_length` for
-    `max_response_length` tokens (one where that is unset).
+    where there is one. A prompt may have `max_prompt_length` tokens and must leave `room` tokens of `seq_length` for a
+    response.
 
     Raises:
         ValueError: a bad or overlong record, or none left, naming its place and the cure.
     """
-    room = limits.seq_length - (limits.max_response_length or 1)
-    longest = min(room, limits.max_prompt_length or room)
+    left = limits.seq_length - room
+    longest = min(left, limits.max_prompt_length or left)
     if longest < 1:
         raise ValueError(f"--seq-length {limits.seq_length} leaves no room for a prompt and a response")
     counts: Counter[str] = Counter()

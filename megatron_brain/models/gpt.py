@@ -1,6 +1,7 @@
 """Policy and reward model: a megatron-core GPT trunk that reads packed batches."""
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
@@ -98,7 +99,8 @@ class RewardModel(_PackedGPT):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        return self.reward_head(hidden[:, 0][batch.last_index]).squeeze(-1).float()
+        # In float32 also in bf16 runs: rewards of like responses must not become equal by rounding.
+        return F.linear(hidden[:, 0][batch.last_index].float(), self.reward_head.weight.float()).squeeze(-1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Sharded tensors of the trunk and the head; GPTModel's own version expects a vocabulary projection."""

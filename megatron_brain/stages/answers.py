@@ -21,6 +21,7 @@ def read_prompts(run: Run) -> Sequence[Prompt]:
         load_records(settings.prompts, run.config.data.valid_split, settings.max_prompts),
         run.tokenizer,
         run.config.data,
+        room=run.config.sampling.max_new_tokens,
     )
     log.info("%s: %s", settings.prompts, report)
     return prompts

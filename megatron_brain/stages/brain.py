@@ -18,6 +18,7 @@ from megatron_brain.objectives.brain import (
 )
 from megatron_brain.stages.rollouts import Rollout, read_rollouts, rollout_files, rollout_from_dict
 from megatron_brain.stages.rounds import RoundMaker
+from megatron_brain.stages.samples import check_unchanged, fixed_settings
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -62,7 +63,7 @@ class BrainStage:
     def _read_prompts(self, run: Run) -> Sequence[Prompt]:
         data = run.config.data
         records = load_records(data.train_data, data.train_split, data.max_train_records)
-        prompts, report = prompt_groups(records, run.tokenizer, data)
+        prompts, report = prompt_groups(records, run.tokenizer, data, room=run.config.sampling.max_new_tokens)
         log.info("%s: %s", data.train_data, report)
         return prompts
 
@@ -161,10 +162,25 @@ class BrainStage:
     def state_dict(self) -> dict:
         """The round's rollouts of all replicas: a run may stop in the middle of a round."""
         everyone = self._parallel.gather_over_data_parallel(self._rollouts)
-        return {"round": self._round, "rollouts": [r.as_dict() for replica in everyone for r in replica]}
+        return {
+            **self._fixed(),
+            "prior": self._maker.prior,
+            "round": self._round,
+            "rollouts": [r.as_dict() for replica in everyone for r in replica],
+        }
+
+    def _fixed(self) -> dict:
+        """What the position in the prompts follows from."""
+        return {
+            **fixed_settings(self._config),
+            "num_prompts": len(self._prompts),
+            "steps_per_round": self.steps_per_round,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up the round, at any number of replicas."""
+        check_unchanged(self._fixed(), state)
+        self._maker.keep_prior(state["prior"])
         self._round = state["round"]
         rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in state["rollouts"]]
         self._rollouts = self._maker.share(rollouts)

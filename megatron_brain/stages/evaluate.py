@@ -14,7 +14,7 @@ from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.statistics import Estimate, bootstrap, wins
-from megatron_brain.training.checkpointing import load_weights
+from megatron_brain.training.checkpointing import load_weights, read_info
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
 
@@ -30,9 +30,15 @@ def main(run: Run) -> None:
     settings = run.config.evaluate
     judge = load_judge(settings.judge) if settings.judge else None
     prompts = read_prompts(run)
+    if judge is not None and any(prompt.reference is None for prompt in prompts):
+        missing = next(prompt.record_id for prompt in prompts if prompt.reference is None)
+        raise ConfigError(f"the judge compares with references, and {missing} has none")
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy")
+    reward_load = run.config.scoring.reward_load
+    if reward_load is not None and read_info(reward_load).head != "reward":
+        raise ConfigError(f"--reward-load {reward_load} holds no reward model")
     prior = run.load_frozen(run.config.scoring.prior_load, "policy")
     baseline = run.load_frozen(settings.baseline_load, "policy") if settings.baseline_load else prior
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
@@ -112,11 +118,11 @@ def _add_rewards(run: Run, rows: list[dict], prompts: Sequence[Prompt], drawn: d
 
 
 def _add_judge_scores(judge: Judge, rows: list[dict]) -> None:
-    if any(row["reference"] is None for row in rows):
-        raise ConfigError("the judge compares with references, and some prompts have none")
     prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
     for name in _ANSWERS:
         scores = judge(prompts, [row[name] for row in rows], references)
+        if len(scores) != len(rows):
+            raise ConfigError(f"the judge gave {len(scores)} scores for {len(rows)} responses")
         for row, score in zip(rows, scores, strict=True):
             row[f"judge/{name}"] = float(score)
 

@@ -43,7 +43,10 @@ class RoundMaker:
         # Loaded when a round first needs them; rollouts read from files may bring all numbers along. Which ones is
         # settled now: a folder that --save shares will hold newer checkpoints by then.
         self._models: dict[str, list[Chunk]] = {}
-        self._checkpoints = {"prior": self._prior_checkpoint(), "reward": run.config.scoring.reward_load}
+        self._checkpoints = {
+            "prior": _checked(self._prior_folder(), "policy"),
+            "reward": _checked(run.config.scoring.reward_load, "reward"),
+        }
         self.proposal_is_policy = False
 
     def make(self, trainer: Trainer, number: int) -> tuple[list[Rollout], dict[str, float]]:
@@ -118,12 +121,27 @@ class RoundMaker:
     def _read(self, number: int) -> list[Rollout]:
         path = self._files[number % len(self._files)]
         rollouts = read_rollouts(path)
+        for rollout in rollouts:
+            self._check_tokens(rollout, path)
         if len(rollouts) % self._run.config.training.global_batch_size:
             raise ConfigError(
                 f"{path} holds {len(rollouts)} groups, not a multiple of "
                 f"global_batch_size={self._run.config.training.global_batch_size}"
             )
         return self.share([dataclasses.replace(rollout, index=i) for i, rollout in enumerate(rollouts)])
+
+    def _check_tokens(self, rollout: Rollout, path: str) -> None:
+        """Token ids another engine wrote are the model's, and leave no response over --seq-length."""
+        vocab_size, longest = self._run.config.model.vocab_size, self._run.config.data.seq_length
+        for response in rollout.responses:
+            tokens = (*rollout.prompt_tokens, *response.tokens)
+            wrong = [token for token in tokens if not 0 <= token < vocab_size]
+            if wrong:
+                raise ConfigError(f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}")
+            if len(tokens) > longest:
+                raise ConfigError(
+                    f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}"
+                )
 
     def _sample(self, trainer: Trainer, number: int) -> list[Rollout]:
         run, count = self._run, self._run.config.brain.prompts_per_round
@@ -213,11 +231,20 @@ class RoundMaker:
             self._models[which] = self._run.load_frozen(directory, "reward" if which == "reward" else "policy")
         return self._models[which]
 
-    def _prior_checkpoint(self) -> str | None:
+    @property
+    def prior(self) -> str | None:
+        """Checkpoint of the prior, which a resumed run keeps."""
+        return self._checkpoints["prior"]
+
+    def keep_prior(self, path: str | None) -> None:
+        """Take the prior of the run that is resumed, unless --prior-load names one."""
+        if path is not None and self._run.config.scoring.prior_load is None:
+            self._checkpoints["prior"] = _checked(path, "policy")
+
+    def _prior_folder(self) -> str | None:
         """--prior-load, or else the checkpoint that a --finetune run starts from; a resumed policy is no prior."""
         checkpoint = self._run.config.checkpoint
-        directory = self._run.config.scoring.prior_load or (checkpoint.load if checkpoint.finetune else None)
-        return None if directory is None else str(read_info(directory).path)
+        return self._run.config.scoring.prior_load or (checkpoint.load if checkpoint.finetune else None)
 
     def _set_alpha(self, rollouts: Sequence[Rollout]) -> None:
         settings = self._run.config.brain
@@ -238,3 +265,13 @@ class RoundMaker:
         if self._run.parallel.is_writer:
             ordered = sorted((r for replica in everyone for r in replica), key=lambda rollout: rollout.index)
             write_rollouts(Path(directory) / f"round_{number:04d}.jsonl", ordered)
+
+
+def _checked(directory: str | None, head: Head) -> str | None:
+    """The checkpoint a folder holds now, refused if its model is of another kind."""
+    if directory is None:
+        return None
+    info = read_info(directory)
+    if info.head != head:
+        raise ConfigError(f"{info.path} holds a {info.head} model, a {head} model is needed here")
+    return str(info.path)

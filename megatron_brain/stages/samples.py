@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.models.provider import Head
@@ -32,11 +33,7 @@ class SampledStage:
         self._order = SampleOrder(len(train), seed=settings.seed)
         epochs = settings.train_epochs or 1.0
         self.train_iters = settings.train_iters or math.ceil(epochs * len(train) / settings.global_batch_size)
-        if run.config.optimizer.lr_warmup_iters >= self.train_iters:
-            raise ConfigError(
-                f"lr_warmup_iters={run.config.optimizer.lr_warmup_iters} must be less than the {self.train_iters} "
-                f"iterations that {epochs:g} epochs of {len(train)} samples make"
-            )
+        self._fixed = {**fixed_settings(run.config), "num_samples": len(train)}
         log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
@@ -73,17 +70,30 @@ class SampledStage:
         return {}
 
     def state_dict(self) -> dict:
-        """The position in the data follows from the iteration; the number of samples guards against other data."""
-        return {"num_samples": len(self._train)}
+        """The position in the data follows from the iteration; these must stay what they were."""
+        return self._fixed
 
     def load_state_dict(self, state: dict) -> None:
-        """Refuse to go on with other data.
+        """Refuse to go on with other data, whose order would be another."""
+        check_unchanged(self._fixed, state)
 
-        Raises:
-            ValueError: the earlier run had another number of samples.
-        """
-        if state["num_samples"] != len(self._train):
-            raise ConfigError(
-                f"the run to resume had {state['num_samples']} samples, --train-data now gives {len(self._train)}: "
-                "resume with the same data and lengths, or start anew with --finetune"
-            )
+
+def fixed_settings(config: RunConfig) -> dict:
+    """Settings that a resumed run must keep, since its place in the data follows from them."""
+    return {"seed": config.training.seed, "global_batch_size": config.training.global_batch_size}
+
+
+def check_unchanged(now: dict, earlier: dict) -> None:
+    """Compare what must stay the same over a resume.
+
+    Raises:
+        ConfigError: naming what changed, with both values.
+    """
+    changed = [
+        f"{name} was {earlier.get(name)}, is now {value}" for name, value in now.items() if earlier.get(name) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run cannot be resumed: {'; '.join(changed)}. Resume with the same data and settings, or start anew "
+            "from the weights with --finetune"
+        )

@@ -120,6 +120,9 @@ def save_checkpoint(
     if parallel.is_writer:
         if path.exists():
             log.warning("%s exists from an earlier run and is replaced", path)
+            latest = Path(root) / LATEST
+            if latest.is_file() and latest.read_text().strip() == str(iteration):
+                latest.unlink()
             shutil.rmtree(path)
         path.mkdir(parents=True)
     parallel.barrier()
@@ -188,7 +191,11 @@ def load_training_state(
         del state["random_state"]
     loaded = _load(state, info.path)
     _load_into(chunks, loaded)
+    # The saved state brings the earlier run's settings along; a resumed run follows its own flags.
+    own = [{name: v for name, v in group.items() if name not in ("params", "step")} for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         set_random_state(loaded["random_state"])

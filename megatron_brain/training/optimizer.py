@@ -85,8 +85,7 @@ def build_optimizer(
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        # A warm-up as long as the run would never decay; megatron-core wants it shorter than the decay.
-        lr_warmup_steps=min(settings.lr_warmup_iters, max(decay_iters - 1, 0)),
+        lr_warmup_steps=settings.lr_warmup_iters,
         lr_decay_steps=decay_iters,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,

@@ -60,15 +60,19 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_optimizer_can_be_saved(self.config)
+        warmup = self.config.optimizer.lr_warmup_iters
+        if warmup and warmup >= stage.train_iters:
+            raise ConfigError(f"lr_warmup_iters={warmup} must be less than the run's {stage.train_iters} iterations")
         self.chunks = run.build_model(stage.head)
         self.iteration = 0
-        self.logger = run.open_logger(stage.train_iters)
         if run.start_from is not None and not run.resuming:
             load_weights(run.start_from, self.chunks, head=stage.head)
         self.wrapped = wrap_for_training(self.chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
         if run.resuming:
             self._resume()
+        # Last: a start that fails leaves the files of an earlier run alone.
+        self.logger = run.open_logger(stage.train_iters)
 
     def train(self) -> dict[str, float]:
         """Train to the stage's last iteration, validating, logging and saving on the way.
@@ -76,6 +80,12 @@ class Trainer:
         Returns:
             the last step's metrics and the last validation's.
         """
+        try:
+            return self._train()
+        finally:
+            self.logger.close()
+
+    def _train(self) -> dict[str, float]:
         settings, stage = self.config.training, self.stage
         last = stage.train_iters
         shown: dict[str, float] = {}
@@ -89,7 +99,6 @@ class Trainer:
             interval = self.config.checkpoint.save_interval
             if done or (interval and self.iteration % interval == 0):
                 self.save()
-        self.logger.close()
         return shown
 
     def step(self, micro_batches: Sequence[Sequence[Group]]) -> dict[str, float]:

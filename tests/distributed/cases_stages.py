@@ -56,7 +56,9 @@ def case_sft(layout: Layout, context: Context) -> None:
 
 def case_sft_untied_recomputed(layout: Layout, context: Context) -> None:
     extra = ["--untie-embeddings-and-output-weights"]
-    plain = context.reference("sft_untied", train("sft", layout, context, *random_start(context), *extra))
+    actual = train("sft", layout, context, *random_start(context), *extra)
+    plain = context.reference("sft_untied", actual)
+    expect_equal(actual, plain)
     extra += ["--recompute-granularity", "full"]
     expect_equal(train("sft", layout, context, *random_start(context), *extra), plain)
 
@@ -88,8 +90,9 @@ def case_brain(layout: Layout, context: Context) -> None:
     rollouts = context.shared / f"rollouts_{context.world_size}_{layout.name}"
     actual = train("brain", layout, context, *brain_flags(context), "--rollout-dir", str(rollouts))
     # The samples and their scores are the same too: round 0 is drawn before any weight has moved.
-    lines = (rollouts / "round_0000.jsonl").read_text().splitlines() if _is_writer() else []
-    if lines:
+    if _is_writer():
+        lines = (rollouts / "round_0000.jsonl").read_text().splitlines()
+        assert len(lines) == 16
         sampled = [[r["tokens"] for r in json.loads(line)["responses"]] for line in lines]
         assert sampled == context.reference("brain_samples", sampled)
     expect_equal(actual, context.reference("brain", actual))

@@ -132,7 +132,9 @@ def test_rollouts_read_back_train_like_the_run_that_wrote_them(chain, tmp_path):
         *("--lr-decay-iters", "4"),
         processes=1,
     )
-    for written, read in zip(metrics(chain / "brain"), metrics(tmp_path / "again"), strict=False):
+    again = metrics(tmp_path / "again")
+    assert len(again) == 2
+    for written, read in zip(metrics(chain / "brain"), again, strict=False):
         assert read["loss"] == pytest.approx(written["loss"], rel=1e-5)
         assert read["grad_norm"] == pytest.approx(written["grad_norm"], rel=1e-5)
 

@@ -110,12 +110,13 @@ def test_prompts_come_from_every_format(hf):
 
 
 def test_prompts_leave_room_for_the_response(hf):
-    limits = DataConfig(seq_length=20, max_response_length=8, overlong="truncate")
-    (prompt,), report = prompt_groups(at({"prompt": "0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 TL;DR:"}), hf, limits)
+    limits = DataConfig(seq_length=20, overlong="truncate")
+    record = {"prompt": "0 1 2 3 4 5 6 7 8 9 0 1 2 3 4 5 6 7 8 9 TL;DR:"}
+    (prompt,), report = prompt_groups(at(record), hf, limits, room=8)
     assert len(prompt.tokens) == 12 and report.truncated_prompt == 1
     assert hf.decode(prompt.tokens).endswith("TL;DR:") and prompt.text.startswith("0 1")
     with pytest.raises(ValueError, match="d.jsonl:1: too long.*12 leave room"):
-        prompt_groups(at({"prompt": prompt.text}), hf, DataConfig(seq_length=20, max_response_length=8))
+        prompt_groups(at({"prompt": prompt.text}), hf, DataConfig(seq_length=20), room=8)
 
 
 def test_dropped_and_truncated_records_are_counted(hf):

@@ -7,6 +7,7 @@ import pytest
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group
 from megatron_brain.stages.samples import SampledStage
+from megatron_brain.training.trainer import Trainer
 
 SAMPLES = [[Group(prompt=(1,), responses=((i,),)), Group(prompt=(2,), responses=((i,),))] for i in range(10)]
 
@@ -49,14 +50,15 @@ def test_replicas_together_take_the_samples_of_one_process():
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match="lr_warmup_iters=3 must be less than the 3 iterations that 1 epochs of 10"):
-        stage(warmup=3)
+    made, config = stage(warmup=3)
+    with pytest.raises(ValueError, match="lr_warmup_iters=3 must be less than the run's 3 iterations"):
+        Trainer(SimpleNamespace(config=config, parallel=None), made)
 
 
 def test_resuming_with_other_data_is_refused():
     state = stage()[0].state_dict()
     stage()[0].load_state_dict(state)
-    with pytest.raises(ValueError, match="had 10 samples, --train-data now gives 9"):
+    with pytest.raises(ValueError, match="num_samples was 10, is now 9"):
         stage(num_samples=9)[0].load_state_dict(state)
 
 

@@ -39,10 +39,10 @@ class FakeTokenizer:
 class Training:
     """A tiny model with its optimizer and schedule."""
 
-    def __init__(self, parallel, *, seed=1, head="policy", bf16=False, **sizes):
+    def __init__(self, parallel, *, seed=1, head="policy", bf16=False, lr=1e-2, **sizes):
         model = resolve(ModelConfig(bf16=bf16, **SIZES | {"num_layers": 2} | sizes), None, "the test")
         self.config = RunConfig(stage="sft", model=model)
-        self.config.optimizer.lr = 1e-2
+        self.config.optimizer.lr = lr
         self.parallel, self.head = parallel, head
         self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed)
         self.wrapped = wrap_for_training(self.chunks, self.config, parallel)
@@ -98,6 +98,20 @@ def test_a_resumed_run_goes_on_exactly_as_one_that_never_stopped(single, tmp_pat
             training.step()
     assert equal_weights(resumed.weights(), whole.weights())
     assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"] < 1e-2
+
+
+def test_a_resumed_run_follows_its_own_learning_rate(single, tmp_path):
+    whole = Training(single)
+    whole.step()
+    whole.save(tmp_path, 1)
+    resumed, fresh = Training(single, lr=1e-3), Training(single, lr=1e-3)
+    resumed.resume(read_info(tmp_path))
+    for training in (resumed, fresh):
+        training.step()
+    # One step behind the resumed run, the fresh one is at the learning rate of its own second step.
+    fresh.step()
+    resumed_rate, fresh_rate = (t.optimizer.param_groups[0]["lr"] for t in (resumed, fresh))
+    assert resumed_rate == fresh_rate < 1e-3
 
 
 def test_resuming_without_the_saved_optimizer_state_would_differ(single, tmp_path):
