@@ -29,7 +29,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false THP_MEM_ALLOC_ENABLE=1
 if $smoke; then
     sft_records=64 pair_prompts=16 pair_packages=60 pairs=64 brain_prompts=16 test_prompts=32 judge=score_rouge
     sizes=(--global-batch-size 8 --micro-batch-size 2)
-    brain_sizes=(--prompts-per-round 8 --samples-per-prompt 4 --max-new-tokens 12)
+    brain_sizes=(--prompts-per-round 8 --samples-per-prompt 4 --max-new-tokens 12 --lr-warmup-iters 0)
 else
     sft_records=720 pair_prompts=160 pair_packages=200 pairs=480 brain_prompts=256 test_prompts=300 judge=score
     sizes=() brain_sizes=()
