@@ -173,6 +173,10 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfi
         return heads % candidate == 0 and (groups % candidate == 0 or candidate % groups == 0)
 
     if fits(size):
+        if model.ffn_hidden_size is not None and model.ffn_hidden_size % size:
+            raise ConfigError(
+                f"tensor_model_parallel_size={size} does not divide ffn_hidden_size={model.ffn_hidden_size}"
+            )
         return
     works = _one_of([value for value in range(1, min(heads, world_size) + 1) if fits(value)])
     if heads % size:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
+from megatron_brain.files import write_whole
 from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
@@ -144,9 +145,7 @@ def _write_report(run: Run, rows: list[dict]) -> None:
         ],
         "rows": rows,
     }
-    output = Path(run.config.generate.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    write_whole(Path(run.config.generate.output), json.dumps(report, indent=1, ensure_ascii=False))
     for name, estimate in metrics.items():
         log.info("%-40s %8.4f  [%.4f, %.4f]", name, *estimate.values())
 

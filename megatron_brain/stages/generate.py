@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from megatron_brain.files import write_whole
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.training.checkpointing import load_weights
 from megatron_brain.training.run import Run
@@ -36,8 +37,5 @@ def main(run: Run) -> None:
     everything = gather_rows(rows, run.parallel)
     if run.parallel.is_writer:
         output = Path(run.config.generate.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w") as file:
-            for row in everything:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in everything))
         log.info("wrote %d prompts with %d responses each to %s", len(everything), len(samples[0]), output)

@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.sources import load_records
+from megatron_brain.files import write_whole
 
 
 @dataclass(kw_only=True)
@@ -130,9 +131,4 @@ def read_rollouts(path: str) -> list[Rollout]:
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write a round; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        for rollout in rollouts:
-            file.write(json.dumps(rollout.as_dict(), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(rollout.as_dict(), ensure_ascii=False) + "\n" for rollout in rollouts))

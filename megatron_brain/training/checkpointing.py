@@ -10,7 +10,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.files import write_whole
 from megatron_brain.models.architecture import architecture
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
@@ -143,7 +143,7 @@ def save_checkpoint(
             "layout": _layout(parallel),
         }
         (path / INFO).write_text(json.dumps(info, indent=2))
-        _write_by_rename(Path(root) / LATEST, str(iteration))
+        write_whole(Path(root) / LATEST, str(iteration))
     parallel.barrier()
     return path
 
@@ -238,12 +238,3 @@ def _load_into(chunks: Sequence[Chunk], loaded: dict) -> None:
         # Not strict: a reward model that starts from a policy keeps its own new head. What else is missing has been
         # refused by dist_checkpointing.
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-
-
-def _write_by_rename(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

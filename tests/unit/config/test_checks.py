@@ -164,3 +164,10 @@ def test_the_least_a_stage_needs_is_enough(stage, arguments):
 def test_rollouts_need_no_room_for_sampling():
     flags = ["--rollout-data", "r", "--load", "c", "--finetune", "--seq-length", "64"]
     assert load_config("brain", flags).brain.rollout_data == "r"
+
+
+def test_a_feed_forward_width_that_tensor_parallelism_does_not_divide_is_named():
+    config = load_config("sft", ["--train-data", "t", "--load", "c", "--tensor-model-parallel-size", "2"])
+    model = ModelConfig(num_layers=2, num_attention_heads=4, ffn_hidden_size=63)
+    with pytest.raises(ConfigError, match="does not divide ffn_hidden_size=63"):
+        validate_layout(config, 2, model)
