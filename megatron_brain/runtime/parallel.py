@@ -62,14 +62,6 @@ class Parallel:
         dist.all_gather_object(items, item, group=self.groups.dp)
         return items
 
-    def next_stage(self) -> int:
-        """Global rank of the next pipeline stage."""
-        return dist.get_process_group_ranks(self.groups.pp)[self.pp_rank + 1]
-
-    def previous_stage(self) -> int:
-        """Global rank of the previous pipeline stage."""
-        return dist.get_process_group_ranks(self.groups.pp)[self.pp_rank - 1]
-
     def barrier(self) -> None:
         dist.barrier()
 

@@ -46,7 +46,7 @@ def forward_backward(
 
     Args:
         chunks: this rank's model chunks, wrapped by megatron-core's DistributedDataParallel unless `forward_only`.
-        batches: this replica's micro-batches, all of one length.
+        batches: this replica's micro-batches, in a pipeline all of one length.
     """
 
     def loss_and_count(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:

@@ -1,4 +1,4 @@
-"""Runs held-out or to-be-scored groups through a model in micro-batches of like length."""
+"""Runs held-out or to-be-scored groups through a model, forward only."""
 
 from collections.abc import Sequence
 

@@ -118,7 +118,9 @@ def test_every_listed_stanza_is_a_package_or_counted(example):
 
 
 def test_each_rule_drops_its_package_and_counts_add_up(example):
-    make = lambda *args, **fields: package(example, *args, **fields)  # noqa: E731
+    def make(*args, **fields):
+        return package(example, *args, **fields)
+
     packages = [
         make("kept"),
         make("kept-twin", "another tool for words", words(30, "kept")),
@@ -482,7 +484,10 @@ def test_degraded_texts_are_what_their_kind_says(example):
 
 def test_sample_pairs_are_best_against_worst_outside_the_margin(example):
     values = {"good": 0.9, "fair": 0.5, "bad": 0.2, "near": 0.45}
-    judge = lambda prompts, responses, references: [values[response] for response in responses]  # noqa: E731
+
+    def judge(prompts, responses, references):
+        return [values[response] for response in responses]
+
     responses = [["fair", "good", "bad"], ["fair", "near"], ["good", " "], [""]]
     samples = [{"prompt": f"p{i}", "reference": "r", "responses": row} for i, row in enumerate(responses)]
     left_out: Counter = Counter()
