@@ -81,31 +81,58 @@ def _require_sft_or_reward(config: RunConfig) -> None:
 
 
 def _require_brain(config: RunConfig) -> None:
-    samples = config.sampling.samples_per_prompt
-    if samples < 2:
-        raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
     _require_all(config, "checkpoint.load")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if getattr(config.model, name):
+            raise ConfigError(
+                f"{name}={getattr(config.model, name)}: dropout makes another policy of every pass, so that its ratio "
+                "to the proposal means nothing; leave it at 0"
+            )
     if config.brain.rollout_data:
-        if config.data.train_data:
-            raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
+        _require_rollout_data(config)
         return
     if config.data.train_data is None:
         raise ConfigError(
             "train_data is not set: the brain stage needs --train-data (prompts to sample) or --rollout-data"
         )
-    _require_all(config, "scoring.reward_load")
     if config.scoring.prior_load is None and not config.checkpoint.finetune:
         raise ConfigError(
             "prior_load is not set: give --prior-load, or --finetune if --load is the prior the run starts from"
         )
-    if config.sampling.temperature == 0:
-        raise ConfigError("temperature=0.0: greedy samples of a prompt are all the same; use a temperature above 0")
+    (_require_given_pairs if config.brain.responses == "given" else _require_samples)(config)
     prompts, batch = config.brain.prompts_per_round, config.training.global_batch_size
     if prompts % batch:
         raise ConfigError(
             f"prompts_per_round={prompts} is not a multiple of global_batch_size={batch} (groups a step): "
             f"use {_nearest_multiples(prompts, batch)}"
         )
+
+
+def _require_rollout_data(config: RunConfig) -> None:
+    """Rollouts bring prompts and responses."""
+    if config.data.train_data:
+        raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
+    if config.brain.responses == "given":
+        raise ConfigError("responses=given takes pairs from --train-data, and rollout_data is set: give one of them")
+
+
+def _require_samples(config: RunConfig) -> None:
+    _require_all(config, "scoring.reward_load")
+    samples = config.sampling.samples_per_prompt
+    if samples < 2:
+        raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
+    if config.sampling.temperature == 0:
+        raise ConfigError("temperature=0.0: greedy samples of a prompt are all the same; use a temperature above 0")
+
+
+def _require_given_pairs(config: RunConfig) -> None:
+    """Pairs stand for two samples of the prior of which only the better one is known: DPO."""
+    if config.brain.alpha != "hard":
+        raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
+    if config.brain.refresh_proposal:
+        raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
+    if config.scoring.reward_load is not None:
+        raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
 
 
 def _require_generate(config: RunConfig) -> None:
@@ -146,7 +173,7 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_response_length(config: RunConfig) -> None:
     """A prompt and its sampled response fit into --seq-length."""
-    if config.brain.rollout_data is not None:
+    if config.brain.rollout_data is not None or (config.stage == "brain" and config.brain.responses == "given"):
         return
     new, total = config.sampling.max_new_tokens, config.data.seq_length
     prompt = config.data.max_prompt_length
@@ -227,6 +254,8 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
 def _check_batches(config: RunConfig, world_size: int) -> None:
     """Every replica gets the same number of micro-batches, and the interleaved schedule as many as it needs."""
     replicas = data_parallel_size(config, world_size)
+    if config.training.max_tokens_per_micro_batch is not None:
+        return
     micro, batch = config.training.micro_batch_size, config.training.global_batch_size
     unit = micro * replicas
     if batch % unit:

@@ -72,6 +72,12 @@ class ScoringConfig:
     reward_load: str | None = None
     """Checkpoint of the reward model r."""
 
+    offload_prior: bool = False
+    """Keep the prior's weights in host memory and bring them to the device only while it scores."""
+
+    offload_reward: bool = False
+    """Keep the reward model's weights in host memory and bring them to the device only while it scores."""
+
 
 @dataclass(kw_only=True)
 class BrainConfig:
@@ -89,8 +95,14 @@ class BrainConfig:
     policy_strength: float = 1.0
     """Strength b in beta proportional to (q/q')^b; 1 is BRAIn, DPO calls it beta."""
 
+    responses: Literal["sampled", "given"] = "sampled"
+    """Draw responses to the prompts of --train-data, or take its chosen and rejected ones (DPO on given pairs)."""
+
+    two_pass: bool = False
+    """Compute beta in a forward pass of its own for every group, not only for those larger than a micro-batch."""
+
     prompts_per_round: int = 64
-    """Prompts sampled in one round."""
+    """Prompts sampled (or pairs taken) in one round."""
 
     refresh_interval: int | None = None
     """Optimizer steps K between refreshes of the proposal q' <- policy; unset: one pass over the round."""
@@ -107,8 +119,11 @@ class BrainConfig:
     max_refresh_error: float = 1e-4
     """Largest |beta - 1/n| allowed right after a refresh, see docs/stages.md."""
 
+    max_sampler_difference: float = 0.1
+    """Largest mean difference allowed between the trainer's and the sampler's log q', in nats per token."""
+
     def __post_init__(self) -> None:
-        for name in ("reward_temperature", "policy_strength", "max_refresh_error"):
+        for name in ("reward_temperature", "policy_strength", "max_refresh_error", "max_sampler_difference"):
             value = getattr(self, name)
             if value <= 0:
                 raise ValueError(f"{name}={value}: must be positive")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_POSITIVE = ("micro_batch_size", "max_tokens_per_micro_batch", "global_batch_size", "train_iters", "eval_interval")
+
 
 @dataclass(kw_only=True)
 class TrainingConfig:
@@ -9,6 +11,10 @@ class TrainingConfig:
 
     micro_batch_size: int = 1
     """Samples of one forward-backward pass. A sample is a packed sequence (sft), a pair (reward), a group (brain)."""
+
+    max_tokens_per_micro_batch: int | None = None
+    """Pack groups into micro-batches of at most this many tokens instead of --micro-batch-size samples; a brain group
+    that is larger is cut and takes two passes."""
 
     global_batch_size: int = 8
     """Samples of one optimizer step over all data-parallel processes."""
@@ -29,7 +35,7 @@ class TrainingConfig:
     """Seed of initial weights, data order, dropout and sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "train_iters", "eval_interval"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -37,6 +43,11 @@ class TrainingConfig:
             raise ValueError(f"train_epochs={self.train_epochs}: must be positive")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ValueError("train_iters and train_epochs are both set: give one of them")
+        if self.max_tokens_per_micro_batch is not None and self.micro_batch_size != 1:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} and "
+                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} both size micro-batches: give one"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of "

@@ -57,7 +57,9 @@ class PackedBatch:
     tokens, position_ids: `[1, T]` int64. segments: cover all T tokens, padding included.
     predict_index `[N]`: place in the sequence whose hidden state predicts each response token; targets `[N]` the
     token; loss_mask `[N]` whether it counts; response_index `[N]` the response it belongs to.
-    last_index `[R]`: place of each response's last token. group_index `[R]`: the group of each response.
+    last_index `[R]`: place of each response's last token.
+    temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
+    each of them, up to one factor, where it is known beforehand; None where it depends on them.
     """
 
     tokens: Tensor
@@ -68,8 +70,9 @@ class PackedBatch:
     loss_mask: Tensor
     response_index: Tensor
     last_index: Tensor
-    group_index: Tensor
     groups: tuple[Group, ...]
+    temperature: float = 1.0
+    known_gradient: Tensor | None = None
 
     @property
     def num_responses(self) -> int:
@@ -86,7 +89,7 @@ class PackedBatch:
         return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
     def sum_per_response(self, values: Tensor) -> Tensor:
-        """Sum values `[N]` of counted response tokens to `[R]` in fp32."""
+        """Sum values `[N]` of counted response tokens to `[R]` float32."""
         masked = torch.where(self.loss_mask, values.float(), 0.0)
         return torch.zeros(self.num_responses, device=values.device).index_add(0, self.response_index, masked)
 
@@ -104,8 +107,8 @@ def pack_groups(groups: Sequence[Group], *, shared_prefix: bool, length: int | N
         ValueError: the groups do not fit into `length`.
     """
     builder = _Builder()
-    for index, group in enumerate(groups):
-        builder.add_group(index, group, shared_prefix=shared_prefix and len(group.responses) > 1)
+    for group in groups:
+        builder.add_group(group, shared_prefix=shared_prefix and len(group.responses) > 1)
     total = len(builder.tokens)
     length = total if length is None else length
     if total > length:
@@ -125,7 +128,6 @@ class _Builder:
         self.loss_mask: list[bool] = []
         self.response_index: list[int] = []
         self.last_index: list[int] = []
-        self.group_index: list[int] = []
 
     def add_segment(self, tokens: Sequence[int], *, first_position: int, prefix: Segment | None = None) -> Segment:
         segment = Segment(
@@ -145,7 +147,7 @@ class _Builder:
         self.tokens += [0] * length
         self.positions += [0] * length
 
-    def add_group(self, index: int, group: Group, *, shared_prefix: bool) -> None:
+    def add_group(self, group: Group, *, shared_prefix: bool) -> None:
         prompt = self.add_segment(group.prompt, first_position=0) if shared_prefix else None
         for i, response in enumerate(group.responses):
             if prompt is not None:
@@ -159,7 +161,6 @@ class _Builder:
             self.loss_mask += group.loss_masks[i] if group.loss_masks else [True] * len(response)
             self.response_index += [len(self.last_index)] * len(response)
             self.last_index.append(start + len(response) - 1)
-            self.group_index.append(index)
 
     def build(self, groups: tuple[Group, ...]) -> PackedBatch:
         def ints(values: list[int]) -> Tensor:
@@ -174,6 +175,5 @@ class _Builder:
             loss_mask=torch.tensor(self.loss_mask, dtype=torch.bool),
             response_index=ints(self.response_index),
             last_index=ints(self.last_index),
-            group_index=ints(self.group_index),
             groups=groups,
         )

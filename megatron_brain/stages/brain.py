@@ -1,26 +1,27 @@
 """BRAIn: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479)."""
 
+import dataclasses
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.data.records import Prompt, prompt_groups
-from megatron_brain.data.sources import load_records
 from megatron_brain.objectives.brain import (
     brain_loss,
+    brain_loss_gradient,
     effective_sample_size,
     policy_log_weights,
     posterior_log_weights,
 )
-from megatron_brain.stages.rollouts import Rollout, read_rollouts, rollout_files, rollout_from_dict
-from megatron_brain.stages.rounds import RoundMaker
+from megatron_brain.stages.placement import Step
+from megatron_brain.stages.rollouts import rollout_from_dict
+from megatron_brain.stages.rounds import Round, RoundMaker
 from megatron_brain.stages.samples import check_unchanged, fixed_settings
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
+from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 class BrainStage:
     """Samples are groups; the loss is the mean over groups of the global batch.
 
-    Group i of a round belongs to replica `(i % global batch) // micro-batch % replicas` from sampling to the last
-    step on it, so alpha and beta need no communication.
+    Two ways lead to one gradient. Where a group is whole in its micro-batch, autograd goes through beta. Where it is
+    cut into parts, a forward pass of its own yields beta, and the micro-batches then train on the log-probabilities
+    weighted by the derivative of the loss in them, which is a constant: for KL(alpha || beta), -(alpha - beta).
     """
 
     head = "policy"
@@ -49,82 +51,106 @@ class BrainStage:
         config = run.config
         self._config, self._parallel = config, run.parallel
         self.shared_prefix = config.training.shared_prefix
-        self._files = rollout_files(config.brain.rollout_data) if config.brain.rollout_data else []
-        self._prompts = [] if self._files else self._read_prompts(run)
-        self._batch = config.training.global_batch_size
-        per_round = len(read_rollouts(self._files[0])) if self._files else config.brain.prompts_per_round
-        self.steps_per_round = config.brain.refresh_interval or max(1, per_round // self._batch)
-        self.train_iters = config.training.train_iters or self._iterations()
-        self._maker = RoundMaker(run, self._prompts, self._files)
-        self._round = -1
-        self._rollouts: list[Rollout] = []
-        self._round_metrics: dict[str, float] = {}
-
-    def _read_prompts(self, run: Run) -> Sequence[Prompt]:
-        data = run.config.data
-        records = load_records(data.train_data, data.train_split, data.max_train_records)
-        prompts, report = prompt_groups(records, run.tokenizer, data, room=run.config.sampling.max_new_tokens)
-        log.info("%s: %s", data.train_data, report)
-        return prompts
-
-    def _iterations(self) -> int:
-        if self._files:
-            return len(self._files) * self.steps_per_round
-        epochs = self._config.training.train_epochs or 1.0
-        rounds = math.ceil(epochs * len(self._prompts) / self._config.brain.prompts_per_round)
-        return rounds * self.steps_per_round
+        self._maker = RoundMaker(run)
+        self._proposal = self._maker.proposal
+        per_round = max(1, self._proposal.groups_per_round // config.training.global_batch_size)
+        self.steps_per_round = config.brain.refresh_interval or per_round
+        epochs = config.training.train_epochs or 1.0
+        self.train_iters = config.training.train_iters or self._proposal.rounds(epochs) * self.steps_per_round
+        self._round: Round | None = None
+        self._step: Step = []
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's groups of the next step, from a new round where the last one is used up."""
         wanted, step = divmod(trainer.iteration, self.steps_per_round)
-        if wanted != self._round:
-            self._start_round(trainer, wanted)
-        mine = self._maker.micro_batches(self._rollouts)
-        per_step = self._maker.micro_batches_per_step
-        start = step * per_step % len(mine)
-        return mine[start : start + per_step]
+        if self._round is None or wanted != self._round.number:
+            self._round = self._maker.make(trainer, wanted)
+        self._step = self._round.steps[step % len(self._round.steps)]
+        return [[part.group() for part in micro_batch] for micro_batch in self._step]
 
-    def _start_round(self, trainer: Trainer, number: int) -> None:
-        self._rollouts, self._round_metrics = self._maker.make(trainer, number)
-        self._round = number
+    def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """Make the first of two passes for micro-batches that hold a cut group's part, or, with --two-pass, for all."""
+        batches = list(batches)
+        everything = self._config.brain.two_pass
+        places = [
+            place
+            for place, parts in enumerate(self._step)
+            if parts and (everything or not all(part.is_whole for part in parts))
+        ]
+        outputs = forward(trainer.chunks, [batches[place] for place in places], trainer.parallel)
+        log_policy: dict[int, Tensor] = {}
+        for place, output in zip(places, outputs, strict=True):
+            sums = batches[place].sum_per_response(output.cpu())
+            parts = self._step[place]
+            for part, values in zip(parts, sums.split([len(part.responses) for part in parts]), strict=True):
+                whole = log_policy.setdefault(part.rollout.index, torch.full((len(part.rollout.responses),), torch.nan))
+                whole[list(part.responses)] = values
+        for place in places:
+            batches[place] = self._with_known_gradient(batches[place], self._step[place], log_policy)
+        return batches
+
+    def _with_known_gradient(self, batch: PackedBatch, parts: Sequence, log_policy: dict[int, Tensor]) -> PackedBatch:
+        """The batch with the derivative of the loss in each log-probability, and the loss and health of each group on
+        its leading part."""
+        groups, gradients = [], []
+        for part, group in zip(parts, batch.groups, strict=True):
+            values = log_policy[part.rollout.index]
+            loss, log_alpha, means, peaks = self._group_loss(values, *_numbers(part.rollout.group().values))
+            gradient = brain_loss_gradient(
+                values,
+                torch.tensor(part.rollout.values("log_proposal")),
+                log_alpha,
+                baseline=self._config.brain.baseline,
+                strength=self._config.brain.policy_strength,
+            )[list(part.responses)]
+            report = torch.cat([loss[None], means, peaks]).tolist() if part.leads else []
+            groups.append(dataclasses.replace(group, values={"gradient": gradient.tolist(), "report": report}))
+            gradients.append(gradient)
+        per_token = torch.cat(gradients)[batch.response_index]
+        return dataclasses.replace(
+            batch, groups=tuple(groups), known_gradient=torch.where(batch.loss_mask, per_token, 0.0)
+        )
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: response tokens' log-probabilities `[N]`."""
+        log_policy = batch.sum_per_response(output)
+        if batch.known_gradient is None:
+            sizes = [len(group.responses) for group in batch.groups]
+            numbers = (batch.values(name).split(sizes) for name in _NUMBERS)
+            parts = [self._group_loss(*group) for group in zip(log_policy.split(sizes), *numbers, strict=True)]
+            losses, means, peaks = ([part[i] for part in parts] for i in (0, 2, 3))
+            loss_sum = torch.stack(losses).sum() if losses else output.sum()
+        else:
+            reports = batch.values("report").view(-1, 1 + len(self.mean_metrics) + len(self.max_metrics))
+            losses, means, peaks = reports.split([1, len(self.mean_metrics), len(self.max_metrics)], dim=1)
+            # The value is the loss's, the gradient the constant-weight form's.
+            moving = (batch.values("gradient") * (log_policy - log_policy.detach())).sum()
+            loss_sum = losses.sum() + moving
+        return self._report(loss_sum, means, peaks)
+
+    def _group_loss(
+        self, log_policy: Tensor, log_proposal: Tensor, log_prior: Tensor, reward: Tensor, finished: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss of one group from numbers `[n]`, its log alpha `[n]`, mean_metrics and max_metrics."""
         settings = self._config.brain
-        sizes = [len(group.responses) for group in batch.groups]
-        parts = zip(
-            batch.sum_per_response(output).split(sizes),
-            batch.values("log_proposal").split(sizes),
-            batch.values("log_prior").split(sizes),
-            batch.values("reward").split(sizes),
-            batch.values("finished").split(sizes),
-            strict=True,
+        log_alpha = posterior_log_weights(
+            log_prior, reward, log_proposal, reward_temperature=settings.reward_temperature, kind=settings.alpha
         )
-        losses, means, maxima = [], [], []
-        for log_policy, log_proposal, log_prior, reward, finished in parts:
-            log_alpha = posterior_log_weights(
-                log_prior,
-                reward,
-                log_proposal,
-                reward_temperature=settings.reward_temperature,
-                kind=settings.alpha,
-            )
-            losses.append(
-                brain_loss(
-                    log_policy,
-                    log_proposal,
-                    log_alpha,
-                    baseline=settings.baseline,
-                    strength=settings.policy_strength,
-                )
-            )
-            mean, peak = _health(log_policy.detach(), log_proposal, log_prior, log_alpha, reward, finished)
-            means.append(mean)
-            maxima.append(peak)
-        count = len(losses)
-        mean_sums, max_peaks = torch.stack(means).sum(0), torch.stack(maxima).amax(0)
+        loss = brain_loss(
+            log_policy, log_proposal, log_alpha, baseline=settings.baseline, strength=settings.policy_strength
+        )
+        return loss, log_alpha, *_health(log_policy.detach(), log_proposal, log_prior, log_alpha, reward, finished)
+
+    def _report(
+        self, loss_sum: Tensor, means: Sequence[Tensor] | Tensor, peaks: Sequence[Tensor] | Tensor
+    ) -> LossOutput:
+        """Report of a micro-batch with as many counted groups as `means` has rows, which may be none."""
+        count = len(means)
+        none = torch.zeros(len(self.mean_metrics)), torch.full((len(self.max_metrics),), -torch.inf)
+        mean_sums = sum(means) if count else none[0]
+        max_peaks = torch.stack(tuple(peaks)).amax(0) if count else none[1]
         return LossOutput(
-            loss_sum=torch.stack(losses).sum(),
+            loss_sum=loss_sum,
             count=count,
             means={name: (value, count) for name, value in zip(self.mean_metrics, mean_sums, strict=True)},
             maxima=dict(zip(self.max_metrics, max_peaks, strict=True)),
@@ -141,12 +167,12 @@ class BrainStage:
             RuntimeError: beta is not 1/n there: proposal and policy were not computed alike.
         """
         error = metrics["beta_error"]
-        if trainer.iteration % self.steps_per_round:
-            return
-        if self._maker.proposal_is_policy and error > self._config.brain.max_refresh_error:
+        number, step = divmod(trainer.iteration, self.steps_per_round)
+        limit = self._config.brain.max_refresh_error
+        if step == 0 and self._maker.proposal_is_policy(number) and not error <= limit:
             raise RuntimeError(
-                f"first step of round {self._round}: the policy is the proposal, so every beta is 1/n, but the largest "
-                f"difference is {error:.3g} (limit --max-refresh-error {self._config.brain.max_refresh_error:g}). "
+                f"first step of round {number}: the policy is the proposal, so every beta is 1/n, but the largest "
+                f"difference is {error:.3g} (limit --max-refresh-error {limit:g}). "
                 "A mask, template or numerics differs between scoring and training."
             )
 
@@ -155,17 +181,18 @@ class BrainStage:
         error = metrics.pop("beta_error")
         if (trainer.iteration - 1) % self.steps_per_round:
             return {}
-        for tag, text in self._maker.texts(self._rollouts):
+        for tag, text in self._round.texts():
             trainer.logger.log_text(trainer.iteration, tag, text)
-        return {"beta_error_at_refresh": error, "round": self._round, **self._round_metrics}
+        return {"beta_error_at_refresh": error, "round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
         """The round's rollouts of all replicas: a run may stop in the middle of a round."""
-        everyone = self._parallel.gather_over_data_parallel(self._rollouts)
+        mine = self._round.rollouts if self._round else []
+        everyone = self._parallel.gather_over_data_parallel(mine)
         return {
             **self._fixed(),
-            "prior": self._maker.prior,
-            "round": self._round,
+            "prior": self._maker.prior.path,
+            "round": self._round.number if self._round else -1,
             "rollouts": [r.as_dict() for replica in everyone for r in replica],
         }
 
@@ -173,17 +200,25 @@ class BrainStage:
         """What the position in the prompts follows from."""
         return {
             **fixed_settings(self._config),
-            "num_prompts": len(self._prompts),
+            "num_prompts": self._proposal.num_prompts,
             "steps_per_round": self.steps_per_round,
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up the round, at any number of replicas."""
         check_unchanged(self._fixed(), state)
-        self._maker.keep_prior(state["prior"])
-        self._round = state["round"]
+        if state["prior"] is not None and self._config.scoring.prior_load is None:
+            self._maker.prior.point_to(state["prior"])
         rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in state["rollouts"]]
-        self._rollouts = self._maker.share(rollouts)
+        self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
+
+
+_NUMBERS = ("log_proposal", "log_prior", "reward", "finished")
+"""What the objective and its health need to know of each response besides log q_theta."""
+
+
+def _numbers(values: dict[str, Sequence[float]]) -> list[Tensor]:
+    return [torch.tensor(values[name], dtype=torch.float32) for name in _NUMBERS]
 
 
 def _health(

@@ -15,7 +15,8 @@ from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.statistics import Estimate, bootstrap, wins
-from megatron_brain.training.checkpointing import load_weights, read_info
+from megatron_brain.training.checkpointing import load_weights
+from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
 
@@ -37,21 +38,19 @@ def main(run: Run) -> None:
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy")
-    reward_load = run.config.scoring.reward_load
-    if reward_load is not None and read_info(reward_load).head != "reward":
-        raise ConfigError(f"--reward-load {reward_load} holds no reward model")
-    prior = run.load_frozen(run.config.scoring.prior_load, "policy")
-    baseline = run.load_frozen(settings.baseline_load, "policy") if settings.baseline_load else prior
+    scoring = run.config.scoring
+    prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
+    reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+    baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if settings.baseline_load else prior
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
-    drawn = {
-        "policy": [samples[0] for samples in sample_answers(run, policy, prompts, mine, one)],
-        "baseline": [samples[0] for samples in sample_answers(run, baseline, prompts, mine, one)],
-    }
+    drawn = {"policy": [samples[0] for samples in sample_answers(run, policy, prompts, mine, one)]}
+    with baseline.loaded() as chunks:
+        drawn["baseline"] = [samples[0] for samples in sample_answers(run, chunks, prompts, mine, one)]
     rows = [_row(run, prompts[i], {name: drawn[name][k] for name in drawn}) for k, i in enumerate(mine)]
     for row, difference in zip(rows, _log_ratios(run, policy, prior, prompts, mine), strict=True):
         row["kl_to_prior"] = difference
-    if run.config.scoring.reward_load is not None:
-        _add_rewards(run, rows, [prompts[i] for i in mine], drawn)
+    if reward.path is not None:
+        _add_rewards(run, reward, rows, [prompts[i] for i in mine], drawn)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
     if run.parallel.is_writer:
         if judge is not None:
@@ -86,7 +85,7 @@ def _row(run: Run, prompt: Prompt, drawn: dict[str, Sample]) -> dict:
 
 
 def _log_ratios(
-    run: Run, policy: Sequence[Chunk], prior: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int]
+    run: Run, policy: Sequence[Chunk], prior: FrozenModel, prompts: Sequence[Prompt], mine: Sequence[int]
 ) -> list[float]:
     """log q(y|x) - log p(y|x) of one sample y ~ q per prompt, whose mean estimates KL(policy || prior) in nats.
 
@@ -98,14 +97,15 @@ def _log_ratios(
         [Group(prompt=prompts[i].tokens, responses=(drawn[0].tokens,), record_id=prompts[i].record_id)]
         for i, drawn in zip(mine, samples, strict=True)
     ]
-    scores = [
-        score_groups(chunks, groups, run.parallel, head="policy", shared_prefix=True) for chunks in (policy, prior)
-    ]
-    return [(q[0] - p[0]).item() for q, p in zip(*scores, strict=True)]
+    under_policy = score_groups(policy, groups, run.parallel, head="policy", shared_prefix=True)
+    with prior.loaded() as chunks:
+        under_prior = score_groups(chunks, groups, run.parallel, head="policy", shared_prefix=True)
+    return [(q[0] - p[0]).item() for q, p in zip(under_policy, under_prior, strict=True)]
 
 
-def _add_rewards(run: Run, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Sample]]) -> None:
-    model = run.load_frozen(run.config.scoring.reward_load, "reward")
+def _add_rewards(
+    run: Run, reward: FrozenModel, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Sample]]
+) -> None:
     groups = []
     for k, prompt in enumerate(prompts):
         responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
@@ -113,7 +113,8 @@ def _add_rewards(run: Run, rows: list[dict], prompts: Sequence[Prompt], drawn: d
             responses.append(tuple(run.tokenizer.encode_response(prompt.reference, chat=prompt.chat)))
         groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
     shared_prefix = run.config.training.shared_prefix
-    scored = score_groups(model, groups, run.parallel, head="reward", shared_prefix=shared_prefix)
+    with reward.loaded() as chunks:
+        scored = score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=shared_prefix)
     for row, [rewards] in zip(rows, scored, strict=True):
         row |= {f"reward/{name}": value for name, value in zip(_ANSWERS, rewards.tolist(), strict=False)}
 

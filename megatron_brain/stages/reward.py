@@ -38,7 +38,7 @@ class RewardStage(SampledStage):
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: rewards `[R]`, chosen and rejected in turn."""
-        chosen, rejected = output.view(-1, 2).unbind(dim=1)
+        chosen, rejected = output[0::2], output[1::2]
         losses = bradley_terry_losses(chosen, rejected, batch.values("margin"), centering_coefficient=self._centering)
         pairs = len(losses)
         with torch.no_grad():

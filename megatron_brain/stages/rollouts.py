@@ -52,18 +52,18 @@ class Rollout:
         """One number per response."""
         return tuple(getattr(response, name) for response in self.responses)
 
-    def group(self) -> Group:
-        """The group to score or train on, with the numbers known so far."""
-        known = {
-            name: self.values(name)
+    def group(self, responses: Sequence[int] | None = None) -> Group:
+        """The group to score or train on, or some of its responses, with the numbers known so far."""
+        chosen = self.responses if responses is None else [self.responses[i] for i in responses]
+        values = {
+            name: tuple(getattr(response, name) for response in chosen)
             for name in ("log_proposal", "log_prior", "reward")
-            if all(value is not None for value in self.values(name))
         }
-        finished = tuple(float(response.finished) for response in self.responses)
+        known = {name: numbers for name, numbers in values.items() if None not in numbers}
         return Group(
             prompt=self.prompt_tokens,
-            responses=tuple(response.tokens for response in self.responses),
-            values={**known, "finished": finished},
+            responses=tuple(response.tokens for response in chosen),
+            values={**known, "finished": tuple(float(response.finished) for response in chosen)},
             record_id=self.id,
         )
 

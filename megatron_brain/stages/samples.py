@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
-from megatron_brain.data.groups import Group
+from megatron_brain.data.group_schedule import GroupLengths, plan_groups
+from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.models.provider import Head
 from megatron_brain.training.run import Run
@@ -39,13 +40,34 @@ class SampledStage:
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's micro-batches of the next step."""
         settings, parallel = trainer.config.training, trainer.parallel
+        step = self._order.step(trainer.iteration, settings.global_batch_size)
+        if settings.max_tokens_per_micro_batch is not None:
+            return self._planned([group for index in step for group in self._train[index]], trainer)
         shares = replica_share(
-            self._order.step(trainer.iteration, settings.global_batch_size),
-            micro_batch_size=settings.micro_batch_size,
-            dp_rank=parallel.dp_rank,
-            dp_size=parallel.dp_size,
+            step, micro_batch_size=settings.micro_batch_size, dp_rank=parallel.dp_rank, dp_size=parallel.dp_size
         )
         return [[group for index in share for group in self._train[index]] for share in shares]
+
+    def _planned(self, groups: Sequence[Group], trainer: Trainer) -> list[list[Group]]:
+        """This replica's groups of a step in micro-batches of at most the token budget; none is cut."""
+        settings, parallel = trainer.config.training, trainer.parallel
+        interleaved = trainer.config.parallel.num_layers_per_virtual_pipeline_stage is not None
+        plan = plan_groups(
+            [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
+            replicas=parallel.dp_size,
+            max_tokens=settings.max_tokens_per_micro_batch,
+            seed=settings.seed + trainer.iteration,
+            shared_prefix=self.shared_prefix,
+            splittable=False,
+            round_to=parallel.tp_size,
+            count_multiple_of=parallel.pp_size if interleaved else 1,
+            labels=[group.record_id for group in groups],
+        )
+        return [[groups[piece.group] for piece in micro_batch] for micro_batch in plan[parallel.dp_rank]]
+
+    def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """Nothing to know beforehand."""
+        return batches
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """Loss and metrics on the validation samples."""

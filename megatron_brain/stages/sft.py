@@ -1,5 +1,6 @@
 """Supervised fine-tuning on prompt/response records."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -43,6 +44,10 @@ class SFTStage(SampledStage):
         )
         log.info("%s: %s", source, report)
         return groups
+
+    def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """The loss is linear in the log-probabilities: their gradient is known before they are."""
+        return [dataclasses.replace(batch, known_gradient=-batch.loss_mask.float()) for batch in batches]
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: response tokens' log-probabilities `[N]`."""

@@ -65,6 +65,7 @@ class Run:
                 f"{info.path} has vocab_size={model.vocab_size}, the policy has {self.config.model.vocab_size}: "
                 "all models of a run share one tokenizer"
             )
+        validate_layout(dataclasses.replace(self.config, model=model), self.parallel.world_size, model)
         chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None)
         load_weights(info, chunks, head=head)
         for chunk in chunks:

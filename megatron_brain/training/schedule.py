@@ -18,13 +18,14 @@ LossFunction = Callable[[Tensor, PackedBatch], LossOutput]
 def pack_micro_batches(
     micro_batches: Sequence[Sequence[Group]], parallel: Parallel, *, shared_prefix: bool
 ) -> list[PackedBatch]:
-    """Pack each micro-batch into one sequence.
+    """Pack each micro-batch into one sequence; one without groups is all padding.
 
     Lengths are multiples of the tensor-parallel size, over which sequences may be split. Pipeline stages exchange one
     shape, so there all are padded to the longest.
     """
+    unit = parallel.tp_size
     lengths = [
-        packed_length(groups, shared_prefix=shared_prefix, multiple_of=parallel.tp_size) for groups in micro_batches
+        max(unit, packed_length(groups, shared_prefix=shared_prefix, multiple_of=unit)) for groups in micro_batches
     ]
     if parallel.pp_size > 1:
         lengths = [max(lengths, default=0)] * len(lengths)

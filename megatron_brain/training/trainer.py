@@ -34,6 +34,9 @@ class Stage(Protocol):
     def micro_batches(self, trainer: "Trainer") -> Sequence[Sequence[Group]]:
         """This replica's micro-batches of the next step, the one after `trainer.iteration` steps."""
 
+    def prepare(self, trainer: "Trainer", batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """The step's packed micro-batches with what the loss must know of all of them before the first backward."""
+
     def loss(self, output: torch.Tensor, batch: PackedBatch) -> LossOutput:
         """Loss of a micro-batch from the head's output on the last pipeline stage."""
 
@@ -108,6 +111,7 @@ class Trainer:
             FloatingPointError: the loss or a gradient is not finite; the weights are untouched.
         """
         batches = pack_micro_batches(micro_batches, self.parallel, shared_prefix=self.stage.shared_prefix)
+        batches = self.stage.prepare(self, batches)
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()

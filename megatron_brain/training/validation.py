@@ -1,5 +1,6 @@
 """Runs held-out or to-be-scored groups through a model, forward only."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,7 @@ def score_groups(
     head: Head,
     shared_prefix: bool,
     window: int = _WINDOW,
+    temperature: float = 1.0,
 ) -> list[list[Tensor]]:
     """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
 
@@ -56,6 +58,7 @@ def score_groups(
         micro_batches: groups computed together.
         window: micro-batches that share a padded length in a pipeline. With training's micro-batches and as many as a
             step has, scores are bit for bit what training computes.
+        temperature: divides the logits behind the log-probabilities.
 
     Returns:
         per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
@@ -63,6 +66,7 @@ def score_groups(
     scored: list[list[Tensor]] = []
     for start in range(0, len(micro_batches), window):
         batches = pack_micro_batches(micro_batches[start : start + window], parallel, shared_prefix=shared_prefix)
+        batches = [dataclasses.replace(batch, temperature=temperature) for batch in batches]
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
             values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
             scored.append(list(values.split([len(group.responses) for group in batch.groups])))

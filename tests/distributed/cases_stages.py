@@ -1,6 +1,5 @@
 """Each stage's losses, gradient norms and final weights are those of one process, whatever the layout."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ def train(stage: str, layout: Layout, context: Context, *extra: str) -> dict[str
 
     data = {"sft": "sft.jsonl", "reward": "pairs.jsonl", "brain": "prompts.jsonl"}[stage]
     flags = [
-        *("--train-data", str(context.assets / data), "--seq-length", "64"),
+        *([] if "--rollout-data" in extra else ["--train-data", str(context.assets / data)]),
+        *("--seq-length", "64"),
         *("--train-iters", str(STEPS), "--global-batch-size", "8", "--micro-batch-size", "2"),
         *("--lr", "1e-3", "--lr-decay-style", "constant", "--no-progress"),
         *layout.flags(),
@@ -73,34 +73,10 @@ def case_reward_without_shared_prefix(layout: Layout, context: Context) -> None:
     expect_equal(actual, context.reference("reward", actual))
 
 
-def brain_flags(context: Context) -> list[str]:
-    """Checkpoints of a prior and a reward model made by one process, and the flags of a short brain run."""
-    prior, reward = context.shared / "prior", context.shared / "reward"
-    return [
-        *("--load", str(prior), "--finetune", "--reward-load", str(reward)),
-        *("--samples-per-prompt", "4", "--max-new-tokens", "8", "--prompts-per-round", "16"),
-        *("--refresh-interval", "2", "--reward-temperature", "0.05"),
-    ]
-
-
-def case_brain(layout: Layout, context: Context) -> None:
-    if context.world_size == 1:
-        _save_start("sft", layout, context, context.shared / "prior")
-        _save_start("reward", layout, context, context.shared / "reward")
-    rollouts = context.shared / f"rollouts_{context.world_size}_{layout.name}"
-    actual = train("brain", layout, context, *brain_flags(context), "--rollout-dir", str(rollouts))
-    # The samples and their scores are the same too: round 0 is drawn before any weight has moved.
-    if _is_writer():
-        lines = (rollouts / "round_0000.jsonl").read_text().splitlines()
-        assert len(lines) == 16
-        sampled = [[r["tokens"] for r in json.loads(line)["responses"]] for line in lines]
-        assert sampled == context.reference("brain_samples", sampled)
-    expect_equal(actual, context.reference("brain", actual))
-
-
-def case_brain_without_shared_prefix(layout: Layout, context: Context) -> None:
-    actual = train("brain", layout, context, *brain_flags(context), "--no-shared-prefix")
-    expect_equal(actual, context.reference("brain", actual))
+def case_token_budget(layout: Layout, context: Context) -> None:
+    budget = ["--micro-batch-size", "1", "--max-tokens-per-micro-batch"]
+    expect_equal(train("sft", layout, context, *random_start(context), *budget, "64"), context.expected("sft"))
+    expect_equal(train("reward", layout, context, *random_start(context), *budget, "100"), context.expected("reward"))
 
 
 def case_checkpoint_continues_at_every_layout(layout: Layout, context: Context) -> None:
@@ -108,14 +84,10 @@ def case_checkpoint_continues_at_every_layout(layout: Layout, context: Context) 
     saved = context.shared / "resume"
     flags = [*random_start(context), "--save", str(saved)]
     if context.world_size == 1:
-        _save_start("sft", layout, context, saved, steps=STEPS)
+        save_start("sft", layout, context, saved, steps=STEPS)
     resumed = _train_on("sft", layout, context, *flags, "--load", str(saved))
     uninterrupted = context.reference("uninterrupted", _uninterrupted(layout, context))
     assert resumed == pytest.approx(uninterrupted, rel=1e-5)
-
-
-def _is_writer() -> bool:
-    return torch.distributed.get_rank() == 0
 
 
 def _trainer(stage: str, layout: Layout, context: Context, *extra: str):
@@ -140,7 +112,7 @@ def _steps(trainer, count: int) -> list[float]:
     return [m[name] for m in metrics for name in ("loss", "grad_norm", "lr")]
 
 
-def _save_start(stage: str, layout: Layout, context: Context, path: Path, *, steps: int = 0) -> None:
+def save_start(stage: str, layout: Layout, context: Context, path: Path, *, steps: int = 0) -> None:
     trainer = _trainer(stage, layout, context, *random_start(context), "--save", str(path))
     _steps(trainer, steps)
     trainer.save()

@@ -1,6 +1,6 @@
 """Runs every distributed case of one world size in one torchrun world and writes a result per case.
 
-    torchrun --nproc-per-node 4 tests/distributed/world.py --assets DIR --results FILE
+    torchrun --nproc-per-node 4 tests/distributed/world.py --assets DIR --results FILE [--only REGEX]
 
 A case is a function `case_*(layout, context)` of a module cases_*.py; it runs once for every layout of the world's
 size on all ranks and fails if any rank raises. One process (size 1) runs first and leaves what `context.reference`
@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -75,6 +76,12 @@ class Context:
         if self.world_size == 1:
             self.recorded[name] = value
             return value
+        return self.expected(name)
+
+    def expected(self, name: str) -> object:
+        """What one process recorded under a name, also in the one process's own world."""
+        if self.world_size == 1:
+            return self.recorded[name]
         return json.loads((self.shared / "reference.json").read_text())[name]
 
 
@@ -103,12 +110,14 @@ def case_names() -> list[str]:
     return [f"{size}-{layout.name}-{name}" for size, layouts in LAYOUTS.items() for layout in layouts for name in names]
 
 
-def run_all(context: Context) -> Iterator[tuple[str, str | None]]:
+def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]]:
     """Run everything of this world's size; yields a case's name and its error on any rank."""
     import torch.distributed as dist
 
     for layout in LAYOUTS[context.world_size]:
         for name, case in cases().items():
+            if not re.search(only, name):
+                continue
             error = None
             try:
                 case(layout, context)
@@ -126,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--only", default="", help="run the cases whose names hold this regular expression")
     args = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     context = Context(assets=args.assets, shared=args.results.parent, world_size=world_size)
     results: dict[str, str | None] = {}
-    for name, error in run_all(context):
+    for name, error in run_all(context, args.only):
         results[name] = error
         if os.environ.get("RANK", "0") == "0":
             args.results.write_text(json.dumps(results))

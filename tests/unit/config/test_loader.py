@@ -42,12 +42,17 @@ SPECIAL = {
     "max_new_tokens": (65, {}),
     "prompts_per_round": (32, {}),
     "rollout_data": ("r.jsonl", {"train_data": None}),
+    "responses": ("given", {"alpha": "hard", "refresh_proposal": False, "reward_load": None}),
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),
 }
 
-STAGE_AND_KEY = [(stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage)]
+# Sections are shared, yet these have one value in a stage.
+_FIXED = {("brain", "hidden_dropout"), ("brain", "attention_dropout")}
+STAGE_AND_KEY = [
+    (stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage) if (stage, key) not in _FIXED
+]
 
 
 def another_value(key):

@@ -71,7 +71,6 @@ def _expect_what_does_not_depend_on_the_prefix(batch):
     assert batch.targets.tolist() == [4, 5, 6, 7, 8, 13, 14]
     assert batch.loss_mask.tolist() == [True, False, True, True, True, True, True]
     assert batch.response_index.tolist() == [0, 0, 1, 1, 1, 2, 2]
-    assert batch.group_index.tolist() == [0, 0, 1]
     assert batch.num_responses == 3
     assert batch.groups == (PAIR, LONE)
 
@@ -108,7 +107,6 @@ def test_every_response_token_is_a_target_exactly_once_and_predicted_from_the_to
     batch = pack_groups(groups, shared_prefix=shared, length=length)
     responses = [(index, response, group) for index, group in enumerate(groups) for response in group.responses]
     assert batch.targets.tolist() == [token for _, response, _ in responses for token in response]
-    assert batch.group_index.tolist() == [index for index, _, _ in responses]
     sequence = batch.tokens[0].tolist()
     predict, owner = as_lists(batch, "predict_index", "response_index")
     for number, (_, response, group) in enumerate(responses):

@@ -13,6 +13,7 @@ from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
+from megatron_brain.training.validation import score_groups
 
 VOCABULARY = 300
 NO_EOS = 10_000
@@ -88,13 +89,8 @@ def test_logprob_is_the_policys_own_and_counts_eos(model, single, temperature):
     results = _generate(model, single, temperature=temperature, eos=eos)
     assert any(sample.finished for samples in results for sample in samples)
     groups = [Group(prompt=p, responses=tuple(s.tokens for s in r)) for p, r in zip(PROMPTS, results, strict=True)]
-    batch = pack_groups(groups, shared_prefix=True)
-    with torch.no_grad():
-        hidden = model.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
-        logprobs = model.token_logprobs(
-            model.select(hidden, batch.predict_index), batch.targets, temperature=temperature
-        )
-    expected = batch.sum_per_response(logprobs)
+    [scored] = score_groups([model], [groups], single, head="policy", shared_prefix=True, temperature=temperature)
+    expected = torch.cat(scored)
     sampled = torch.tensor([sample.logprob for samples in results for sample in samples])
     torch.testing.assert_close(sampled, expected, atol=1e-5, rtol=1e-6)
 

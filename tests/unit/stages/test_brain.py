@@ -11,9 +11,8 @@ from megatron_brain.stages.brain import BrainStage
 def stage(*, proposal_is_policy: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         steps_per_round=4,
-        _round=0,
         _config=RunConfig(stage="brain"),
-        _maker=SimpleNamespace(proposal_is_policy=proposal_is_policy),
+        _maker=SimpleNamespace(proposal_is_policy=lambda number: proposal_is_policy),
     )
 
 

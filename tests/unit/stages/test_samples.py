@@ -49,6 +49,33 @@ def test_replicas_together_take_the_samples_of_one_process():
         assert [half[0] for half in halves] == whole
 
 
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_a_token_budget_packs_the_same_samples_into_micro_batches_it_holds(replicas):
+    built, config = stage(micro_batch_size=1, max_tokens_per_micro_batch=5)
+    config.parallel.tensor_model_parallel_size = 1
+    for iteration in range(4):
+        whole = [group for groups in stage()[0].micro_batches(trainer(stage()[1], iteration)) for group in groups]
+        everyone = []
+        for rank in range(replicas):
+            at = trainer(config, iteration, rank, replicas)
+            at.parallel.tp_size = at.parallel.pp_size = 1
+            everyone.append(built.micro_batches(at))
+        assert len({len(mine) for mine in everyone}) == 1
+        batches = [groups for mine in everyone for groups in mine]
+        assert all(sum(group.num_tokens(shared_prefix=True) for group in groups) <= 5 for groups in batches)
+        taken = [group for groups in batches for group in groups]
+        assert sorted(map(repr, taken)) == sorted(map(repr, whole))
+
+
+def test_a_pair_is_never_cut():
+    built, config = stage(micro_batch_size=1, max_tokens_per_micro_batch=3)
+    built._train = [[Group(prompt=(1, 2), responses=((3,), (4,)), record_id="pairs:7")]] * 10
+    at = trainer(config, 0)
+    at.parallel.tp_size = at.parallel.pp_size = 1
+    with pytest.raises(ValueError, match="pairs:7"):
+        built.micro_batches(at)
+
+
 def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
     made, config = stage(warmup=3)
     with pytest.raises(ValueError, match="lr_warmup_iters=3 must be less than the run's 3 iterations"):

@@ -1,0 +1,148 @@
+"""Which replica, step and micro-batch the rollouts of a round belong to.
+
+A group never leaves the replica it is placed on, from scoring to the last step on it, so that alpha and beta need no
+communication. Two ways:
+
+- `--micro-batch-size`: group i belongs to replica `(i mod global batch) // micro-batch mod replicas`, known before
+  anything is sampled; each replica samples its own.
+- `--max-tokens-per-micro-batch`: lengths decide (`data.group_schedule`), so replicas sample equal shares and exchange
+  the tokens before scoring. A group larger than a micro-batch is cut into parts in consecutive micro-batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_brain.config.training import TrainingConfig
+from megatron_brain.data.group_schedule import GroupLengths, plan_groups
+from megatron_brain.data.groups import Group
+from megatron_brain.data.order import Item, replica_share
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.stages.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class Part:
+    """Responses of a rollout that are computed together: all of them, unless the group is cut into several parts."""
+
+    rollout: Rollout
+    responses: tuple[int, ...]
+    is_whole: bool = True
+
+    @property
+    def leads(self) -> bool:
+        """Whether this part, alone of its group's, stands for the group where groups are counted."""
+        return 0 in self.responses
+
+    def group(self) -> Group:
+        """The part as a group to compute, with the numbers known so far."""
+        return self.rollout.group(self.responses)
+
+
+Step = list[list[Part]]
+"""Micro-batches of one optimizer step on this replica."""
+
+
+class Placement:
+    """Places the rollouts of rounds.
+
+    Args:
+        training: batch sizes and seed.
+        parallel: the layout.
+        interleaved: the pipeline schedule needs whole rounds of micro-batches.
+    """
+
+    def __init__(self, training: TrainingConfig, parallel: Parallel, *, interleaved: bool) -> None:
+        self._training, self._parallel = training, parallel
+        self._count_multiple_of = parallel.pp_size if interleaved else 1
+
+    @property
+    def _budget(self) -> int | None:
+        return self._training.max_tokens_per_micro_batch
+
+    def deal(self, items: Sequence[Item]) -> list[Item]:
+        """This replica's part of the prompts of a round, to sample."""
+        if self._budget is not None:
+            return list(items[self._parallel.dp_rank :: self._parallel.dp_size])
+        settings, parallel = self._training, self._parallel
+        batch = settings.global_batch_size
+        return [
+            item
+            for start in range(0, len(items), batch)
+            for micro_batch in replica_share(
+                items[start : start + batch],
+                micro_batch_size=settings.micro_batch_size,
+                dp_rank=parallel.dp_rank,
+                dp_size=parallel.dp_size,
+            )
+            for item in micro_batch
+        ]
+
+    def steps(self, mine: Sequence[Rollout]) -> list[Step]:
+        """Place a round.
+
+        Args:
+            mine: the rollouts `deal` gave this replica, each with its `index` in the round.
+
+        Returns:
+            this replica's micro-batches of every step; with a token budget also of rollouts other replicas drew.
+
+        Raises:
+            ValueError: a group does not fit the token budget even when it is cut.
+        """
+        return self._fixed_steps(mine) if self._budget is None else self._planned_steps(mine)
+
+    def _fixed_steps(self, mine: Sequence[Rollout]) -> list[Step]:
+        settings, parallel = self._training, self._parallel
+        size = settings.micro_batch_size
+        for rollout in mine:
+            owner = rollout.index % settings.global_batch_size // size % parallel.dp_size
+            assert owner == parallel.dp_rank, (
+                f"group {rollout.index} of replica {owner} is on replica {parallel.dp_rank}"
+            )
+        parts = [Part(rollout, tuple(range(len(rollout.responses)))) for rollout in mine]
+        micro_batches = [parts[start : start + size] for start in range(0, len(parts), size)]
+        per_step = settings.global_batch_size // (size * parallel.dp_size)
+        return [micro_batches[start : start + per_step] for start in range(0, len(micro_batches), per_step)]
+
+    def _planned_steps(self, mine: Sequence[Rollout]) -> list[Step]:
+        replicas = self._parallel.gather_over_data_parallel(list(mine))
+        everything = sorted((rollout for replica in replicas for rollout in replica), key=lambda r: r.index)
+        batch = self._training.global_batch_size
+        return [
+            self._plan(everything[start : start + batch], number)
+            for number, start in enumerate(range(0, len(everything), batch))
+        ]
+
+    def _plan(self, rollouts: Sequence[Rollout], number: int) -> Step:
+        plan = plan_groups(
+            [GroupLengths(len(r.prompt_tokens), tuple(len(y.tokens) for y in r.responses)) for r in rollouts],
+            replicas=self._parallel.dp_size,
+            max_tokens=self._budget,
+            seed=self._training.seed + number,
+            shared_prefix=self._training.shared_prefix,
+            round_to=self._parallel.tp_size,
+            count_multiple_of=self._count_multiple_of,
+            labels=[rollout.id for rollout in rollouts],
+        )
+        return [
+            [Part(rollouts[piece.group], piece.responses, piece.num_pieces == 1) for piece in micro_batch]
+            for micro_batch in plan[self._parallel.dp_rank]
+        ]
+
+
+def rollouts_in(steps: Sequence[Step]) -> list[Rollout]:
+    """The rollouts of this replica, in the order of the round.
+
+    Raises:
+        AssertionError: a group's responses are not all here.
+    """
+    found: dict[int, Rollout] = {}
+    present: dict[int, set[int]] = {}
+    for step in steps:
+        for micro_batch in step:
+            for part in micro_batch:
+                found[part.rollout.index] = part.rollout
+                present.setdefault(part.rollout.index, set()).update(part.responses)
+    for index, rollout in found.items():
+        assert len(present[index]) == len(rollout.responses), f"group {index} is not whole on this replica"
+    return [found[index] for index in sorted(found)]

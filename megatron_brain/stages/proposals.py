@@ -1,0 +1,207 @@
+"""Where the responses of a round come from: drawn by a policy, given as preference pairs, or read from files.
+
+Each is a `Proposal`. What the objective needs of it besides the responses is how log q' of the distribution they were
+drawn from becomes known.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.order import SampleOrder
+from megatron_brain.data.records import preference_groups, prompt_groups
+from megatron_brain.data.sources import load_records
+from megatron_brain.generation.sampler import Sampler
+from megatron_brain.models.provider import Chunk
+from megatron_brain.stages.placement import Placement
+from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rollout_files
+from megatron_brain.training.frozen import FrozenModel
+from megatron_brain.training.run import Run
+from megatron_brain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Proposal(Protocol):
+    """A source of responses, round after round."""
+
+    num_prompts: int
+    """Prompts of one pass over the data; 0 where rounds are files."""
+    groups_per_round: int
+    from_prior: bool
+    """Whether q' is the prior rather than the policy at the start of the round."""
+    temperature: float | None
+    """Temperature at which the model that trains computes log q' itself; None where the rollouts bring it along."""
+
+    def rounds(self, epochs: float) -> int:
+        """Rounds of so many passes over the data."""
+
+    def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
+        """The rollouts of a round that `Placement.deal` gives this replica."""
+
+
+def open_proposal(run: Run, placement: Placement, prior: FrozenModel) -> Proposal:
+    """The proposal the settings ask for, its data read."""
+    if run.config.brain.rollout_data:
+        return RolloutFiles(run, placement)
+    if run.config.brain.responses == "given":
+        return GivenPairs(run, placement)
+    return Samples(run, placement, prior)
+
+
+class Samples:
+    """Responses drawn from the policy as it is at the start of the round, or always from the prior."""
+
+    def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
+        self._run, self._placement, self._prior = run, placement, prior
+        data, sampling = run.config.data, run.config.sampling
+        records = load_records(data.train_data, data.train_split, data.max_train_records)
+        self._prompts, report = prompt_groups(records, run.tokenizer, data, room=sampling.max_new_tokens)
+        log.info("%s: %s", data.train_data, report)
+        self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
+        self.num_prompts = len(self._prompts)
+        self.groups_per_round = run.config.brain.prompts_per_round
+        self.from_prior = not run.config.brain.refresh_proposal
+        # Of a truncated distribution only the sampler knows the probabilities it drew with.
+        truncated = sampling.top_p != 1.0 or sampling.top_k != 0
+        self.temperature = None if truncated else sampling.temperature
+
+    def rounds(self, epochs: float) -> int:
+        """Rounds of so many passes over the prompts, rounded up."""
+        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
+
+    def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
+        """Draw this replica's samples of a round."""
+        run, count = self._run, self.groups_per_round
+        # The place in the endless stream of prompts also seeds the samples: a prompt met again gets new ones.
+        places = self._placement.deal(range(number * count, (number + 1) * count))
+        prompts = [self._prompts[self._order[place]] for place in places]
+        with self._model(trainer) as chunks:
+            samples = Sampler(chunks, run.parallel, run.config.sampling, eos_id=run.tokenizer.eos_id).generate(
+                [prompt.tokens for prompt in prompts],
+                samples_per_prompt=run.config.sampling.samples_per_prompt,
+                keys=places,
+                seed=run.config.training.seed,
+            )
+        return [
+            Rollout(
+                id=prompt.record_id,
+                index=place - number * count,
+                prompt_tokens=prompt.tokens,
+                prompt=prompt.text,
+                responses=[
+                    Response(
+                        tokens=sample.tokens,
+                        text=run.tokenizer.decode(sample.tokens),
+                        finished=sample.finished,
+                        sampler_logprob=sample.logprob,
+                        log_proposal=sample.logprob if self.temperature is None else None,
+                    )
+                    for sample in drawn
+                ],
+            )
+            for prompt, place, drawn in zip(prompts, places, samples, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _model(self, trainer: Trainer) -> Iterator[Sequence[Chunk]]:
+        if not self.from_prior:
+            yield trainer.chunks
+            return
+        with self._prior.loaded() as chunks:
+            yield chunks
+
+
+class GivenPairs:
+    """The chosen and the rejected response of preference records, as if they were two samples of the prior.
+
+    With `--alpha hard` this is DPO: the reward of chosen is 1, of rejected 0, and only their order matters.
+    """
+
+    from_prior = True
+    temperature = 1.0
+
+    def __init__(self, run: Run, placement: Placement) -> None:
+        data = run.config.data
+        self._placement, self._tokenizer = placement, run.tokenizer
+        records = load_records(data.train_data, data.train_split, data.max_train_records)
+        pairs, report = preference_groups(records, run.tokenizer, data)
+        log.info("%s: %s", data.train_data, report)
+        self._groups = [pair.group for pair in pairs]
+        self._order = SampleOrder(len(pairs), seed=run.config.training.seed)
+        self.num_prompts = len(pairs)
+        self.groups_per_round = run.config.brain.prompts_per_round
+
+    def rounds(self, epochs: float) -> int:
+        """Rounds of so many passes over the pairs, rounded up."""
+        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
+
+    def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
+        """This replica's pairs of a round."""
+        count = self.groups_per_round
+        rollouts = []
+        for place in self._placement.deal(range(number * count, (number + 1) * count)):
+            group = self._groups[self._order[place]]
+            rollouts.append(
+                Rollout(
+                    id=group.record_id,
+                    index=place - number * count,
+                    prompt_tokens=group.prompt,
+                    prompt=self._tokenizer.decode(group.prompt),
+                    responses=[
+                        Response(
+                            tokens=tokens,
+                            text=self._tokenizer.decode(tokens),
+                            finished=tokens[-1] == self._tokenizer.eos_id,
+                            reward=reward,
+                        )
+                        for tokens, reward in zip(group.responses, (1.0, 0.0), strict=True)
+                    ],
+                )
+            )
+        return rollouts
+
+
+class RolloutFiles:
+    """Rollouts any engine has written, one file a round."""
+
+    num_prompts = 0
+    from_prior = False
+    temperature = None
+
+    def __init__(self, run: Run, placement: Placement) -> None:
+        self._run, self._placement = run, placement
+        self._files = rollout_files(run.config.brain.rollout_data)
+        self.groups_per_round = len(read_rollouts(self._files[0]))
+
+    def rounds(self, epochs: float) -> int:
+        """One round per file, whatever `epochs`."""
+        return len(self._files)
+
+    def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
+        """Read this replica's rollouts of a round, from the first file again after the last."""
+        path = self._files[number % len(self._files)]
+        rollouts = read_rollouts(path)
+        for rollout in rollouts:
+            self._check_tokens(rollout, path)
+        batch = self._run.config.training.global_batch_size
+        if len(rollouts) % batch:
+            raise ConfigError(f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}")
+        return self._placement.deal([dataclasses.replace(rollout, index=i) for i, rollout in enumerate(rollouts)])
+
+    def _check_tokens(self, rollout: Rollout, path: str) -> None:
+        """Token ids another engine wrote are the model's, and leave no response over --seq-length."""
+        vocab_size, longest = self._run.config.model.vocab_size, self._run.config.data.seq_length
+        for response in rollout.responses:
+            tokens = (*rollout.prompt_tokens, *response.tokens)
+            wrong = [token for token in tokens if not 0 <= token < vocab_size]
+            if wrong:
+                raise ConfigError(f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}")
+            if len(tokens) > longest:
+                raise ConfigError(
+                    f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}"
+                )
