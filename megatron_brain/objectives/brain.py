@@ -2,6 +2,11 @@
 
 All functions take one group: tensors `[n]`, one entry per sample of one prompt. Log-probabilities are sums over a
 response's tokens, EOS included, in nats, float32 or better.
+
+They give every rung from DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) to BRAIn. DPO is a group of two with
+`kind="hard"`, the prior as its proposal and DPO's beta as the strength: on given preference pairs the rewards are
+(1, 0); in DPO-sft both are samples of the prior and the rewards a reward model's. Then come `kind="soft"`, more samples
+and a proposal refreshed from the policy.
 """
 
 import math
@@ -27,14 +32,22 @@ def posterior_log_weights(
         kind: "hard" puts all weight on the largest reward, as in DPO; ties go to the first.
 
     Raises:
-        ValueError: fewer than two samples, for which every weight is 1 and nothing can be learned.
+        ValueError: fewer than two samples, for which every weight is 1 and nothing can be learned; or numbers that
+            give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
     """
     _check_group(rewards)
     if kind == "hard":
-        log_alpha = torch.full_like(rewards, -torch.inf)
-        log_alpha[rewards.argmax()] = 0.0
-        return log_alpha
-    return torch.log_softmax(log_prior + rewards / reward_temperature - log_proposal, dim=0)
+        log_alpha = torch.full_like(rewards, -torch.inf).scatter(0, rewards.argmax(0, keepdim=True), 0.0)
+        undefined = rewards.isnan()
+    else:
+        log_alpha = torch.log_softmax(log_prior + rewards / reward_temperature - log_proposal, dim=0)
+        undefined = log_alpha.isnan()
+    if undefined.any():  # makes the host wait for the device, which a loss must not do
+        raise ValueError(
+            f"no posterior weights follow from log_prior {log_prior.tolist()}, rewards {rewards.tolist()} and "
+            f"log_proposal {log_proposal.tolist()}: all must be finite, or -inf in the first two for some samples"
+        )
+    return log_alpha
 
 
 def policy_log_weights(log_policy: Tensor, log_proposal: Tensor, *, strength: float = 1.0) -> Tensor:
@@ -43,7 +56,8 @@ def policy_log_weights(log_policy: Tensor, log_proposal: Tensor, *, strength: fl
     Args:
         log_policy: log q_theta(y_i|x).
         log_proposal: log q'(y_i|x).
-        strength: b; 1 is BRAIn, DPO calls it beta.
+        strength: b; 1 is BRAIn, DPO calls it beta. Trained to convergence on one proposal, the policy ends at
+            `q' (posterior / q')^(1/b)`: a proposal refreshed after long rounds settles for b > 1/2 alone.
     """
     _check_group(log_policy)
     return torch.log_softmax(strength * (log_policy - log_proposal), dim=0)
@@ -60,25 +74,47 @@ def brain_loss(
     """Loss of one group; differentiable in `log_policy` alone.
 
     Its gradient in log q_theta(y_i) is minus the strength times
-      - `self-normalized`: alpha_i - beta_i, of KL(alpha || beta);
-      - `unnormalized`: alpha_i - (1/n) (q_theta/q')^b, of the generalised KL of unnormalised weights;
-      - `none`: alpha_i, of the cross-entropy alone.
-    The value is zero where the policy's weights equal alpha.
+      - `self-normalized`: alpha_i - beta_i, of KL(alpha || beta), as in the paper;
+      - `unnormalized`: alpha_i - (1/n) (q_theta/q')^b, of the generalised KL of unnormalised weights: "w/o self-norm",
+        like GDC++ (Korbak et al., arXiv 2206.00761);
+      - `none`: alpha_i, of the cross-entropy alone: "w/o baseline", like DPG (Parshakova et al., arXiv 1912.08517).
+
+    Returns:
+        A scalar in nats, zero where the policy's weights equal alpha, infinite where the policy excludes a sample that
+        alpha does not. NaN follows from a NaN, and for `self-normalized` from a policy that excludes all samples.
 
     Raises:
         ValueError: fewer than two samples.
     """
-    _check_group(log_policy)
-    log_ratio = strength * (log_policy - log_proposal)
     alpha = log_alpha.exp()
-    entropy_term = torch.where(alpha > 0, alpha * log_alpha, 0.0).sum()
-    if baseline == "self-normalized":
-        return entropy_term - _weighted_sum(alpha, policy_log_weights(log_policy, log_proposal, strength=strength))
-    log_mean_ratio = log_ratio - math.log(len(log_ratio))
-    cross_entropy = entropy_term - _weighted_sum(alpha, log_mean_ratio)
-    if baseline == "none":
-        return cross_entropy
-    return cross_entropy + log_mean_ratio.exp().sum() - 1.0
+    log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
+    divergence = _weighted_sum(alpha, log_alpha) - _weighted_sum(alpha, log_weights)
+    if baseline == "unnormalized":
+        return divergence + log_weights.exp().sum() - 1.0
+    return divergence
+
+
+@torch.no_grad()
+def brain_loss_gradient(
+    log_policy: Tensor,
+    log_proposal: Tensor,
+    log_alpha: Tensor,
+    *,
+    baseline: Baseline = "self-normalized",
+    strength: float = 1.0,
+) -> Tensor:
+    """d loss / d log q_theta(y_i) `[n]` of `brain_loss`, in closed form and without a graph.
+
+    As constants they weight the samples' log-probabilities: `sum_i gradient_i log q_theta(y_i)` has the loss's gradient
+    in the parameters. So a first pass without gradients gives them for a whole group, and a second pass may take its
+    samples one by one.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
+    subtracted = 0.0 if baseline == "none" else log_weights.exp()
+    return -strength * (log_alpha.exp() - subtracted)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -86,9 +122,17 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     return 1.0 / torch.exp(2.0 * log_weights).sum()
 
 
+def _log_weights(log_policy: Tensor, log_proposal: Tensor, baseline: Baseline, strength: float) -> Tensor:
+    """What the loss compares with log alpha: log beta, or its ratios over n without the normalisation."""
+    if baseline == "self-normalized":
+        return policy_log_weights(log_policy, log_proposal, strength=strength)
+    _check_group(log_policy)
+    return strength * (log_policy - log_proposal) - math.log(len(log_policy))
+
+
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    # A weight of zero leaves its value out even where that is infinite.
-    return torch.where(weights > 0, weights * values, 0.0).sum()
+    # A weight of zero leaves its value out even where that is infinite, but does not hide a NaN.
+    return torch.where((weights == 0) & ~values.isnan(), 0.0, weights * values).sum()
 
 
 def _check_group(values: Tensor) -> None:

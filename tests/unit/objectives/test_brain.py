@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_brain.objectives.brain import (
     brain_loss,
+    brain_loss_gradient,
     effective_sample_size,
     policy_log_weights,
     posterior_log_weights,
@@ -59,6 +60,16 @@ class TestGradientIsTheConstantWeightForm:
         _, gradient = loss_and_gradient(log_policy, log_proposal, log_alpha, baseline=baseline, strength=strength)
         weights = constant_weights(log_policy, log_proposal, log_alpha, baseline, strength)
         torch.testing.assert_close(gradient, -strength * weights, rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("kind", ["soft", "hard"])
+    def test_in_closed_form(self, kind, baseline, strength):
+        log_policy, log_proposal, log_prior, rewards = random_group(5, seed=4)
+        group = log_policy, log_proposal, log_alpha_of(log_prior, rewards, log_proposal, kind=kind)
+        closed = brain_loss_gradient(*group, baseline=baseline, strength=strength)
+        weights = constant_weights(*group, baseline, strength)
+        torch.testing.assert_close(closed, -strength * weights, rtol=1e-12, atol=1e-14)
+        _, gradient = loss_and_gradient(*group, baseline=baseline, strength=strength)
+        torch.testing.assert_close(closed, gradient, rtol=1e-12, atol=1e-14)
 
     def test_by_finite_differences_in_shared_parameters(self, baseline, strength):
         # Six outcomes with logits theta; the group holds one of them twice, so log q_theta(y_i) depend on each other.
@@ -134,9 +145,9 @@ def test_a_group_of_fewer_than_two_samples_is_refused(shape):
         log_alpha_of(wrong, wrong, wrong)
     with pytest.raises(ValueError, match="at least two samples"):
         policy_log_weights(wrong, wrong)
-    for baseline in BASELINES:
+    for baseline, function in itertools.product(BASELINES, (brain_loss, brain_loss_gradient)):
         with pytest.raises(ValueError, match="at least two samples"):
-            brain_loss(wrong, wrong, wrong, baseline=baseline)
+            function(wrong, wrong, wrong, baseline=baseline)
 
 
 @given(shift=st.floats(-50, 50), seed=st.integers(0, 1000), n=st.integers(2, 9))
@@ -165,12 +176,30 @@ def test_permuting_a_group_permutes_its_weights_and_keeps_its_loss(order, seed, 
         torch.testing.assert_close(moved_gradient, gradient[list(order)])
 
 
+def test_the_self_normalized_loss_alone_ignores_a_constant_added_to_log_probabilities_of_a_group():
+    log_policy, log_proposal, log_prior, rewards = random_group(4)
+    log_alpha = log_alpha_of(log_prior, rewards, log_proposal)
+    torch.testing.assert_close(log_alpha_of(log_prior + 3, rewards, log_proposal - 3), log_alpha)
+    before, after = (
+        {b: loss_and_gradient(values, log_proposal, log_alpha, baseline=b) for b in BASELINES}
+        for values in (log_policy, log_policy + 3)
+    )
+    torch.testing.assert_close(after["self-normalized"], before["self-normalized"])
+    torch.testing.assert_close(after["none"], (before["none"][0] - 3, before["none"][1]))
+    alpha = log_alpha.exp()
+    torch.testing.assert_close(after["unnormalized"][1] + alpha, math.exp(3) * (before["unnormalized"][1] + alpha))
+
+
 class TestJustAfterARefresh:
     """The proposal is the policy."""
 
-    def test_beta_is_one_over_n_exactly(self):
-        log_policy = random_group(8)[0].float()
-        assert policy_log_weights(log_policy, log_policy).exp().tolist() == [1 / 8] * 8
+    @pytest.mark.parametrize("strength", STRENGTHS)
+    def test_beta_is_one_over_n_exactly(self, strength):
+        for n in range(2, 33):
+            log_policy = 100 * random_group(n)[0].float()
+            beta = policy_log_weights(log_policy, log_policy, strength=strength).exp()
+            assert (beta == beta[0]).all()
+            assert beta[0].item() == pytest.approx(1 / n, rel=2e-7)  # of float32
 
     def test_alpha_is_the_softmax_of_the_rewards_where_the_proposal_is_the_prior(self):
         _, _, log_prior, rewards = random_group(5)
@@ -216,37 +245,96 @@ class TestPairs:
         assert loss.item() == pytest.approx(math.log(4 / 3))
         assert gradient.tolist() == pytest.approx([-0.25, 0.25])
 
-    def test_soft_alpha_is_the_divergence_of_two_bernoulli_distributions(self):
+    @pytest.mark.parametrize("strength", STRENGTHS)
+    def test_soft_alpha_is_the_divergence_of_two_bernoulli_distributions(self, strength):
         log_policy, log_prior, _, rewards = random_group(2, seed=6)
-        loss = brain_loss(log_policy, log_prior, log_alpha_of(log_prior, rewards, log_prior))
-        ratio = log_policy - log_prior
+        loss = brain_loss(log_policy, log_prior, log_alpha_of(log_prior, rewards, log_prior), strength=strength)
+        ratio = strength * (log_policy - log_prior)
         target, predicted = torch.sigmoid((rewards[0] - rewards[1]) / 0.7), torch.sigmoid(ratio[0] - ratio[1])
         bernoulli = torch.distributions.Bernoulli
         expected = torch.distributions.kl_divergence(bernoulli(probs=target), bernoulli(probs=predicted))
         torch.testing.assert_close(loss, expected)
 
 
+EXCLUDED = -math.inf
+
+
 class TestExtremeValues:
-    """No NaN in a value or a gradient, whatever the numbers of one sample."""
+    """No NaN in a value or a gradient whatever the numbers of some samples; no number where there is no answer."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("strength", STRENGTHS)
     @pytest.mark.parametrize("baseline", BASELINES)
     @pytest.mark.parametrize(
-        "log_policy", [(1e4, 0, -1e4), (-1e4, -1e4, -1e4), (-math.inf, -5, -6), (-20, -math.inf, 0)]
+        "log_policy",
+        [(1e4, 0, -1e4), (-1e4, -1e4, -1e4), (EXCLUDED, -5, -6), (-20, EXCLUDED, 0), (EXCLUDED, EXCLUDED, -1e4)],
     )
-    @pytest.mark.parametrize("log_alpha", [(0, -math.inf, -math.inf), (-1e4, 0, -2e4), (-math.log(3),) * 3])
+    @pytest.mark.parametrize("log_alpha", [(0, EXCLUDED, EXCLUDED), (-1e4, 0, -2e4), (-math.log(3),) * 3])
     def test_loss_and_gradient_have_no_nan(self, log_alpha, log_policy, baseline, strength, dtype):
-        loss, gradient = loss_and_gradient(
-            torch.tensor(log_policy, dtype=dtype),
-            torch.tensor([-4.0, -5.0, -6.0], dtype=dtype),
-            torch.tensor(log_alpha, dtype=dtype),
-            baseline=baseline,
-            strength=strength,
-        )
+        group = [torch.tensor(values, dtype=dtype) for values in (log_policy, (-4.0, -5.0, -6.0), log_alpha)]
+        loss, gradient = loss_and_gradient(*group, baseline=baseline, strength=strength)
         assert not loss.isnan() and not gradient.isnan().any()
         if baseline != "unnormalized":  # whose ratios are not bounded
             assert gradient.isfinite().all() and gradient.abs().max() <= strength
+        closed = brain_loss_gradient(*group, baseline=baseline, strength=strength)
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(closed, gradient, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize(
+        ("log_policy", "log_alpha"),
+        [((EXCLUDED, -5, -6), (-1.0, -1.0, -1.5)), ((-5, EXCLUDED, EXCLUDED), (EXCLUDED, 0, EXCLUDED))],
+    )
+    @pytest.mark.parametrize("baseline", BASELINES)
+    def test_a_policy_that_excludes_a_sample_with_weight_is_infinitely_far(self, log_policy, log_alpha, baseline):
+        assert brain_loss(doubles(*log_policy), doubles(-4, -5, -6), doubles(*log_alpha), baseline=baseline) == math.inf
+
+    def test_a_policy_that_excludes_all_samples_has_no_self_normalised_weights(self):
+        group = doubles(EXCLUDED, EXCLUDED), doubles(-4, -5), doubles(0.5, 0.5).log()
+        assert brain_loss(*group).isnan() and brain_loss_gradient(*group).isnan().all()
+        for baseline in BASELINES[1:]:
+            loss, gradient = loss_and_gradient(*group, baseline=baseline)
+            assert loss == math.inf and gradient.tolist() == pytest.approx([-0.5, -0.5])
+
+    @pytest.mark.parametrize("alpha", [(1.0, 0.0, 0.0), (0.5, 0.25, 0.25)])
+    @pytest.mark.parametrize("place", [0, 1])
+    @pytest.mark.parametrize("argument", range(3))
+    @pytest.mark.parametrize("baseline", BASELINES)
+    def test_a_nan_in_any_argument_makes_the_loss_nan(self, baseline, argument, place, alpha):
+        group = [doubles(-1, -2, -3), doubles(-3, -2, -1), doubles(*alpha).log()]
+        group[argument][place] = math.nan
+        assert brain_loss(*group, baseline=baseline).isnan()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("kind", ["soft", "hard"])
+    @pytest.mark.parametrize("rewards", [(1e4, -1e4, 0), (EXCLUDED, 0, 1), (2, 2, 2)])
+    @pytest.mark.parametrize("log_prior", [(-1e4, -2, -3), (1e4, -2, -1e4), (EXCLUDED, -2, -3)])
+    def test_weights_sum_to_one(self, log_prior, rewards, kind, dtype):
+        arguments = (torch.tensor(values, dtype=dtype) for values in (log_prior, rewards, (-1.0, -2.0, -3.0)))
+        alpha = log_alpha_of(*arguments, kind=kind).exp()
+        assert alpha.dtype == dtype and alpha.sum().item() == pytest.approx(1.0)
+
+    @pytest.mark.parametrize(
+        ("log_prior", "rewards", "log_proposal"),
+        [
+            pytest.param((EXCLUDED, EXCLUDED), (1, 2), (-1, -2), id="prior excludes all"),
+            pytest.param((-1, -2), (EXCLUDED, EXCLUDED), (-1, -2), id="rewards exclude all"),
+            pytest.param((-1, EXCLUDED), (EXCLUDED, 0), (-1, -2), id="together they exclude all"),
+            pytest.param((-1, -2), (1, 2), (-1, EXCLUDED), id="proposal excludes a sample drawn from it"),
+            pytest.param((-1, EXCLUDED), (1, 2), (-1, EXCLUDED), id="prior and proposal exclude a sample"),
+            pytest.param((-1, -2), (1, math.inf), (-1, -2), id="infinite reward"),
+            pytest.param((math.nan, -2), (1, 2), (-1, -2), id="nan prior"),
+            pytest.param((-1, -2), (math.nan, 2), (-1, -2), id="nan reward"),
+            pytest.param((-1, -2), (1, 2), (math.nan, -2), id="nan proposal"),
+        ],
+    )
+    def test_numbers_that_give_no_weights_are_refused(self, log_prior, rewards, log_proposal):
+        with pytest.raises(ValueError, match="no posterior weights follow from log_prior"):
+            log_alpha_of(doubles(*log_prior), doubles(*rewards), doubles(*log_proposal))
+
+    def test_hard_weights_refuse_a_nan_reward(self):
+        zeros = torch.zeros(2)
+        with pytest.raises(ValueError, match=r"no posterior weights follow .* rewards \[1.0, nan\]"):
+            log_alpha_of(zeros, torch.tensor([1.0, math.nan]), zeros, kind="hard")
 
     def test_a_response_the_prior_excludes_gets_no_weight(self):
         log_prior = doubles(-3, -math.inf, -2)
@@ -272,6 +360,13 @@ class TestExtremeValues:
     def test_a_tie_of_hard_weights_goes_to_the_first(self):
         zeros = torch.zeros(3)
         assert log_alpha_of(zeros, zeros + 2.0, zeros, kind="hard").exp().tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("function", [brain_loss, brain_loss_gradient])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_the_host_never_waits_for_values_on_the_device(function, baseline):
+    # Meta tensors have no values: a look at one would raise.
+    assert function(*torch.zeros(3, 4, device="meta"), baseline=baseline).is_meta
 
 
 def test_gradient_reaches_the_policy_alone():
