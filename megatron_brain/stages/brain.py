@@ -1,7 +1,6 @@
 """BRAIn: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479)."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,6 @@ from megatron_brain.objectives.brain import (
     brain_loss_gradient,
     effective_sample_size,
     policy_log_weights,
-    posterior_log_weights,
 )
 from megatron_brain.stages.placement import Step
 from megatron_brain.stages.rollouts import rollout_from_dict
@@ -23,8 +21,6 @@ from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer
-
-log = logging.getLogger(__name__)
 
 
 class BrainStage:
@@ -95,11 +91,12 @@ class BrainStage:
         groups, gradients = [], []
         for part, group in zip(parts, batch.groups, strict=True):
             values = log_policy[part.rollout.index]
-            loss, log_alpha, means, peaks = self._group_loss(values, *_numbers(part.rollout.group().values))
+            numbers = {name: torch.tensor(part.rollout.values(name), dtype=torch.float32) for name in _NUMBERS}
+            loss, means, peaks = self._group_loss(values, **numbers)
             gradient = brain_loss_gradient(
                 values,
-                torch.tensor(part.rollout.values("log_proposal")),
-                log_alpha,
+                numbers["log_proposal"],
+                numbers["log_alpha"],
                 baseline=self._config.brain.baseline,
                 strength=self._config.brain.policy_strength,
             )[list(part.responses)]
@@ -116,9 +113,12 @@ class BrainStage:
         log_policy = batch.sum_per_response(output)
         if batch.known_gradient is None:
             sizes = [len(group.responses) for group in batch.groups]
-            numbers = (batch.values(name).split(sizes) for name in _NUMBERS)
-            parts = [self._group_loss(*group) for group in zip(log_policy.split(sizes), *numbers, strict=True)]
-            losses, means, peaks = ([part[i] for part in parts] for i in (0, 2, 3))
+            numbers = [batch.values(name).split(sizes) for name in _NUMBERS]
+            parts = [
+                self._group_loss(values, **dict(zip(_NUMBERS, known, strict=True)))
+                for values, *known in zip(log_policy.split(sizes), *numbers, strict=True)
+            ]
+            losses, means, peaks = ([part[i] for part in parts] for i in range(3))
             loss_sum = torch.stack(losses).sum() if losses else output.sum()
         else:
             reports = batch.values("report").view(-1, 1 + len(self.mean_metrics) + len(self.max_metrics))
@@ -129,17 +129,14 @@ class BrainStage:
         return self._report(loss_sum, means, peaks)
 
     def _group_loss(
-        self, log_policy: Tensor, log_proposal: Tensor, log_prior: Tensor, reward: Tensor, finished: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss of one group from numbers `[n]`, its log alpha `[n]`, mean_metrics and max_metrics."""
+        self, log_policy: Tensor, *, log_proposal: Tensor, log_alpha: Tensor, **others: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of one group from numbers `[n]`, its mean_metrics and max_metrics."""
         settings = self._config.brain
-        log_alpha = posterior_log_weights(
-            log_prior, reward, log_proposal, reward_temperature=settings.reward_temperature, kind=settings.alpha
-        )
         loss = brain_loss(
             log_policy, log_proposal, log_alpha, baseline=settings.baseline, strength=settings.policy_strength
         )
-        return loss, log_alpha, *_health(log_policy.detach(), log_proposal, log_prior, log_alpha, reward, finished)
+        return loss, *_health(log_policy.detach(), log_proposal=log_proposal, log_alpha=log_alpha, **others)
 
     def _report(
         self, loss_sum: Tensor, means: Sequence[Tensor] | Tensor, peaks: Sequence[Tensor] | Tensor
@@ -213,16 +210,12 @@ class BrainStage:
         self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
 
 
-_NUMBERS = ("log_proposal", "log_prior", "reward", "finished")
+_NUMBERS = ("log_proposal", "log_prior", "reward", "log_alpha", "finished")
 """What the objective and its health need to know of each response besides log q_theta."""
 
 
-def _numbers(values: dict[str, Sequence[float]]) -> list[Tensor]:
-    return [torch.tensor(values[name], dtype=torch.float32) for name in _NUMBERS]
-
-
 def _health(
-    log_policy: Tensor, log_proposal: Tensor, log_prior: Tensor, log_alpha: Tensor, reward: Tensor, finished: Tensor
+    log_policy: Tensor, *, log_proposal: Tensor, log_prior: Tensor, log_alpha: Tensor, reward: Tensor, finished: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The group's mean_metrics and max_metrics, in their order."""
     log_beta = policy_log_weights(log_policy, log_proposal)

@@ -37,6 +37,11 @@ class Response:
     reward: float | None = None
     alpha: float | None = None
 
+    @property
+    def log_alpha(self) -> float | None:
+        """Log of the posterior weight."""
+        return None if self.alpha is None else math.log(self.alpha) if self.alpha else -math.inf
+
 
 @dataclass(kw_only=True)
 class Rollout:
@@ -57,7 +62,7 @@ class Rollout:
         chosen = self.responses if responses is None else [self.responses[i] for i in responses]
         values = {
             name: tuple(getattr(response, name) for response in chosen)
-            for name in ("log_proposal", "log_prior", "reward")
+            for name in ("log_proposal", "log_prior", "reward", "log_alpha")
         }
         known = {name: numbers for name, numbers in values.items() if None not in numbers}
         return Group(

@@ -85,7 +85,9 @@ class RoundMaker:
         """A round of an earlier run, all replicas' scored rollouts, at any number of replicas."""
         ordered = sorted(rollouts, key=lambda rollout: rollout.index)
         steps = self._placement.steps(self._placement.deal(ordered))
-        return Round(number=number, steps=steps, rollouts=rollouts_in(steps))
+        mine = rollouts_in(steps)
+        self._set_alpha(mine)
+        return Round(number=number, steps=steps, rollouts=mine)
 
     def proposal_is_policy(self, number: int) -> bool:
         """Whether log q' of a round is the log-probability of the policy as the round starts."""
@@ -162,11 +164,14 @@ class RoundMaker:
 
     def _set_alpha(self, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
-            log_alpha = posterior_log_weights(
-                *(torch.tensor(rollout.values(name)) for name in ("log_prior", "reward", "log_proposal")),
-                reward_temperature=self._settings.reward_temperature,
-                kind=self._settings.alpha,
-            )
+            try:
+                log_alpha = posterior_log_weights(
+                    *(torch.tensor(rollout.values(name)) for name in ("log_prior", "reward", "log_proposal")),
+                    reward_temperature=self._settings.reward_temperature,
+                    kind=self._settings.alpha,
+                )
+            except ValueError as error:
+                raise ValueError(f"{rollout.id}: {error}") from error
             for response, value in zip(rollout.responses, log_alpha.exp().tolist(), strict=True):
                 response.alpha = value
 
