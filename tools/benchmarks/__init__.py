@@ -1,0 +1,1 @@
+"""Subjects of tools/benchmark.py and what they share."""
