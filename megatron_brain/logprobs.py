@@ -1,12 +1,47 @@
 """Log-probabilities of tokens over a vocabulary split across tensor-parallel ranks, without whole logits.
 
-Logits exist for `chunk_size` positions at one time, in the forward pass and again in the backward pass, which
-computes them anew. Inputs are never modified.
+Logits exist for one block of positions and token ids at a time, in one buffer of `chunk_size` entries. Two ways to the
+gradient:
+
+- *recomputed*: the forward pass keeps each position's maximum and sum of exponentials, gathered over blocks of the
+  vocabulary (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass computes the blocks again. Four matrix
+  products where whole logits take three.
+- *known gradient*: who knows the direction of the gradient beforehand has it multiplied out in the forward pass, while
+  the logits are there. Three matrix products. The gradient of the weight grows by whole rows of logits, and is read and
+  written for each `chunk_size / V_local` positions: many of them make it cheap.
+
+Inputs are never modified. Sums are in float32, in float64 for float64 inputs; matrix products in the inputs' dtype.
 """
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+DEFAULT_CHUNK_SIZE = 2**25
+
+# The residual allowed of an incoming gradient, relative to its norm: a hundred roundings of float32.
+_PROMISE_TOLERANCE = 1e-5
+
+# Entries of a matrix product of low precision that exist before they are added in float32.
+_PRODUCT_SIZE = 2**21
+
+
+class TokenScores(NamedTuple):
+    """What one pass over the vocabulary tells of each target token, each `[N]`."""
+
+    logprobs: Tensor
+    """log p(target), float32 (float64 for float64 hidden states); the one with a gradient."""
+
+    entropy: Tensor
+    """Entropy of the distribution the target stands in, in nats, the same dtype, detached."""
+
+    is_top1: Tensor
+    """bool: no token is more likely than the target."""
 
 
 def vocab_parallel_logprobs(
@@ -17,7 +52,8 @@ def vocab_parallel_logprobs(
     group: dist.ProcessGroup,
     vocab_size: int,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    known_gradient: Tensor | None = None,
 ) -> Tensor:
     """log p(target) of `softmax(hidden @ weight.T / temperature)` at every position.
 
@@ -25,17 +61,41 @@ def vocab_parallel_logprobs(
 
     Args:
         hidden: `[N, h]`, the same on all ranks of `group`.
-        weight: `[V_local, h]`, this rank's rows of the output layer.
-        targets: `[N]` int64 token ids, all below `vocab_size`.
+        weight: `[V_local, h]`, this rank's rows of the output layer, of the dtype of `hidden`.
+        targets: `[N]` int64 token ids. One outside `[0, vocab_size)` has log-probability -inf.
         group: tensor-parallel group.
         vocab_size: ids at and beyond it are padding and have probability 0.
         temperature: divides the logits.
-        chunk_size: positions per chunk.
+        chunk_size: logits that exist at one time on this rank; with `known_gradient` at least those of one position.
+        known_gradient: `[N]` float32. The caller promises that the gradient of the result will be a multiple of it:
+            gradients are then computed here, and the backward pass, of which there may be one, scales them. Without
+            gradients to compute it is ignored.
 
     Returns:
-        `[N]` float32.
+        `[N]` float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a temperature, chunk size or shape that cannot be.
+        RuntimeError: in the backward pass, a gradient that is no multiple of `known_gradient`, or a second one.
     """
-    return _VocabParallelLogprobs.apply(hidden, weight, targets, group, vocab_size, temperature, chunk_size)
+    head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=False)
+    return _token_scores(hidden, weight, targets, head, known_gradient).logprobs
+
+
+def vocab_parallel_token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    known_gradient: Tensor | None = None,
+) -> TokenScores:
+    """As `vocab_parallel_logprobs`, with entropy and top-1 agreement out of the same pass and a second buffer."""
+    head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=True)
+    return _token_scores(hidden, weight, targets, head, known_gradient)
 
 
 def local_logits(hidden: Tensor, weight: Tensor, *, first_id: int, vocab_size: int, temperature: float = 1.0) -> Tensor:
@@ -48,66 +108,292 @@ def local_logits(hidden: Tensor, weight: Tensor, *, first_id: int, vocab_size: i
     return logits
 
 
-class _VocabParallelLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, group, vocab_size, temperature, chunk_size):
+@dataclass(frozen=True)
+class _Head:
+    """What the passes over this rank's share of the vocabulary have in common."""
+
+    group: dist.ProcessGroup
+    first_id: int
+    size: int  # ids of this rank that are no padding; the rows behind them are never read
+    vocab_size: int
+    temperature: float
+    chunk_size: int
+    with_entropy: bool
+
+    @classmethod
+    def of(cls, weight, group, vocab_size, temperature, chunk_size, *, with_entropy) -> "_Head":
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature}: it divides the logits and must be positive")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size}: at least one logit must exist at a time")
         first_id = group.rank() * weight.size(0)
-        logprobs, log_norms = [], []
-        for rows in _chunks(hidden.size(0), chunk_size):
-            logits = local_logits(
-                hidden[rows], weight, first_id=first_id, vocab_size=vocab_size, temperature=temperature
-            )
-            log_norm = _log_sum_exp(logits, group)
-            local_target, owned = _local_targets(targets[rows], first_id, weight.size(0))
-            target_logit = logits.gather(1, local_target[:, None]).squeeze(1)
-            target_logit = torch.where(owned, target_logit, 0.0)
-            _all_reduce(target_logit, group, dist.ReduceOp.SUM)
-            logprobs.append(target_logit - log_norm)
-            log_norms.append(log_norm)
-        empty = hidden.new_empty(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(log_norms) if log_norms else empty)
-        ctx.settings = (first_id, vocab_size, temperature, chunk_size)
-        return torch.cat(logprobs) if logprobs else empty
+        size = min(max(vocab_size - first_id, 0), weight.size(0))
+        return cls(group, first_id, size, vocab_size, temperature, chunk_size, with_entropy)
+
+
+def _token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head, known_gradient: Tensor | None
+) -> TokenScores:
+    if known_gradient is not None and known_gradient.shape != targets.shape:
+        raise ValueError(f"known_gradient has shape {list(known_gradient.shape)}, targets have {list(targets.shape)}")
+    differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if known_gradient is None or not differentiated:
+        return TokenScores(*_Recomputed.apply(hidden, weight, targets, head))
+    return TokenScores(*_GradientKnown.apply(hidden, weight, targets, known_gradient.detach(), head))
+
+
+class _Recomputed(torch.autograd.Function):
+    """Blocks of positions and vocabulary, once forward and once backward; two all-reduces in all."""
 
     @staticmethod
-    def backward(ctx, grad_logprobs):
-        hidden, weight, targets, log_norms = ctx.saved_tensors
-        first_id, vocab_size, temperature, chunk_size = ctx.settings
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden.size(0), chunk_size):
-            logits = local_logits(
-                hidden[rows], weight, first_id=first_id, vocab_size=vocab_size, temperature=temperature
-            )
-            probs = logits.sub_(log_norms[rows, None]).exp_()
-            local_target, owned = _local_targets(targets[rows], first_id, weight.size(0))
-            probs.scatter_add_(1, local_target[:, None], -owned.float()[:, None])
-            grad_logits = probs.mul_(-grad_logprobs[rows, None] / temperature).to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, head):
+        shape = _block_shape(len(targets), head)
+        logits = _LogitBlocks(hidden, weight, head, shape)
+        softmax = _SoftmaxSums(targets, logits, head)
+        for positions in _slices(len(targets), shape[0]):
+            for ids in _slices(head.size, shape[1]):
+                softmax.add(logits.compute(positions, ids), positions, targets[positions] - head.first_id - ids.start)
+        softmax.reduce(slice(None))
+        ctx.save_for_backward(hidden, weight, targets, softmax.largest, softmax.total)
+        ctx.head, ctx.shape = head, shape
+        return softmax.token_scores(ctx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, *_):
+        hidden, weight, targets, largest, total = ctx.saved_tensors
+        head, shape = ctx.head, ctx.shape
+        logits = _LogitBlocks(hidden, weight, head, shape)
+        slopes = grad_logprobs / head.temperature
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _empty_gradient(weight, head, len(targets))
+        # Vocabulary outside: a block's rows of grad_weight are complete, and written once, before the next begins.
+        for ids in _slices(head.size, shape[1]):
+            rows = None if grad_weight is None else grad_weight[ids]
+            if rows is not None and len(targets) > shape[0]:
+                rows = rows.to(logits.dtype)  # itself, or room to sum in
+            for positions in _slices(len(targets), shape[0]):
+                block = logits.compute(positions, ids).sub_(largest[positions, None]).exp_()
+                local_targets = targets[positions] - head.first_id - ids.start
+                _to_grad_logits(block, total[positions], slopes[positions], local_targets)
+                block = logits.lowered(block)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[positions], block, weight[ids], first=False)
+                if rows is not None:
+                    _add_product(rows, block.t(), hidden[positions], first=positions.start == 0)
+            if rows is not None and rows.dtype != weight.dtype:
+                grad_weight[ids] = rows
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+class _GradientKnown(torch.autograd.Function):
+    """All of this rank's logits of some positions at a time, once; two all-reduces each time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, known, head):
+        # Every rank must take the same steps, however many of its ids are padding.
+        shape = (max(1, head.chunk_size // weight.size(0)), weight.size(0))
+        logits = _LogitBlocks(hidden, weight, head, shape)
+        softmax = _SoftmaxSums(targets, logits, head)
+        slopes = known.to(logits.dtype) / head.temperature
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
+            summed = len(targets) > shape[0]
+            grad_weight = _empty_gradient(weight, head, len(targets), dtype=logits.dtype if summed else weight.dtype)
+        ids, local_targets = slice(0, head.size), targets - head.first_id
+        for positions in _slices(len(targets), shape[0]):
+            block = softmax.add(logits.compute(positions, ids), positions, local_targets[positions])
+            own_largest = softmax.largest[positions].clone()
+            softmax.reduce(positions)
+            total = softmax.total[positions] * (softmax.largest[positions] - own_largest).exp_()
+            _to_grad_logits(block, total, slopes[positions], local_targets[positions])
+            block = logits.lowered(block)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits @ weight
+                _add_product(grad_hidden[positions], block, weight[ids], first=True)
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
+                _add_product(grad_weight[ids], block.t(), hidden[positions], first=positions.start == 0)
+        ctx.save_for_backward(known)
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        return softmax.token_scores(ctx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs, *_):
+        (known,) = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("gradients computed with known_gradient were handed out by an earlier backward pass")
+        scale = _multiple_of(grad_logprobs, known)
+        gradients, ctx.gradients = ctx.gradients, None
+        if scale != 1.0:
+            gradients = [None if gradient is None else gradient.mul_(scale) for gradient in gradients]
+        return *gradients, None, None, None
 
 
-def _chunks(total: int, size: int) -> list[slice]:
+class _LogitBlocks:
+    """Logits over this rank's real token ids, block by block into one buffer: a block lives until the next."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, head: _Head, shape: tuple[int, int]) -> None:
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.size = min(shape[0], hidden.size(0)) * min(shape[1], head.size)
+        self._hidden, self._weight, self._temperature = hidden, weight, head.temperature
+        self._buffer = self.new_buffer()
+        self._product = self._buffer if hidden.dtype == self.dtype else self.new_buffer(hidden.dtype)
+
+    def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for the largest block."""
+        return self._hidden.new_empty(self.size, dtype=dtype or self.dtype)
+
+    def compute(self, positions: slice, ids: slice) -> Tensor:
+        """Logits `[n, v]` of some positions and local ids."""
+        hidden, weight = self._hidden[positions], self._weight[ids]
+        logits = _view(self._product, hidden.size(0), weight.size(0))
+        torch.mm(hidden, weight.t(), out=logits)
+        if self._product is not self._buffer:
+            logits = _view(self._buffer, *logits.shape).copy_(logits)
+        return logits if self._temperature == 1.0 else logits.div_(self._temperature)
+
+    def lowered(self, block: Tensor) -> Tensor:
+        """A block in the dtype of the matrix products."""
+        return block if self._product is self._buffer else _view(self._product, *block.shape).copy_(block)
+
+
+class _SoftmaxSums:
+    """Per position, over the logits seen so far: the largest, the sum of `exp(logit - largest)`, the target's logit."""
+
+    def __init__(self, targets: Tensor, logits: _LogitBlocks, head: _Head) -> None:
+        self._head, self._targets = head, targets
+        # The smallest finite number instead of -inf: differences to it are never NaN, and their exponential is 0.
+        self.largest = torch.full_like(targets, torch.finfo(logits.dtype).min, dtype=logits.dtype)
+        self.total, self.target = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
+        # Sum of exp(logit - largest) * (logit - largest), for the entropy.
+        self._moment = torch.zeros_like(self.largest) if head.with_entropy else None
+        self._spare = logits.new_buffer() if head.with_entropy else None
+
+    def add(self, logits: Tensor, positions: slice, targets: Tensor) -> Tensor:
+        """See one more block, which is overwritten; `targets` count from its first id.
+
+        Returns:
+            `exp(logit - largest)` of the block, with the largest of `positions` so far.
+        """
+        if not logits.numel():
+            return logits
+        index, owned = _owned(targets, logits.size(1))
+        self.target[positions] += torch.where(owned, logits.gather(1, index[:, None])[:, 0], 0.0)
+        self._raise_largest(positions, torch.maximum(self.largest[positions], logits.amax(dim=1)))
+        logits.sub_(self.largest[positions, None])
+        if self._moment is None:
+            exponentials = logits.exp_()
+        else:
+            exponentials = torch.exp(logits, out=_view(self._spare, *logits.shape))
+            self._moment[positions] += logits.mul_(exponentials).sum(dim=1)
+        self.total[positions] += exponentials.sum(dim=1)
+        return exponentials
+
+    def reduce(self, positions: slice) -> None:
+        """From this rank's ids to those of all ranks: two all-reduces."""
+        if self._head.group.size() == 1:
+            return
+        largest = self.largest[positions].clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._head.group)
+        self._raise_largest(positions, largest)
+        parts = [part[positions] for part in (self.total, self.target, self._moment) if part is not None]
+        sums = torch.stack(parts)
+        dist.all_reduce(sums, group=self._head.group)
+        for part, value in zip(parts, sums, strict=True):
+            part.copy_(value)
+
+    def _raise_largest(self, positions: slice, largest: Tensor) -> None:
+        shift = self.largest[positions] - largest
+        decay = shift.exp()
+        if self._moment is not None:
+            self._moment[positions] += self.total[positions] * shift
+            self._moment[positions] *= decay
+        self.total[positions] *= decay
+        self.largest[positions] = largest
+
+    def token_scores(self, ctx: object) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probabilities, entropy if wanted, top-1 agreement; the last two without gradients."""
+        exists = (self._targets >= 0) & (self._targets < self._head.vocab_size)
+        log_total = self.total.log()
+        logprobs = torch.where(exists, self.target - self.largest - log_total, -torch.inf)
+        is_top1 = exists & (self.target >= self.largest)
+        if self._moment is None:
+            ctx.mark_non_differentiable(is_top1)
+            return logprobs, None, is_top1
+        entropy = log_total - self._moment / self.total
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return logprobs, entropy, is_top1
+
+
+def _block_shape(positions: int, head: _Head) -> tuple[int, int]:
+    """Positions and ids of a block: square where it can be, since the matrix products are fastest then."""
+    most_positions = max(math.isqrt(head.chunk_size), head.chunk_size // max(1, head.size))
+    block_positions = max(1, min(positions, most_positions))
+    return block_positions, max(1, head.chunk_size // block_positions)
+
+
+def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _local_targets(targets: Tensor, first_id: int, local_size: int) -> tuple[Tensor, Tensor]:
-    local = targets - first_id
-    owned = (local >= 0) & (local < local_size)
-    return torch.where(owned, local, 0), owned
+def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    return buffer[: rows * columns].view(rows, columns)
 
 
-def _log_sum_exp(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-    largest = logits.amax(dim=1)
-    _all_reduce(largest, group, dist.ReduceOp.MAX)
-    total = (logits - largest[:, None]).exp_().sum(dim=1)
-    _all_reduce(total, group, dist.ReduceOp.SUM)
-    return total.log_().add_(largest)
+def _owned(targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Indices into a block of `size` ids, 0 where the target is not in it, and whether it is."""
+    owned = (targets >= 0) & (targets < size)
+    return torch.where(owned, targets, 0), owned
 
 
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp) -> None:
-    if group.size() > 1:
-        dist.all_reduce(tensor, op=op, group=group)
+def _to_grad_logits(exponentials: Tensor, total: Tensor, slopes: Tensor, targets: Tensor) -> None:
+    """In place, `slope * (1[target] - exponential / total)` of a block `[n, v]`; the rest `[n]`."""
+    if not exponentials.numel():
+        return
+    exponentials.mul_(-(slopes / total)[:, None])
+    index, owned = _owned(targets, exponentials.size(1))
+    exponentials.scatter_add_(1, index[:, None], torch.where(owned, slopes, 0.0)[:, None])
+
+
+def _empty_gradient(weight: Tensor, head: _Head, positions: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A gradient for `weight`, to be written at real ids; zero at padding, and everywhere without positions."""
+    gradient = torch.empty_like(weight, dtype=dtype)
+    gradient[head.size if positions else 0 :] = 0.0
+    return gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """`total += left @ right`, or `=` if first, which spares filling it with zeros."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, beta=0.0 if first else 1.0)
+        return
+    for rows in _slices(total.size(0), max(1, _PRODUCT_SIZE // total.size(1))):
+        if first:
+            total[rows] = left[rows] @ right
+        else:
+            total[rows] += left[rows] @ right
+
+
+def _multiple_of(gradient: Tensor, known: Tensor) -> float:
+    """The scale of `gradient = scale * known`; NaN if either is not finite.
+
+    One synchronisation with the device: a broken promise must not go into the weights.
+    """
+    gradient, known = gradient.double(), known.double()
+    square = known.square().sum()
+    scale = torch.where(square > 0, (gradient * known).sum() / square, 1.0)
+    norms = [scale, (gradient - scale * known).norm(), gradient.norm(), known.norm()]
+    scale, residual, norm, known_norm = torch.stack(norms).tolist()
+    # Written so that NaN passes: the trainer stops at gradients that are not finite and names the records.
+    if residual > _PROMISE_TOLERANCE * norm:
+        raise RuntimeError(
+            f"the gradient of the log-probabilities is no multiple of known_gradient: norm {norm:.6g}, nearest "
+            f"multiple {scale:.6g} of norm {known_norm:.6g}, residual {residual:.3g}, allowed "
+            f"{_PROMISE_TOLERANCE * norm:.3g}"
+        )
+    return scale

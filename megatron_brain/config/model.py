@@ -35,6 +35,9 @@ class ModelConfig:
     max_position_embeddings: int | None = None
     """Longest sequence the model was made for, in tokens."""
 
+    position_embedding_type: Literal["rope", "learned_absolute"] | None = None
+    """Positions by rotating queries and keys, or by a learned embedding added to that of the token; default: rope."""
+
     rotary_base: float | None = None
     """Base of the rotary position embedding (Hugging Face: rope_theta); default: 10000."""
 
@@ -71,8 +74,9 @@ class ModelConfig:
     recompute_num_layers: int | None = None
     """Layers per recomputed chunk (uniform) or recomputed layers per stage (block); default: 1."""
 
-    logprob_chunk_size: int = 1024
-    """Positions whose vocabulary logits exist at one time when log-probabilities are computed."""
+    logprob_chunk_size: int = 2**25
+    """Logits (positions x vocabulary entries of a process) that exist at one time when log-probabilities are computed;
+    2**25 in float32 are 128 MiB."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_dropout", "attention_dropout"):

@@ -61,6 +61,7 @@ def architecture_from_hf(config: dict) -> dict:
         "num_query_groups": config.get("num_key_value_heads") or heads,
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "position_embedding_type": "rope",
         "rotary_base": _rotary_base(config),
         "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
@@ -71,8 +72,13 @@ def hf_config(model: ModelConfig) -> dict:
     """What config.json says of the architecture.
 
     Raises:
-        ConfigError: transformers' Llama cannot have these sizes.
+        ConfigError: transformers' Llama cannot have these sizes, or these positions.
     """
+    if model.position_embedding_type == "learned_absolute":
+        raise ConfigError(
+            f"position_embedding_type={model.position_embedding_type}: LlamaConfig of transformers has rotary positions "
+            "only, and no place for the position embedding's weights"
+        )
     if model.hidden_size % model.num_attention_heads:
         raise ConfigError(
             f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={model.num_attention_heads}: "

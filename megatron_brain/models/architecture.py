@@ -13,6 +13,7 @@ ARCHITECTURE_FIELDS = (
     "kv_channels",
     "vocab_size",
     "max_position_embeddings",
+    "position_embedding_type",
     "rotary_base",
     "norm_epsilon",
     "untie_embeddings_and_output_weights",
@@ -29,6 +30,9 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
         ValueError: a size was asked for that `source` contradicts, or one is missing.
     """
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
+    if found:
+        # Checkpoints from before there was a choice do not say.
+        found = {"position_embedding_type": "rope", **found}
     for name, value in (found or {}).items():
         if sizes[name] is not None and sizes[name] != value:
             raise ValueError(
@@ -51,6 +55,7 @@ def _with_defaults(sizes: dict) -> dict:
         "num_query_groups": sizes["num_attention_heads"],
         "kv_channels": sizes["hidden_size"] // sizes["num_attention_heads"],
         "max_position_embeddings": 2048,
+        "position_embedding_type": "rope",
         "rotary_base": 10000.0,
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": False,

@@ -1,7 +1,8 @@
-"""Core attention on PyTorch's scaled-dot-product attention, over packed sequences with shared prefixes."""
+"""Core attention over packed sequences with shared prefixes, on PyTorch's own kernels."""
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from megatron_brain.data.groups import Segment
 
+SegmentAttention = Callable[[tuple[Segment, ...], Tensor, Tensor, Tensor], Tensor]
+"""Attention `[T, heads, dim]` of segments, from query `[T, heads, dim]`, key and value `[T, key_value_heads, dim]`."""
+
 
 @dataclass
 class PackedLayout(PackedSeqParams):
@@ -24,25 +28,192 @@ class PackedLayout(PackedSeqParams):
 
     segments: tuple[Segment, ...] = ()
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        dropout_p: float = 0.0,
+        attention: SegmentAttention | None = None,
+    ) -> Tensor:
         """Attention of every segment to itself, causally, and to its prefix.
 
         Args:
             layer_number: global number of the layer, from 1.
             query: `[T, heads, dim]`. key, value: `[T, key_value_heads, dim]`.
-            options: `scale` and `dropout_p` of the softmax.
+            scale: multiplies the scores. dropout_p: probability with which a weight of the softmax is dropped.
+            attention: computes it in place of PyTorch, with a scale and a dropout of its own.
 
         Returns:
             `[T, heads, dim]`.
         """
-        parts: list[Tensor] = []
-        for prefix, run in itertools.groupby(self.segments, key=lambda s: (s.prefix_start, s.prefix_length)):
-            segments = list(run)
-            if prefix[1]:
-                parts += _attend_after_prefix(segments, query, key, value, **options)
+        if attention is not None:
+            return attention(self.segments, query, key, value)
+        if query.device.type == "cpu" and not dropout_p:
+            return _TwoPartAttention.apply(query, key, value, self.segments, scale)
+        return attend_with_copies(self.segments, query, key, value, scale=scale, dropout_p=dropout_p)
+
+
+def by_prefix(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
+    """Runs of neighbours with the same prefix, or with none."""
+    for _, run in itertools.groupby(segments, key=lambda segment: (segment.prefix_start, segment.prefix_length)):
+        yield list(run)
+
+
+def by_length(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
+    """Runs of neighbours of one length."""
+    for _, run in itertools.groupby(segments, key=lambda segment: segment.length):
+        yield list(run)
+
+
+class _TwoPartAttention(torch.autograd.Function):
+    """Attention in two parts, of segments to themselves and of responses to their prompt, merged.
+
+    Softmax over two sets of keys is the average of the softmaxes over each, weighted by their shares of the sum of
+    exponentials. So all responses of a prompt attend to it in one unmasked call, which reads its keys and values as
+    they stand, once, whatever the number and lengths of the responses. The gradient splits likewise: the backward
+    kernels compute the weights again from the scores and their log-sum-exp, and given the log-sum-exp over both sets
+    these are the weights of the whole softmax (FlashAttention, https://arxiv.org/abs/2205.14135; over devices, Ring
+    Attention, https://arxiv.org/abs/2310.01889). What it keeps for that, besides its arguments, is the output and
+    one number per row and head.
+
+    `F.scaled_dot_product_attention` returns no log-sum-exp; these are the kernels it calls on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
+        """As `PackedLayout.attend`."""
+        per_key = query.size(1) // key.size(1)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+        queries, outs, lses = (_by_head(tensor, per_key) for tensor in (query, out, lse))
+        keys, values = (_by_head(tensor, 1).expand(per_key, -1, -1, -1) for tensor in (key, value))
+        for part in _parts(segments):
+            part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                part.queries(queries), part.keys(keys), part.keys(values), is_causal=part.is_causal, scale=scale
+            )
+            out_here, lse_here = part.query_rows(outs), part.query_rows(lses)
+            part_out, part_lse = part_out.view_as(out_here), part_lse.view_as(lse_here)
+            if part.is_causal:
+                out_here.copy_(part_out)
+                lse_here.copy_(part_lse)
             else:
-                parts += [_attend_to_self(segment, query, key, value, **options) for segment in segments]
-        return torch.cat(parts)
+                share = torch.sigmoid(part_lse - lse_here)[..., None]
+                out_here.copy_(torch.lerp(out_here.to(lse.dtype), part_out.to(lse.dtype), share))
+                lse_here.copy_(torch.logaddexp(lse_here, part_lse))
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        query, key, value, out, lse = ctx.saved_tensors
+        per_key = query.size(1) // key.size(1)
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (query, key, value)]
+        queries, outs, lses, grad_outs = (_by_head(tensor, per_key) for tensor in (query, out, lse, grad_out))
+        keys, values = (_by_head(tensor, 1).expand(per_key, -1, -1, -1) for tensor in (key, value))
+        grad_queries, grad_keys, grad_values = map(_by_head, grads, (per_key, 1, 1))
+        for part in _parts(ctx.segments):
+            # In bfloat16 the kernel has a cost per sequence and head: at 48 tokens float32 is 5 times faster, at
+            # 200 no more.
+            dtype = lse.dtype if part.length <= 128 else query.dtype
+            of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part.queries(grad_outs).to(dtype),
+                part.queries(queries).to(dtype),
+                part.keys(keys).to(dtype),
+                part.keys(values).to(dtype),
+                part.queries(outs).to(dtype),
+                part.queries(lses),
+                dropout_p=0.0,
+                is_causal=part.is_causal,
+                scale=ctx.scale,
+            )
+            part.add(part.query_rows(grad_queries), of_query)
+            part.add(part.key_rows(grad_keys), of_key)
+            part.add(part.key_rows(grad_values), of_value)
+        return *grads, None, None
+
+
+def _by_head(tensor: Tensor, per_key: int) -> Tensor:
+    """View `[per_key, key_heads, T, ...]` of a tensor `[T, key_heads * per_key, ...]`.
+
+    The kernels know no grouped-query attention. The query heads of a key are laid where they take the batch, along
+    which keys can be expanded without a copy.
+    """
+    return tensor.view(tensor.size(0), -1, per_key, *tensor.shape[2:]).movedim((2, 1), (0, 1))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One call of the kernels: `batch` neighbouring segments of `length` rows, each to itself and causally; or all
+    the responses of a prompt, as if they were one (`batch` 1), to the prompt. Its methods take tensors `_by_head`."""
+
+    start: int
+    length: int
+    batch: int
+    key_start: int
+    key_length: int
+    is_causal: bool
+
+    def query_rows(self, tensor: Tensor) -> Tensor:
+        """View `[batch, per_key, key_heads, length, ...]`."""
+        return self._split(tensor, self.start, self.length)
+
+    def key_rows(self, tensor: Tensor) -> Tensor:
+        """View `[batch, per_key or 1, key_heads, key_length, dim]`."""
+        return self._split(tensor, self.key_start, self.key_length)
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """`query_rows` as the kernels take them, `[batch * per_key, key_heads, length, ...]`."""
+        return self.query_rows(tensor).flatten(0, 1)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """`key_rows` as the kernels take them, `[batch * per_key, key_heads, key_length, dim]`."""
+        return self.key_rows(tensor).flatten(0, 1)
+
+    def add(self, total: Tensor, grad: Tensor) -> None:
+        """Add the kernels' gradient to rows of the whole. Causal parts cover every row and come first: they fill."""
+        grad = grad.view(self.batch, -1, *grad.shape[1:])
+        if grad.size(1) != total.size(1):
+            grad = grad.sum(1, keepdim=True)
+        if self.is_causal:
+            total.copy_(grad)
+        else:
+            total.add_(grad)
+
+    def _split(self, tensor: Tensor, start: int, length: int) -> Tensor:
+        rows = tensor.narrow(2, start, self.batch * length)
+        if self.batch == 1:
+            return rows[None]
+        return rows.view(*rows.shape[:2], self.batch, length, *rows.shape[3:]).movedim(2, 0)
+
+
+def _parts(segments: tuple[Segment, ...]) -> Iterator[_Part]:
+    """The calls that make up the attention of all segments: first those to themselves, then those to prefixes."""
+    for run in by_length(segments):
+        start, length = run[0].start, run[0].length
+        yield _Part(start, length, len(run), key_start=start, key_length=length, is_causal=True)
+    for run in by_prefix(segments):
+        if run[0].prefix_length:
+            length = sum(segment.length for segment in run)
+            yield _Part(run[0].start, length, 1, run[0].prefix_start, run[0].prefix_length, is_causal=False)
+
+
+def attend_with_copies(segments: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
+    """`PackedLayout.attend` for other devices and for dropout, in public calls alone: a copy of the prompt's keys and
+    values for every response, and responses padded to the longest of their prompt, under an explicit mask."""
+    parts: list[Tensor] = []
+    for run in by_prefix(segments):
+        if run[0].prefix_length:
+            parts += _attend_after_prefix(run, query, key, value, **options)
+        else:
+            parts += [_attend_to_self(segment, query, key, value, **options) for segment in run]
+    return torch.cat(parts)
 
 
 def _attend_to_self(segment: Segment, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
@@ -123,5 +294,10 @@ class CoreAttention(MegatronModule):
             value.squeeze(1),
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
+            **self.options(packed_seq_params),
         )
         return out.reshape(out.size(0), 1, -1)
+
+    def options(self, layout: PackedLayout) -> dict:
+        """What else the layout's `attend` is told."""
+        return {}

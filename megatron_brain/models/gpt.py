@@ -1,5 +1,7 @@
 """Policy and reward model: a megatron-core GPT trunk that reads packed batches."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -11,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_brain.data.groups import PackedBatch
+from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.logprobs import vocab_parallel_logprobs
 from megatron_brain.models.attention import PackedLayout
 
@@ -37,13 +39,30 @@ class _PackedGPT(GPTModel):
             packed_seq_params=layout,
         )
 
-    def _rotary(self, position_ids: Tensor) -> Tensor:
-        """Rotary angles `[T, 1, 1, dim]` of each token's own position."""
+    def _rotary(self, position_ids: Tensor) -> Tensor | None:
+        """Rotary angles `[T, 1, 1, dim]` of each token's own position; None where positions are embedded."""
+        if self.position_embedding_type != "rope":
+            return None
         positions = position_ids[0]
         return self.rotary_pos_emb(self.max_sequence_length)[positions]
 
+    def _check_positions(self, groups: Sequence[Group]) -> None:
+        """The model has a position for every token; on a device the look-up would say no more than that it failed."""
+        for group in groups:
+            length = len(group.prompt) + max(map(len, group.responses))
+            if length > self.max_sequence_length:
+                raise ValueError(
+                    f"{group.record_id}: prompt and response of {length} tokens are more than "
+                    f"max_position_embeddings={self.max_sequence_length}"
+                )
+
     def forward(self, batch: PackedBatch) -> Tensor:
-        """This stage's output: hidden states, or on the last stage what the head makes of them."""
+        """This stage's output: hidden states, or on the last stage what the head makes of them.
+
+        Raises:
+            ValueError: a sequence is longer than the model has positions.
+        """
+        self._check_positions(batch.groups)
         hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
         return self.head(hidden, batch) if self.post_process else hidden
 
@@ -53,7 +72,12 @@ class PolicyModel(_PackedGPT):
 
     def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """Log-probabilities `[N]` float32 of the batch's response tokens."""
-        return self.token_logprobs(self.select(hidden, batch.predict_index), batch.targets)
+        return self.token_logprobs(
+            self.select(hidden, batch.predict_index),
+            batch.targets,
+            temperature=batch.temperature,
+            known_gradient=batch.known_gradient,
+        )
 
     def select(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Hidden states `[N, h]` at places of the whole sequence, their gradient summed over tensor-parallel ranks."""
@@ -70,8 +94,11 @@ class PolicyModel(_PackedGPT):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities `[N]` float32 of `targets` `[N]` given hidden states `[N, h]`."""
+    def token_logprobs(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0, known_gradient: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities `[N]` float32 of `targets` `[N]` given hidden states `[N, h]`; the options are those of
+        `vocab_parallel_logprobs`."""
         return vocab_parallel_logprobs(
             hidden,
             self.output_weight,
@@ -80,6 +107,7 @@ class PolicyModel(_PackedGPT):
             vocab_size=self.true_vocab_size,
             temperature=temperature,
             chunk_size=self.logprob_chunk_size,
+            known_gradient=known_gradient,
         )
 
 

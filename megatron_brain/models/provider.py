@@ -114,11 +114,14 @@ def _build_chunk(
         pre_process=parallel.is_first_stage and vp_stage in (None, 0),
         post_process=parallel.is_last_stage and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=head == "policy" and not model.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
         pg_collection=parallel.groups,
         vp_stage=vp_stage,
     )
+    if chunk.pre_process and model.position_embedding_type == "learned_absolute":
+        # megatron-core makes this one weight in float32 whatever params_dtype says.
+        chunk.embedding.position_embeddings.to(config.params_dtype)
     chunk.true_vocab_size = model.vocab_size
     chunk.logprob_chunk_size = model.logprob_chunk_size
     return chunk

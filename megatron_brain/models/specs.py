@@ -1,4 +1,4 @@
-"""Layer specs: megatron-core's own modules (`local`) or Transformer Engine's, both with our core attention."""
+"""Layer specs: megatron-core's own modules (`local`) or Transformer Engine's, each with a core attention of ours."""
 
 import importlib.util
 
@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_brain.models.attention import CoreAttention
 from megatron_brain.models.norm import RMSNorm
+from megatron_brain.models.te_attention import TransformerEngineAttention
 
 
 def choose_transformer_impl(requested: str, device: torch.device) -> tuple[str, str]:
@@ -34,9 +35,10 @@ def layer_spec(transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec
     """Spec of one decoder layer. The transformer_engine one has not been run on a GPU."""
     if transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.core_attention = TransformerEngineAttention
+        return spec
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = CoreAttention
     return spec

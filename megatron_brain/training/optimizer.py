@@ -56,6 +56,15 @@ def check_optimizer_can_be_saved(config: RunConfig) -> None:
         )
 
 
+def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Let torch's AdamW, which megatron-core takes where it finds neither Transformer Engine nor Apex, update each
+    parameter in one kernel: a few times faster on a CPU, and without temporaries."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group.update(fused=True, foreach=False)
+
+
 def build_optimizer(
     wrapped: Sequence[DistributedDataParallel], config: RunConfig, train_iters: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -78,6 +87,7 @@ def build_optimizer(
         ),
         model_chunks=list(wrapped),
     )
+    _fuse_torch_adam(optimizer)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     decay_iters = settings.lr_decay_iters or train_iters
     scheduler = OptimizerParamScheduler(

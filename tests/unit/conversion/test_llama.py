@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.assets import SIZES
 from transformers import LlamaConfig
 
 from megatron_brain.config.errors import ConfigError
@@ -11,7 +12,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion import read_hf_architecture
 from megatron_brain.conversion.family import GATE_UP, QKV
 from megatron_brain.conversion.llama import LLAMA
-from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,6 +63,7 @@ def test_sizes_written_to_config_json_are_read_back_equal():
         "kv_channels": 12,
         "vocab_size": 330,
         "max_position_embeddings": 64,
+        "position_embedding_type": "rope",
         "rotary_base": 1e5,
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": True,
@@ -69,6 +71,12 @@ def test_sizes_written_to_config_json_are_read_back_equal():
     config = LLAMA.hf_config(ModelConfig(**sizes))
     assert LLAMA.architecture(config) == sizes
     assert LLAMA.architecture(LlamaConfig(**config).to_dict()) == sizes
+
+
+def test_learned_positions_are_refused_and_not_dropped():
+    model = resolve(ModelConfig(**SIZES, position_embedding_type="learned_absolute"), None, "the test")
+    with pytest.raises(ConfigError, match="position_embedding_type=learned_absolute"):
+        LLAMA.hf_config(model)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def test_flags_alone_are_filled_with_defaults():
         "kv_channels": 8,
         "vocab_size": 100,
         "max_position_embeddings": 2048,
+        "position_embedding_type": "rope",
         "rotary_base": 10000.0,
         "norm_epsilon": 1e-5,
         "untie_embeddings_and_output_weights": False,
@@ -41,3 +42,18 @@ def test_a_size_that_contradicts_the_checkpoint_is_named_with_both_values():
 def test_missing_sizes_are_all_named():
     with pytest.raises(ValueError, match="ffn_hidden_size, vocab_size are not known: give --hf-model, --load"):
         resolve(ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4), None, "the flags")
+
+
+def test_a_checkpoint_that_does_not_name_its_positions_has_rotary_ones():
+    found = architecture(resolve(ModelConfig(**SIZES), None, ""))
+    del found["position_embedding_type"]
+    assert resolve(ModelConfig(), found, "ckpt").position_embedding_type == "rope"
+    with pytest.raises(
+        ValueError, match="position_embedding_type=learned_absolute was asked for, but ckpt has .*=rope"
+    ):
+        resolve(ModelConfig(position_embedding_type="learned_absolute"), found, "ckpt")
+
+
+def test_learned_positions_are_what_a_checkpoint_says():
+    found = architecture(resolve(ModelConfig(**SIZES, position_embedding_type="learned_absolute"), None, ""))
+    assert resolve(ModelConfig(), found, "ckpt").position_embedding_type == "learned_absolute"

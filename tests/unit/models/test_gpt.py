@@ -8,15 +8,19 @@ from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.architecture import resolve
+from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model, padded_vocab_size
 
 GROUPS = [
     Group(prompt=(1, 2, 3, 4), responses=((5, 6, 7), (8, 9), (10,))),
     Group(prompt=(11, 12, 13), responses=((5, 6, 7),)),
-    Group(prompt=(11,), responses=((9, 9), (8, 7, 6, 5))),
+    Group(prompt=(11,), responses=((9, 9), (8, 7, 6, 5)), record_id="prompts.jsonl:3"),
 ]
+POSITIONS = pytest.mark.parametrize("positions", ["rope", "learned_absolute"])
 
 
 def tiny(**changes):
@@ -36,18 +40,70 @@ def output_and_gradients(model, batch, upstream):
     return output.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", [None, "full", "selective"])
-@pytest.mark.parametrize("head", ["policy", "reward"])
-def test_shared_prefix_equals_copies_of_the_prompt_in_outputs_and_gradients(single, head, recompute):
-    model = build(single, head, recompute_granularity=recompute)
-    shared, plain = (pack_groups(GROUPS, shared_prefix=is_shared) for is_shared in (True, False))
+def shared_and_plain(model, groups, head):
+    """Outputs and gradients of the groups with a shared prefix, and with copies of the prompt."""
+    shared, plain = (pack_groups(groups, shared_prefix=is_shared) for is_shared in (True, False))
     assert shared.tokens.numel() < plain.tokens.numel()
     size = plain.targets.numel() if head == "policy" else plain.num_responses
     upstream = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    outputs, gradients = zip(*(output_and_gradients(model, batch, upstream) for batch in (shared, plain)), strict=True)
+    return zip(*(output_and_gradients(model, batch, upstream) for batch in (shared, plain)), strict=True)
+
+
+def largest_relative_difference(gradients):
+    return max(((g - other).norm() / other.norm()).item() for g, other in zip(*(g.values() for g in gradients)))
+
+
+@POSITIONS
+@pytest.mark.parametrize("key_value_heads", [4, 2])
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_shared_prefix_equals_copies_of_the_prompt_in_outputs_and_gradients(
+    single, head, recompute, key_value_heads, positions
+):
+    model = build(
+        single,
+        head,
+        recompute_granularity=recompute,
+        num_query_groups=key_value_heads,
+        position_embedding_type=positions,
+    )
+    outputs, gradients = shared_and_plain(model, GROUPS, head)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).norm() <= 1e-5 * gradient.norm(), name
+    assert largest_relative_difference(gradients) <= 1e-5
+
+
+@POSITIONS
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_shared_prefix_equals_copies_of_the_prompt_at_the_lengths_of_real_responses(single, head, positions):
+    model = build(single, head, position_embedding_type=positions, max_position_embeddings=512)
+    tokens = torch.randint(1, SIZES["vocab_size"], (900,), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [
+        Group(prompt=tuple(tokens[:150]), responses=tuple(tuple(tokens[i : 9 * i]) for i in range(1, 40, 6))),
+        Group(prompt=tuple(tokens[200:210]), responses=(tuple(tokens[300:600]), tuple(tokens[600:]))),
+    ]
+    outputs, gradients = shared_and_plain(model, groups, head)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+    assert largest_relative_difference(gradients) <= 1e-5
+
+
+@POSITIONS
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_in_bfloat16_shared_prefix_and_copies_are_as_close_to_each_other_as_to_float32(single, head, positions):
+    """Both round, at other places. Measured: outputs 0.03 apart and gradients of a weight 3.5%, from float32 5%."""
+    rounded = build(single, head, position_embedding_type=positions, bf16=True)
+    exact = build(single, head, position_embedding_type=positions)
+    with torch.no_grad():
+        for weight, same in zip(exact.parameters(), rounded.parameters(), strict=True):
+            assert same.dtype == torch.bfloat16
+            weight.copy_(same)
+    outputs, gradients = shared_and_plain(rounded, GROUPS, head)
+    exact_outputs, exact_gradients = shared_and_plain(exact, GROUPS, head)
+    gradients = [{name: gradient.float() for name, gradient in found.items()} for found in gradients]
+    assert outputs[0].dtype == torch.float32
+    for pair in ((outputs[0], outputs[1]), (outputs[0], exact_outputs[0])):
+        assert (pair[0] - pair[1]).abs().max() <= 0.08
+    for pair in (gradients, (gradients[0], exact_gradients[0])):
+        assert largest_relative_difference(pair) <= 0.08
 
 
 @pytest.mark.parametrize("head", ["policy", "reward"])
@@ -58,10 +114,57 @@ def test_outputs_do_not_depend_on_neighbours_or_padding(single, head):
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_longer_than_the_models_positions_is_harmless(single):
-    model = build(single, "policy", max_position_embeddings=8)
+@POSITIONS
+def test_padding_longer_than_the_models_positions_is_harmless(single, positions):
+    model = build(single, "policy", max_position_embeddings=8, position_embedding_type=positions)
     padded = model(pack_groups(GROUPS, shared_prefix=True, length=64))
     torch.testing.assert_close(padded, model(pack_groups(GROUPS, shared_prefix=True)), rtol=1e-5, atol=1e-5)
+
+
+@POSITIONS
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_sequence_longer_than_the_models_positions_is_an_error_that_says_which(single, positions, shared_prefix):
+    batch = pack_groups(GROUPS, shared_prefix=shared_prefix)
+    build(single, "policy", max_position_embeddings=7, position_embedding_type=positions)(batch)
+    model = build(single, "policy", max_position_embeddings=4, position_embedding_type=positions)
+    last = pack_groups(GROUPS[2:], shared_prefix=shared_prefix)
+    with pytest.raises(
+        ValueError, match="prompts.jsonl:3: prompt and response of 5 tokens .*max_position_embeddings=4"
+    ):
+        model(last)
+
+
+@POSITIONS
+def test_the_same_tokens_elsewhere_in_the_sequence_are_at_other_positions(single, positions):
+    model = build(single, "policy", position_embedding_type=positions)
+    near, far = (
+        model(pack_groups([Group(prompt=prompt, responses=((5, 6, 7),))], shared_prefix=True))
+        for prompt in ((3, 3), (3, 3, 3))
+    )
+    assert not torch.allclose(near, far, atol=1e-3)
+
+
+@POSITIONS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_sampler_gives_a_token_the_probability_that_scoring_gives_it(single, positions, temperature):
+    model = build(single, "policy", position_embedding_type=positions)
+    sampler = Sampler([model], single, SamplingConfig(max_new_tokens=8, temperature=temperature), eos_id=0)
+    prompts = [(1, 2, 3, 4, 5), (6, 7)]
+    drawn = sampler.generate(prompts, samples_per_prompt=3, keys=[0, 1], seed=1)
+    groups = [
+        Group(prompt=prompt, responses=tuple(sample.tokens for sample in samples))
+        for prompt, samples in zip(prompts, drawn, strict=True)
+    ]
+    batch = pack_groups(groups, shared_prefix=True)
+    with torch.no_grad():
+        scored = model(batch)
+    if temperature:
+        expected = torch.tensor([sample.logprob for samples in drawn for sample in samples])
+        torch.testing.assert_close(batch.sum_per_response(scored), expected, rtol=1e-4, atol=1e-4)
+    else:
+        hidden = model.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
+        logits = hidden[:, 0][batch.predict_index] @ model.output_weight[: SIZES["vocab_size"]].t()
+        assert torch.equal(logits.argmax(1), batch.targets)
 
 
 def test_log_probabilities_of_all_next_tokens_sum_to_one(single):

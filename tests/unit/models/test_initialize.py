@@ -51,6 +51,16 @@ def test_policy_and_reward_model_start_from_one_trunk(single):
     assert all(torch.equal(policy[name], weight) for name, weight in reward.items())
 
 
+def test_learned_positions_are_drawn_too_and_are_all_that_is_added(single):
+    rotary, learned = weights(single), weights(single, position_embedding_type="learned_absolute")
+    positions = learned.pop("embedding.position_embeddings.weight")
+    assert positions.shape == (SIZES["max_position_embeddings"], SIZES["hidden_size"])
+    assert positions.std().item() == pytest.approx(0.02, rel=0.1)
+    assert rotary.keys() == learned.keys() and all(torch.equal(rotary[name], learned[name]) for name in rotary)
+    in_bfloat16 = weights(single, position_embedding_type="learned_absolute", bf16=True)
+    assert {weight.dtype for weight in in_bfloat16.values()} == {torch.bfloat16}
+
+
 def test_no_two_matrices_are_equal(single):
     found = weights(single, untie_embeddings_and_output_weights=True)
     matrices = [weight.flatten()[:50] for weight in found.values() if weight.dim() == 2]
