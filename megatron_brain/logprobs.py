@@ -5,7 +5,7 @@ gradient:
 
 - *recomputed*: the forward pass keeps each position's maximum and sum of exponentials, gathered over blocks of the
   vocabulary (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass computes the blocks again. Four matrix
-  products where whole logits take three.
+  products where whole logits take three, which is also what it takes where one block holds everything.
 - *known gradient*: who knows the direction of the gradient beforehand has it multiplied out in the forward pass, while
   the logits are there. Three matrix products. The gradient of the weight grows by whole rows of logits, and is read and
   written for each `chunk_size / V_local` positions: many of them make it cheap.
@@ -150,12 +150,18 @@ class _Recomputed(torch.autograd.Function):
         shape = _block_shape(len(targets), head)
         logits = _LogitBlocks(hidden, weight, head, shape)
         softmax = _SoftmaxSums(targets, logits, head)
+        block = None
         for positions in _slices(len(targets), shape[0]):
             for ids in _slices(head.size, shape[1]):
-                softmax.add(logits.compute(positions, ids), positions, targets[positions] - head.first_id - ids.start)
+                block = logits.compute(positions, ids)
+                block = softmax.add(block, positions, targets[positions] - head.first_id - ids.start)
+        own_largest = softmax.largest.clone()
         softmax.reduce(slice(None))
         ctx.save_for_backward(hidden, weight, targets, softmax.largest, softmax.total)
         ctx.head, ctx.shape = head, shape
+        # A block that is the only one costs no more room when it stays, for one backward pass.
+        is_only = len(targets) <= shape[0] and head.size <= shape[1]
+        ctx.kept = (block, own_largest) if is_only and block is not None else None
         return softmax.token_scores(ctx)
 
     @staticmethod
@@ -164,6 +170,8 @@ class _Recomputed(torch.autograd.Function):
         hidden, weight, targets, largest, total = ctx.saved_tensors
         head, shape = ctx.head, ctx.shape
         logits = _LogitBlocks(hidden, weight, head, shape)
+        (kept, kept_largest), ctx.kept = ctx.kept or (None, largest), None
+        total = total * (largest - kept_largest).exp_()
         slopes = grad_logprobs / head.temperature
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -176,7 +184,9 @@ class _Recomputed(torch.autograd.Function):
             if rows is not None and len(targets) > shape[0]:
                 rows = rows.to(logits.dtype)  # itself, or room to sum in
             for positions in _slices(len(targets), shape[0]):
-                block = logits.compute(positions, ids).sub_(largest[positions, None]).exp_()
+                block = kept
+                if block is None:
+                    block = logits.compute(positions, ids).sub_(largest[positions, None]).exp_()
                 local_targets = targets[positions] - head.first_id - ids.start
                 _to_grad_logits(block, total[positions], slopes[positions], local_targets)
                 block = logits.lowered(block)

@@ -170,7 +170,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(group, inputs, wa
         (logprobs * inputs[3]).sum().backward()
     assert tensors[frozen].grad is None
     torch.testing.assert_close(tensors[1 - frozen].grad, expected)
-    assert recorder.products == (2 if known is not None else 3), "logits (twice if recomputed) and one gradient"
+    assert recorder.products == 2, "logits and one gradient"
 
 
 @WAYS
@@ -325,10 +325,16 @@ def test_without_gradients_to_compute_a_known_gradient_costs_nothing(group, inpu
 
 
 @WAYS
-def test_a_known_gradient_takes_three_matrix_products_and_recomputing_four(group, inputs, way):
+def test_what_fits_one_chunk_takes_three_matrix_products(group, inputs, way):
     with Recorder() as recorder:
         computed(group, *inputs, way=way)
-    assert recorder.products == (3 if way == "known gradient" else 4)
+    assert recorder.products == 3
+
+
+def test_recomputing_takes_four_matrix_products_per_block(group, inputs):
+    with Recorder() as recorder:
+        computed(group, *inputs, chunk_size=len(inputs[2]) * VOCAB - 1)
+    assert recorder.products == 4 * 2
 
 
 @WAYS
