@@ -76,7 +76,7 @@ def hf_config(model: ModelConfig) -> dict:
     """
     if model.position_embedding_type == "learned_absolute":
         raise ConfigError(
-            f"position_embedding_type={model.position_embedding_type}: LlamaConfig of transformers has rotary positions "
+            f"position_embedding_type={model.position_embedding_type}: transformers' LlamaConfig has rotary positions "
             "only, and no place for the position embedding's weights"
         )
     if model.hidden_size % model.num_attention_heads:

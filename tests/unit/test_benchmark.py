@@ -53,7 +53,7 @@ def test_a_report_says_what_was_measured_and_on_what(benchmark, capsys, tmp_path
     assert "update 12 + 4 x 6±2 2/2: ours" in said
 
 
-@pytest.mark.parametrize("flags", [(), ("--untied", "--response-spread", "0"), ("--all-logits",)])
+@pytest.mark.parametrize("flags", [(), ("--untied", "--response-spread", "0")])
 def test_both_sides_compute_the_same_loss_gradient_and_scores(benchmark, capsys, flags):
     status, report, _ = run(benchmark, capsys, *GROUP, "--only", "update,scoring", *flags)
     (update,) = report["update"]

@@ -168,11 +168,11 @@ def pad_rollout(rollout: Rollout, device: torch.device) -> PaddedBatch:
 class HFPolicy:
     """transformers' model and torch's AdamW, and the update one writes with them.
 
-    Logits are made at the positions that predict a response token alone, or everywhere with `all_logits`. In bfloat16
+    Logits are made everywhere with `all_logits`, else at the positions that predict a response token alone. In bfloat16
     AdamW works on the bfloat16 weights: less than ours does, which keeps float32 ones.
     """
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device, all_logits: bool = False) -> None:
+    def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device, all_logits: bool = True) -> None:
         self.model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **_ADAMW)
         self.all_logits = all_logits

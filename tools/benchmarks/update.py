@@ -1,7 +1,9 @@
 """A BRAIn update and scoring, against the same loss on transformers' model with padded rows.
 
 Parts: `update` times whole updates (pack, forward, backward, clip, AdamW) and compares loss and gradient; `scoring`
-times rewards and prior of the same group; `line` times our update for growing n.
+times rewards and prior of the same group; `line` times our update for growing n. The baseline of an update is a plain
+call of transformers' model, which makes logits at every position; `update_response_logits` is the same against one that
+was told to make them where the loss needs them (`logits_to_keep`), as ours does.
 """
 
 import argparse
@@ -71,11 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timing.add_argument("--pairs", type=int, default=5, help="timed calls of each side [%(default)s]")
     timing.add_argument("--threads", type=int, default=2, help="threads of both sides [%(default)s]")
     timing.add_argument("--plot", type=Path, help="picture of the cost line to write")
-    timing.add_argument(
-        "--all-logits",
-        action="store_true",
-        help="let transformers make logits of the prompts too, as it does unless told otherwise",
-    )
     add_model_arguments(parser)
 
 
@@ -136,7 +133,7 @@ class _Sides:
     def __init__(self, directory: Path, shape: Shape, args: argparse.Namespace) -> None:
         gc.collect()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.hf = HFPolicy(directory, dtype=getattr(torch, args.dtype), device=device, all_logits=args.all_logits)
+        self.hf = HFPolicy(directory, dtype=getattr(torch, args.dtype), device=device)
         self.rollout = _rollout(shape, args)
         self.padded = pad_rollout(self.rollout, device)
         with torch.no_grad():
@@ -164,7 +161,9 @@ def _update(directory: Path, shape: Shape, args: argparse.Namespace, failures: l
     print(f"{shape}: loss {losses}, gradient {report['gradient']}", file=sys.stderr, flush=True)
     if exact:
         failures += check_update(report, f"update {shape}")
-    report["update"] = compare(ours.update, lambda: hf.update(padded), pairs=args.pairs, label=f"update {shape}")
+    for name, hf.all_logits in (("update", True), ("update_response_logits", False)):
+        report[name] = compare(ours.update, lambda: hf.update(padded), pairs=args.pairs, label=f"{name} {shape}")
+    hf.all_logits = True
     report |= _required(REQUIRED, shape, report["update"])
     report["loss_after"] = {"ours": ours.forward_backward(), "baseline": hf.forward_backward(padded)}
     if exact and not _differ_little(**report["loss_after"]):

@@ -50,9 +50,7 @@ SPECIAL = {
 
 # Sections are shared, yet these have one value in a stage.
 _FIXED = {("brain", "hidden_dropout"), ("brain", "attention_dropout")}
-STAGE_AND_KEY = [
-    (stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage) if (stage, key) not in _FIXED
-]
+STAGE_AND_KEY = [(stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage) if (stage, key) not in _FIXED]
 
 
 def another_value(key):
