@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.logprobs import vocab_parallel_logprobs
-from megatron_brain.models.attention import PackedLayout
+from megatron_brain.models.attention import PackedLayout, Rotated
 
 
 class _PackedGPT(GPTModel):
@@ -32,19 +32,14 @@ class _PackedGPT(GPTModel):
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
         """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
-        return self.decoder(
-            hidden_states=embedded,
-            attention_mask=None,
-            rotary_pos_emb=self._rotary(position_ids),
-            packed_seq_params=layout,
-        )
+        if self.position_embedding_type == "rope":
+            layout = self._rotated(layout, position_ids)
+        return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=layout)
 
-    def _rotary(self, position_ids: Tensor) -> Tensor | None:
-        """Rotary angles `[T, 1, 1, dim]` of each token's own position; None where positions are embedded."""
-        if self.position_embedding_type != "rope":
-            return None
-        positions = position_ids[0]
-        return self.rotary_pos_emb(self.max_sequence_length)[positions]
+    def _rotated(self, layout: PackedSeqParams, position_ids: Tensor) -> Rotated:
+        """The layout with the rotation of each token by its own position before it."""
+        angles = self.rotary_pos_emb(self.max_sequence_length)[position_ids[0], 0]
+        return Rotated(layout=layout, cos=angles.cos(), sin=angles.sin())
 
     def _check_positions(self, groups: Sequence[Group]) -> None:
         """The model has a position for every token; on a device the look-up would say no more than that it failed."""

@@ -37,6 +37,8 @@ def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> T
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # Of Transformer Engine or not: the activation is the module that the spec names.
+        use_te_activation_func=True,
         add_bias_linear=False,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,

@@ -1,5 +1,6 @@
-"""Layer specs: megatron-core's own modules (`local`) or Transformer Engine's, each with a core attention of ours."""
+"""Layer specs: megatron-core modules (`local`) or Transformer Engine ones, with our core attention and activation."""
 
+import functools
 import importlib.util
 
 import torch
@@ -10,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_brain.models.activation import GatedSilu
 from megatron_brain.models.attention import CoreAttention
 from megatron_brain.models.norm import RMSNorm
 from megatron_brain.models.te_attention import TransformerEngineAttention
@@ -36,9 +38,13 @@ def layer_spec(transformer_impl: str) -> TransformerBlockSubmodules | ModuleSpec
     if transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec()
         spec.submodules.self_attention.submodules.core_attention = TransformerEngineAttention
-        return spec
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    mlp = spec.submodules.mlp
+    # A ModuleSpec in megatron-core 0.16, a partial in 0.19.
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    submodules.activation_func = GatedSilu
     return spec

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_brain.config.errors import ConfigError
@@ -63,6 +64,15 @@ def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, torch.optim.Adam):
             for group in part.optimizer.param_groups:
                 group.update(fused=True, foreach=False)
+
+
+def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float, max_norm: float) -> None:
+    """`optimizer.step()` on gradients that are prepared and whose norm is known, which it would compute again."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if max_norm > 0.0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def build_optimizer(

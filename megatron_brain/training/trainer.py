@@ -12,7 +12,12 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.provider import Head
 from megatron_brain.training.checkpointing import load_training_state, load_weights, save_checkpoint
-from megatron_brain.training.optimizer import build_optimizer, check_optimizer_can_be_saved, wrap_for_training
+from megatron_brain.training.optimizer import (
+    build_optimizer,
+    check_optimizer_can_be_saved,
+    clip_and_step,
+    wrap_for_training,
+)
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
@@ -121,13 +126,14 @@ class Trainer:
             reports, self.parallel, mean_names=self.stage.mean_metrics, max_names=self.stage.max_metrics
         )
         self.optimizer.prepare_grads()
-        self._check_finite(metrics["loss"], float(self.optimizer.get_grad_norm()), batches)
+        grad_norm = float(self.optimizer.get_grad_norm())
+        self._check_finite(metrics["loss"], grad_norm, batches)
         self.stage.before_update(self, metrics)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        clip_and_step(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
         self.scheduler.step(increment=1)
         self.iteration += 1
-        return metrics | {"grad_norm": float(grad_norm), "lr": learning_rate} | self._count_tokens(batches)
+        return metrics | {"grad_norm": grad_norm, "lr": learning_rate} | self._count_tokens(batches)
 
     def _logged_step(self) -> dict[str, float]:
         micro_batches = self.stage.micro_batches(self)
