@@ -13,6 +13,7 @@ gradient:
 Inputs are never modified. Sums are in float32, in float64 for float64 inputs; matrix products in the inputs' dtype.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -251,8 +252,14 @@ class _LogitBlocks:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.size = min(shape[0], hidden.size(0)) * min(shape[1], head.size)
         self._hidden, self._weight, self._temperature = hidden, weight, head.temperature
-        self._buffer = self.new_buffer()
-        self._product = self._buffer if hidden.dtype == self.dtype else self.new_buffer(hidden.dtype)
+
+    @functools.cached_property
+    def _buffer(self) -> Tensor:
+        return self.new_buffer()
+
+    @functools.cached_property
+    def _product(self) -> Tensor:
+        return self._buffer if self._hidden.dtype == self.dtype else self.new_buffer(self._hidden.dtype)
 
     def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
         """Room for the largest block."""
@@ -263,13 +270,13 @@ class _LogitBlocks:
         hidden, weight = self._hidden[positions], self._weight[ids]
         logits = _view(self._product, hidden.size(0), weight.size(0))
         torch.mm(hidden, weight.t(), out=logits)
-        if self._product is not self._buffer:
+        if logits.dtype != self.dtype:
             logits = _view(self._buffer, *logits.shape).copy_(logits)
         return logits if self._temperature == 1.0 else logits.div_(self._temperature)
 
     def lowered(self, block: Tensor) -> Tensor:
         """A block in the dtype of the matrix products."""
-        return block if self._product is self._buffer else _view(self._product, *block.shape).copy_(block)
+        return block if block.dtype == self._hidden.dtype else _view(self._product, *block.shape).copy_(block)
 
 
 class _SoftmaxSums:

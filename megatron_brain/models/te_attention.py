@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -28,23 +27,12 @@ class TransformerEngineAttention(CoreAttention):
         ImportError: Transformer Engine is not installed.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        *,
-        pg_collection: ProcessGroupCollection,
-        **unused,
-    ) -> None:
-        super().__init__(config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale)
+    def __init__(self, config: TransformerConfig, *arguments, pg_collection: ProcessGroupCollection, **options) -> None:
+        super().__init__(config, *arguments, **options)
         from transformer_engine.pytorch import DotProductAttention
 
         tracker = get_cuda_rng_tracker()
-        arguments = {
+        settings = {
             "num_attention_heads": config.num_attention_heads,
             "kv_channels": config.kv_channels,
             "num_gqa_groups": config.num_query_groups,
@@ -57,10 +45,10 @@ class TransformerEngineAttention(CoreAttention):
             "layer_number": self.layer_number,
             "softmax_scale": self.scale,
         }
-        self.to_self = DotProductAttention(attn_mask_type="padding_causal", attention_type="self", **arguments)
+        self.to_self = DotProductAttention(attn_mask_type="padding_causal", attention_type="self", **settings)
         # "cross": with "self" the unfused kernels take the lengths of the queries for those of the keys.
         self.after_prefix = DotProductAttention(
-            attn_mask_type="padding_causal_bottom_right", attention_type="cross", **arguments
+            attn_mask_type="padding_causal_bottom_right", attention_type="cross", **settings
         )
 
     def options(self, layout: PackedLayout) -> dict:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_brain.config.training import TrainingConfig
-from megatron_brain.data.group_schedule import GroupLengths, plan_groups
+from megatron_brain.data.group_schedule import GroupLengths, MicroBatch, plan_groups
 from megatron_brain.data.groups import Group
 from megatron_brain.data.order import Item, replica_share
 from megatron_brain.runtime.parallel import Parallel
@@ -53,7 +53,7 @@ class Placement:
 
     def __init__(self, training: TrainingConfig, parallel: Parallel, *, interleaved: bool) -> None:
         self._training, self._parallel = training, parallel
-        self._count_multiple_of = parallel.pp_size if interleaved else 1
+        self._interleaved = interleaved
 
     @property
     def _budget(self) -> int | None:
@@ -114,20 +114,48 @@ class Placement:
         ]
 
     def _plan(self, rollouts: Sequence[Rollout], number: int) -> Step:
-        plan = plan_groups(
-            [GroupLengths(len(r.prompt_tokens), tuple(len(y.tokens) for y in r.responses)) for r in rollouts],
-            replicas=self._parallel.dp_size,
-            max_tokens=self._budget,
-            seed=self._training.seed + number,
-            shared_prefix=self._training.shared_prefix,
-            round_to=self._parallel.tp_size,
-            count_multiple_of=self._count_multiple_of,
-            labels=[rollout.id for rollout in rollouts],
+        plan = plan_step(
+            [rollout.group() for rollout in rollouts],
+            self._training,
+            self._parallel,
+            interleaved=self._interleaved,
+            step=number,
+            splittable=True,
         )
         return [
             [Part(rollouts[piece.group], piece.responses, piece.num_pieces == 1) for piece in micro_batch]
-            for micro_batch in plan[self._parallel.dp_rank]
+            for micro_batch in plan
         ]
+
+
+def plan_step(
+    groups: Sequence[Group],
+    training: TrainingConfig,
+    parallel: Parallel,
+    *,
+    interleaved: bool,
+    step: int,
+    splittable: bool,
+) -> list[MicroBatch]:
+    """This replica's micro-batches of a step over `groups`, of at most --max-tokens-per-micro-batch.
+
+    Args:
+        groups: of the whole global batch, the same on every rank.
+        interleaved: the pipeline schedule needs whole rounds of micro-batches.
+        step: number of the step, which with the seed decides ties.
+        splittable: whether a group that does not fit may be cut.
+    """
+    return plan_groups(
+        [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
+        replicas=parallel.dp_size,
+        max_tokens=training.max_tokens_per_micro_batch,
+        seed=training.seed + step,
+        shared_prefix=training.shared_prefix,
+        splittable=splittable,
+        round_to=parallel.tp_size,
+        count_multiple_of=parallel.pp_size if interleaved else 1,
+        labels=[group.record_id for group in groups],
+    )[parallel.dp_rank]
 
 
 def rollouts_in(steps: Sequence[Step]) -> list[Rollout]:

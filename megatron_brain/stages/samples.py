@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
-from megatron_brain.data.group_schedule import GroupLengths, plan_groups
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.models.provider import Head
+from megatron_brain.stages.placement import plan_step
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
@@ -50,20 +50,15 @@ class SampledStage:
 
     def _planned(self, groups: Sequence[Group], trainer: Trainer) -> list[list[Group]]:
         """This replica's groups of a step in micro-batches of at most the token budget; none is cut."""
-        settings, parallel = trainer.config.training, trainer.parallel
-        interleaved = trainer.config.parallel.num_layers_per_virtual_pipeline_stage is not None
-        plan = plan_groups(
-            [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
-            replicas=parallel.dp_size,
-            max_tokens=settings.max_tokens_per_micro_batch,
-            seed=settings.seed + trainer.iteration,
-            shared_prefix=self.shared_prefix,
+        plan = plan_step(
+            groups,
+            trainer.config.training,
+            trainer.parallel,
+            interleaved=trainer.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+            step=trainer.iteration,
             splittable=False,
-            round_to=parallel.tp_size,
-            count_multiple_of=parallel.pp_size if interleaved else 1,
-            labels=[group.record_id for group in groups],
         )
-        return [[groups[piece.group] for piece in micro_batch] for micro_batch in plan[parallel.dp_rank]]
+        return [[groups[piece.group] for piece in micro_batch] for micro_batch in plan]
 
     def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """Nothing to know beforehand."""

@@ -54,11 +54,9 @@ class Run:
         """A model that only scores, on the run's layout, in evaluation mode.
 
         Raises:
-            ValueError: the checkpoint is not such a model, or its tokenizer has another vocabulary.
+            ValueError: the model's vocabulary is another one, or the layout does not fit it.
         """
         info = read_info(directory)
-        if info.head != head:
-            raise ValueError(f"{info.path} holds a {info.head} model, a {head} model is needed here")
         model = resolve(_without_sizes(self.config.model), info.architecture, str(info.path))
         if model.vocab_size != self.config.model.vocab_size:
             raise ValueError(
