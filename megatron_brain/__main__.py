@@ -1,11 +1,15 @@
 """`python -m megatron_brain STAGE --config FILE [--flag value ...]`, alone or under torchrun."""
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.runtime import signals
 
 _STAGES = {
     "sft": "supervised fine-tuning on prompt/response records",
@@ -29,18 +33,26 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
-        from megatron_brain.runtime import parallel
-        from megatron_brain.training.run import open_run
-
-        run = open_run(config)
-        importlib.import_module(f"megatron_brain.stages.{stage}").main(run)
-        parallel.stop()
+        _run_stage(config)
     except ValueError as error:
         if not _is_ours(error):
             raise
         _report(error)
         return _USER_ERROR
     return 0
+
+
+def _run_stage(config: RunConfig) -> None:
+    from megatron_brain.runtime import lost_peer, parallel
+    from megatron_brain.training.run import open_run
+
+    with lost_peer.explained(config.parallel.distributed_timeout_minutes):
+        run = open_run(config)
+        stage = importlib.import_module(f"megatron_brain.stages.{config.stage}")
+        # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
+        with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
+            stage.main(run)
+        parallel.stop()
 
 
 def _usage(argv: Sequence[str]) -> str:

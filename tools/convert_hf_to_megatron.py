@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_brain.checkpointing import CheckpointSaver, TrainingState, load_weights, read_info
 from megatron_brain.config.data import TokenizerConfig
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
@@ -27,7 +28,6 @@ from megatron_brain.data.tokenizer import TOKENIZER_TYPES, build_tokenizer, chec
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model
 from megatron_brain.runtime import parallel
-from megatron_brain.training.checkpointing import load_weights, read_info, save_checkpoint
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> Comparison:
         place = parallel.start(ParallelConfig(), seed=config.training.seed)
         chunks = build_model(model, config.parallel, place, head=source.head, seed=config.training.seed)
         load_hf_weights(args.hf_model, chunks, model, source.head)
-        save_checkpoint(folder, 0, chunks=chunks, head=source.head, config=config, tokenizer=tokenizer, parallel=place)
+        CheckpointSaver(folder, config, place, tokenizer, head=source.head).save(0, chunks, TrainingState())
         with torch.no_grad():
             for parameter in chunks[0].parameters():
                 parameter.fill_(torch.nan)

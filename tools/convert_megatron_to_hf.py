@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_brain.checkpointing import load_weights, read_info
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -25,7 +26,6 @@ from megatron_brain.data.tokenizer import build_tokenizer
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model
 from megatron_brain.runtime import parallel
-from megatron_brain.training.checkpointing import load_weights, read_info
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

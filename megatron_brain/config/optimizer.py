@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule."""
+"""Optimizer, learning-rate schedule and the communication of gradients and weights."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """AdamW, its learning-rate schedule and its communication over data-parallel processes."""
 
     lr: float = 1e-5
     """Peak learning rate."""
@@ -41,6 +41,15 @@ class OptimizerConfig:
     use_distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel processes."""
 
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel processes while the backward pass goes on."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on; needs the two settings above."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters reduced or gathered together; unset: megatron-core's max(40 million, 1 million x replicas)."""
+
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr}: must be positive")
@@ -56,3 +65,22 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={value}: must lie in [0, 1)")
         if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
             raise ValueError(f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}")
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ValueError(
+                "overlap_param_gather=true needs use_distributed_optimizer: without it every process updates all of "
+                "its weights and there is nothing to gather"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather=true needs overlap_grad_reduce")
+        if self.ddp_bucket_size is None:
+            return
+        if self.ddp_bucket_size < 1:
+            raise ValueError(f"ddp_bucket_size={self.ddp_bucket_size}: must be at least 1")
+        if not self.overlap_grad_reduce:
+            raise ValueError(
+                f"ddp_bucket_size={self.ddp_bucket_size} needs overlap_grad_reduce: without it everything is reduced "
+                "at once"
+            )

@@ -19,9 +19,6 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel processes."""
 
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel processes while the backward pass goes on."""
-
     distributed_timeout_minutes: int = 10
     """A collective that waits longer than this fails instead of hanging."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_brain.config.data import DataConfig, TokenizerConfig
+from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -20,9 +21,9 @@ from megatron_brain.config.training import CheckpointConfig, LoggingConfig, Trai
 _COMMON = ("model", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
 
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "sft": (*_COMMON, "optimizer", "sft"),
-    "reward": (*_COMMON, "optimizer", "reward"),
-    "brain": (*_COMMON, "optimizer", "sampling", "scoring", "brain"),
+    "sft": (*_COMMON, "optimizer", "guards", "sft"),
+    "reward": (*_COMMON, "optimizer", "guards", "reward"),
+    "brain": (*_COMMON, "optimizer", "guards", "sampling", "scoring", "brain"),
     "generate": (*_COMMON, "sampling", "generate"),
     "evaluate": (*_COMMON, "sampling", "scoring", "generate", "evaluate"),
 }
@@ -39,6 +40,7 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

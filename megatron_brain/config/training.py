@@ -25,6 +25,10 @@ class TrainingConfig:
     train_epochs: float | None = None
     """Passes over the training records, used when --train-iters is unset; default: 1."""
 
+    exit_duration_in_mins: float | None = None
+    """Save and stop after the first step that ends later than this many minutes after the process started; the exit
+    status is 0. Give less than the job's time limit, by a step and a save; unset: no limit."""
+
     eval_interval: int | None = None
     """Steps between validations; unset: validate before the first and after the last step only."""
 
@@ -43,6 +47,8 @@ class TrainingConfig:
             raise ValueError(f"train_epochs={self.train_epochs}: must be positive")
         if self.train_iters is not None and self.train_epochs is not None:
             raise ValueError("train_iters and train_epochs are both set: give one of them")
+        if self.exit_duration_in_mins is not None and self.exit_duration_in_mins <= 0:
+            raise ValueError(f"exit_duration_in_mins={self.exit_duration_in_mins}: must be positive")
         if self.max_tokens_per_micro_batch is not None and self.micro_batch_size != 1:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} and "
@@ -74,6 +80,12 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Steps between checkpoints; unset: only the last step is saved."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in host memory."""
+
+    keep_latest: int | None = None
+    """Checkpoints to keep in --save, the latest ones; unset: all."""
+
     save_optim: bool = True
     """Save optimizer state, which resuming needs (--no-save-optim halves and more the size)."""
 
@@ -82,6 +94,11 @@ class CheckpointConfig:
             raise ValueError(f"save_interval={self.save_interval}: must be at least 1")
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"save_interval={self.save_interval} needs --save")
+        if self.keep_latest is not None and self.keep_latest < 1:
+            raise ValueError(f"keep_latest={self.keep_latest}: must be at least 1")
+        for name in ("async_save", "keep_latest"):
+            if getattr(self, name) and self.save is None:
+                raise ValueError(f"{name}={getattr(self, name)} needs --save")
         if self.finetune and self.load is None:
             raise ValueError("finetune=true needs --load, the checkpoint whose weights to take")
         if self.auto_resume and self.save is None:

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.runtime import cpu_backend
 
+_HOST_TIMEOUT = datetime.timedelta(hours=2)
+_host_group: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
@@ -60,6 +63,36 @@ class Parallel:
         """Collect one picklable object from every data-parallel replica, in replica order, on all of them."""
         items: list[object] = [None] * self.dp_size
         dist.all_gather_object(items, item, group=self.groups.dp)
+        return items
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank speaks for its data-parallel replica where all ranks of it have the same."""
+        return self.tp_rank == 0 and self.is_first_stage
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Sizes of pipeline, tensor and data parallelism."""
+        return {"pipeline": self.pp_size, "tensor": self.tp_size, "data": self.dp_size}
+
+    def host_group(self) -> dist.ProcessGroup:
+        """A gloo group of all ranks for what goes on beside training, made once. All ranks must call it."""
+        global _host_group
+        if _host_group is None:
+            # Ranks that write much wait for each other longer than a collective of training may.
+            _host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+        return _host_group
+
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank of the world has it set. All ranks call it and get the same answer."""
+        seen = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return tuple(flag != 0 for flag in seen.tolist())
+
+    def gather_over_world(self, item: object) -> list[object]:
+        """Collect one picklable object from every rank, in rank order, on all of them."""
+        items: list[object] = [None] * self.world_size
+        dist.all_gather_object(items, item)
         return items
 
     def barrier(self) -> None:
@@ -151,6 +184,8 @@ def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | N
 
 def stop() -> None:
     """Leave the world."""
+    global _host_group
+    _host_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -173,7 +208,13 @@ def _join_world(timeout: datetime.timedelta) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # Restarted by torchrun: its store still has the addresses of the processes before, which gloo would connect to.
+        # The agents of several nodes count restarts separately; docs/operations.md has what helps there.
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

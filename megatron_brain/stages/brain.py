@@ -45,7 +45,7 @@ class BrainStage:
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        self._config, self._parallel = config, run.parallel
+        self._config = config
         self.shared_prefix = config.training.shared_prefix
         self._maker = RoundMaker(run)
         self._proposal = self._maker.proposal
@@ -183,15 +183,16 @@ class BrainStage:
         return {"beta_error_at_refresh": error, "round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
-        """The round's rollouts of all replicas: a run may stop in the middle of a round."""
-        mine = self._round.rollouts if self._round else []
-        everyone = self._parallel.gather_over_data_parallel(mine)
+        """Which round it is, and of which prior."""
         return {
             **self._fixed(),
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
-            "rollouts": [r.as_dict() for replica in everyone for r in replica],
         }
+
+    def records(self) -> list[dict]:
+        """The round's rollouts on this replica: a run may stop in the middle of a round."""
+        return [rollout.as_dict() for rollout in self._round.rollouts] if self._round else []
 
     def _fixed(self) -> dict:
         """What the position in the prompts follows from."""
@@ -201,12 +202,12 @@ class BrainStage:
             "steps_per_round": self.steps_per_round,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
         """Take up the round, at any number of replicas."""
         check_unchanged(self._fixed(), state)
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
-        rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in state["rollouts"]]
+        rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in records]
         self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
 
 

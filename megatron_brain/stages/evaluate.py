@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_brain.checkpointing import load_weights
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
@@ -15,7 +16,6 @@ from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.statistics import Estimate, bootstrap, wins
-from megatron_brain.training.checkpointing import load_weights
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups

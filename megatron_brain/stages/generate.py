@@ -4,9 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+from megatron_brain.checkpointing import load_weights
 from megatron_brain.files import write_whole
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
-from megatron_brain.training.checkpointing import load_weights
 from megatron_brain.training.run import Run
 
 log = logging.getLogger(__name__)

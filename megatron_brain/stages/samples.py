@@ -90,7 +90,11 @@ class SampledStage:
         """The position in the data follows from the iteration; these must stay what they were."""
         return self._fixed
 
-    def load_state_dict(self, state: dict) -> None:
+    def records(self) -> list[dict]:
+        """None."""
+        return []
+
+    def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
         """Refuse to go on with other data, whose order would be another."""
         check_unchanged(self._fixed, state)
 

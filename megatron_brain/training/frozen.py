@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_brain.checkpointing import read_info
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.models.offload import HostWeights
 from megatron_brain.models.provider import Chunk, Head
-from megatron_brain.training.checkpointing import read_info
 from megatron_brain.training.run import Run
 
 

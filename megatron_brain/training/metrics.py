@@ -124,7 +124,7 @@ class _JsonLines:
         else:
             self._last = {"iteration": step}
             self._last_offset = self._file.seek(0, 2)
-        self._last |= {name: _json_number(value) for name, value in numbers.items()}
+        self._last |= {name: json_number(value) for name, value in numbers.items()}
         self._file.write((json.dumps(self._last, allow_nan=False) + "\n").encode())
         self._file.flush()
 
@@ -228,7 +228,7 @@ def _free_name(path: Path) -> Path:
     return free
 
 
-def _json_number(value: float) -> float | str:
+def json_number(value: float) -> float | str:
     """JSON has no NaN or infinity: they become the texts `NaN`, `Infinity` and `-Infinity`, which float() reads."""
     if math.isfinite(value):
         return value

@@ -1,26 +1,32 @@
 """Gradient buffers, AdamW and the learning-rate schedule, all megatron-core's."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 
+log = logging.getLogger(__name__)
+
 
 def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Parallel) -> list[DistributedDataParallel]:
     """Give every chunk float32 gradient buffers that are summed over data-parallel replicas."""
+    settings = config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        bucket_size=settings.ddp_bucket_size,
     )
     wrapped = [
         DistributedDataParallel(
@@ -36,25 +42,42 @@ def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Para
         chunk.broadcast_params()
     model_config = chunks[0].config
     model_config.finalize_model_grads_func = finalize_model_grads
-    if config.parallel.overlap_grad_reduce:
+    if settings.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        _log_overlap(wrapped)
+    if settings.overlap_param_gather and wrapped[-1].module.post_process:
+        _gather_before_head(wrapped[-1])
     return wrapped
 
 
-def check_optimizer_can_be_saved(config: RunConfig) -> None:
-    """Refuse at the start what would fail at the first save.
+def _log_overlap(wrapped: Sequence[DistributedDataParallel]) -> None:
+    gathers = wrapped[0].ddp_config.overlap_param_gather
+    log.info(
+        "gradients are reduced during the backward pass%s: %d bucket(s) on the first stage, backend %s",
+        ", weights gathered during the forward pass" if gathers else "",
+        sum(len(chunk.bucket_groups) for chunk in wrapped),
+        dist.get_backend(wrapped[0].dp_group),
+    )
 
-    Raises:
-        ConfigError: the distributed optimizer's state would be saved, which megatron-core 0.16 cannot do for torch's
-            AdamW and which is not tried yet with a fused one.
+
+def _gather_before_head(chunk: DistributedDataParallel) -> None:
+    """Have the forward pass wait for the head's weight too.
+
+    megatron-core waits for a weight when its module is called; ours read the head's weight without that, right after
+    the final norm.
     """
-    saves = config.checkpoint.save is not None and config.checkpoint.save_optim
-    if config.optimizer.use_distributed_optimizer and saves:
-        raise ConfigError(
-            "use_distributed_optimizer=true cannot save its state yet: add --no-save-optim to save weights alone, or "
-            "leave out --use-distributed-optimizer"
-        )
+    head = chunk.module.output_layer if chunk.module.output_layer is not None else chunk.module.reward_head
+    if head.weight is None:
+        return  # Tied, on one stage: the embedding has waited.
+    bucket = chunk.param_to_bucket_group[head.weight]
+    chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket.finish_param_sync())
+
+
+def finish_param_gather(wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Complete the weights that --overlap-param-gather leaves in shards after an update. All ranks call it."""
+    for chunk in wrapped:
+        chunk.start_param_sync(force_sync=True)
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:

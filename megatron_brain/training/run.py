@@ -6,6 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_to_yaml, save_config
@@ -18,7 +21,6 @@ from megatron_brain.models.provider import Chunk, Head, build_model
 from megatron_brain.models.specs import choose_transformer_impl
 from megatron_brain.runtime import parallel as runtime
 from megatron_brain.runtime.parallel import Parallel
-from megatron_brain.training.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info
 from megatron_brain.training.metrics import MetricsLogger
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,9 @@ class Run:
                 "all models of a run share one tokenizer"
             )
         validate_layout(dataclasses.replace(self.config, model=model), self.parallel.world_size, model)
-        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None)
+        # Modules draw initial values that nobody uses: what a run draws must not depend on when a scorer is loaded.
+        with torch.random.fork_rng(devices=[]):
+            chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None)
         load_weights(info, chunks, head=head)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)

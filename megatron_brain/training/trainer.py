@@ -1,23 +1,32 @@
 """The one training loop of all stages."""
 
 import logging
-import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from megatron_brain.checkpointing import (
+    CheckpointSaver,
+    TrainingState,
+    load_training_state,
+    load_weights,
+    read_records,
+)
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.models.provider import Head
-from megatron_brain.training.checkpointing import load_training_state, load_weights, save_checkpoint
+from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.runtime import signals
+from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
     build_optimizer,
-    check_optimizer_can_be_saved,
     clip_and_step,
+    finish_param_gather,
     wrap_for_training,
 )
+from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
@@ -55,10 +64,13 @@ class Stage(Protocol):
         """Look at the metrics of the step just made; returns metrics of the stage to log beside them."""
 
     def state_dict(self) -> dict:
-        """JSON-able state that resuming needs beyond the iteration."""
+        """JSON-able state that resuming needs beyond the iteration, the same on all ranks."""
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take up the state of an earlier run."""
+    def records(self) -> Sequence[dict]:
+        """JSON-able records of this replica that resuming needs."""
+
+    def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
+        """Take up the state of an earlier run and the records of all its replicas."""
 
 
 class Trainer:
@@ -67,20 +79,34 @@ class Trainer:
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
-        check_optimizer_can_be_saved(self.config)
         warmup = self.config.optimizer.lr_warmup_iters
         if warmup and warmup >= stage.train_iters:
             raise ConfigError(f"lr_warmup_iters={warmup} must be less than the run's {stage.train_iters} iterations")
-        self.chunks = run.build_model(stage.head)
+        self._chunks = run.build_model(stage.head)
+        self._weights_in_shards = False
         self.iteration = 0
+        self._started_from = None if run.start_from is None else str(run.start_from.path)
         if run.start_from is not None and not run.resuming:
-            load_weights(run.start_from, self.chunks, head=stage.head)
-        self.wrapped = wrap_for_training(self.chunks, self.config, self.parallel)
+            load_weights(run.start_from, self._chunks, head=stage.head)
+        self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
+        self.guard = StepGuard(self.config, self.parallel, self.wrapped, self.optimizer)
         if run.resuming:
             self._resume()
+        self._saver = self._open_saver()
         # Last: a start that fails leaves the files of an earlier run alone.
         self.logger = run.open_logger(stage.train_iters)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The model's chunks with whole weights, which --overlap-param-gather leaves in shards after an update.
+
+        All ranks read it at the same points: it may have to gather.
+        """
+        if self._weights_in_shards:
+            finish_param_gather(self.wrapped)
+            self._weights_in_shards = False
+        return self._chunks
 
     def train(self) -> dict[str, float]:
         """Train to the stage's last iteration, validating, logging and saving on the way.
@@ -97,15 +123,18 @@ class Trainer:
         settings, stage = self.config.training, self.stage
         last = stage.train_iters
         shown: dict[str, float] = {}
-        if self.iteration == 0:
+        stopping = self._asked_to_stop()
+        if self.iteration == 0 and not stopping:
             shown |= self._validate()
-        while self.iteration < last:
+        while self.iteration < last and not stopping:
             shown |= self._logged_step()
             done = self.iteration == last
-            if done or (settings.eval_interval and self.iteration % settings.eval_interval == 0):
+            stopping = not done and self._asked_to_stop()
+            # A run asked to stop has little time left: it saves first of all, and validates no more.
+            if done or (not stopping and settings.eval_interval and self.iteration % settings.eval_interval == 0):
                 shown |= self._validate()
             interval = self.config.checkpoint.save_interval
-            if done or (interval and self.iteration % interval == 0):
+            if done or stopping or (interval and self.iteration % interval == 0):
                 self.save()
         return shown
 
@@ -113,7 +142,8 @@ class Trainer:
         """One optimizer step over the global batch, of which these are this replica's micro-batches.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; the weights are untouched.
+            FloatingPointError: on all ranks, where the guard stops the run; the weights are untouched.
+            RuntimeError: on all ranks, where replicas' weights differ.
         """
         batches = pack_micro_batches(micro_batches, self.parallel, shared_prefix=self.stage.shared_prefix)
         batches = self.stage.prepare(self, batches)
@@ -122,18 +152,25 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = forward_backward(self.wrapped, batches, self.stage.loss, self.parallel)
+        self._weights_in_shards = False
         metrics = reduce_reports(
             reports, self.parallel, mean_names=self.stage.mean_metrics, max_names=self.stage.max_metrics
         )
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        self._check_finite(metrics["loss"], grad_norm, batches)
-        self.stage.before_update(self, metrics)
+        verdict = self.guard.inspect(
+            self.iteration + 1, metrics["loss"], batches, self.stage.loss, shared_prefix=self.stage.shared_prefix
+        )
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        clip_and_step(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
+        if verdict.apply:
+            self.stage.before_update(self, metrics)
+            clip_and_step(self.optimizer, verdict.grad_norm, self.config.optimizer.clip_grad)
+            self._weights_in_shards = self.config.optimizer.overlap_param_gather
         self.scheduler.step(increment=1)
         self.iteration += 1
-        return metrics | {"grad_norm": grad_norm, "lr": learning_rate} | self._count_tokens(batches)
+        if self.guard.compares_replicas_after(self.iteration):
+            check_replicas(self.chunks, self.parallel)
+        metrics |= {"grad_norm": verdict.grad_norm, "lr": learning_rate, "skipped_steps": self.guard.skipped_steps}
+        return metrics | self._count_tokens(batches)
 
     def _logged_step(self) -> dict[str, float]:
         micro_batches = self.stage.micro_batches(self)
@@ -144,6 +181,21 @@ class Trainer:
         metrics |= self.stage.after_step(self, metrics)
         self.logger.log(self.iteration, metrics)
         return metrics
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal came or the time is up on any rank: all ranks agree, and the log says why."""
+        limit, reason = self.config.training.exit_duration_in_mins, None
+        if (signal := signals.received()) is not None:
+            reason = signal.name
+        elif limit is not None and signals.minutes_since_start() >= limit:
+            reason = f"--exit-duration-in-mins {limit:g} is over"
+        (stopping,) = self.parallel.any_rank(reason is not None)
+        if stopping:
+            reasons = enumerate(self.parallel.gather_over_world(reason))
+            why = ", ".join(f"{text} (rank {rank})" for rank, text in reasons if text is not None)
+            unsaved = "" if self.config.checkpoint.save else "; nothing is saved: --save is not set"
+            log.warning("stopping at iteration %d: %s%s", self.iteration, why, unsaved)
+        return stopping
 
     def _validate(self) -> dict[str, float]:
         metrics = {f"validation/{name}": value for name, value in self.stage.validate(self).items()}
@@ -169,33 +221,46 @@ class Trainer:
             "response_length": total[2] / total[3],
         }
 
-    def _check_finite(self, loss: float, grad_norm: float, batches: Sequence[PackedBatch]) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        records = [group.record_id for batch in batches for group in batch.groups]
-        raise FloatingPointError(
-            f"step {self.iteration + 1}: loss {loss}, gradient norm {grad_norm}. The step was not applied. "
-            f"Records of rank {self.parallel.rank}: {', '.join(records)}. A lower --lr or --clip-grad may help."
-        )
-
     def save(self) -> None:
-        """Write a checkpoint of the current iteration to --save, where one is set."""
-        checkpoint = self.config.checkpoint
-        if checkpoint.save is None:
+        """Write a checkpoint of the current iteration to --save, where one is set.
+
+        With --async-save it is complete only once a later `save` or `finish_saving` has returned.
+
+        Raises:
+            CheckpointError: it, or the one before, could not be written; the latest complete one is untouched.
+        """
+        if self._saver is None:
             return
-        save_checkpoint(
-            checkpoint.save,
-            self.iteration,
-            chunks=self.chunks,
-            head=self.stage.head,
-            config=self.config,
-            tokenizer=self.run.tokenizer,
-            parallel=self.parallel,
-            optimizer=self.optimizer if checkpoint.save_optim else None,
-            scheduler=self.scheduler if checkpoint.save_optim else None,
-            stage_state=self.stage.state_dict(),
+        state = TrainingState(
+            trainer={"guard": self.guard.state_dict(), "started_from": self._started_from},
+            stage=self.stage.state_dict(),
+            records=self.stage.records(),
         )
-        log.info("saved %s at iteration %d", checkpoint.save, self.iteration)
+        if self.config.checkpoint.save_optim:
+            state.optimizer, state.scheduler = self.optimizer, self.scheduler
+        self._saver.save(self.iteration, self.chunks, state)
+
+    def finish_saving(self) -> None:
+        """Wait for a checkpoint that is still being written.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+
+    def _open_saver(self) -> CheckpointSaver | None:
+        if self.config.checkpoint.save is None:
+            return None
+        return CheckpointSaver(
+            self.config.checkpoint.save,
+            self.config,
+            self.parallel,
+            self.run.tokenizer,
+            head=self.stage.head,
+            # It may be the run's prior.
+            protected=[] if self._started_from is None else [Path(self._started_from)],
+        )
 
     def _resume(self) -> None:
         info = self.run.start_from
@@ -207,5 +272,7 @@ class Trainer:
         load_training_state(
             info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
         )
-        self.stage.load_state_dict(info.stage_state)
+        self.guard.load_state_dict(info.trainer_state["guard"])
+        self._started_from = info.trainer_state["started_from"]
+        self.stage.load_state_dict(info.stage_state, read_records(info))
         self.iteration = info.iteration

@@ -37,6 +37,8 @@ SPECIAL = {
     "eval_interval": (5, {"valid_data": "v.jsonl"}),
     "save_interval": (5, {"save": "out"}),
     "auto_resume": (True, {"save": "out"}),
+    "async_save": (True, {"save": "out"}),
+    "keep_latest": (2, {"save": "out"}),
     "max_prompt_length": (100, {}),
     "max_response_length": (100, {}),
     "max_new_tokens": (65, {}),
@@ -46,6 +48,9 @@ SPECIAL = {
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),
+    "loss_spike_factor": (3.0, {}),
+    "overlap_param_gather": (True, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}),
+    "ddp_bucket_size": (1000, {"overlap_grad_reduce": True}),
 }
 
 # Sections are shared, yet these have one value in a stage.

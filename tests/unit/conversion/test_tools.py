@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_brain.training.checkpointing import read_info
+from megatron_brain.checkpointing import read_info
 
 TOOLS = Path(__file__).parents[3] / "tools"
 

@@ -84,9 +84,9 @@ def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
 
 def test_resuming_with_other_data_is_refused():
     state = stage()[0].state_dict()
-    stage()[0].load_state_dict(state)
+    stage()[0].load_state_dict(state, [])
     with pytest.raises(ValueError, match="num_samples was 10, is now 9"):
-        stage(num_samples=9)[0].load_state_dict(state)
+        stage(num_samples=9)[0].load_state_dict(state, [])
 
 
 def test_no_validation_samples_give_no_metrics():

@@ -1,86 +1,16 @@
 """Checkpoints of one process: what is saved is loaded, and what does not fit is refused."""
 
 import dataclasses
-import json
 import random
 
 import numpy
 import pytest
 import torch
-from helpers.assets import SIZES
+from helpers.tiny_training import Training, equal_weights
 
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.run import RunConfig
-from megatron_brain.data.groups import Group, pack_groups
-from megatron_brain.models.architecture import architecture, resolve
-from megatron_brain.models.provider import build_model
-from megatron_brain.training.checkpointing import (
-    INFO,
-    LATEST,
-    has_checkpoint,
-    load_training_state,
-    load_weights,
-    read_info,
-    save_checkpoint,
-)
-from megatron_brain.training.optimizer import build_optimizer, wrap_for_training
-from megatron_brain.training.report import LossOutput
-from megatron_brain.training.schedule import forward_backward
-
-BATCHES = [pack_groups([Group(prompt=(1, 2, 3), responses=((4, 5), (6, 7, 8)))], shared_prefix=True)]
-
-
-class FakeTokenizer:
-    def save(self, directory):
-        directory.mkdir()
-        (directory / "tokenizer.txt").write_text("a tokenizer")
-
-
-class Training:
-    """A tiny model with its optimizer and schedule."""
-
-    def __init__(self, parallel, *, seed=1, head="policy", bf16=False, lr=1e-2, **sizes):
-        model = resolve(ModelConfig(bf16=bf16, **SIZES | {"num_layers": 2} | sizes), None, "the test")
-        self.config = RunConfig(stage="sft", model=model)
-        self.config.optimizer.lr = lr
-        self.parallel, self.head = parallel, head
-        self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed)
-        self.wrapped = wrap_for_training(self.chunks, self.config, parallel)
-        self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, 10)
-
-    def step(self):
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        forward_backward(self.wrapped, BATCHES, lambda o, b: LossOutput(loss_sum=-o.sum(), count=5), self.parallel)
-        self.optimizer.step()
-        self.scheduler.step(increment=1)
-
-    def save(self, root, iteration, *, with_optimizer=True, **options):
-        optimizer = {"optimizer": self.optimizer, "scheduler": self.scheduler} if with_optimizer else {}
-        return save_checkpoint(
-            root,
-            iteration,
-            chunks=self.chunks,
-            head=self.head,
-            config=self.config,
-            tokenizer=FakeTokenizer(),
-            parallel=self.parallel,
-            **optimizer,
-            **options,
-        )
-
-    def resume(self, info):
-        load_training_state(
-            info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
-        )
-
-    def weights(self):
-        return {name: parameter.detach().clone() for name, parameter in self.chunks[0].named_parameters()}
-
-
-def equal_weights(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+from megatron_brain.checkpointing import has_checkpoint, load_weights, read_info, read_records
+from megatron_brain.checkpointing.folders import LATEST
+from megatron_brain.models.architecture import architecture
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -141,7 +71,7 @@ def test_random_generators_go_on_where_they_were(single, tmp_path):
 
 def test_a_checkpoint_says_what_it_is(single, tmp_path):
     training = Training(single, head="reward")
-    path = training.save(tmp_path, 100, with_optimizer=False, stage_state={"num_samples": 7})
+    path = training.save(tmp_path, 100, with_optimizer=False, stage={"num_samples": 7})
     assert path == tmp_path / "iter_0000100"
     assert (tmp_path / LATEST).read_text() == "100"
     info = read_info(tmp_path)
@@ -154,26 +84,12 @@ def test_a_checkpoint_says_what_it_is(single, tmp_path):
     assert has_checkpoint(tmp_path) and not has_checkpoint(path)
 
 
-def test_the_latest_checkpoint_is_taken_and_earlier_ones_stay_readable(single, tmp_path):
-    training = Training(single)
-    training.save(tmp_path, 1, with_optimizer=False)
-    first = training.weights()
-    training.step()
-    training.save(tmp_path, 2, with_optimizer=False)
-    assert read_info(tmp_path).iteration == 2
-    loaded = Training(single, seed=5)
-    load_weights(read_info(tmp_path / "iter_0000001"), loaded.chunks, head="policy")
-    assert equal_weights(loaded.weights(), first)
-
-
-def test_saving_an_iteration_again_replaces_it(single, tmp_path):
-    training = Training(single)
-    training.save(tmp_path, 1, with_optimizer=False)
-    training.step()
-    training.save(tmp_path, 1, with_optimizer=False)
-    loaded = Training(single, seed=5)
-    load_weights(read_info(tmp_path), loaded.chunks, head="policy")
-    assert equal_weights(loaded.weights(), training.weights())
+def test_records_of_the_stage_come_back_as_they_were(single, tmp_path):
+    records = [{"id": "a", "log_prior": -0.1, "text": "é\u2028 in a line\n"}, {"id": "b", "log_prior": 1 / 3}]
+    Training(single).save(tmp_path, 1, records=records)
+    assert read_records(read_info(tmp_path)) == records
+    Training(single).save(tmp_path, 2)
+    assert read_records(read_info(tmp_path)) == []
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -236,28 +152,23 @@ def test_random_states_of_another_layout_are_left_out(single, tmp_path, caplog):
     assert "random states" in caplog.text
 
 
-def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"absent does not exist"):
-        read_info(tmp_path / "absent")
-    with pytest.raises(ValueError, match=f"holds no checkpoint: it has no {LATEST}"):
-        read_info(tmp_path)
-    (tmp_path / LATEST).write_text("soon")
-    with pytest.raises(ValueError, match="says 'soon', which is not an iteration number"):
-        read_info(tmp_path)
-    (tmp_path / LATEST).write_text("12\n")
-    with pytest.raises(ValueError, match=f"iter_0000012 has no {INFO}"):
-        read_info(tmp_path)
-
-
-def test_a_save_that_is_cut_off_leaves_the_checkpoint_before_it(single, tmp_path, monkeypatch):
+def test_saving_an_iteration_again_replaces_it(single, tmp_path):
     training = Training(single)
     training.save(tmp_path, 1, with_optimizer=False)
+    training.step()
+    training.save(tmp_path, 1, with_optimizer=False)
+    loaded = Training(single, seed=5)
+    load_weights(read_info(tmp_path), loaded.chunks, head="policy")
+    assert equal_weights(loaded.weights(), training.weights())
 
-    def disk_full(self, directory):
-        raise OSError("no space left")
 
-    monkeypatch.setattr(FakeTokenizer, "save", disk_full)
-    with pytest.raises(OSError, match="no space"):
-        training.save(tmp_path, 2, with_optimizer=False)
-    assert read_info(tmp_path).iteration == 1
-    assert json.loads((tmp_path / "iter_0000001" / INFO).read_text())["iteration"] == 1
+def test_the_latest_checkpoint_is_taken_and_earlier_ones_stay_readable(single, tmp_path):
+    training = Training(single)
+    training.save(tmp_path, 1, with_optimizer=False)
+    first = training.weights()
+    training.step()
+    training.save(tmp_path, 2, with_optimizer=False)
+    assert read_info(tmp_path).iteration == 2
+    loaded = Training(single, seed=5)
+    load_weights(read_info(tmp_path / "iter_0000001"), loaded.chunks, head="policy")
+    assert equal_weights(loaded.weights(), first)

@@ -1,0 +1,26 @@
+"""Checkpoints: complete or not there, readable at any layout, without executing anything they bring.
+
+<save>/latest_checkpointed_iteration.txt     written last, by rename
+<save>/iter_0000100/                         appears by rename, when every rank's files are complete and synced
+    *.distcp, .metadata                      tensors by global name, torch.distributed.checkpoint's format
+    megatron_brain.json                      iteration, head, architecture, position in the data, optimizer steps
+    records/replica_00000.jsonl              a replica's records of the stage (brain: the round's rollouts)
+    config.yaml                              the run's resolved configuration
+    tokenizer/                               the tokenizer
+"""
+
+from megatron_brain.checkpointing.folders import CheckpointInfo, has_checkpoint, read_info, read_records
+from megatron_brain.checkpointing.load import load_training_state, load_weights
+from megatron_brain.checkpointing.save import CheckpointError, CheckpointSaver, TrainingState
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointSaver",
+    "TrainingState",
+    "has_checkpoint",
+    "load_training_state",
+    "load_weights",
+    "read_info",
+    "read_records",
+]

@@ -1,0 +1,192 @@
+"""Names and states of checkpoint folders. Nothing here needs a process group.
+
+A folder `iter_0000100` is complete: it was written as `iter_0000100.partial` and renamed. What crashes leave behind has
+another ending, is never read (but for `.replaced`, see `_present`), and is removed at the next save.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.files import sync_folder, write_whole
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest_checkpointed_iteration.txt"
+INFO = "megatron_brain.json"
+RECORDS = "records"
+FORMAT = 2
+
+_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself, readable without a process group."""
+
+    path: Path
+    iteration: int
+    stage: str
+    head: Literal["policy", "reward"]
+    architecture: dict
+    tokenizer_type: str
+    stage_state: dict
+    """What the stage needs to resume, the same on all ranks."""
+    trainer_state: dict
+    """What the loop needs to resume: learning-rate schedule, optimizer steps, guards."""
+    has_optimizer: bool
+    bf16: bool
+    layout: dict[str, int]
+    """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
+    format: int = field(default=FORMAT)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+        values = dataclasses.asdict(self)
+        del values["path"]
+        write_whole(folder / INFO, json.dumps(values, indent=2))
+
+
+def iteration_dir(root: str | Path, iteration: int) -> Path:
+    """Folder of one iteration's checkpoint."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def partial_dir(root: str | Path, iteration: int) -> Path:
+    """Folder in which one iteration's checkpoint is written."""
+    return _other(iteration_dir(root, iteration), _PARTIAL)
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a folder holds a complete checkpoint."""
+    return (Path(directory) / LATEST).is_file()
+
+
+def read_info(directory: str | Path) -> CheckpointInfo:
+    """Find the latest complete checkpoint in `directory`, or the one it is when it is an iter_ folder itself.
+
+    Raises:
+        ConfigError: the folder does not exist, holds no checkpoint, or not one of ours.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise ConfigError(f"checkpoint folder {root.resolve()} does not exist")
+    path = root if (root / INFO).is_file() else _latest(root)
+    if not (path / INFO).is_file():
+        raise ConfigError(f"{path} has no {INFO}: it was not written by megatron_brain")
+    try:
+        values = json.loads((path / INFO).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path / INFO} is not JSON: {error}") from error
+    if values.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} has checkpoint format {values.get('format', 1)}, this version of megatron_brain reads {FORMAT}"
+        )
+    return CheckpointInfo(path=path, **values)
+
+
+def read_records(info: CheckpointInfo) -> list[dict]:
+    """The stage's records of all replicas, as they were saved."""
+    files = sorted((info.path / RECORDS).glob("replica_*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_records(folder: Path, replica: int, records: Collection[dict]) -> None:
+    """Write a replica's records into a checkpoint's folder; none, no file."""
+    if records:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_whole(folder / RECORDS / f"replica_{replica:05d}.jsonl", text)
+
+
+def publish(root: Path, iteration: int) -> None:
+    """Give the complete partial folder its name, then point latest_checkpointed_iteration.txt to it.
+
+    Whenever this is cut off, what that file names can be read.
+    """
+    final = iteration_dir(root, iteration)
+    replaced = _other(final, _REPLACED)
+    if final.exists():
+        log.warning("%s exists from an earlier run and is replaced", final)
+        final.rename(replaced)
+    partial_dir(root, iteration).rename(final)
+    sync_folder(root)
+    write_whole(root / LATEST, str(iteration))
+    _remove(replaced)
+
+
+def keep_latest(root: Path, iteration: int, count: int, protected: Collection[Path]) -> None:
+    """Remove all but the `count` latest checkpoints up to `iteration`, except `protected` ones.
+
+    Later iterations, of a run that was resumed further back, stay.
+    """
+    numbers = sorted(number for number in _iterations(root) if number <= iteration)
+    kept = {path.resolve() for path in protected}
+    for number in numbers[:-count]:
+        path = iteration_dir(root, number)
+        if path.resolve() not in kept:
+            _remove(path)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what interrupted saves left, and undo a replacement that was cut off in between."""
+    for path in sorted(root.glob("iter_*.*")):
+        original = path.with_suffix("")
+        if not _ITERATION.fullmatch(original.name):
+            continue
+        if path.suffix == _REPLACED and not original.exists():
+            path.rename(original)
+        elif path.suffix in (_PARTIAL, _REPLACED, _REMOVED):
+            log.info("removing %s, which an interrupted save left", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _latest(root: Path) -> Path:
+    if not has_checkpoint(root):
+        raise ConfigError(
+            f"{root.resolve()} holds no checkpoint: it has no {LATEST}; was --save of the earlier run another?"
+        )
+    text = (root / LATEST).read_text().strip()
+    if not text.isdigit():
+        raise ConfigError(f"{root / LATEST} says {text!r}, which is not an iteration number")
+    path = iteration_dir(root, int(text))
+    replaced = _other(path, _REPLACED)
+    if not path.is_dir() and replaced.is_dir():
+        return replaced
+    if not path.is_dir():
+        found = ", ".join(str(number) for number in _iterations(root)) or "none"
+        raise ConfigError(f"{root / LATEST} says {text}, but {path.name} is not there; iterations found: {found}")
+    return path
+
+
+def _iterations(root: Path) -> list[int]:
+    names = (_ITERATION.fullmatch(path.name) for path in root.iterdir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def _other(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder so that no half of it is ever found under its name."""
+    if not path.exists():
+        return
+    removed = _other(path.with_suffix(""), _REMOVED)
+    try:
+        shutil.rmtree(removed, ignore_errors=True)
+        path.rename(removed)
+        shutil.rmtree(removed)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", path, error)

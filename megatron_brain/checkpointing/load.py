@@ -1,0 +1,80 @@
+"""Reading checkpoints into models and optimizers of any layout."""
+
+import logging
+from collections.abc import Sequence
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_brain.checkpointing.folders import CheckpointInfo
+from megatron_brain.checkpointing.state import (
+    model_boxes,
+    optimizer_boxes,
+    random_boxes,
+    set_optimizer_steps,
+    zero_vocabulary_padding,
+)
+from megatron_brain.checkpointing.storage import read_boxes
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.runtime.random_state import random_state, set_random_state
+
+log = logging.getLogger(__name__)
+
+_REWARD_HEAD = "reward_head.weight"
+
+
+def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -> None:
+    """Load a checkpoint's weights into `chunks` of any layout; a reward model may start from a policy's trunk.
+
+    Raises:
+        ConfigError: a policy is asked from a reward checkpoint, whose output layer is gone, or a weight is missing.
+    """
+    if head == "policy" and info.head == "reward":
+        raise ConfigError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
+    boxes = model_boxes(chunks)
+    if head == "reward" and info.head == "policy":
+        # It keeps its own new head.
+        boxes = [box for box in boxes if box.key != _REWARD_HEAD]
+    read_boxes(boxes, info.path)
+    zero_vocabulary_padding(chunks)
+
+
+def load_training_state(
+    info: CheckpointInfo,
+    chunks: Sequence[Chunk],
+    *,
+    parallel: Parallel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """Load weights, optimizer, schedule and random states, to go on as if never stopped.
+
+    The optimizer's state is loaded into the optimizer there is, distributed or not, whichever wrote it. The learning
+    rate and its schedule stay those of this run; only the position comes from the checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint was saved without its optimizer, or in another precision.
+    """
+    if not info.has_optimizer:
+        raise ConfigError(f"{info.path} was saved with --no-save-optim: add --finetune to start from its weights")
+    bf16 = chunks[0].config.bf16
+    if info.bf16 != bf16:
+        raise ConfigError(
+            f"{info.path} was trained with bf16={info.bf16}, this run has bf16={bf16}: resume in the same precision, "
+            "or add --finetune to start from its weights"
+        )
+    boxes = model_boxes(chunks) + optimizer_boxes(optimizer, chunks)
+    generators = random_state()
+    same_layout = info.layout == parallel.layout
+    if same_layout:
+        boxes += random_boxes(generators, parallel)
+    else:
+        log.warning("saved at layout %s: random states, which only dropout uses, start from the seed", info.layout)
+    read_boxes(boxes, info.path)
+    zero_vocabulary_padding(chunks)
+    set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
+    scheduler.load_state_dict(info.trainer_state["scheduler"])
+    if same_layout:
+        set_random_state(generators)

@@ -1,0 +1,218 @@
+"""Writing checkpoints, at once or while training goes on."""
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_brain.checkpointing import folders
+from megatron_brain.checkpointing.boxes import Box, share_of
+from megatron_brain.checkpointing.folders import CheckpointInfo
+from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes, optimizer_steps, random_boxes
+from megatron_brain.checkpointing.storage import CheckpointError, write_boxes
+from megatron_brain.config.loader import save_config
+from megatron_brain.config.run import RunConfig
+from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.files import sync_tree
+from megatron_brain.models.architecture import architecture
+from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.runtime.parallel import Parallel
+from megatron_brain.runtime.random_state import random_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """What a checkpoint holds besides weights, configuration and tokenizer."""
+
+    optimizer: MegatronOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
+    """Both or neither; without them the checkpoint cannot be resumed."""
+    trainer: dict = field(default_factory=dict)
+    """JSON-able state of the loop, the same on all ranks."""
+    stage: dict = field(default_factory=dict)
+    """JSON-able state of the stage, the same on all ranks."""
+    records: Collection[dict] = ()
+    """JSON-able records of this replica."""
+
+
+class CheckpointSaver:
+    """Writes a run's checkpoints into --save.
+
+    All ranks call every method. With --async-save, `save` copies what is to be written and returns; a thread writes it
+    while training goes on, and one save ends before the next starts. Either way the files are complete and synced on
+    all ranks before the checkpoint gets its name.
+
+    Args:
+        root: --save.
+        config: configuration with the model's sizes resolved.
+        protected: checkpoints that --keep-latest must leave alone.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        config: RunConfig,
+        parallel: Parallel,
+        tokenizer: Tokenizer,
+        *,
+        head: Head,
+        protected: Sequence[Path] = (),
+    ) -> None:
+        self._config, self._parallel, self._tokenizer, self._head = config, parallel, tokenizer, head
+        self._root = Path(root)
+        self._protected = tuple(protected)
+        # Of its own: a save in the background must not meet the collectives of training.
+        self._group = parallel.host_group()
+        self._copies = _HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._is_first = True
+
+    def save(self, iteration: int, chunks: Sequence[Chunk], state: TrainingState) -> None:
+        """Write a checkpoint, or begin to.
+
+        Raises:
+            CheckpointError: this save, or the one before in the background, failed on some rank. The checkpoint that
+                latest_checkpointed_iteration.txt names is untouched.
+        """
+        self.wait()
+        boxes = self._boxes(chunks, state)
+        info = self._info(iteration, state)
+        records = list(state.records)
+        if not self._config.checkpoint.async_save:
+            self._write(boxes, info, records)
+            return
+        boxes = self._copies.take(boxes)
+
+        def write() -> None:
+            try:
+                self._write(boxes, info, records)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed here; the next call of `wait` raises its error."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Wait until no save is going on.
+
+        Raises:
+            CheckpointError: it failed on some rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _boxes(self, chunks: Sequence[Chunk], state: TrainingState) -> list[Box]:
+        """What this rank writes. What all data-parallel replicas have is divided among them."""
+        shared, own = model_boxes(chunks), []
+        if state.optimizer is not None:
+            distributed = self._config.optimizer.use_distributed_optimizer
+            (own if distributed else shared).extend(optimizer_boxes(state.optimizer, chunks))
+            own += random_boxes(random_state(), self._parallel)
+        return own + share_of(shared, self._parallel.dp_rank, self._parallel.dp_size)
+
+    def _info(self, iteration: int, state: TrainingState) -> CheckpointInfo:
+        trainer = dict(state.trainer)
+        if state.optimizer is not None:
+            trainer |= {"optimizer_steps": optimizer_steps(state.optimizer), "scheduler": state.scheduler.state_dict()}
+        return CheckpointInfo(
+            path=folders.iteration_dir(self._root, iteration),
+            iteration=iteration,
+            stage=self._config.stage,
+            head=self._head,
+            architecture=architecture(self._config.model),
+            tokenizer_type=self._config.tokenizer.tokenizer_type,
+            stage_state=state.stage,
+            trainer_state=trainer,
+            has_optimizer=state.optimizer is not None,
+            bf16=self._config.model.bf16,
+            layout=self._parallel.layout,
+        )
+
+    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
+        """Write, sync and publish; each part only where the one before went well on all ranks."""
+        partial = folders.partial_dir(self._root, info.iteration)
+        parallel = self._parallel
+        first, self._is_first = self._is_first, False
+
+        def begin() -> None:
+            if first:
+                folders.remove_leftovers(self._root)
+            partial.mkdir(parents=True)
+
+        def write() -> None:
+            write_boxes(boxes, partial, self._group)
+            if parallel.leads_replica:
+                folders.write_records(partial, parallel.dp_rank, records)
+
+        def finish() -> None:
+            self._tokenizer.save(partial / "tokenizer")
+            save_config(self._config, partial / "config.yaml")
+            info.write(partial)
+            sync_tree(partial)
+            folders.publish(self._root, info.iteration)
+            if self._config.checkpoint.keep_latest:
+                folders.keep_latest(self._root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
+
+        self._on_all(info, begin if parallel.is_writer else None)
+        self._on_all(info, write)
+        self._on_all(info, finish if parallel.is_writer else None)
+        log.info("saved %s", info.path)
+
+    def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
+        """Do this rank's part, then raise on all ranks what failed on any."""
+        error = None
+        try:
+            if action is not None:
+                action()
+        except CheckpointError as failed:
+            error = str(failed)
+        except Exception as failed:
+            error = f"rank {self._parallel.rank}: {type(failed).__name__}: {failed}"
+        errors = [error]
+        if self._parallel.world_size > 1:
+            errors = [None] * self._parallel.world_size
+            dist.all_gather_object(errors, error, group=self._group)
+        found = "; ".join(dict.fromkeys(e for e in errors if e))
+        if found:
+            raise CheckpointError(
+                f"iteration {info.iteration} could not be saved to {self._root}: {found}. What "
+                f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
+            )
+
+
+class _HostCopies:
+    """Copies of boxes in host memory, which training cannot change; the memory is kept for the next save."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    def take(self, boxes: Sequence[Box]) -> list[Box]:
+        copies = []
+        for box in boxes:
+            place = (box.key, box.offset, box.data.shape, box.data.dtype)
+            buffer = self._buffers.get(place)
+            if buffer is None:
+                buffer = torch.empty(box.data.shape, dtype=box.data.dtype, pin_memory=box.data.is_cuda)
+                self._buffers[place] = buffer
+            buffer.copy_(box.data, non_blocking=True)
+            copies.append(Box(key=box.key, shape=box.shape, offset=box.offset, data=buffer))
+        torch.cuda.synchronize()
+        return copies

@@ -1,0 +1,195 @@
+"""What of a model, an optimizer and the random generators is stored, and under which global names.
+
+Names hold no trace of the layout: layer numbers are those of the whole model, shapes those of whole tensors without the
+padding of the vocabulary, and the optimizer's state is named after the weight it belongs to, whether or not it is
+distributed over replicas.
+"""
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_brain.checkpointing.boxes import Box, range_boxes
+from megatron_brain.models.initialize import sharded_tensors
+from megatron_brain.models.provider import Chunk
+from megatron_brain.runtime.parallel import Parallel
+
+_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of a global tensor that lies in one piece inside of a parameter, from its flat element `start` on."""
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    data: Tensor
+    start: int = 0
+
+
+def model_boxes(chunks: Sequence[Chunk]) -> list[Box]:
+    """The weights of this rank's chunks, written through."""
+    return [
+        Box(key=block.key, shape=block.shape, offset=block.offset, data=block.data)
+        for chunk in chunks
+        for block in _blocks(chunk)
+    ]
+
+
+@torch.no_grad()
+def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
+    """Set the rows that pad the vocabulary, which no checkpoint holds."""
+    for chunk in chunks:
+        for sharded in sharded_tensors(chunk):
+            if sharded.key.endswith(_VOCABULARY):
+                sharded.data[max(0, chunk.true_vocab_size - sharded.global_offset[0]) :].zero_()
+
+
+def optimizer_boxes(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> list[Box]:
+    """Adam's moments and, in mixed precision, the float32 weights, as far as this rank has them, written through.
+
+    Moments that are not there yet, before the first step, are made as zeros.
+    """
+    boxes = []
+    blocks_by_parameter = [found for chunk in chunks for found in _blocks_by_parameter(chunk)]
+    for part in _parts(optimizer):
+        owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
+        for parameter, blocks in blocks_by_parameter:
+            main, start, end = _held(part, parameter)
+            if id(main) not in owned:
+                continue
+            for name, flat in _states(part, parameter, main):
+                for block in blocks:
+                    boxes += _cut(block, f"optimizer.{name}.{block.key}", flat, start, end)
+    return boxes
+
+
+def optimizer_steps(optimizer: MegatronOptimizer) -> int:
+    """Updates Adam has counted; 0 on a rank that holds none of the weights."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                return int(group["step"])
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                return int(state["step"])
+    return 0
+
+
+def set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Set Adam's count of updates: a fused Adam keeps it with each group, torch's with each weight."""
+    for part in _parts(optimizer):
+        keeps_by_weight = isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        for group in part.optimizer.param_groups:
+            if not keeps_by_weight:
+                group["step"] = steps
+                continue
+            for weight in group["params"]:
+                device = weight.device if group.get("fused") or group.get("capturable") else "cpu"
+                part.optimizer.state[weight]["step"] = torch.tensor(float(steps), device=device)
+
+
+def random_boxes(state: dict[str, Tensor], parallel: Parallel) -> list[Box]:
+    """One row per rank of every random generator's state, written through."""
+    sizes = (parallel.pp_size, parallel.tp_size, parallel.dp_size)
+    place = (parallel.pp_rank, parallel.tp_rank, parallel.dp_rank)
+    return [
+        Box(key=f"random.{name}", shape=(*sizes, len(value)), offset=(*place, 0), data=value.view(1, 1, 1, -1))
+        for name, value in state.items()
+    ]
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    # A part without parameters, as of a pipeline stage without them, has no optimizer inside.
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
+
+
+def _blocks(chunk: Chunk) -> list[_Block]:
+    """Every weight of a chunk in blocks, its padding rows of the vocabulary cut off."""
+    blocks = []
+    for sharded in sharded_tensors(chunk):
+        prepended = sharded.prepend_axis_num
+        shape, offset = list(sharded.global_shape[prepended:]), tuple(sharded.global_offset[prepended:])
+        data = sharded.data.detach()
+        if sharded.key.endswith(_VOCABULARY):
+            shape[0] = chunk.true_vocab_size
+            data = data[: max(0, shape[0] - offset[0])]
+        if data.numel():
+            blocks.append(_Block(_name(sharded), tuple(shape), offset, tuple(data.shape), data))
+    return blocks
+
+
+def _name(sharded: ShardedTensor) -> str:
+    """The global name, with the layer's number where megatron-core makes it an axis of its own."""
+    if not sharded.prepend_axis_num:
+        return sharded.key
+    assert sharded.prepend_axis_num == 1 and "layers." in sharded.key, f"unknown stacking of {sharded.key}"
+    return sharded.key.replace("layers.", f"layers.{sharded.global_offset[0]}.", 1)
+
+
+def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Tensor, list[_Block]]]:
+    """Each parameter with the blocks that lie in it, told by their place in memory."""
+    parameters = sorted(
+        {id(p): p for p in chunk.parameters() if p.requires_grad}.values(), key=lambda parameter: parameter.data_ptr()
+    )
+    starts = [parameter.data_ptr() for parameter in parameters]
+    found: dict[int, list[_Block]] = {i: [] for i in range(len(parameters))}
+    for block in _blocks(chunk):
+        index = bisect.bisect_right(starts, block.data.data_ptr()) - 1
+        parameter = parameters[index]
+        start = (block.data.data_ptr() - starts[index]) // parameter.element_size()
+        inside = start >= 0 and start + block.data.numel() <= parameter.numel() and block.data.is_contiguous()
+        assert inside, f"{block.key} does not lie in one piece inside of a parameter"
+        found[index].append(_Block(block.key, block.shape, block.offset, block.size, block.data, start))
+    for index, parameter in enumerate(parameters):
+        yield parameter, found[index]
+
+
+def _held(part: MegatronOptimizer, parameter: Tensor) -> tuple[Tensor | None, int, int]:
+    """The float32 tensor that Adam updates for a parameter, and which of its flat elements [start, end) that is."""
+    if not isinstance(part, DistributedOptimizer):
+        return getattr(parameter, "main_param", parameter), 0, parameter.numel()
+    if parameter not in part.model_param_group_index_map:
+        return None, 0, 0
+    group, place = part.model_param_group_index_map[parameter]
+    piece = part._get_model_param_range_map(parameter)["param"]
+    return part.optimizer.param_groups[group]["params"][place], piece.start, piece.end
+
+
+def _states(part: MegatronOptimizer, parameter: Tensor, main: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Name and flat values of what the optimizer has for a weight."""
+    if main.dtype != parameter.dtype:
+        yield "fp32_param", main.detach().view(-1)
+    state = part.optimizer.state[main]
+    for name in _MOMENTS:
+        if name not in state:
+            state[name] = torch.zeros_like(main, dtype=torch.float32, memory_format=torch.contiguous_format).detach()
+        yield name, state[name].view(-1)
+
+
+def _cut(block: _Block, key: str, flat: Tensor, start: int, end: int) -> Iterator[Box]:
+    """Boxes of a block of which `flat` holds the parameter's elements [start, end)."""
+    first = max(start, block.start)
+    last = min(end, block.start + math.prod(block.size))
+    if first >= last:
+        return
+    place = first - start
+    for offset, size in range_boxes(block.size, first - block.start, last - block.start):
+        count = math.prod(size)
+        yield Box(
+            key=key,
+            shape=block.shape,
+            offset=tuple(a + b for a, b in zip(block.offset, offset, strict=True)),
+            data=flat[place : place + count].view(size),
+        )
+        place += count

@@ -1,0 +1,50 @@
+"""The error a rank ends with when a collective fails because another process or node is gone."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+class LostPeerError(RuntimeError):
+    """Another rank ended, or cannot be reached; the cause is the library's own error."""
+
+
+@contextlib.contextmanager
+def explained(timeout_minutes: int) -> Iterator[None]:
+    """Raise a failed collective again as one that names the operation and the cure.
+
+    Args:
+        timeout_minutes: --distributed-timeout-minutes of the run.
+
+    Raises:
+        LostPeerError: from the library's error; other errors pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise LostPeerError(
+            f"lost contact with another rank in {_operation(error)}: that rank ended, or its node did not answer "
+            f"within --distributed-timeout-minutes {timeout_minutes}. Its own output may say why. Start all nodes "
+            "again with the same command and --auto-resume to go on from the latest checkpoint."
+        ) from error
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """torch.distributed's own errors; gloo raises plain RuntimeErrors that begin with the file they come from."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _operation(error: RuntimeError) -> str:
+    """`all_reduce, called in any_rank (megatron_brain/runtime/parallel.py:73)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    caller = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents][-1]
+    # The innermost public function: a collective's name, or the library's function that waited for a transfer.
+    name = [frame.name for frame in frames if not frame.name.startswith("_")][-1]
+    return f"{name}, called in {caller.name} ({Path(caller.filename).relative_to(_PACKAGE.parent)}:{caller.lineno})"

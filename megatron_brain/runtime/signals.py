@@ -1,0 +1,52 @@
+"""Signals and the time limit that end a run early, with its work saved.
+
+SIGTERM (a job preempted or cancelled) and SIGUSR1 (Slurm's usual warning before the time limit) only leave a note. The
+training loop reads it after every step, where all ranks can agree to save and stop: `Trainer._asked_to_stop`.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# A process has one set of handlers and one start: so does this module. `__main__` imports it before anything slow.
+_started = time.monotonic()
+_received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Within the context a stop signal is noted, however often it comes, and does nothing else.
+
+    Main thread only. The handlers of before are put back at the end.
+    """
+    global _received
+    before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        # System calls of a save or a collective go on after the signal instead of failing with EINTR.
+        signal.siginterrupt(number, False)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _received = None
+
+
+def received() -> signal.Signals | None:
+    """The first stop signal this process got within `noted`, None outside."""
+    return _received
+
+
+def minutes_since_start() -> float:
+    """Minutes since this process started."""
+    return (time.monotonic() - _started) / 60
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _received is None:
+        _received = signal.Signals(number)

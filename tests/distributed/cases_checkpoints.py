@@ -1,0 +1,140 @@
+"""Checkpoints hold the same whatever layout wrote them, go on at any other, and exactly at the same one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed.cases_brain import brain_flags
+from distributed.cases_stages import random_start
+from distributed.world import Context, Layout
+
+STEPS = 3
+MORE = 2
+_KINDS = ([], ["--use-distributed-optimizer"])
+_ROUND = ["--refresh-interval", "2"]
+
+
+def case_any_layout_reads_what_any_wrote(layout: Layout, context: Context) -> None:
+    """Contents equal those of one process; each layout also goes on from what the layout before it wrote, with the
+    other kind of optimizer."""
+    for kind in _KINDS:
+        _pass_on("sft", layout, context, *random_start(context), *kind)
+
+
+def case_a_round_goes_on_at_another_layout(layout: Layout, context: Context) -> None:
+    """Saved in the middle of a round, whose rollouts come along."""
+    _pass_on("brain", layout, context, *brain_flags(context), *_ROUND)
+
+
+def case_a_resumed_run_is_bit_for_bit_one_that_never_stopped(layout: Layout, context: Context) -> None:
+    """With dropout, saving while training goes on; in one process stopped after every step."""
+    stops = range(1, STEPS + MORE) if context.world_size == 1 else [STEPS]
+    distributed = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    extra = [*random_start(context), "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+    _stop_and_go_on("sft", stops, layout, context, *extra, *(distributed if layout.pp == 1 else []))
+    _stop_and_go_on("brain", stops, layout, context, *brain_flags(context), *_ROUND)
+
+
+def _pass_on(stage: str, layout: Layout, context: Context, *flags: str) -> None:
+    """Train and save, compare what was saved, then go on from the checkpoint saved before this one."""
+    places = context.shared / f"{stage}_checkpoints.jsonl"
+    before = json.loads(places.read_text().splitlines()[-1]) if places.exists() else None
+    name = f"{context.world_size}_{layout.name}{'_distributed' if '--use-distributed-optimizer' in flags else ''}"
+    path = context.shared / f"{stage}_checkpoints" / name
+    trainer = _open(stage, layout, context, *flags, "--save", str(path))
+    made = _steps(trainer, STEPS)
+    trainer.save()
+    first = before["first"] if before else str(path)
+    if torch.distributed.get_rank() == 0:
+        with places.open("a") as file:
+            file.write(json.dumps({"path": str(path), "first": first}) + "\n")
+    _expect_same_contents(path, Path(first))
+    made += _steps(trainer, MORE)
+    uninterrupted = context.reference(f"{stage}_uninterrupted", made)
+    assert _flat(made) == pytest.approx(_flat(uninterrupted), rel=1e-5)
+    if before is None:
+        return
+    prior = ["--prior-load", str(context.shared / "prior")] if stage == "brain" else []
+    kept = [flag for flag in flags if flag != "--finetune"]
+    resumed = _steps(_open(stage, layout, context, *kept, "--load", before["path"], *prior), MORE)
+    assert _flat(resumed) == pytest.approx(_flat(uninterrupted[STEPS:]), rel=1e-5), f"from {before['path']}"
+
+
+def _stop_and_go_on(stage: str, stops, layout: Layout, context: Context, *flags: str) -> None:
+    root = context.shared / f"{stage}_exact_{context.world_size}_{layout.name}"
+    whole = _open(stage, layout, context, *flags, "--async-save", "--save", str(root / "whole"))
+    expected = []
+    for _ in range(STEPS + MORE):
+        expected += _steps(whole, 1)
+        if whole.iteration in (*stops, STEPS + MORE):
+            whole.save()
+    whole.finish_saving()
+    prior = ["--prior-load", str(context.shared / "prior")] if stage == "brain" else []
+    kept = [flag for flag in flags if flag != "--finetune"]
+    for stop in stops:
+        start, end = root / "whole" / f"iter_{stop:07d}", root / f"from_{stop}"
+        resumed = _open(stage, layout, context, *kept, "--load", str(start), *prior, "--save", str(end))
+        assert _steps(resumed, STEPS + MORE - stop) == expected[stop:], f"stopped after step {stop}"
+        resumed.save()
+        _expect_same_contents(end, root / "whole", exactly=True)
+
+
+def _open(stage: str, layout: Layout, context: Context, *extra: str):
+    from megatron_brain.config.loader import load_config
+    from megatron_brain.stages import brain, sft
+    from megatron_brain.training.run import open_run
+    from megatron_brain.training.trainer import Trainer
+
+    data = {"sft": "sft.jsonl", "brain": "prompts.jsonl"}[stage]
+    flags = [
+        *("--train-data", str(context.assets / data), "--seq-length", "64", "--train-iters", str(STEPS + MORE)),
+        *("--global-batch-size", "8", "--micro-batch-size", "1", "--lr", "1e-3", "--lr-warmup-iters", "1"),
+        *("--no-progress", *layout.flags(), *extra),
+    ]
+    run = open_run(load_config(stage, flags))
+    return Trainer(run, (sft.SFTStage if stage == "sft" else brain.BrainStage)(run))
+
+
+def _steps(trainer, count: int) -> list[list[float]]:
+    """Loss, gradient norm and learning rate of each step."""
+    made = []
+    for _ in range(count):
+        metrics = trainer.step(trainer.stage.micro_batches(trainer))
+        trainer.stage.after_step(trainer, metrics)
+        made.append([metrics[name] for name in ("loss", "grad_norm", "lr")])
+    return made
+
+
+def _flat(steps: list[list[float]]) -> list[float]:
+    return [number for step in steps for number in step]
+
+
+def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False) -> None:
+    """The same tensors and the same JSON, whoever wrote them. Random states belong to a layout."""
+    from megatron_brain.checkpointing import read_info, read_records
+    from megatron_brain.checkpointing.storage import read_tensors
+
+    infos = [read_info(path) for path in (actual, expected)]
+    mine, theirs = (
+        {name: tensor for name, tensor in read_tensors(info.path).items() if exactly or not name.startswith("random.")}
+        for info in infos
+    )
+    assert mine.keys() == theirs.keys()
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in mine)
+    for name, tensor in mine.items():
+        assert tensor.shape == theirs[name].shape, name
+        if exactly:
+            assert torch.equal(tensor, theirs[name]), name
+        else:
+            error = (tensor.double() - theirs[name].double()).norm() / theirs[name].double().norm().clamp(min=1e-30)
+            assert error < 1e-5, f"{name}: relative difference {error:.1e}"
+    for name in ("optimizer_steps", "scheduler", *(["guard"] if exactly else [])):
+        assert infos[0].trainer_state[name] == infos[1].trainer_state[name]
+    assert infos[0].stage_state == infos[1].stage_state
+    rounds = [sorted(read_records(info), key=lambda record: record["index"]) for info in infos]
+    tokens = [[[r["tokens"] for r in record["responses"]] for record in records] for records in rounds]
+    assert tokens[0] == tokens[1]
+    if exactly:
+        assert rounds[0] == rounds[1]

@@ -1,0 +1,117 @@
+"""Boxes in files: read as any boxes, and never more executed than tensors need."""
+
+import pickle
+
+import pytest
+import torch
+
+from megatron_brain.checkpointing.boxes import Box
+from megatron_brain.checkpointing.storage import (
+    CheckpointError,
+    read_boxes,
+    read_metadata,
+    read_tensors,
+    write_boxes,
+)
+from megatron_brain.config.errors import ConfigError
+
+
+def box(key, data, *, shape=None, offset=None):
+    return Box(key=key, shape=shape or tuple(data.shape), offset=offset or (0,) * data.dim(), data=data)
+
+
+@pytest.fixture
+def folder(single, tmp_path):
+    """A matrix in three uneven boxes, one of them a view of something larger, and a bf16 vector."""
+    whole = torch.arange(24.0).view(6, 4)
+    boxes = [
+        box("matrix", whole[1:2, 2:], shape=(6, 4), offset=(1, 2)),
+        box("matrix", whole[2:], shape=(6, 4), offset=(2, 0)),
+        box("matrix", whole[:1], shape=(6, 4), offset=(0, 0)),
+        box("matrix", whole[1:2, :2].clone(), shape=(6, 4), offset=(1, 0)),
+        box("vector", torch.tensor([1.0, 2.5], dtype=torch.bfloat16)),
+    ]
+    write_boxes(boxes, tmp_path, single.host_group())
+    return tmp_path
+
+
+def test_boxes_are_read_in_another_division_and_precision(folder):
+    left, right = torch.zeros(6, 1), torch.zeros(6, 3, dtype=torch.float64)
+    vector = torch.zeros(2)
+    read_boxes(
+        [box("matrix", left, shape=(6, 4)), box("matrix", right, shape=(6, 4), offset=(0, 1)), box("vector", vector)],
+        folder,
+    )
+    assert torch.equal(torch.cat([left, right], dim=1), torch.arange(24.0, dtype=torch.float64).view(6, 4))
+    assert vector.tolist() == [1.0, 2.5]
+
+
+def test_whole_tensors_are_read_by_one_process(folder):
+    tensors = read_tensors(folder)
+    assert torch.equal(tensors["matrix"], torch.arange(24.0).view(6, 4))
+    assert tensors["vector"].dtype == torch.bfloat16
+    assert list(read_tensors(folder, "vec")) == ["vector"]
+
+
+def test_what_is_missing_or_of_another_shape_is_named(folder):
+    with pytest.raises(ConfigError, match="has no absent"):
+        read_boxes([box("absent", torch.zeros(1))], folder)
+    with pytest.raises(ConfigError, match=r"matrix has shape \(6, 4\), needed is \(5, 4\)"):
+        read_boxes([box("matrix", torch.zeros(5, 4))], folder)
+
+
+def test_a_damaged_file_is_an_error_that_names_the_folder(folder):
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{folder.name} cannot be read: rank 0"):
+        read_boxes([box("matrix", torch.zeros(6, 4))], folder)
+
+
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, proof):
+        self._proof = proof
+
+    def __reduce__(self):
+        return open, (str(self._proof), "w")
+
+
+@pytest.mark.parametrize("hide", [lambda attack: attack, lambda attack: {"state_dict_metadata": [attack]}])
+def test_a_metadata_file_cannot_run_code(folder, tmp_path, hide):
+    proof = tmp_path / "proof"
+    attack = pickle.dumps(hide(Attack(proof)))
+    pickle.loads(attack)
+    assert proof.exists(), "the attack works on a plain unpickler"
+    proof.unlink()
+    (folder / ".metadata").write_bytes(attack)
+    for read in (lambda: read_metadata(folder), lambda: read_boxes([box("matrix", torch.zeros(6, 4))], folder)):
+        with pytest.raises(ConfigError, match=r"nothing of it was loaded: it asks for io\.open"):
+            read()
+    assert not proof.exists()
+
+
+def test_a_tensor_file_cannot_run_code(folder, tmp_path):
+    proof = tmp_path / "proof"
+    metadata = read_metadata(folder)
+    (place,) = [info for index, info in metadata.storage_data.items() if index.fqn == "vector"]
+    payload = tmp_path / "payload"
+    torch.save(Attack(proof), payload)
+    torch.load(payload, weights_only=False)
+    assert proof.exists(), "the attack works on an unrestricted torch.load"
+    proof.unlink()
+    place.offset, place.length = 0, payload.stat().st_size
+    (folder / place.relative_path).write_bytes(payload.read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
+        read_boxes([box("vector", torch.zeros(2))], folder)
+    assert not proof.exists()
+
+
+def test_a_metadata_file_of_something_else_is_refused(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ConfigError, match="holds a dict, not a list of tensors"):
+        read_metadata(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(ConfigError, match=r"has no \.metadata"):
+        read_metadata(folder)
