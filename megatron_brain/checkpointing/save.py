@@ -67,7 +67,7 @@ class CheckpointSaver:
         protected: Sequence[Path] = (),
     ) -> None:
         self._config, self._parallel, self._tokenizer, self._head = config, parallel, tokenizer, head
-        self._root = Path(root)
+        self.root = Path(root)
         self._protected = tuple(protected)
         # Of its own: a save in the background must not meet the collectives of training.
         self._group = parallel.host_group()
@@ -83,6 +83,8 @@ class CheckpointSaver:
             CheckpointError: this save, or the one before in the background, failed on some rank. The checkpoint that
                 latest_checkpointed_iteration.txt names is untouched.
         """
+        if self.in_progress:
+            log.warning("waiting for the checkpoint before, which is still being written: saves follow too fast")
         self.wait()
         boxes = self._boxes(chunks, state)
         info = self._info(iteration, state)
@@ -100,6 +102,11 @@ class CheckpointSaver:
 
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a save in the background goes on here."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
@@ -133,7 +140,7 @@ class CheckpointSaver:
         if state.optimizer is not None:
             trainer |= {"optimizer_steps": optimizer_steps(state.optimizer), "scheduler": state.scheduler.state_dict()}
         return CheckpointInfo(
-            path=folders.iteration_dir(self._root, iteration),
+            path=folders.iteration_dir(self.root, iteration),
             iteration=iteration,
             stage=self._config.stage,
             head=self._head,
@@ -148,13 +155,13 @@ class CheckpointSaver:
 
     def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
         """Write, sync and publish; each part only where the one before went well on all ranks."""
-        partial = folders.partial_dir(self._root, info.iteration)
+        partial = folders.partial_dir(self.root, info.iteration)
         parallel = self._parallel
         first, self._is_first = self._is_first, False
 
         def begin() -> None:
             if first:
-                folders.remove_leftovers(self._root)
+                folders.remove_leftovers(self.root)
             partial.mkdir(parents=True)
 
         def write() -> None:
@@ -167,9 +174,9 @@ class CheckpointSaver:
             save_config(self._config, partial / "config.yaml")
             info.write(partial)
             sync_tree(partial)
-            folders.publish(self._root, info.iteration)
+            folders.publish(self.root, info.iteration)
             if self._config.checkpoint.keep_latest:
-                folders.keep_latest(self._root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
+                folders.keep_latest(self.root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
 
         self._on_all(info, begin if parallel.is_writer else None)
         self._on_all(info, write)
@@ -193,7 +200,7 @@ class CheckpointSaver:
         found = "; ".join(dict.fromkeys(e for e in errors if e))
         if found:
             raise CheckpointError(
-                f"iteration {info.iteration} could not be saved to {self._root}: {found}. What "
+                f"iteration {info.iteration} could not be saved to {self.root}: {found}. What "
                 f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
             )
 

@@ -136,6 +136,7 @@ class Trainer:
             interval = self.config.checkpoint.save_interval
             if done or stopping or (interval and self.iteration % interval == 0):
                 self.save()
+        self.finish_saving()
         return shown
 
     def step(self, micro_batches: Sequence[Sequence[Group]]) -> dict[str, float]:
@@ -183,13 +184,20 @@ class Trainer:
         return metrics
 
     def _asked_to_stop(self) -> bool:
-        """Whether a signal came or the time is up on any rank: all ranks agree, and the log says why."""
+        """Whether a signal came or the time is up on any rank: all ranks agree, and the log says why.
+
+        Raises:
+            CheckpointError: on all ranks, where a save in the background has failed.
+        """
         limit, reason = self.config.training.exit_duration_in_mins, None
         if (signal := signals.received()) is not None:
             reason = signal.name
         elif limit is not None and signals.minutes_since_start() >= limit:
             reason = f"--exit-duration-in-mins {limit:g} is over"
-        (stopping,) = self.parallel.any_rank(reason is not None)
+        save_failed = self._saver is not None and self._saver.failed
+        stopping, save_failed = self.parallel.any_rank(reason is not None, save_failed)
+        if save_failed:
+            self.finish_saving()
         if stopping:
             reasons = enumerate(self.parallel.gather_over_world(reason))
             why = ", ".join(f"{text} (rank {rank})" for rank, text in reasons if text is not None)

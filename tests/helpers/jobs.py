@@ -1,5 +1,6 @@
 """A training run in the background: watch it, signal its processes, read what it left."""
 
+import contextlib
 import json
 import os
 import signal
@@ -104,5 +105,7 @@ class Job:
         if self._process.poll() is None:
             processes = psutil.Process(self._process.pid).children(recursive=True)
             for process in [*processes, self._process]:
-                process.kill()
+                # It may end by itself between the listing and here.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self._process.wait()
