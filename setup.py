@@ -15,10 +15,9 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.20",
-        "psutil",  # megatron-core's checkpointing needs it and does not say so
         "numpy",
         "transformers>=4.51",
-        "datasets>=3.0",
+        "datasets>=4.0",  # earlier ones may run code that a data set brings
         "sentencepiece>=0.2",
         "jinja2>=3.1",
         "safetensors>=0.4",
@@ -27,7 +26,7 @@ setup(
         "rich>=13.0",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "hypothesis>=6.100", "ruff", "trl>=1.0"],
+        "test": ["pytest>=8.0", "hypothesis>=6.100", "psutil", "ruff", "trl>=1.0"],
         "examples": ["gguf>=0.10", "accelerate>=1.0", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
         # NVIDIA Apex is not listed: the package of that name on PyPI is something else.
         "gpu": ["transformer-engine[pytorch]"],

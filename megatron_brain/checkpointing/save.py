@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,7 @@ class CheckpointSaver:
 
     def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
         """Write, sync and publish; each part only where the one before went well on all ranks."""
+        started = time.perf_counter()
         partial = folders.partial_dir(self.root, info.iteration)
         parallel = self._parallel
         first, self._is_first = self._is_first, False
@@ -181,7 +183,7 @@ class CheckpointSaver:
         self._on_all(info, begin if parallel.is_writer else None)
         self._on_all(info, write)
         self._on_all(info, finish if parallel.is_writer else None)
-        log.info("saved %s", info.path)
+        log.info("saved %s in %.1f s", info.path, time.perf_counter() - started)
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
         """Do this rank's part, then raise on all ranks what failed on any."""

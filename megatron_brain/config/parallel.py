@@ -20,7 +20,8 @@ class ParallelConfig:
     """Split norms and dropout along the sequence over the tensor-parallel processes."""
 
     distributed_timeout_minutes: int = 10
-    """A collective that waits longer than this fails instead of hanging."""
+    """A collective that waits longer than this fails instead of hanging; a rank's part of a checkpoint must be written
+    in this time."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -105,7 +105,7 @@ def _load_hf(directory: str | Path, head: Head, tokenizer: Tokenizer) -> nn.Modu
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if head == "policy" else AutoModelForSequenceClassification
-    hf = auto.from_pretrained(directory, trust_remote_code=False)
+    hf = auto.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
     if hf.config.pad_token_id is None:
         hf.config.pad_token_id = tokenizer.pad_id
     return hf

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.runtime import cpu_backend
 
-_HOST_TIMEOUT = datetime.timedelta(hours=2)
 _host_group: dist.ProcessGroup | None = None
 
 
@@ -34,6 +33,7 @@ class Parallel:
     pp_size: int
     dp_rank: int
     dp_size: int
+    timeout: datetime.timedelta
 
     @property
     def is_first_stage(self) -> bool:
@@ -79,8 +79,7 @@ class Parallel:
         """A gloo group of all ranks for what goes on beside training, made once. All ranks must call it."""
         global _host_group
         if _host_group is None:
-            # Ranks that write much wait for each other longer than a collective of training may.
-            _host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+            _host_group = dist.new_group(backend="gloo", timeout=self.timeout)
         return _host_group
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
@@ -141,6 +140,7 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
         pp_size=groups.pp.size(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
+        timeout=timeout,
     )
     random.seed(seed)
     numpy.random.seed(seed)

@@ -85,6 +85,7 @@ class Trainer:
         self._chunks = run.build_model(stage.head)
         self._weights_in_shards = False
         self.iteration = 0
+        self._validated_at: int | None = None
         self._started_from = None if run.start_from is None else str(run.start_from.path)
         if run.start_from is not None and not run.resuming:
             load_weights(run.start_from, self._chunks, head=stage.head)
@@ -120,20 +121,19 @@ class Trainer:
             self.logger.close()
 
     def _train(self) -> dict[str, float]:
-        settings, stage = self.config.training, self.stage
-        last = stage.train_iters
+        last, interval = self.stage.train_iters, self.config.checkpoint.save_interval
         shown: dict[str, float] = {}
         stopping = self._asked_to_stop()
-        if self.iteration == 0 and not stopping:
+        # Also the validation that a run which was asked to stop left out.
+        if self._validation_is_due() and not stopping:
             shown |= self._validate()
         while self.iteration < last and not stopping:
             shown |= self._logged_step()
             done = self.iteration == last
             stopping = not done and self._asked_to_stop()
-            # A run asked to stop has little time left: it saves first of all, and validates no more.
-            if done or (not stopping and settings.eval_interval and self.iteration % settings.eval_interval == 0):
+            # A run asked to stop has little time left: it saves first of all, and validates when it is resumed.
+            if self._validation_is_due() and not stopping:
                 shown |= self._validate()
-            interval = self.config.checkpoint.save_interval
             if done or stopping or (interval and self.iteration % interval == 0):
                 self.save()
         self.finish_saving()
@@ -205,7 +205,15 @@ class Trainer:
             log.warning("stopping at iteration %d: %s%s", self.iteration, why, unsaved)
         return stopping
 
+    def _validation_is_due(self) -> bool:
+        if self._validated_at == self.iteration:
+            return False
+        interval = self.config.training.eval_interval
+        at_an_end = self.iteration in (0, self.stage.train_iters)
+        return at_an_end or (interval is not None and self.iteration % interval == 0)
+
     def _validate(self) -> dict[str, float]:
+        self._validated_at = self.iteration
         metrics = {f"validation/{name}": value for name, value in self.stage.validate(self).items()}
         if metrics:
             self.logger.log(self.iteration, metrics)
@@ -240,7 +248,11 @@ class Trainer:
         if self._saver is None:
             return
         state = TrainingState(
-            trainer={"guard": self.guard.state_dict(), "started_from": self._started_from},
+            trainer={
+                "guard": self.guard.state_dict(),
+                "started_from": self._started_from,
+                "validated_at": self._validated_at,
+            },
             stage=self.stage.state_dict(),
             records=self.stage.records(),
         )
@@ -282,5 +294,6 @@ class Trainer:
         )
         self.guard.load_state_dict(info.trainer_state["guard"])
         self._started_from = info.trainer_state["started_from"]
+        self._validated_at = info.trainer_state["validated_at"]
         self.stage.load_state_dict(info.stage_state, read_records(info))
         self.iteration = info.iteration

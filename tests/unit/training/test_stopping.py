@@ -15,11 +15,14 @@ from megatron_brain.training.trainer import Trainer
 class Loop(Trainer):
     """The loop alone, noting what it does; `during` is called within a step."""
 
-    def __init__(self, single, *, save="runs", iteration=0, during=lambda iteration: None, **training):
+    def __init__(
+        self, single, *, save="runs", iteration=0, validated_at=None, during=lambda iteration: None, **training
+    ):
         self.config = SimpleNamespace(
             training=TrainingConfig(eval_interval=2, **training), checkpoint=CheckpointConfig(save=save)
         )
         self.parallel, self.stage, self.iteration = single, SimpleNamespace(train_iters=6), iteration
+        self._validated_at, self._saver = validated_at, None
         self.done, self._during = [], during
 
     def _logged_step(self):
@@ -29,6 +32,7 @@ class Loop(Trainer):
         return {}
 
     def _validate(self):
+        self._validated_at = self.iteration
         self.done.append("validate")
         return {}
 
@@ -60,6 +64,37 @@ def test_a_signal_ends_the_run_after_the_current_step_with_one_save_and_no_valid
     assert "nothing is saved" not in caplog.text
 
 
+def test_a_resumed_run_makes_up_for_the_validation_that_was_left_out_and_for_no_other(single):
+    late = Loop(single, iteration=4, validated_at=2)
+    late._train()
+    assert late.done == ["validate", "step", "step", "validate", "save"]
+    timely = Loop(single, iteration=4, validated_at=4)
+    timely._train()
+    assert timely.done == ["step", "step", "validate", "save"]
+    ended = Loop(single, iteration=6, validated_at=6)
+    ended._train()
+    assert ended.done == []
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_after_the_step(single):
+    class Failed:
+        failed = True
+
+    class Ended(Exception):
+        pass
+
+    loop = Loop(single, validated_at=0)
+    loop._saver = Failed()
+
+    def raise_its_error():
+        raise Ended
+
+    loop.finish_saving = raise_its_error
+    with pytest.raises(Ended):
+        loop._train()
+    assert loop.done == []
+
+
 def test_a_signal_before_the_loop_ends_the_run_before_its_first_step_and_saves_nothing_new(single):
     loop = Loop(single, iteration=0)
     with signals.noted():
@@ -86,7 +121,13 @@ def test_the_time_limit_counts_from_the_start_of_the_process(single, monkeypatch
         monkeypatch.setattr(signals, "_started", time.monotonic() - seconds_ago)
 
     started(seconds_ago=30)
-    loop = Loop(single, iteration=2, during=lambda i: i == 4 and started(seconds_ago=61), exit_duration_in_mins=1.0)
+    loop = Loop(
+        single,
+        iteration=2,
+        validated_at=2,
+        during=lambda i: i == 4 and started(seconds_ago=61),
+        exit_duration_in_mins=1.0,
+    )
     loop._train()
     assert loop.done == ["step", "step", "save"]
     assert "stopping at iteration 4: --exit-duration-in-mins 1 is over (rank 0)" in caplog.text
