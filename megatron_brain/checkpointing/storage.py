@@ -131,7 +131,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _failures(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items()))
+    return "; ".join(f"rank {rank}: {_in_words(e)}" for rank, (e, _) in sorted(error.failures.items()))
+
+
+def _in_words(error: BaseException) -> str:
+    # What torch.save makes of a write that the file system refuses.
+    refused = " (a write was refused: is the disk full?)" if "inline_container" in str(error) else ""
+    return f"{type(error).__name__}: {error}{refused}"
 
 
 def _by_key(boxes: Iterable[Box]) -> dict[str, list[Box]]:

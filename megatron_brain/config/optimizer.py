@@ -45,7 +45,8 @@ class OptimizerConfig:
     """Reduce gradients over data-parallel processes while the backward pass goes on."""
 
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass goes on; needs the two settings above."""
+    """Gather updated weights while the next forward pass goes on; needs --overlap-grad-reduce and
+    --use-distributed-optimizer."""
 
     ddp_bucket_size: int | None = None
     """Parameters reduced or gathered together; unset: megatron-core's max(40 million, 1 million x replicas)."""

@@ -1,4 +1,7 @@
-"""BRAIn at every layout: both ways to the gradient, groups larger than a micro-batch, every source of responses."""
+"""BRAIn with everything around its updates: sampling and scoring, every source of responses, groups that are cut.
+
+The updates alone, on given rollouts, are in the matrix.
+"""
 
 import json
 import random
@@ -6,28 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.assets import SIZES
 
-from distributed.cases_stages import expect_equal, save_start, train
-from distributed.world import Context, Layout
+from distributed.matrix import drifted_rollouts
+from distributed.runs import expect_equal, flags_of, open_trainer, start, train
+from distributed.world import Context, Layout, at
 
 BUDGET = 48
+
+small_worlds = at(lambda layout: layout.size <= 4)
+# Splitting more than in two changes nothing that the matrix and the rounds do not show.
+halves = at(lambda layout: layout.size <= 4 and max(layout.tp, layout.pp) <= 2)
 
 
 def brain_flags(context: Context) -> list[str]:
     """Checkpoints of a prior and a reward model made by one process, and the flags of a short brain run."""
-    prior, reward = context.shared / "prior", context.shared / "reward"
     return [
-        *("--load", str(prior), "--finetune", "--reward-load", str(reward)),
+        *_start(context),
+        *("--reward-load", str(start("reward", context))),
         *("--samples-per-prompt", "4", "--max-new-tokens", "8", "--prompts-per-round", "16"),
         *("--refresh-interval", "2", "--reward-temperature", "0.05"),
     ]
 
 
+@small_worlds
 def case_a_round_and_its_updates(layout: Layout, context: Context) -> None:
-    if context.world_size == 1:
-        save_start("sft", layout, context, context.shared / "prior")
-        save_start("reward", layout, context, context.shared / "reward")
     rollouts = context.shared / f"rollouts_{context.world_size}_{layout.name}"
     actual = train("brain", layout, context, *brain_flags(context), "--rollout-dir", str(rollouts))
     # The samples and their scores are the same too: round 0 is drawn before any weight has moved.
@@ -39,34 +44,35 @@ def case_a_round_and_its_updates(layout: Layout, context: Context) -> None:
     expect_equal(actual, context.reference("brain", actual))
 
 
+@halves
 def case_every_shape_of_batch_gives_the_same_run(layout: Layout, context: Context) -> None:
     for extra in (
-        ["--no-shared-prefix"],
-        ["--two-pass"],
-        ["--offload-prior", "--offload-reward"],
-        ["--micro-batch-size", "1", "--max-tokens-per-micro-batch", str(BUDGET)],
+        ["--two-pass", "--offload-prior", "--offload-reward"],
         ["--micro-batch-size", "1", "--max-tokens-per-micro-batch", str(BUDGET), "--no-shared-prefix"],
     ):
         actual = train("brain", layout, context, *brain_flags(context), *extra)
-        expect_equal(actual, context.expected("brain"))
+        expect_equal(actual, context.reference("brain", actual))
 
 
+@halves
 def case_static_proposal_and_tempered_samples(layout: Layout, context: Context) -> None:
     extra = ["--no-refresh-proposal", "--temperature", "1.5"]
     actual = train("brain", layout, context, *brain_flags(context), *extra)
     expect_equal(actual, context.reference("brain_static", actual))
 
 
+@halves
 def case_given_pairs_are_dpo(layout: Layout, context: Context) -> None:
     extra = [
         *("--responses", "given", "--alpha", "hard", "--policy-strength", "0.3", "--no-refresh-proposal"),
-        *("--load", str(context.shared / "prior"), "--finetune", "--prompts-per-round", "16"),
+        *(*_start(context), "--prompts-per-round", "16"),
         *("--train-data", str(context.assets / "pairs.jsonl")),
     ]
     actual = train("brain", layout, context, *extra)
     expect_equal(actual, context.reference("given_pairs", actual))
 
 
+@halves
 def case_two_passes_give_the_gradient_of_one(layout: Layout, context: Context) -> None:
     path = context.shared / "drifted.jsonl"
     if context.world_size == 1:
@@ -83,6 +89,7 @@ def case_two_passes_give_the_gradient_of_one(layout: Layout, context: Context) -
             assert error < 1e-6, f"{baseline}, {extra}: gradients differ by {error:.2e} of their norm"
 
 
+@halves
 def case_more_replicas_than_groups(layout: Layout, context: Context) -> None:
     path = context.shared / "few.jsonl"
     if context.world_size == 1:
@@ -94,53 +101,27 @@ def case_more_replicas_than_groups(layout: Layout, context: Context) -> None:
 
 
 def write_drifted_rollouts(path: Path, *, groups: int = 8) -> None:
-    """Groups of 2 to 7 responses, one prompt twice, whose proposal is another distribution than the policy."""
-    rng = random.Random(3)
-    records = []
-    for index in range(groups):
-        prompt = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(3, 20))]
-        responses = []
-        for _ in range(2 + index % 6):
-            tokens = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(1, 20))]
-            near = -5.8 * len(tokens)
-            responses.append(
-                {
-                    "tokens": tokens,
-                    "log_proposal": near + rng.gauss(0, 1),
-                    "log_prior": near + rng.gauss(0, 1),
-                    "reward": rng.gauss(0, 1),
-                }
-            )
-        records.append({"id": f"drifted:{index}", "index": index, "prompt_tokens": prompt, "responses": responses})
-    records[-1]["prompt_tokens"] = records[0]["prompt_tokens"]
+    records = drifted_rollouts(random.Random(3), groups=groups)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def gradients(layout: Layout, context: Context, *extra: str) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss of the first step over all groups, and this rank's reduced gradients."""
-    from megatron_brain.config.loader import load_config
-    from megatron_brain.stages.brain import BrainStage
     from megatron_brain.training.report import reduce_reports
-    from megatron_brain.training.run import open_run
     from megatron_brain.training.schedule import forward_backward, pack_micro_batches
-    from megatron_brain.training.trainer import Trainer
 
-    flags = [
-        *("--seq-length", "64", "--train-iters", "3", "--global-batch-size", "8", "--micro-batch-size", "2"),
-        *("--no-progress", *_start(context), *layout.flags(), *extra),
-    ]
-    run = open_run(load_config("brain", flags))
-    trainer = Trainer(run, BrainStage(run))
-    stage = trainer.stage
-    batches = pack_micro_batches(stage.micro_batches(trainer), run.parallel, shared_prefix=True)
+    flags = ["--train-iters", "3", *_start(context), *extra]
+    trainer = open_trainer("brain", flags_of("brain", layout, context, *flags))
+    stage, parallel = trainer.stage, trainer.parallel
+    batches = pack_micro_batches(stage.micro_batches(trainer), parallel, shared_prefix=True)
     batches = stage.prepare(trainer, batches)
     for chunk in trainer.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     cut = [part for parts in stage._step for part in parts if not part.is_whole]
     assert bool(cut) == ("--max-tokens-per-micro-batch" in extra), "groups are cut where they do not fit, only there"
-    reports = forward_backward(trainer.wrapped, batches, stage.loss, run.parallel)
-    metrics = reduce_reports(reports, run.parallel, mean_names=stage.mean_metrics, max_names=stage.max_metrics)
+    reports = forward_backward(trainer.wrapped, batches, stage.loss, parallel)
+    metrics = reduce_reports(reports, parallel, mean_names=stage.mean_metrics, max_names=stage.max_metrics)
     return metrics["loss"], {
         f"{number}.{name}": parameter.main_grad.clone()
         for number, chunk in enumerate(trainer.chunks)
@@ -157,4 +138,4 @@ def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Te
 
 
 def _start(context: Context) -> list[str]:
-    return ["--load", str(context.shared / "prior"), "--finetune"]
+    return ["--load", str(start("sft", context)), "--finetune"]

@@ -3,7 +3,7 @@
 import pytest
 from helpers.assets import SIZES
 
-from distributed.world import Context, Layout
+from distributed.world import Context, Layout, at
 
 # Ragged, an odd number of tokens in all, and more than one batch of them.
 PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4), (301, 300)]
@@ -49,16 +49,19 @@ def expect_equal(actual: list, expected: list) -> None:
             assert logprob == pytest.approx(their_logprob, abs=1e-4), f"prompt {index}"
 
 
+@at(lambda layout: layout.dp == 1)
 def case_greedy(layout: Layout, context: Context) -> None:
     actual = generate(layout, temperature=0.0)
     expect_equal(actual, context.reference("generation_greedy", actual))
 
 
+@at(lambda layout: layout.dp == 1)
 def case_sampled(layout: Layout, context: Context) -> None:
     actual = generate(layout, temperature=0.8)
     expect_equal(actual, context.reference("generation_sampled", actual))
 
 
+@at(lambda layout: layout.dp == 1)
 def case_sampled_top_k_top_p(layout: Layout, context: Context) -> None:
     actual = generate(layout, temperature=1.2, top_k=40, top_p=0.9)
     expect_equal(actual, context.reference("generation_filtered", actual))

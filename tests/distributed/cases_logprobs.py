@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.world import Context, Layout
+from distributed.world import Context, Layout, at
 from megatron_brain import logprobs
 
 POSITIONS, WIDTH, ROWS, TEMPERATURE = 11, 6, 40, 0.7
@@ -101,14 +101,17 @@ def expect_dense(layout: Layout, **options) -> None:
             assert not actual["grad_weight"][max(0, vocab_size - rows.start) :].any(), "padding has a gradient"
 
 
+@at(lambda layout: layout.pp == layout.dp == 1)
 def case_recomputed(layout: Layout, context: Context) -> None:
     expect_dense(layout, known=False)
 
 
+@at(lambda layout: layout.pp == layout.dp == 1)
 def case_known_gradient(layout: Layout, context: Context) -> None:
     expect_dense(layout, known=True, loss_scale=1024.0)
 
 
+@at(lambda layout: layout.pp == layout.dp == 1)
 def case_broken_promise_on_every_rank(layout: Layout, context: Context) -> None:
     group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[1])
     weight = problem.weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -120,6 +123,7 @@ def case_broken_promise_on_every_rank(layout: Layout, context: Context) -> None:
         values.backward(problem.slopes.flip(0))
 
 
+@at(lambda layout: layout.pp == layout.dp == 1)
 def case_no_positions(layout: Layout, context: Context) -> None:
     group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[1])
     weight = problem.weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -133,6 +137,7 @@ def case_no_positions(layout: Layout, context: Context) -> None:
         assert values.shape == (0,) and not weight.grad.any()
 
 
+@at(lambda layout: layout.pp == layout.dp == 1)
 def case_two_reductions_however_small_the_blocks(layout: Layout, context: Context) -> None:
     group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[1])
     weight = problem.weight.chunk(group.size())[group.rank()]

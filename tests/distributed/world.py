@@ -1,10 +1,13 @@
-"""Runs every distributed case of one world size in one torchrun world and writes a result per case.
+"""Runs the distributed cases of one world size in one torchrun world and writes a result per case.
 
-    torchrun --nproc-per-node 4 tests/distributed/world.py --assets DIR --results FILE [--only REGEX]
+    python tests/distributed/world.py --assets DIR --results DIR/results_1.json --only 'matrix.reward$'
+    torchrun --nproc-per-node 4 tests/distributed/world.py --assets DIR --results DIR/results_4.json \\
+        --only '^4-tp2_dp2-matrix.reward$'
 
-A case is a function `case_*(layout, context)` of a module cases_*.py; it runs once for every layout of the world's
-size on all ranks and fails if any rank raises. One process (size 1) runs first and leaves what `context.reference`
-gives the others to compare with. `python tests/distributed/world.py --list` names what each size runs.
+A case is a function `case_*(layout, context)` of a module cases_*.py, or an entry of the module's `CASES`; it runs once
+for every layout of the world's size, all or those named with `at`, on all ranks, and fails if any rank raises. One
+process (size 1) runs first and leaves what `context.reference` gives the others to compare with. Both at once, for one
+case of one layout: `pytest tests/distributed -k 4-tp2_dp2-matrix.reward` (all names that hold it).
 """
 
 import argparse
@@ -13,6 +16,7 @@ import json
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,15 +27,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 warnings.filterwarnings("ignore")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A layout to run a case at. Data parallelism is what is left of the world."""
+    """A layout to run a case at."""
 
     name: str
     tp: int = 1
     pp: int = 1
+    dp: int = 1
     sp: bool = False
     layers_per_virtual_stage: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Ranks it takes."""
+        return self.tp * self.pp * self.dp
 
     def flags(self) -> list[str]:
         """The layout as command-line flags."""
@@ -43,22 +53,25 @@ class Layout:
         return flags
 
 
+_LAYOUTS = [
+    Layout(name="single"),
+    Layout(name="tp2", tp=2),
+    Layout(name="tp2_sp", tp=2, sp=True),
+    Layout(name="pp2", pp=2),
+    Layout(name="pp2_interleaved", pp=2, layers_per_virtual_stage=1),
+    Layout(name="dp2", dp=2),
+    Layout(name="tp4", tp=4),
+    Layout(name="pp4", pp=4),
+    Layout(name="dp4", dp=4),
+    Layout(name="tp2_pp2", tp=2, pp=2),
+    Layout(name="tp2_sp_pp2", tp=2, pp=2, sp=True),
+    Layout(name="tp2_dp2", tp=2, dp=2),
+    Layout(name="pp2_dp2", pp=2, dp=2),
+    Layout(name="pp2_interleaved_dp2", pp=2, dp=2, layers_per_virtual_stage=1),
+    Layout(name="tp2_pp2_dp2", tp=2, pp=2, dp=2),
+]
 LAYOUTS: dict[int, list[Layout]] = {
-    1: [Layout("single")],
-    2: [
-        Layout("tp2", tp=2),
-        Layout("tp2_sp", tp=2, sp=True),
-        Layout("pp2", pp=2),
-        Layout("pp2_interleaved", pp=2, layers_per_virtual_stage=1),
-        Layout("dp2"),
-    ],
-    4: [
-        Layout("tp2_pp2", tp=2, pp=2),
-        Layout("tp2_dp2", tp=2),
-        Layout("pp2_dp2", pp=2),
-        Layout("tp2_sp_pp2", tp=2, pp=2, sp=True),
-        Layout("dp4"),
-    ],
+    size: [layout for layout in _LAYOUTS if layout.size == size] for size in sorted({x.size for x in _LAYOUTS})
 }
 
 
@@ -72,10 +85,9 @@ class Context:
     recorded: dict[str, object] = field(default_factory=dict)
 
     def reference(self, name: str, value: object) -> object:
-        """One process records `value` under a name; every other world is given it back."""
+        """The first value that one process has for a name, which every later call and world is given back."""
         if self.world_size == 1:
-            self.recorded[name] = value
-            return value
+            return self.recorded.setdefault(name, value)
         return self.expected(name)
 
     def expected(self, name: str) -> object:
@@ -88,26 +100,31 @@ class Context:
 Case = Callable[[Layout, Context], None]
 
 
-def cases() -> dict[str, Case]:
-    """All cases by name."""
+def at(condition: Callable[[Layout], bool]) -> Callable[[Case], Case]:
+    """Run a case only at layouts that meet a condition; every case runs at the layout of one process."""
+
+    def mark(case: Case) -> Case:
+        case.condition = condition
+        return case
+
+    return mark
+
+
+def cases(layout: Layout) -> dict[str, Case]:
+    """All cases that run at a layout, by name."""
     found: dict[str, Case] = {}
     for path in sorted(Path(__file__).parent.glob("cases_*.py")):
         module = importlib.import_module(f"distributed.{path.stem}")
-        found |= {f"{path.stem[6:]}.{name[5:]}": f for name, f in vars(module).items() if name.startswith("case_")}
+        functions = {name[5:]: value for name, value in vars(module).items() if name.startswith("case_")}
+        for name, case in {**functions, **getattr(module, "CASES", {})}.items():
+            if layout.size == 1 or getattr(case, "condition", lambda _: True)(layout):
+                found[f"{path.stem[6:]}.{name}"] = case
     return found
 
 
-def case_names() -> list[str]:
-    """Names `size-layout-module.case` of everything that runs, without importing torch."""
-    names = []
-    for path in sorted(Path(__file__).parent.glob("cases_*.py")):
-        functions = [
-            line.split("(")[0].removeprefix("def case_")
-            for line in path.read_text().splitlines()
-            if line.startswith("def case_")
-        ]
-        names += [f"{path.stem[6:]}.{function}" for function in functions]
-    return [f"{size}-{layout.name}-{name}" for size, layouts in LAYOUTS.items() for layout in layouts for name in names]
+def case_names(size: int) -> list[str]:
+    """Names `size-layout-module.case` of everything that a world runs."""
+    return [f"{size}-{layout.name}-{name}" for layout in LAYOUTS[size] for name in cases(layout)]
 
 
 def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]]:
@@ -115,8 +132,9 @@ def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]
     import torch.distributed as dist
 
     for layout in LAYOUTS[context.world_size]:
-        for name, case in cases().items():
-            if not re.search(only, name):
+        for name, case in cases(layout).items():
+            full_name = f"{context.world_size}-{layout.name}-{name}"
+            if not re.search(only, full_name):
                 continue
             error = None
             try:
@@ -128,7 +146,7 @@ def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]
                 errors = [None] * context.world_size
                 dist.all_gather_object(errors, error)
             failed = [e for e in errors if e]
-            yield f"{context.world_size}-{layout.name}-{name}", "\n".join(failed) or None
+            yield full_name, "\n".join(failed) or None
 
 
 def main() -> None:
@@ -138,12 +156,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the cases whose names hold this regular expression")
     args = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    is_writer = os.environ.get("RANK", "0") == "0"
     context = Context(assets=args.assets, shared=args.results.parent, world_size=world_size)
     results: dict[str, str | None] = {}
+    start = time.perf_counter()
     for name, error in run_all(context, args.only):
         results[name] = error
-        if os.environ.get("RANK", "0") == "0":
+        if is_writer:
             args.results.write_text(json.dumps(results))
+            print(f"{time.perf_counter() - start:6.2f} s {'failed' if error else 'passed'} {name}", flush=True)
+        start = time.perf_counter()
     if world_size == 1:
         (context.shared / "reference.json").write_text(json.dumps(context.recorded))
 

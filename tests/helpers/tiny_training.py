@@ -5,6 +5,7 @@ import torch
 from helpers.assets import SIZES
 from megatron_brain.checkpointing import CheckpointSaver, TrainingState, load_training_state
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.models.architecture import resolve
@@ -25,10 +26,22 @@ class FakeTokenizer:
 class Training:
     """A tiny model with its optimizer and schedule."""
 
-    def __init__(self, parallel, *, seed=1, head="policy", bf16=False, lr=1e-2, **sizes):
+    def __init__(
+        self,
+        parallel,
+        *,
+        seed=1,
+        head="policy",
+        bf16=False,
+        lr=1e-2,
+        layout=None,
+        distributed_optimizer=False,
+        **sizes,
+    ):
         model = resolve(ModelConfig(bf16=bf16, **SIZES | {"num_layers": 2} | sizes), None, "the test")
-        self.config = RunConfig(stage="sft", model=model)
+        self.config = RunConfig(stage="sft", model=model, parallel=layout or ParallelConfig())
         self.config.optimizer.lr = lr
+        self.config.optimizer.use_distributed_optimizer = distributed_optimizer
         self.parallel, self.head = parallel, head
         self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed)
         self.wrapped = wrap_for_training(self.chunks, self.config, parallel)

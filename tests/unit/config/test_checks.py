@@ -104,6 +104,10 @@ def test_sequence_parallel_needs_tensor_parallel_and_a_length_it_divides():
         ({"train_iters": 5, "train_epochs": 1.0}, "give one of them"),
         ({"max_prompt_length": 1024}, "seq_length=1024"),
         ({VPP: 2}, PP),
+        ({"overlap_param_gather": True, "overlap_grad_reduce": True}, "needs use_distributed_optimizer"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "needs overlap_grad_reduce"),
+        ({"ddp_bucket_size": 1000}, "ddp_bucket_size=1000 needs overlap_grad_reduce"),
+        ({"ddp_bucket_size": 0, "overlap_grad_reduce": True}, "must be at least 1"),
     ],
 )
 def test_contradictions_within_a_section_are_errors(settings, part):

@@ -80,17 +80,17 @@ def test_a_save_that_failed_in_the_background_ends_the_run_after_the_step(single
     class Failed:
         failed = True
 
-    class Ended(Exception):
+    class EndedError(Exception):
         pass
 
     loop = Loop(single, validated_at=0)
     loop._saver = Failed()
 
     def raise_its_error():
-        raise Ended
+        raise EndedError
 
     loop.finish_saving = raise_its_error
-    with pytest.raises(Ended):
+    with pytest.raises(EndedError):
         loop._train()
     assert loop.done == []
 

@@ -1,0 +1,207 @@
+"""Lets Transformer Engine's own Python run on a CPU, in a process of its own: `install` patches torch globally.
+
+Transformer Engine is Python modules over a compiled extension. The extension is replaced by the few functions that a
+training step in float32 or bfloat16 calls, in plain torch, and torch.cuda says there is a device. So parameters, their
+names, layer construction, autograd functions and the fused Adam are Transformer Engine's own; kernels and FP8 are not
+tested.
+"""
+
+import enum
+import functools
+import itertools
+import os
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The two enumerations whose members Transformer Engine compares with its own.
+_DTYPES = {
+    "kByte": 0,
+    "kInt32": 2,
+    "kFloat32": 4,
+    "kFloat16": 5,
+    "kBFloat16": 6,
+    "kFloat8E4M3": 7,
+    "kFloat8E5M2": 8,
+    "kFloat4E2M1": 10,
+}
+_ATTENTIONS = {
+    "NVTE_No_Backend": -1,
+    "NVTE_F16_arbitrary_seqlen": 1,
+    "NVTE_FP8": 2,
+}
+
+
+def import_without_extension() -> None:
+    """Import Transformer Engine with the fake in place of its extension, before megatron-core looks for it."""
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    extension = _Extension("transformer_engine_torch")
+    sys.modules["transformer_engine_torch"] = extension
+    with warnings.catch_warnings():
+        # That it found no compiled extension.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        import transformer_engine.common
+    transformer_engine.common.load_framework_extension = lambda framework: None
+    from transformer_engine.pytorch import cpp_extensions
+
+    # It takes over the extension's names with a star, which finds none.
+    cpp_extensions.__getattr__ = functools.partial(getattr, extension)
+    for name in ("convert_thd_to_bshd", "convert_bshd_to_thd"):
+        torch.library.register_kernel(f"te_kv_cache::{name}", "cpu", getattr(extension, name))
+
+
+def claim_cuda() -> None:
+    """Have torch say that there is an H100. Call when the process has chosen the CPU to work on."""
+    properties = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda *args: properties
+    torch.cuda.get_device_capability = lambda *args: (9, 0)
+    torch.Tensor.is_cuda = property(lambda tensor: True)
+
+
+class _NotThere(type):
+    """A name of the extension that must exist, be it a class, an enumeration or a function, and is not called."""
+
+    _numbers = itertools.count()
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(cls, name, next(_NotThere._numbers))
+        return getattr(cls, name)
+
+    def __call__(cls, *args: object, **kwargs: object) -> object:
+        raise NotImplementedError(f"transformer_engine_torch.{cls.__name__} is not faked")
+
+
+class _Extension(types.ModuleType):
+    DType = enum.IntEnum("DType", _DTYPES)
+    NVTE_Fused_Attn_Backend = enum.IntEnum("NVTE_Fused_Attn_Backend", _ATTENTIONS)
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, _NotThere(name, (), {}))
+        return getattr(self, name)
+
+    @staticmethod
+    def get_cudnn_version() -> int:
+        return 92400
+
+    @staticmethod
+    def get_cublasLt_version() -> int:  # noqa: N802
+        return 130100
+
+    @staticmethod
+    def ubuf_built_with_mpi() -> bool:
+        return False
+
+    @classmethod
+    def get_fused_attn_backend(cls, *args: object, **kwargs: object) -> tuple[enum.IntEnum, str]:
+        """None: the attention in plain torch is left."""
+        return cls.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "not faked"
+
+    @staticmethod
+    def generic_gemm(
+        a: Tensor,
+        transpose_a: bool,
+        b: Tensor,
+        transpose_b: bool,
+        out: Tensor | None,
+        quantizer: None,
+        out_dtype: int | None,
+        bias: None,
+        bias_dtype: int,
+        gelu: bool,
+        gelu_input: None,
+        grad: bool,
+        workspace: Tensor,
+        workspace_size: int,
+        accumulate: bool,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, None, None, None]:
+        """Column-major: `out = b @ a`, `a` and `b` transposed where it is said."""
+        assert quantizer is None and bias is None and not gelu
+        rows = b.reshape(-1, b.shape[-1])
+        a = a.reshape(-1, a.shape[-1])
+        result = (rows.T if transpose_b else rows) @ (a.T if transpose_a else a)
+        if not transpose_b:
+            result = result.view(*b.shape[:-1], -1)
+        if out is None:
+            return result, None, None, None
+        return (out.add_(result) if accumulate else out.copy_(result)), None, None, None
+
+    @staticmethod
+    def rmsnorm_fwd(
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor | None,
+        quantizer: None,
+        dtype: int,
+        margin: int,
+        plus_one: bool,
+    ) -> tuple[Tensor, None, Tensor]:
+        assert out is None and quantizer is None and not plus_one
+        scale = torch.rsqrt(x.float().square().mean(-1) + eps)
+        return (x.float() * scale[..., None] * weight.float()).to(x.dtype), None, scale
+
+    @staticmethod
+    def rmsnorm_bwd(
+        grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, margin: int, plus_one: bool
+    ) -> tuple[Tensor, Tensor]:
+        normed, weighted = x.float() * scale[..., None], grad.float() * weight.float()
+        of_x = scale[..., None] * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+        return of_x.to(x.dtype), (grad.float() * normed).sum(0).to(weight.dtype)
+
+    @staticmethod
+    def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, batch: int, max_length: int) -> Tensor:
+        """Sequences laid end to end, `[t, h, d]`, to padded ones, `[b, s, h, d]`."""
+        padded = tensor.new_zeros(batch, max_length, *tensor.shape[1:])
+        for row, sequence in zip(padded, tensor.split(cu_seqlens.diff().tolist()), strict=True):
+            row[: len(sequence)] = sequence
+        return padded
+
+    @staticmethod
+    def convert_bshd_to_thd(tensor: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+        lengths = cu_seqlens.diff().tolist()
+        assert sum(lengths) == total
+        return torch.cat([row[:length] for row, length in zip(tensor, lengths, strict=True)])
+
+    @staticmethod
+    def multi_tensor_l2norm(
+        chunk_size: int, overflow: Tensor, lists: Sequence[list[Tensor]], per_tensor: bool = False
+    ) -> tuple[Tensor, None]:
+        return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().view(1), None
+
+    @staticmethod
+    def multi_tensor_scale(chunk_size: int, overflow: Tensor, lists: Sequence[list[Tensor]], scale: float) -> None:
+        for source, target in zip(*lists, strict=True):
+            target.copy_(source * scale)
+
+    @staticmethod
+    def multi_tensor_adam(
+        chunk_size: int,
+        overflow: Tensor,
+        lists: Sequence[list[Tensor]],
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        step: int,
+        decoupled: int,
+        bias_correction: int,
+        weight_decay: float,
+    ) -> None:
+        """AdamW (https://arxiv.org/abs/1711.05101) over lists of gradients, weights and both moments."""
+        assert decoupled and bias_correction
+        for grad, weight, first, second in zip(*lists, strict=True):
+            first.lerp_(grad, 1 - beta1)
+            second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            update = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps)
+            weight.sub_(lr * (update + weight_decay * weight))

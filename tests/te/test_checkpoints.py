@@ -1,0 +1,131 @@
+"""Checkpoints of the `local` and the `transformer_engine` layers are the same, and each loads the other's.
+
+Transformer Engine's own Python runs in processes of its own, on the CPU, over a fake of its compiled extension (see
+fake_te.py); this process runs without it. The tests are left out unless TE_ON_CPU names a folder made by
+
+    pip install --no-deps --target FOLDER transformer-engine==2.20.2 triton onnx onnxscript onnx-ir ml_dtypes protobuf
+    pip install --no-deps --target FOLDER pydantic pydantic-core annotated-types typing-inspection
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_training import BATCHES, Training
+
+from megatron_brain.checkpointing import read_info
+from megatron_brain.checkpointing.storage import read_tensors
+
+pytestmark = pytest.mark.skipif(
+    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
+)
+
+CASES = {
+    "policy": {},
+    "policy_bf16": {"bf16": True, "untie_embeddings_and_output_weights": True},
+    "policy_distributed_optimizer": {"distributed_optimizer": True},
+    "reward": {"head": "reward"},
+}
+LAYOUTS = {"one_process": 1, "tp2_sp": 2}
+"""Processes that Transformer Engine's layers run on; the local ones run on this."""
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(single, tmp_path_factory, request):
+    """Folder with the checkpoints of iterations 2 and 3 of every case.
+
+    te, local: trained with the one layers or the others, from the same seed. from_local: iteration 2 of `local`,
+    loaded, saved and trained on with Transformer Engine's; from_te: the other way round.
+    """
+    root = tmp_path_factory.mktemp("te")
+    straight = {name: Training(single, transformer_impl="local", **options) for name, options in CASES.items()}
+    for name, training in straight.items():
+        for _ in range(2):
+            training.step()
+        save(training, root / name / "local")
+    train_with_transformer_engine(root, processes=LAYOUTS[request.param])
+    for name, options in CASES.items():
+        resumed = Training(single, transformer_impl="local", seed=99, **options)
+        resumed.resume(read_info(root / name / "te" / "iter_0000002"))
+        save(resumed, root / name / "from_te")
+        for training, folder in ((straight[name], "local"), (resumed, "from_te")):
+            training.step()
+            training.save(root / name / folder, 3)
+    return root
+
+
+def save(training, folder):
+    training.save(folder, 2)
+    (folder / "outputs.json").write_text(json.dumps(training.chunks[0](BATCHES[0]).tolist()))
+
+
+def train_with_transformer_engine(root, processes):
+    tests = Path(__file__).parents[1]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    subprocess.run(
+        [sys.executable, *(torchrun if processes > 1 else []), tests / "te" / "train.py", root, json.dumps(CASES)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(tests), str(tests.parent)])},
+        check=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(params=CASES)
+def case(trained, request):
+    """Folder of one case."""
+    return trained / request.param
+
+
+def stored(folder, iteration):
+    """Weights and optimizer state by global name."""
+    tensors = read_tensors(folder / f"iter_{iteration:07d}")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
+
+
+def test_both_store_the_same_names_shapes_and_types(case):
+    te, local = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in stored(case / folder, 2).items()}
+        for folder in ("te", "local")
+    )
+    assert te == local
+    # Where Transformer Engine has the norm; the local layers have it on its own.
+    norm = "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
+    assert te.keys() >= {norm, f"optimizer.exp_avg.{norm}", f"optimizer.exp_avg_sq.{norm}"}
+
+
+@pytest.mark.parametrize("origin", ["te", "local"])
+def test_each_holds_bit_for_bit_what_it_loads_from_the_other(case, origin):
+    saved, loaded = stored(case / origin, 2), stored(case / f"from_{origin}", 2)
+    assert saved.keys() == loaded.keys()
+    assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+
+def outputs(folder):
+    return torch.tensor(json.loads((folder / "outputs.json").read_text()))
+
+
+@pytest.mark.parametrize("origin", ["te", "local"])
+def test_both_make_the_same_of_the_same_weights(case, origin):
+    """A weight is not only as it was read, but where it belongs."""
+    tolerance = 2e-2 if read_info(case / origin).bf16 else 1e-5
+    torch.testing.assert_close(outputs(case / f"from_{origin}"), outputs(case / origin), rtol=tolerance, atol=tolerance)
+
+
+def test_both_train_alike_from_the_same_seed(case):
+    tolerance = 2e-2 if read_info(case / "te").bf16 else 1e-4
+    torch.testing.assert_close(outputs(case / "te"), outputs(case / "local"), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("origin", ["te", "local"])
+def test_each_trains_on_as_the_other_would_have(case, origin):
+    """Had a moment or the count of steps been lost, the next update would be another one, not nearly the same."""
+    before, expected, actual = stored(case / origin, 2), stored(case / origin, 3), stored(case / f"from_{origin}", 3)
+    # A weight of bfloat16 near 1 moves by one rounding step in such an update or not at all.
+    tolerance = 0.25 if read_info(case / origin).bf16 else 1e-4
+    for name in expected:
+        update = (expected[name] - before[name]).float().norm()
+        assert (actual[name] - expected[name]).float().norm() <= tolerance * update, name
