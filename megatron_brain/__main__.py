@@ -52,7 +52,7 @@ def _run_stage(config: RunConfig) -> None:
         # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
         with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
             stage.main(run)
-        parallel.stop()
+            parallel.stop()
 
 
 def _usage(argv: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and outlast a power cut."""
 
+import fnmatch
 import os
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(path: Path) -> None:
-    """Sync every file and folder under a folder, whoever wrote it."""
+def sync_tree(path: Path, *, but: str) -> None:
+    """Sync every file and folder under a folder, whoever wrote it, but files of names like `but`."""
     for folder, _, names in os.walk(path):
         for name in names:
+            if fnmatch.fnmatch(name, but):
+                continue
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(folder))

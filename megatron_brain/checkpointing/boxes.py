@@ -71,9 +71,9 @@ def share_of(boxes: Iterable[Box], rank: int, size: int) -> list[Box]:
     """
     load = [0] * size
     mine = []
-    for box in sorted(boxes, key=lambda box: (-box.data.numel(), box.key, box.offset)):
+    for box in sorted(boxes, key=lambda box: (-box.data.nbytes, box.key, box.offset)):
         taker = load.index(min(load))
-        load[taker] += box.data.numel() * box.data.element_size()
+        load[taker] += box.data.nbytes
         if taker == rank:
             mine.append(box)
     return mine

@@ -1,7 +1,8 @@
 """Names and states of checkpoint folders. Nothing here needs a process group.
 
 A folder `iter_0000100` is complete: it was written as `iter_0000100.partial` and renamed. What crashes leave behind has
-another ending, is never read (but for `.replaced`, see `_present`), and is removed at the next save.
+another ending and is removed at the next save; of these only `.replaced` is ever read, where a crash left nothing under
+its name.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     Raises:
         ConfigError: the folder does not exist, holds no checkpoint, or not one of ours.
     """
-    root = Path(directory)
+    root = _present(Path(directory))
     if not root.is_dir():
         raise ConfigError(f"checkpoint folder {root.resolve()} does not exist")
     path = root if (root / INFO).is_file() else _latest(root)
@@ -90,10 +91,12 @@ def read_info(directory: str | Path) -> CheckpointInfo:
         values = json.loads((path / INFO).read_text())
     except ValueError as error:
         raise ConfigError(f"{path / INFO} is not JSON: {error}") from error
-    if values.get("format") != FORMAT:
-        raise ConfigError(
-            f"{path} has checkpoint format {values.get('format', 1)}, this version of megatron_brain reads {FORMAT}"
-        )
+    if not isinstance(values, dict) or values.get("format", 1) != FORMAT:
+        found = values.get("format", 1) if isinstance(values, dict) else "unknown"
+        raise ConfigError(f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}")
+    names = {field.name for field in dataclasses.fields(CheckpointInfo)} - {"path"}
+    if values.keys() != names:
+        raise ConfigError(f"{path / INFO} is damaged: it differs in {', '.join(sorted(values.keys() ^ names))}")
     return CheckpointInfo(path=path, **values)
 
 
@@ -160,14 +163,17 @@ def _latest(root: Path) -> Path:
     text = (root / LATEST).read_text().strip()
     if not text.isdigit():
         raise ConfigError(f"{root / LATEST} says {text!r}, which is not an iteration number")
-    path = iteration_dir(root, int(text))
-    replaced = _other(path, _REPLACED)
-    if not path.is_dir() and replaced.is_dir():
-        return replaced
+    path = _present(iteration_dir(root, int(text)))
     if not path.is_dir():
         found = ", ".join(str(number) for number in _iterations(root)) or "none"
         raise ConfigError(f"{root / LATEST} says {text}, but {path.name} is not there; iterations found: {found}")
     return path
+
+
+def _present(path: Path) -> Path:
+    """The folder, or what was to be replaced by it when a crash came in between."""
+    replaced = _other(path, _REPLACED)
+    return replaced if not path.is_dir() and replaced.is_dir() else path
 
 
 def _iterations(root: Path) -> list[int]:

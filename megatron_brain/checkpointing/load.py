@@ -14,7 +14,7 @@ from megatron_brain.checkpointing.state import (
     set_optimizer_steps,
     zero_vocabulary_padding,
 )
-from megatron_brain.checkpointing.storage import read_boxes
+from megatron_brain.checkpointing.storage import read_boxes, read_index
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
@@ -67,14 +67,20 @@ def load_training_state(
         )
     boxes = model_boxes(chunks) + optimizer_boxes(optimizer, chunks)
     generators = random_state()
-    same_layout = info.layout == parallel.layout
-    if same_layout:
-        boxes += random_boxes(generators, parallel)
+    random = random_boxes(generators, parallel)
+    index = read_index(info.path)
+    # Another layout has another shape of them, another device other generators.
+    same_generators = all(index.shape(box.key) == box.shape for box in random)
+    if same_generators:
+        boxes += random
     else:
-        log.warning("saved at layout %s: random states, which only dropout uses, start from the seed", info.layout)
+        log.warning(
+            "saved at layout %s or on another device: random states, which only dropout uses, are those of a new run",
+            info.layout,
+        )
     read_boxes(boxes, info.path)
     zero_vocabulary_padding(chunks)
     set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
     scheduler.load_state_dict(info.trainer_state["scheduler"])
-    if same_layout:
+    if same_generators:
         set_random_state(generators)

@@ -1,6 +1,7 @@
 """Writing checkpoints, at once or while training goes on."""
 
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from megatron_brain.checkpointing import folders
 from megatron_brain.checkpointing.boxes import Box, share_of
 from megatron_brain.checkpointing.folders import CheckpointInfo
 from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes, optimizer_steps, random_boxes
-from megatron_brain.checkpointing.storage import CheckpointError, write_boxes
+from megatron_brain.checkpointing.storage import CheckpointError, read_index, write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class CheckpointSaver:
     Args:
         root: --save.
         config: configuration with the model's sizes resolved.
-        protected: checkpoints that --keep-latest must leave alone.
+        protected: checkpoints that --keep-latest must leave alone; looked at when it removes.
     """
 
     def __init__(
@@ -65,11 +66,11 @@ class CheckpointSaver:
         tokenizer: Tokenizer,
         *,
         head: Head,
-        protected: Sequence[Path] = (),
+        protected: Collection[Path] = (),
     ) -> None:
         self._config, self._parallel, self._tokenizer, self._head = config, parallel, tokenizer, head
         self.root = Path(root)
-        self._protected = tuple(protected)
+        self._protected = protected
         # Of its own: a save in the background must not meet the collectives of training.
         self._group = parallel.host_group()
         self._copies = _HostCopies()
@@ -96,6 +97,8 @@ class CheckpointSaver:
         boxes = self._copies.take(boxes)
 
         def write() -> None:
+            # A thread starts on the first device, whichever this rank has.
+            torch.cuda.set_device(self._parallel.device)
             try:
                 self._write(boxes, info, records)
             except BaseException as error:
@@ -164,6 +167,8 @@ class CheckpointSaver:
         def begin() -> None:
             if first:
                 folders.remove_leftovers(self.root)
+            if partial.exists():
+                shutil.rmtree(partial)
             partial.mkdir(parents=True)
 
         def write() -> None:
@@ -172,18 +177,20 @@ class CheckpointSaver:
                 folders.write_records(partial, parallel.dp_rank, records)
 
         def finish() -> None:
+            read_index(partial)
             self._tokenizer.save(partial / "tokenizer")
             save_config(self._config, partial / "config.yaml")
             info.write(partial)
-            sync_tree(partial)
+            sync_tree(partial, but="*.distcp")  # which are synced
             folders.publish(self.root, info.iteration)
-            if self._config.checkpoint.keep_latest:
-                folders.keep_latest(self.root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
 
         self._on_all(info, begin if parallel.is_writer else None)
         self._on_all(info, write)
         self._on_all(info, finish if parallel.is_writer else None)
         log.info("saved %s in %.1f s", info.path, time.perf_counter() - started)
+        # Nobody waits for this.
+        if parallel.is_writer and self._config.checkpoint.keep_latest:
+            folders.keep_latest(self.root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
         """Do this rank's part, then raise on all ranks what failed on any."""
@@ -211,17 +218,24 @@ class _HostCopies:
     """Copies of boxes in host memory, which training cannot change; the memory is kept for the next save."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._memory: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, boxes: Sequence[Box]) -> list[Box]:
+        used = dict.fromkeys((box.data.dtype for box in boxes), 0)
+        for dtype in used:
+            self._reserve(dtype, [box for box in boxes if box.data.dtype == dtype])
         copies = []
         for box in boxes:
-            place = (box.key, box.offset, box.data.shape, box.data.dtype)
-            buffer = self._buffers.get(place)
-            if buffer is None:
-                buffer = torch.empty(box.data.shape, dtype=box.data.dtype, pin_memory=box.data.is_cuda)
-                self._buffers[place] = buffer
-            buffer.copy_(box.data, non_blocking=True)
-            copies.append(Box(key=box.key, shape=box.shape, offset=box.offset, data=buffer))
+            dtype, size = box.data.dtype, box.data.numel()
+            place = self._memory[dtype][used[dtype] : used[dtype] + size].view(box.data.shape)
+            used[dtype] += size
+            place.copy_(box.data, non_blocking=True)
+            copies.append(Box(key=box.key, shape=box.shape, offset=box.offset, data=place))
         torch.cuda.synchronize()
         return copies
+
+    def _reserve(self, dtype: torch.dtype, boxes: Sequence[Box]) -> None:
+        size = sum(box.data.numel() for box in boxes)
+        if dtype not in self._memory or self._memory[dtype].numel() < size:
+            # In one piece: pinned memory is handed out in powers of two.
+            self._memory[dtype] = torch.empty(size, dtype=dtype, pin_memory=boxes[0].data.is_cuda)

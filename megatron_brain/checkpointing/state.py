@@ -58,9 +58,10 @@ def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
 def optimizer_boxes(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> list[Box]:
     """Adam's moments and, in mixed precision, the float32 weights, as far as this rank has them, written through.
 
-    Moments that are not there yet, before the first step, are made as zeros.
+    Moments that are not there yet, before the first update, are made as zeros.
     """
     boxes = []
+    _make_moments(optimizer)
     blocks_by_parameter = [found for chunk in chunks for found in _blocks_by_parameter(chunk)]
     for part in _parts(optimizer):
         owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
@@ -89,9 +90,8 @@ def optimizer_steps(optimizer: MegatronOptimizer) -> int:
 def set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """Set Adam's count of updates: a fused Adam keeps it with each group, torch's with each weight."""
     for part in _parts(optimizer):
-        keeps_by_weight = isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
         for group in part.optimizer.param_groups:
-            if not keeps_by_weight:
+            if not _counts_by_weight(part):
                 group["step"] = steps
                 continue
             for weight in group["params"]:
@@ -112,6 +112,24 @@ def random_boxes(state: dict[str, Tensor], parallel: Parallel) -> list[Box]:
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     # A part without parameters, as of a pipeline stage without them, has no optimizer inside.
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
+
+
+def _counts_by_weight(part: MegatronOptimizer) -> bool:
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _make_moments(optimizer: MegatronOptimizer) -> None:
+    """Give every weight the state it would have after no update."""
+    empty = False
+    for part in _parts(optimizer):
+        for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
+            state = part.optimizer.state[weight]
+            for name in (name for name in _MOMENTS if name not in state):
+                empty = True
+                state[name] = torch.zeros_like(weight, dtype=torch.float32).detach()
+    if empty:
+        # torch's Adam makes its state only where there is none of it: the count must be there too.
+        set_optimizer_steps(optimizer, optimizer_steps(optimizer))
 
 
 def _blocks(chunk: Chunk) -> list[_Block]:
@@ -170,11 +188,8 @@ def _states(part: MegatronOptimizer, parameter: Tensor, main: Tensor) -> Iterato
     """Name and flat values of what the optimizer has for a weight."""
     if main.dtype != parameter.dtype:
         yield "fp32_param", main.detach().view(-1)
-    state = part.optimizer.state[main]
     for name in _MOMENTS:
-        if name not in state:
-            state[name] = torch.zeros_like(main, dtype=torch.float32, memory_format=torch.contiguous_format).detach()
-        yield name, state[name].view(-1)
+        yield name, part.optimizer.state[main][name].view(-1)
 
 
 def _cut(block: _Block, key: str, flat: Tensor, start: int, end: int) -> Iterator[Box]:

@@ -1,21 +1,27 @@
-"""Boxes to and from a folder, by torch.distributed.checkpoint."""
+"""Boxes to and from a folder, by torch.distributed.checkpoint.
 
-import pickle
+Which tensors are there and where, we read from an index of our own, tensors.json; torch's list of the same is a pickle,
+written for torch's tools and never read here.
+"""
+
+import json
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -26,11 +32,14 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_brain.checkpointing.boxes import Box
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.files import write_whole
 
-_METADATA = ".metadata"
+INDEX = "tensors.json"
+_SUFFIX = ".distcp"
 
 
 class CheckpointError(RuntimeError):
@@ -53,81 +62,116 @@ def read_boxes(boxes: Sequence[Box], folder: Path) -> None:
     """Fill the boxes, whatever boxes they were written in. All ranks call it.
 
     Raises:
-        ConfigError: the checkpoint lacks a tensor, has it in another shape, or its list of tensors is not one.
-        CheckpointError: its files cannot be read.
+        ConfigError: on all ranks, where one finds that the checkpoint lacks a tensor or has it in another shape, or
+            that it is damaged.
+        CheckpointError: on all ranks, where its files cannot be read, or ranks read different folders.
     """
-    wanted = _by_key(boxes)
-    stored = read_metadata(folder).state_dict_metadata
-    missing = sorted(key for key in wanted if key not in stored)
-    if missing:
-        raise ConfigError(f"{folder} has no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    for key, found in wanted.items():
-        if tuple(stored[key].size) != found[0].shape:
-            raise ConfigError(f"{folder}: {key} has shape {tuple(stored[key].size)}, needed is {found[0].shape}")
+    wanted, index, problem = _by_key(boxes), None, None
     try:
-        dcp.load(wanted, storage_reader=_Reader(folder), planner=_LoadPlanner())
+        index = read_index(folder)
+        _check_wanted(wanted, index)
+    except ConfigError as error:
+        problem = str(error)
+    # A rank that finds something wrong must not leave the others waiting for it.
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (folder.name, problem))
+    for _, problem in told:
+        if problem is not None:
+            raise ConfigError(problem)
+    names = sorted({name for name, _ in told})
+    if len(names) > 1:
+        raise CheckpointError(
+            f"ranks found different checkpoints in {folder.parent}: {', '.join(names)}. Is another job writing there? "
+            "Name one iter_ folder"
+        )
+    try:
+        dcp.load(wanted, storage_reader=_Reader(index), planner=_LoadPlanner())
     except CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {_failures(error)}") from error
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """All tensors whose names start with `prefix`, whole, on this process alone."""
+    index = read_index(folder)
     boxes = []
-    for key, stored in read_metadata(folder).state_dict_metadata.items():
+    for key, stored in index.metadata.state_dict_metadata.items():
         if key.startswith(prefix):
             data = torch.empty(stored.size, dtype=stored.properties.dtype)
             boxes.append(Box(key=key, shape=tuple(stored.size), offset=(0,) * data.dim(), data=data))
-    reader, planner = _Reader(folder), _LoadPlanner()
-    metadata = reader.read_metadata()
-    planner.set_up_planner(_by_key(boxes), metadata)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader, planner = _Reader(index), _LoadPlanner()
+    planner.set_up_planner(_by_key(boxes), index.metadata)
+    reader.set_up_storage_reader(index.metadata, is_coordinator=True)
     reader.read_data(planner.create_local_plan(), planner).wait()
     return {box.key: box.data for box in boxes}
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """What tensors a folder holds and where, read without executing anything the file may ask for.
+@dataclass(frozen=True)
+class Index:
+    """What tensors a folder holds and where."""
+
+    folder: Path
+    metadata: Metadata
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, None where it is not there."""
+        stored = self.metadata.state_dict_metadata.get(key)
+        return None if stored is None else tuple(stored.size)
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check the list of tensors: every tensor is covered, every file is there and long enough.
 
     Raises:
-        ConfigError: the file holds something else.
+        ConfigError: it is not so.
     """
-    path = folder / _METADATA
+    path = folder / INDEX
     try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        tensors = json.loads(path.read_text(encoding="utf-8"))
+        lengths = {file.name: file.stat().st_size for file in folder.glob(f"*{_SUFFIX}")}
+        stored, places = {}, {}
+        for key, tensor in tensors.items():
+            stored[key] = _tensor_metadata(key, tensor)
+            for box in tensor["boxes"]:
+                places[MetadataIndex(key, tuple(box["offset"]))] = _place(key, box, lengths)
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no {_METADATA}: it is not a checkpoint of this version") from error
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path} is not a list of tensors, nothing of it was loaded: {error}") from error
-    if not isinstance(metadata, Metadata):
-        raise ConfigError(f"{path} holds a {type(metadata).__name__}, not a list of tensors")
-    return metadata
+        raise ConfigError(f"{folder} has no {INDEX}: it is not a checkpoint of this version") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: the checkpoint is damaged or not complete: {error}") from error
+    return Index(folder, Metadata(state_dict_metadata=stored, storage_data=places))
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the plain records of torch.distributed.checkpoint's metadata and nothing else."""
+def _tensor_metadata(key: str, tensor: dict) -> TensorStorageMetadata:
+    shape = torch.Size(tensor["shape"])
+    chunks = [ChunkStorageMetadata(torch.Size(box["offset"]), torch.Size(box["size"])) for box in tensor["boxes"]]
+    inside = all(
+        len(chunk.offsets) == len(chunk.sizes) == len(shape)
+        and all(o >= 0 and n > 0 and o + n <= whole for o, n, whole in zip(chunk.offsets, chunk.sizes, shape))
+        for chunk in chunks
+    )
+    if not inside or sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+        raise ValueError(f"{key} is not there in full")
+    dtype = getattr(torch, tensor["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{key} has the dtype {tensor['dtype']!r}")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
 
-    _NAMES = {
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"},
-    }
 
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self._NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+def _place(key: str, box: dict, lengths: dict[str, int]) -> _StorageInfo:
+    name, start, length = box["file"], int(box["start"]), int(box["length"])
+    if name not in lengths:
+        raise ValueError(f"{name}, which holds a part of {key}, is not there; do all nodes see this folder?")
+    if start < 0 or length < 0 or start + length > lengths[name]:
+        raise ValueError(f"{name} ends before a part of {key}")
+    return _StorageInfo(name, start, length)
+
+
+def _check_wanted(wanted: dict[str, list[Box]], index: Index) -> None:
+    missing = sorted(key for key in wanted if index.shape(key) is None)
+    if missing:
+        raise ConfigError(f"{index.folder} has no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+    for key, boxes in wanted.items():
+        if index.shape(key) != boxes[0].shape:
+            raise ConfigError(f"{index.folder}: {key} has shape {index.shape(key)}, needed is {boxes[0].shape}")
 
 
 def _failures(error: CheckpointException) -> str:
@@ -200,12 +244,39 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> StorageMeta | None:
-        """Nothing: by default the folder's name, which is another once the checkpoint is complete."""
-        return None
+    def __init__(self, folder: Path) -> None:
+        # No copies ahead: boxes are on the host already, or few enough to wait for.
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self._folder = folder
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """As by default, and our index."""
+        super().finish(metadata, results)
+        tensors: dict[str, dict] = {
+            key: {"dtype": str(stored.properties.dtype).removeprefix("torch."), "shape": list(stored.size), "boxes": []}
+            for key, stored in metadata.state_dict_metadata.items()
+        }
+        sizes = {
+            (key, tuple(chunk.offsets)): list(chunk.sizes)
+            for key, stored in metadata.state_dict_metadata.items()
+            for chunk in stored.chunks
+        }
+        for result in (result for of_rank in results for result in of_rank):
+            key, offset, place = result.index.fqn, tuple(result.index.offset), result.storage_data
+            tensors[key]["boxes"].append(
+                {
+                    **{"offset": list(offset), "size": sizes[key, offset]},
+                    **{"file": place.relative_path, "start": place.offset, "length": place.length},
+                }
+            )
+        write_whole(self._folder / INDEX, json.dumps(tensors))
 
 
 class _Reader(dcp.FileSystemReader):
+    def __init__(self, index: Index) -> None:
+        super().__init__(index.folder)
+        self._index = index
+
     def read_metadata(self) -> Metadata:
-        """As by default, but not with pickle's leave to call anything."""
-        return read_metadata(self.path)
+        """The index, not the pickle that is read by default."""
+        return self._index.metadata

@@ -14,7 +14,6 @@ A text that a chat template has rendered (``chat=True``) already holds its speci
 from __future__ import annotations
 
 import logging
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -276,8 +275,8 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory) / SENTENCEPIECE_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.resolve() != self.path.resolve():
-            shutil.copyfile(self.path, target)
+        # Not copied: the checkpoint that the tokenizer was read from may be gone by now.
+        target.write_bytes(self.sp.serialized_model_proto())
 
 
 TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {

@@ -42,7 +42,8 @@ class FrozenModel:
                 raise ConfigError(
                     f"--{self._name}-load: {info.path} holds a {info.head} model, a {self._head} model is needed here"
                 )
-            directory = str(info.path)
+            directory = str(info.path.resolve())
+            self._run.in_use.add(info.path.resolve())
         self.path = directory
 
     @contextmanager

@@ -226,7 +226,7 @@ class StepGuard:
             iteration=step.iteration,
             stage=self._config.stage,
             seed=self._config.training.seed,
-            layout={"pipeline": parallel.pp_size, "tensor": parallel.tp_size, "data": parallel.dp_size},
+            layout=parallel.layout,
             rank=parallel.rank,
             pipeline_rank=parallel.pp_rank,
             tensor_rank=parallel.tp_rank,

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ class Run:
     tokenizer: Tokenizer
     start_from: CheckpointInfo | None
     resuming: bool
+    in_use: set[Path] = field(default_factory=set)
+    """Checkpoints that this run, or one that resumes it, may read again."""
 
     def build_model(self, head: Head) -> list[Chunk]:
         """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
@@ -112,6 +114,7 @@ def open_run(config: RunConfig) -> Run:
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
     impl, reason = choose_transformer_impl(config.model.transformer_impl, parallel.device)
     log.info("transformer implementation: %s (%s)", impl, reason)
+    _check_same_start(parallel, start_from, resuming=resuming)
     return Run(
         config=config,
         parallel=parallel,
@@ -119,6 +122,17 @@ def open_run(config: RunConfig) -> Run:
         start_from=start_from,
         resuming=resuming,
     )
+
+
+def _check_same_start(parallel: Parallel, start_from: CheckpointInfo | None, *, resuming: bool) -> None:
+    """Each rank has looked for itself, maybe on storage that another job writes to or that shows nodes old contents."""
+    mine = None if start_from is None else (start_from.path.name, resuming)
+    found = parallel.gather_over_world(mine)
+    if len(set(found)) > 1:
+        told = "; ".join(f"rank {rank}: {start[0] if start else 'none'}" for rank, start in enumerate(found))
+        raise RuntimeError(
+            f"ranks found different checkpoints to start from: {told}. Name one iter_ folder with --load"
+        )
 
 
 def _find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
@@ -142,7 +156,8 @@ def _open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tup
         kind, place = "HuggingFaceTokenizer", config.model.hf_model
     else:
         raise ConfigError("no tokenizer: give --tokenizer-model, or --load or --hf-model which bring one")
-    settings = dataclasses.replace(asked, tokenizer_type=kind, tokenizer_model=place)
+    # Its place is left unsaid in the settings that are written: the checkpoint it is in may be removed.
+    settings = dataclasses.replace(asked, tokenizer_type=kind)
     return build_tokenizer(kind, place), dataclasses.replace(config, tokenizer=settings)
 
 

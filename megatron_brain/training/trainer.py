@@ -11,8 +11,10 @@ import torch
 from megatron_brain.checkpointing import (
     CheckpointSaver,
     TrainingState,
+    has_checkpoint,
     load_training_state,
     load_weights,
+    read_info,
     read_records,
 )
 from megatron_brain.config.errors import ConfigError
@@ -86,7 +88,7 @@ class Trainer:
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
-        self._started_from = None if run.start_from is None else str(run.start_from.path)
+        self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
             load_weights(run.start_from, self._chunks, head=stage.head)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
@@ -117,6 +119,10 @@ class Trainer:
         """
         try:
             return self._train()
+        except FloatingPointError:
+            # Raised on all ranks, which can end a checkpoint of before together.
+            self.finish_saving()
+            raise
         finally:
             self.logger.close()
 
@@ -134,6 +140,7 @@ class Trainer:
             # A run asked to stop has little time left: it saves first of all, and validates when it is resumed.
             if self._validation_is_due() and not stopping:
                 shown |= self._validate()
+                stopping = not done and self._asked_to_stop()
             if done or stopping or (interval and self.iteration % interval == 0):
                 self.save()
         self.finish_saving()
@@ -270,16 +277,27 @@ class Trainer:
             self._saver.wait()
 
     def _open_saver(self) -> CheckpointSaver | None:
-        if self.config.checkpoint.save is None:
+        save, start = self.config.checkpoint.save, self.run.start_from
+        if save is None:
             return None
+        if self._started_from is not None:
+            # It may be the run's prior.
+            self.run.in_use.add(Path(self._started_from))
+        goes_on = self.run.resuming and start.path.parent.resolve() == Path(save).resolve()
+        if has_checkpoint(save) and not goes_on:
+            log.warning(
+                "%s holds checkpoints up to iteration %d that this run does not go on from: its own will be the latest "
+                "there, and the ones of an --auto-resume; give another --save to keep the runs apart",
+                save,
+                read_info(save).iteration,
+            )
         return CheckpointSaver(
-            self.config.checkpoint.save,
+            save,
             self.config,
             self.parallel,
             self.run.tokenizer,
             head=self.stage.head,
-            # It may be the run's prior.
-            protected=[] if self._started_from is None else [Path(self._started_from)],
+            protected=self.run.in_use,
         )
 
     def _resume(self) -> None:

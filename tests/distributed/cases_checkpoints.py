@@ -1,6 +1,10 @@
 """Checkpoints hold the same whatever layout wrote them, go on at any other, and exactly at the same one."""
 
 import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -28,6 +32,73 @@ def case_any_layout_reads_what_any_wrote(layout: Layout, context: Context) -> No
 def case_a_round_goes_on_at_another_layout(layout: Layout, context: Context) -> None:
     """Saved in the middle of a round, whose rollouts come along."""
     _pass_on("brain", layout, context, *brain_flags(context), *_ROUND)
+
+
+def case_what_is_loaded_is_saved_again_bit_for_bit(layout: Layout, context: Context) -> None:
+    """bf16 with its float32 weights and an output layer of its own, and a reward model's head: nothing is computed, so
+    nothing may be rounded. Each layout takes what the one before it wrote, both kinds of optimizer in turn."""
+    bf16 = ["--bf16", "--untie-embeddings-and-output-weights", "--micro-batch-size", "1"]
+    for stage, extra in (("sft", bf16), ("reward", ["--micro-batch-size", "1"])):
+        flags = [*random_start(context), "--train-iters", "9", *extra]
+        folder = context.shared / f"{stage}_relay"
+        if context.world_size == 1:
+            trainer = open_trainer(stage, flags_of(stage, layout, context, *flags, "--save", str(folder / "0")))
+            step(trainer), step(trainer)
+            trainer.save()
+        number = max(int(path.name) for path in folder.iterdir())
+        torch.distributed.barrier()
+        flags += [
+            *_KINDS[(number + 1) % 2],
+            "--load",
+            str(folder / f"{number}"),
+            "--save",
+            str(folder / f"{number + 1}"),
+        ]
+        open_trainer(stage, flags_of(stage, layout, context, *flags)).save()
+        _expect_same_contents(folder / f"{number + 1}", folder / "0", bits=True)
+
+
+@at(lambda layout: layout.name == "dp2")
+def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context: Context) -> None:
+    """At once and in the background; what was saved before stays."""
+    from megatron_brain.checkpointing import CheckpointError, read_info
+
+    last = torch.distributed.get_world_size() - 1
+    for extra in ([], ["--async-save"]):
+        path = context.shared / f"refused_{context.world_size}{''.join(extra)}"
+        flags = [*random_start(context), "--train-iters", "9", "--save", str(path), *extra]
+        trainer = open_trainer("sft", flags_of("sft", layout, context, *flags))
+        step(trainer)
+        trainer.save()
+        trainer.finish_saving()
+        step(trainer)
+        error = None
+        with _no_file_grows() if trainer.parallel.rank == last else nullcontext():
+            try:
+                trainer.save()
+                trainer.finish_saving()
+            except CheckpointError as refused:
+                error = str(refused)
+        assert error and f"iteration 2 could not be saved to {path}: rank {last}: " in error, error
+        assert read_info(path).iteration == 1
+        torch.distributed.barrier()
+        step(trainer)
+        trainer.save()
+        trainer.finish_saving()
+        assert read_info(path).iteration == 3
+
+
+@contextmanager
+def _no_file_grows() -> Iterator[None]:
+    """The operating system refuses this process's writes, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @at(lambda layout: layout.name in _EXACT)
@@ -99,8 +170,9 @@ def _flat(steps: list[list[float]]) -> list[float]:
     return [number for step in steps for number in step]
 
 
-def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False) -> None:
-    """The same tensors and the same JSON, whoever wrote them. Random states belong to a layout."""
+def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False, bits: bool = False) -> None:
+    """The same tensors and the same JSON, whoever wrote them: `exactly`, or all `bits` but those of random states, which
+    belong to a layout, or else to rounding."""
     from megatron_brain.checkpointing import read_info, read_records
     from megatron_brain.checkpointing.storage import read_tensors
 
@@ -113,7 +185,7 @@ def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in mine)
     for name, tensor in mine.items():
         assert tensor.shape == theirs[name].shape, name
-        if exactly:
+        if exactly or bits:
             assert torch.equal(tensor, theirs[name]), name
         else:
             error = (tensor.double() - theirs[name].double()).norm() / theirs[name].double().norm().clamp(min=1e-30)

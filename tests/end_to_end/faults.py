@@ -9,6 +9,7 @@ waits for a save to begin.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -138,10 +139,25 @@ def kill_once(ranks: Ranks, save: Path, count: int, *, in_save: bool, rng: rando
         assert not ranks.ended(), "the run ended before it was killed: it needs more iterations"
         assert time.monotonic() < deadline, ranks.log.read_text()[-4000:]
         time.sleep(0.002)
-    while in_save and not any(save.glob("iter_*.partial")):
+    old = leftovers(save)
+    while in_save and not leftovers(save) - old:
         assert not ranks.ended() and time.monotonic() < deadline, "no save began"
     time.sleep(rng.uniform(0.0, 0.03))
     ranks.kill(rng.choice([None, *range(count)]))
+
+
+def latest(save: Path) -> int:
+    """The iteration that a resume would start from, 0 where there is none."""
+    return saved_iteration(save) if (save / "latest_checkpointed_iteration.txt").exists() else 0
+
+
+def leftovers(save: Path) -> set[tuple[str, int]]:
+    """Folders of saves that are going on or were cut off, each save's another."""
+    found = set()
+    for path in (path for pattern in _LEFTOVERS for path in save.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def read_all(save: Path, report: Report) -> None:
@@ -216,15 +232,17 @@ def run_faults(folder: Path, *, stage: str, kills: int, count: int, seed: int) -
     iterations = kills * _ITERATIONS_A_KILL + 2 * _ITERATIONS_A_KILL
     run_alone(stage_argv(stage, assets, whole, iterations), count, log)
     for number in range(kills):
-        before = saved_iteration(faulted) if (faulted / "latest_checkpointed_iteration.txt").exists() else 0
+        before, old = latest(faulted), leftovers(faulted)
         ranks = Ranks(stage_argv(stage, assets, faulted, iterations), count, log)
         kill_once(ranks, faulted, count, in_save=number % 2 == 1, rng=rng)
         report.kills += 1
-        report.kills_inside_a_save += any(True for pattern in _LEFTOVERS for _ in faulted.glob(pattern))
+        report.kills_inside_a_save += bool(leftovers(faulted) - old)
         seen = in_child(check_latest, faulted)
         report.corrupt += seen["corrupt"]
         report.checkpoints_read += seen["checkpoints_read"]
-        report.resumes_that_moved += report.checkpoints_read > 0 and saved_iteration(faulted) > before
+        report.resumes_that_moved += latest(faulted) > before
+        if latest(faulted) < before:
+            report.corrupt.append(f"kill {number + 1}: the latest checkpoint was {before}, is {latest(faulted)}")
         print(f"kill {number + 1}/{kills}", file=sys.stderr, flush=True)
     run_alone(stage_argv(stage, assets, faulted, iterations), count, log)
     report.differences = in_child(differences, faulted, whole, iterations)

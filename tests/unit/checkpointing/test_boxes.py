@@ -36,14 +36,14 @@ def test_boxes_of_a_matrix_by_hand():
     assert list(range_boxes((6, 4), 8, 8)) == []
 
 
-@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 5))
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=30), st.integers(1, 5))
 def test_replicas_divide_boxes_without_gap_or_overlap_and_evenly(sizes, replicas):
     boxes = [
-        Box(key=f"w{i}", shape=(size,), offset=(0,), data=torch.empty(size, dtype=torch.float32))
-        for i, size in enumerate(sizes)
+        Box(key=f"w{i}", shape=(n,), offset=(0,), data=torch.empty(n, dtype=torch.float32 if wide else torch.bfloat16))
+        for i, (n, wide) in enumerate(sizes)
     ]
     shares = [share_of(boxes, rank, replicas) for rank in range(replicas)]
     taken = sorted(box.key for share in shares for box in share)
     assert taken == sorted(box.key for box in boxes)
-    loads = [sum(box.data.numel() for box in share) for share in shares]
-    assert max(loads) - min(loads) <= max(sizes, default=0)
+    loads = [sum(box.data.nbytes for box in share) for share in shares]
+    assert max(loads) - min(loads) <= max((box.data.nbytes for box in boxes), default=0)

@@ -134,3 +134,9 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12}')
     with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 2"):
         read_info(tmp_path)
+    (tmp_path / "iter_0000012" / INFO).write_text("[]")
+    with pytest.raises(ValueError, match="has checkpoint format unknown"):
+        read_info(tmp_path)
+    (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12, "format": 2}')
+    with pytest.raises(ValueError, match="is damaged: it differs in architecture"):
+        read_info(tmp_path)

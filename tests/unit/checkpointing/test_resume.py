@@ -1,6 +1,5 @@
 """Checkpoints of one process: what is saved is loaded, and what does not fit is refused."""
 
-import dataclasses
 import random
 
 import numpy
@@ -8,9 +7,10 @@ import pytest
 import torch
 from helpers.tiny_training import Training, equal_weights
 
-from megatron_brain.checkpointing import has_checkpoint, load_weights, read_info, read_records
+from megatron_brain.checkpointing import has_checkpoint, load, load_weights, read_info, read_records
 from megatron_brain.checkpointing.folders import LATEST
 from megatron_brain.models.architecture import architecture
+from megatron_brain.runtime.random_state import random_state
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -140,16 +140,27 @@ def test_resuming_needs_the_optimizer_and_the_same_precision(single, tmp_path):
         Training(single, bf16=True).resume(read_info(tmp_path / "all"))
 
 
-def test_random_states_of_another_layout_are_left_out(single, tmp_path, caplog):
+def test_random_states_of_another_layout_or_device_are_left_out(single, tmp_path, caplog, monkeypatch):
     training = Training(single)
     training.step()
     training.save(tmp_path, 1)
-    info = dataclasses.replace(read_info(tmp_path), layout={"pipeline": 2, "tensor": 1, "data": 1})
-    state = torch.get_rng_state()
-    torch.rand(1)
-    training.resume(info)
-    assert not torch.equal(torch.get_rng_state(), state)
+    state = random_state()
+    monkeypatch.setattr(load, "random_state", lambda: {**state, "cuda": torch.zeros(16, dtype=torch.uint8)})
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    training.resume(read_info(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)
     assert "random states" in caplog.text
+
+
+def test_a_run_goes_on_after_a_save_before_its_first_update(single, tmp_path):
+    saved, other = Training(single), Training(single)
+    saved.save(tmp_path, 0)
+    resumed = Training(single, seed=5)
+    resumed.resume(read_info(tmp_path))
+    for training in (saved, other, resumed):
+        training.step()
+    assert equal_weights(saved.weights(), other.weights()) and equal_weights(resumed.weights(), other.weights())
 
 
 def test_saving_an_iteration_again_replaces_it(single, tmp_path):

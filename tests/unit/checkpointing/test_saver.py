@@ -115,6 +115,37 @@ def test_only_the_latest_checkpoints_are_kept(training, tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == ["iter_0000001", "iter_0000003", "iter_0000004"]
 
 
+def test_a_save_can_be_tried_again(training, tmp_path, monkeypatch):
+    saver = training.saver(tmp_path)
+
+    def fail(self, directory):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeTokenizer, "save", fail)
+        with pytest.raises(CheckpointError, match="No space left"):
+            saver.save(1, training.chunks, training.state())
+    saver.save(1, training.chunks, training.state())
+    assert read_info(tmp_path).iteration == 1
+
+
+def test_a_checkpoint_of_which_a_file_is_missing_is_not_published(training, tmp_path, monkeypatch):
+    """As where --save is a folder of each node's own."""
+    saver = training.saver(tmp_path)
+    saver.save(1, training.chunks, training.state())
+    write_boxes = saving.write_boxes
+
+    def write_and_lose(boxes, folder, group):
+        write_boxes(boxes, folder, group)
+        for file in folder.glob("*.distcp"):
+            file.unlink()
+
+    monkeypatch.setattr(saving, "write_boxes", write_and_lose)
+    with pytest.raises(CheckpointError, match="do all nodes see this folder"):
+        saver.save(2, training.chunks, training.state())
+    assert read_info(tmp_path).iteration == 1
+
+
 def test_the_memory_of_copies_is_used_again(training):
     copies = saving._HostCopies()
     boxes = saving.model_boxes(training.chunks)

@@ -1,5 +1,6 @@
 """Boxes in files: read as any boxes, and never more executed than tensors need."""
 
+import json
 import pickle
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from megatron_brain.checkpointing.boxes import Box
 from megatron_brain.checkpointing.storage import (
+    INDEX,
     CheckpointError,
     read_boxes,
-    read_metadata,
+    read_index,
     read_tensors,
     write_boxes,
 )
@@ -60,13 +62,6 @@ def test_what_is_missing_or_of_another_shape_is_named(folder):
         read_boxes([box("matrix", torch.zeros(5, 4))], folder)
 
 
-def test_a_damaged_file_is_an_error_that_names_the_folder(folder):
-    (file,) = folder.glob("*.distcp")
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=f"{folder.name} cannot be read: rank 0"):
-        read_boxes([box("matrix", torch.zeros(6, 4))], folder)
-
-
 class Attack:
     """Runs code when it is unpickled."""
 
@@ -77,41 +72,80 @@ class Attack:
         return open, (str(self._proof), "w")
 
 
-@pytest.mark.parametrize("hide", [lambda attack: attack, lambda attack: {"state_dict_metadata": [attack]}])
-def test_a_metadata_file_cannot_run_code(folder, tmp_path, hide):
+def test_the_pickle_that_torch_writes_beside_is_not_read(folder, tmp_path):
     proof = tmp_path / "proof"
-    attack = pickle.dumps(hide(Attack(proof)))
+    attack = pickle.dumps(Attack(proof))
     pickle.loads(attack)  # noqa: S301
-    assert proof.exists(), "the attack works on a plain unpickler"
+    assert proof.exists(), "the attack works where it is unpickled"
     proof.unlink()
     (folder / ".metadata").write_bytes(attack)
-    for read in (lambda: read_metadata(folder), lambda: read_boxes([box("matrix", torch.zeros(6, 4))], folder)):
-        with pytest.raises(ConfigError, match=r"nothing of it was loaded: it asks for io\.open"):
-            read()
+    read_boxes([box("matrix", torch.zeros(6, 4))], folder)
     assert not proof.exists()
 
 
 def test_a_tensor_file_cannot_run_code(folder, tmp_path):
-    proof = tmp_path / "proof"
-    metadata = read_metadata(folder)
-    (place,) = [info for index, info in metadata.storage_data.items() if index.fqn == "vector"]
-    payload = tmp_path / "payload"
+    proof, payload = tmp_path / "proof", tmp_path / "payload"
     torch.save(Attack(proof), payload)
     torch.load(payload, weights_only=False)
     assert proof.exists(), "the attack works on an unrestricted torch.load"
     proof.unlink()
-    place.offset, place.length = 0, payload.stat().st_size
-    (folder / place.relative_path).write_bytes(payload.read_bytes())
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    index = json.loads((folder / INDEX).read_text())
+    (place,) = index["vector"]["boxes"]
+    (folder / place["file"]).write_bytes(payload.read_bytes())
+    for box_of_index in (b for tensor in index.values() for b in tensor["boxes"]):
+        box_of_index |= {"start": 0, "length": payload.stat().st_size}
+    (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="Weights only load failed"):
         read_boxes([box("vector", torch.zeros(2))], folder)
     assert not proof.exists()
 
 
-def test_a_metadata_file_of_something_else_is_refused(folder):
-    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(ConfigError, match="holds a dict, not a list of tensors"):
-        read_metadata(folder)
-    (folder / ".metadata").unlink()
-    with pytest.raises(ConfigError, match=r"has no \.metadata"):
-        read_metadata(folder)
+def shorten(folder, index):
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def remove(folder, index):
+    (file,) = folder.glob("*.distcp")
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shorten, "__0_0.distcp ends before a part of"),
+        (remove, "is not there; do all nodes see this folder"),
+        (lambda _, index: index["matrix"]["boxes"].pop(), "matrix is not there in full"),
+        (lambda _, index: index["matrix"]["boxes"][0].update(offset=[5, 3]), "matrix is not there in full"),
+        (
+            lambda _, index: index["vector"]["boxes"][0].update(file="../__0_0.distcp"),
+            r"\.\./__0_0.distcp, which holds",
+        ),
+        (lambda _, index: index["vector"]["boxes"][0].update(start=-1), "ends before a part of vector"),
+        (lambda _, index: index["vector"].update(dtype="load"), "vector has the dtype 'load'"),
+        (lambda _, index: index["vector"].pop("shape"), "damaged or not complete: 'shape'"),
+        (lambda _, index: index.update(vector=3), "damaged or not complete"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_before_anything_is_read(folder, damage, message):
+    index = json.loads((folder / INDEX).read_text())
+    damage(folder, index)
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=message):
+        read_boxes([box("matrix", torch.zeros(6, 4))], folder)
+
+
+def test_an_index_that_is_no_json_or_not_there_is_refused(folder):
+    (folder / INDEX).write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        read_index(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ConfigError, match=r"has no tensors\.json"):
+        read_index(folder)
+
+
+def test_a_file_of_other_contents_is_an_error_that_names_the_folder(folder):
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(b"?" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=f"{folder.name} cannot be read: rank 0"):
+        read_boxes([box("matrix", torch.zeros(6, 4))], folder)
