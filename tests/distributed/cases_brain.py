@@ -16,9 +16,9 @@ from distributed.world import Context, Layout, at
 
 BUDGET = 48
 
-small_worlds = at(lambda layout: layout.size <= 4)
-# Splitting more than in two changes nothing that the matrix and the rounds do not show.
-halves = at(lambda layout: layout.size <= 4 and max(layout.tp, layout.pp) <= 2)
+# What splits more, the matrix has for the updates; sampling has cases of its own.
+rounds = at(lambda layout: layout.size <= 4 and layout.tp < 4)
+halves = at(lambda layout: layout.size <= 2 or layout.name in ("tp2_dp2", "pp2_dp2"))
 
 
 def brain_flags(context: Context) -> list[str]:
@@ -31,7 +31,7 @@ def brain_flags(context: Context) -> list[str]:
     ]
 
 
-@small_worlds
+@rounds
 def case_a_round_and_its_updates(layout: Layout, context: Context) -> None:
     rollouts = context.shared / f"rollouts_{context.world_size}_{layout.name}"
     actual = train("brain", layout, context, *brain_flags(context), "--rollout-dir", str(rollouts))

@@ -171,8 +171,8 @@ def _flat(steps: list[list[float]]) -> list[float]:
 
 
 def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False, bits: bool = False) -> None:
-    """The same tensors and the same JSON, whoever wrote them: `exactly`, or all `bits` but those of random states, which
-    belong to a layout, or else to rounding."""
+    """The same tensors and the same JSON, whoever wrote them: `exactly`, or all `bits` but those of random states, of
+    which each layout has its own, or else to rounding."""
     from megatron_brain.checkpointing import read_info, read_records
     from megatron_brain.checkpointing.storage import read_tensors
 
