@@ -63,7 +63,7 @@ def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context:
     """At once and in the background; what was saved before stays."""
     from megatron_brain.checkpointing import CheckpointError, read_info
 
-    last = torch.distributed.get_world_size() - 1
+    last = context.world_size - 1
     for extra in ([], ["--async-save"]):
         path = context.shared / f"refused_{context.world_size}{''.join(extra)}"
         flags = [*random_start(context), "--train-iters", "9", "--save", str(path), *extra]
@@ -86,6 +86,31 @@ def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context:
         trainer.save()
         trainer.finish_saving()
         assert read_info(path).iteration == 3
+
+
+@at(lambda layout: layout.name == "dp2")
+def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: Context) -> None:
+    """As where another job is saving, or storage shows nodes different contents; and a rank that finds none at all."""
+    from megatron_brain.checkpointing import CheckpointError, load_weights, read_info
+
+    path = context.shared / f"different_{context.world_size}"
+    flags = [*random_start(context), "--train-iters", "9"]
+    trainer = open_trainer("sft", flags_of("sft", layout, context, *flags, "--save", str(path)))
+    for _ in range(2):
+        step(trainer)
+        trainer.save()
+    if context.world_size == 1:
+        return
+    mine = path / f"iter_000000{1 + trainer.parallel.rank}"
+    with pytest.raises(RuntimeError, match="rank 0: iter_0000001; rank 1: iter_0000002"):
+        open_trainer("sft", flags_of("sft", layout, context, *flags, "--load", str(mine)))
+    with pytest.raises(CheckpointError, match="different checkpoints in .*: iter_0000001, iter_0000002"):
+        load_weights(read_info(mine), trainer.chunks, head="policy")
+    if trainer.parallel.rank == 1:
+        (path / "iter_0000002" / "tensors.json").unlink()
+    torch.distributed.barrier()
+    with pytest.raises(ValueError, match="has no tensors.json"):
+        load_weights(read_info(path), trainer.chunks, head="policy")
 
 
 @contextmanager

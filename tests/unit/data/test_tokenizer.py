@@ -1,4 +1,5 @@
 import logging
+import shutil
 
 import pytest
 from helpers.tiny_tokenizers import LINES, train_sentencepiece, write_hf_tokenizer
@@ -94,6 +95,20 @@ def test_saved_tokenizer_reads_back_the_same(any_tokenizer, tmp_path):
     assert again.encode_prompts(TEXTS) == any_tokenizer.encode_prompts(TEXTS)
     for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "adds_bos", "chat_template"):
         assert getattr(again, name) == getattr(any_tokenizer, name)
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_a_tokenizer_is_saved_also_when_its_files_are_gone(tmp_path, kind):
+    """As those of a checkpoint that --keep-latest has removed."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    is_hf = kind == "HuggingFaceTokenizer"
+    source = write_hf_tokenizer(folder, eos_token="</s>", pad_token="<pad>") if is_hf else train_sentencepiece(folder)
+    tokenizer = build_tokenizer(kind, source)
+    expected = tokenizer.encode(LINES[0])
+    shutil.rmtree(folder)
+    tokenizer.save(tmp_path / "new")
+    assert build_tokenizer(kind, str(tmp_path / "new")).encode(LINES[0]) == expected
 
 
 def test_vocab_size_covers_the_added_tokens(hf, tmp_path):
