@@ -22,7 +22,7 @@ def results(request, tmp_path_factory) -> dict[str, str | None]:
     """Error of every selected case, None where it passed; a case of a world that died is missing."""
     directory = tmp_path_factory.mktemp("distributed")
     write_assets(directory)
-    selected = {item.callspec.params["name"] for item in request.session.items if "results" in item.fixturenames}
+    selected = {item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)}
     # One process runs every case that any world runs: it leaves what the others compare with.
     cases = {name.split("-", 2)[2] for name in selected}
     collected: dict[str, str | None] = {}
