@@ -1,0 +1,30 @@
+"""The scripts of the example, importable."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers.debian_tldr import EXAMPLE
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The example's modules; they are scripts in a folder, importable only while it is on the path."""
+    names = (
+        "descriptions",
+        "wheels",
+        "judge",
+        "fetch_data",
+        "fetch_model",
+        "make_preferences",
+        "summary",
+        "fetch_judge",
+    )
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(str(EXAMPLE))
+        for name in names:
+            sys.modules.pop(name, None)
