@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -68,8 +69,10 @@ class CheckpointSaver:
         head: Head,
         protected: Collection[Path] = (),
     ) -> None:
-        self._config, self._parallel, self._tokenizer, self._head = config, parallel, tokenizer, head
+        self._config, self._parallel, self._head = config, parallel, head
         self.root = Path(root)
+        # Taken now: a tokenizer may not be asked by two threads at once.
+        self._tokenizer_files = _saved_files(tokenizer) if parallel.is_writer else {}
         self._protected = protected
         # Of its own: a save in the background must not meet the collectives of training.
         self._group = parallel.host_group()
@@ -97,9 +100,9 @@ class CheckpointSaver:
         boxes = self._copies.take(boxes)
 
         def write() -> None:
-            # A thread starts on the first device, whichever this rank has.
-            torch.cuda.set_device(self._parallel.device)
             try:
+                # A thread starts on the first device, whichever this rank has.
+                torch.cuda.set_device(self._parallel.device)
                 self._write(boxes, info, records)
             except BaseException as error:
                 self._error = error
@@ -178,7 +181,10 @@ class CheckpointSaver:
 
         def finish() -> None:
             read_index(partial)
-            self._tokenizer.save(partial / "tokenizer")
+            for name, contents in self._tokenizer_files.items():
+                path = partial / "tokenizer" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(contents)
             save_config(self._config, partial / "config.yaml")
             info.write(partial)
             sync_tree(partial, but="*.distcp")  # which are synced
@@ -212,6 +218,14 @@ class CheckpointSaver:
                 f"iteration {info.iteration} could not be saved to {self.root}: {found}. What "
                 f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
             )
+
+
+def _saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What `tokenizer.save` writes, by name."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tokenizer"
+        tokenizer.save(folder)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class _HostCopies:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers.tiny_training import FakeTokenizer, Training, equal_weights
+from helpers.tiny_training import Training, equal_weights
 
 from megatron_brain.checkpointing import CheckpointError, TrainingState, load_weights, read_info
 from megatron_brain.checkpointing import save as saving
@@ -69,10 +69,10 @@ def test_a_save_that_fails_says_so_and_leaves_the_one_before(training, tmp_path,
     saver.save(1, training.chunks, training.state())
     saver.wait()
 
-    def fail(self, directory):
+    def fail(config, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(FakeTokenizer, "save", fail)
+    monkeypatch.setattr(saving, "save_config", fail)
     expected = r"iteration 2 could not be saved to .*rank 0: OSError: \[Errno 28\] No space left on device.*auto-resume"
     with pytest.raises(CheckpointError, match=expected):
         saver.save(2, training.chunks, training.state())
@@ -118,11 +118,11 @@ def test_only_the_latest_checkpoints_are_kept(training, tmp_path):
 def test_a_save_can_be_tried_again(training, tmp_path, monkeypatch):
     saver = training.saver(tmp_path)
 
-    def fail(self, directory):
+    def fail(config, path):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(FakeTokenizer, "save", fail)
+        broken.setattr(saving, "save_config", fail)
         with pytest.raises(CheckpointError, match="No space left"):
             saver.save(1, training.chunks, training.state())
     saver.save(1, training.chunks, training.state())

@@ -95,6 +95,31 @@ def test_a_save_that_failed_in_the_background_ends_the_run_after_the_step(single
     assert loop.done == []
 
 
+def test_a_signal_during_a_validation_ends_the_run_before_another_step(single):
+    class Interrupted(Loop):
+        def _validate(self):
+            if self.iteration == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super()._validate()
+
+    loop = Interrupted(single, validated_at=0)
+    with signals.noted():
+        loop._train()
+    assert loop.done == ["step", "step", "validate", "save"]
+
+
+def test_a_step_that_stops_the_run_lets_a_save_in_the_background_end_first(single):
+    def fail(iteration):
+        raise FloatingPointError("loss nan")
+
+    loop = Loop(single, validated_at=0, during=fail)
+    loop.logger = SimpleNamespace(close=lambda: loop.done.append("close"))
+    loop.finish_saving = lambda: loop.done.append("finish saving")
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        loop.train()
+    assert loop.done == ["finish saving", "close"]
+
+
 def test_a_signal_before_the_loop_ends_the_run_before_its_first_step_and_saves_nothing_new(single):
     loop = Loop(single, iteration=0)
     with signals.noted():
