@@ -14,7 +14,7 @@ from megatron_brain.checkpointing.state import (
     set_optimizer_steps,
     zero_vocabulary_padding,
 )
-from megatron_brain.checkpointing.storage import read_boxes, read_index
+from megatron_brain.checkpointing.storage import read_boxes
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
@@ -65,22 +65,16 @@ def load_training_state(
             f"{info.path} was trained with bf16={info.bf16}, this run has bf16={bf16}: resume in the same precision, "
             "or add --finetune to start from its weights"
         )
-    boxes = model_boxes(chunks) + optimizer_boxes(optimizer, chunks)
-    generators = random_state()
-    random = random_boxes(generators, parallel)
-    index = read_index(info.path)
+    boxes, generators = model_boxes(chunks) + optimizer_boxes(optimizer, chunks), random_state()
     # Another layout has another shape of them, another device other generators.
-    same_generators = all(index.shape(box.key) == box.shape for box in random)
+    same_generators = read_boxes(boxes, info.path, if_alike=random_boxes(generators, parallel))
     if same_generators:
-        boxes += random
+        set_random_state(generators)
     else:
         log.warning(
             "saved at layout %s or on another device: random states, which only dropout uses, are those of a new run",
             info.layout,
         )
-    read_boxes(boxes, info.path)
     zero_vocabulary_padding(chunks)
     set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
     scheduler.load_state_dict(info.trainer_state["scheduler"])
-    if same_generators:
-        set_random_state(generators)

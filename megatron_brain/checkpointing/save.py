@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -98,11 +97,12 @@ class CheckpointSaver:
             self._write(boxes, info, records)
             return
         boxes = self._copies.take(boxes)
+        # The copies are on their way until then.
+        self._parallel.synchronize()
 
         def write() -> None:
             try:
-                # A thread starts on the first device, whichever this rank has.
-                torch.cuda.set_device(self._parallel.device)
+                self._parallel.claim_device()
                 self._write(boxes, info, records)
             except BaseException as error:
                 self._error = error
@@ -208,10 +208,7 @@ class CheckpointSaver:
             error = str(failed)
         except Exception as failed:
             error = f"rank {self._parallel.rank}: {type(failed).__name__}: {failed}"
-        errors = [error]
-        if self._parallel.world_size > 1:
-            errors = [None] * self._parallel.world_size
-            dist.all_gather_object(errors, error, group=self._group)
+        errors = self._parallel.gather_over_world(error, self._group)
         found = "; ".join(dict.fromkeys(e for e in errors if e))
         if found:
             raise CheckpointError(
@@ -235,6 +232,7 @@ class _HostCopies:
         self._memory: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, boxes: Sequence[Box]) -> list[Box]:
+        """The same boxes with copies of their values, which are there once the device is synchronized."""
         used = dict.fromkeys((box.data.dtype for box in boxes), 0)
         for dtype in used:
             self._reserve(dtype, [box for box in boxes if box.data.dtype == dtype])
@@ -245,7 +243,6 @@ class _HostCopies:
             used[dtype] += size
             place.copy_(box.data, non_blocking=True)
             copies.append(Box(key=box.key, shape=box.shape, offset=box.offset, data=place))
-        torch.cuda.synchronize()
         return copies
 
     def _reserve(self, dtype: torch.dtype, boxes: Sequence[Box]) -> None:

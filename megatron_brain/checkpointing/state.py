@@ -17,11 +17,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, range_boxes
-from megatron_brain.models.initialize import sharded_tensors
+from megatron_brain.models.initialize import VOCABULARY_WEIGHTS, sharded_tensors
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 
-_VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,7 +50,7 @@ def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
     """Set the rows that pad the vocabulary, which no checkpoint holds."""
     for chunk in chunks:
         for sharded in sharded_tensors(chunk):
-            if sharded.key.endswith(_VOCABULARY):
+            if sharded.key.endswith(VOCABULARY_WEIGHTS):
                 sharded.data[max(0, chunk.true_vocab_size - sharded.global_offset[0]) :].zero_()
 
 
@@ -139,7 +138,7 @@ def _blocks(chunk: Chunk) -> list[_Block]:
         prepended = sharded.prepend_axis_num
         shape, offset = list(sharded.global_shape[prepended:]), tuple(sharded.global_offset[prepended:])
         data = sharded.data.detach()
-        if sharded.key.endswith(_VOCABULARY):
+        if sharded.key.endswith(VOCABULARY_WEIGHTS):
             shape[0] = chunk.true_vocab_size
             data = data[: max(0, shape[0] - offset[0])]
         if data.numel():

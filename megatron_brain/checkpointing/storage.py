@@ -58,17 +58,25 @@ def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) ->
         raise CheckpointError(_failures(error)) from error
 
 
-def read_boxes(boxes: Sequence[Box], folder: Path) -> None:
+def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Box] = ()) -> bool:
     """Fill the boxes, whatever boxes they were written in. All ranks call it.
+
+    Args:
+        if_alike: boxes to fill too if the checkpoint has tensors of all their names and shapes.
+
+    Returns:
+        whether those were filled.
 
     Raises:
         ConfigError: on all ranks, where one finds that the checkpoint lacks a tensor or has it in another shape, or
             that it is damaged.
         CheckpointError: on all ranks, where its files cannot be read, or ranks read different folders.
     """
-    wanted, index, problem = _by_key(boxes), None, None
+    wanted, index, problem, alike = _by_key(boxes), None, None, False
     try:
         index = read_index(folder)
+        alike = all(index.shape(box.key) == box.shape for box in if_alike)
+        wanted |= _by_key(if_alike) if alike else {}
         _check_wanted(wanted, index)
     except ConfigError as error:
         problem = str(error)
@@ -88,6 +96,7 @@ def read_boxes(boxes: Sequence[Box], folder: Path) -> None:
         dcp.load(wanted, storage_reader=_Reader(index), planner=_LoadPlanner())
     except CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be read: {_failures(error)}") from error
+    return alike
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:

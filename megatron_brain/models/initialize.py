@@ -15,6 +15,9 @@ from torch import nn
 
 from megatron_brain.config.model import ModelConfig
 
+VOCABULARY_WEIGHTS = ("word_embeddings.weight", "output_layer.weight")
+"""Ends of the names of weights with a row per token id, whose last rows may be padding."""
+
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -68,7 +71,7 @@ def _slice_of_whole(sharded: ShardedTensor, model: ModelConfig, *, seed: int) ->
     place, offset = sharded.global_offset[:prepended], sharded.global_offset[prepended:]
     whole_shape = list(sharded.global_shape[prepended:])
     padded_rows = whole_shape[0]
-    if "word_embeddings" in sharded.key or "output_layer" in sharded.key:
+    if sharded.key.endswith(VOCABULARY_WEIGHTS):
         whole_shape[0] = model.vocab_size
     std = model.init_method_std
     if sharded.key.endswith(_RESIDUAL_OUTPUTS):

@@ -88,14 +88,19 @@ class Parallel:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return tuple(flag != 0 for flag in seen.tolist())
 
-    def gather_over_world(self, item: object) -> list[object]:
-        """Collect one picklable object from every rank, in rank order, on all of them."""
+    def gather_over_world(self, item: object, group: dist.ProcessGroup | None = None) -> list[object]:
+        """Collect one picklable object from every rank, in rank order, on all of them; `group` may be `host_group`."""
         items: list[object] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=group)
         return items
 
-    def barrier(self) -> None:
-        dist.barrier()
+    def claim_device(self) -> None:
+        """Make this rank's device the current one of the calling thread, which starts on the first of the machine."""
+        torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        """Wait until this rank's device has done what it was given."""
+        torch.cuda.synchronize()
 
 
 def launched_world_size() -> int:

@@ -10,6 +10,7 @@ waits for a save to begin.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -274,10 +275,8 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     # Imported once, here, for all ranks to come.
-    import megatron_brain.stages.brain
-    import megatron_brain.stages.reward
-    import megatron_brain.stages.sft  # noqa: F401
-
+    for stage in ("sft", "reward", "brain"):
+        importlib.import_module(f"megatron_brain.stages.{stage}")
     report = run_faults(args.folder, stage=args.stage, kills=args.kills, count=args.ranks, seed=args.seed)
     print(json.dumps(vars(report), indent=2))
     return 1 if report.corrupt or report.differences else 0
