@@ -38,10 +38,10 @@ def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> N
     _check_tensor_parallel(config, world_size, model)
     _check_pipeline_parallel(config, world_size, model)
     _check_world_size(config, world_size)
-    if model.max_position_embeddings is not None and config.data.seq_length > model.max_position_embeddings:
+    if model.max_position_embeddings is not None and config.data.seq_length > model.longest_sequence[0]:
+        limit, setting = model.longest_sequence
         raise ConfigError(
-            f"seq_length={config.data.seq_length} exceeds the model's max_position_embeddings="
-            f"{model.max_position_embeddings}: use --seq-length {model.max_position_embeddings} or less"
+            f"seq_length={config.data.seq_length} exceeds the model's {setting}: use --seq-length {limit} or less"
         )
     if "optimizer" in STAGE_SECTIONS[config.stage]:
         _check_batches(config, world_size)

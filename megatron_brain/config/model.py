@@ -18,7 +18,7 @@ class ModelConfig:
     """Width of the residual stream."""
 
     ffn_hidden_size: int | None = None
-    """Width of the gated feed-forward layer."""
+    """Width of the feed-forward layer."""
 
     num_attention_heads: int | None = None
     """Number of query heads."""
@@ -41,11 +41,57 @@ class ModelConfig:
     rotary_base: float | None = None
     """Base of the rotary position embedding (Hugging Face: rope_theta); default: 10000."""
 
+    rotary_percent: float | None = None
+    """Share of a head's channels, the first ones, that is rotated; default: 1."""
+
+    rope_scaling_factor: float | None = None
+    """Divides low rotary frequencies, as Llama 3.1 does for longer sequences; default: 1, as they are."""
+
+    rope_low_freq_factor: float | None = None
+    """Frequencies of fewer turns than this in the original length are divided by --rope-scaling-factor; default: 1."""
+
+    rope_high_freq_factor: float | None = None
+    """Frequencies of more turns than this in the original length stay as they are, those between the two factors are
+    interpolated; default: 4."""
+
+    rope_original_max_position_embeddings: int | None = None
+    """Sequence length, in tokens, that the model had before --rope-scaling-factor; default: 8192."""
+
+    window_size: int | None = None
+    """Tokens that a token of the Hugging Face model attends to, itself included. Windows are not computed: sequences of
+    at most this length do not need one, longer ones are refused. Default: no window."""
+
+    normalization: Literal["RMSNorm", "LayerNorm"] | None = None
+    """Norm before attention, before the feed-forward layer and at the end; default: RMSNorm."""
+
     norm_epsilon: float | None = None
-    """Epsilon of RMSNorm; default: 1e-5."""
+    """Epsilon of the norms; default: 1e-5."""
+
+    qk_layernorm: bool | None = None
+    """RMSNorm over each head of queries and keys before they are rotated; default: no."""
+
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"] | None = None
+    """Activation of the feed-forward layer: gelu is exact, gelu_tanh its tanh approximation; default: silu."""
+
+    gated_linear_unit: bool | None = None
+    """Multiply the activation by a second projection of the input; default: yes."""
+
+    add_bias_linear: bool | None = None
+    """Biases in all linear maps of a layer; default: no."""
+
+    add_qkv_bias: bool | None = None
+    """Biases of queries, keys and values, also without --add-bias-linear; default: no."""
+
+    use_parallel_residual: bool | None = None
+    """Attention and feed-forward layer both read the layer's input: x + attention(norm x) + mlp(norm x); default: no,
+    the second reads what the first has added to it."""
 
     untie_embeddings_and_output_weights: bool | None = None
     """Give the output layer weights of its own instead of the embedding's; default: tied."""
+
+    hf_model_type: str | None = None
+    """`model_type` of the config.json that an export writes; default: that of the Hugging Face model the weights come
+    from, else of the first family that can have these sizes."""
 
     init_method_std: float = 0.02
     """Standard deviation of random initial weights."""
@@ -78,6 +124,14 @@ class ModelConfig:
     """Logits (positions x vocabulary entries of a process) that exist at one time when log-probabilities are computed;
     2**25 in float32 are 128 MiB."""
 
+    @property
+    def longest_sequence(self) -> tuple[int, str]:
+        """Most tokens that a sequence may have, and the setting that says so, in words. The sizes are resolved."""
+        limit, setting = self.max_position_embeddings, f"max_position_embeddings={self.max_position_embeddings}"
+        if self.window_size is not None and self.window_size < limit:
+            return self.window_size, f"window_size={self.window_size} (attention over a window is not computed)"
+        return limit, setting
+
     def __post_init__(self) -> None:
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
@@ -98,6 +152,9 @@ class ModelConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value}: must be positive")
         self._check_heads()
+        self._check_rotation()
+        if self.qk_layernorm and self.normalization == "LayerNorm":
+            raise ValueError("qk_layernorm is an RMSNorm over heads and needs normalization=RMSNorm, it is LayerNorm")
 
     def _check_heads(self) -> None:
         """Heads share the hidden size, and key/value heads are shared by query heads, evenly."""
@@ -114,6 +171,29 @@ class ModelConfig:
                 "set kv_channels, the dimension of a head"
             )
 
+    def _check_rotation(self) -> None:
+        """Channels are rotated in pairs, and frequencies scaled from low to high."""
+        percent, scaling = self.rotary_percent or 1.0, self.rope_scaling_factor or 1.0
+        if self.position_embedding_type == "learned_absolute":
+            for name, value in (("rotary_percent", percent), ("rope_scaling_factor", scaling)):
+                if value != 1.0:
+                    raise ValueError(f"{name}={value} needs position_embedding_type=rope, it is learned_absolute")
+            return
+        if percent > 1.0:
+            raise ValueError(f"rotary_percent={percent}: a share of a head's channels lies in (0, 1]")
+        if self.kv_channels is not None:
+            rotated = int(self.kv_channels * percent)
+            if rotated == 0 or rotated % 2:
+                raise ValueError(
+                    f"rotary_percent={percent} of kv_channels={self.kv_channels} are {rotated} channels: they are "
+                    "rotated in pairs, so it must be an even number above 0"
+                )
+        if scaling < 1.0:
+            raise ValueError(f"rope_scaling_factor={scaling}: it divides frequencies and is 1 or more")
+        low, high = self.rope_low_freq_factor or 1.0, self.rope_high_freq_factor or 4.0
+        if low >= high:
+            raise ValueError(f"rope_low_freq_factor={low} must be less than rope_high_freq_factor={high}")
+
 
 _POSITIVE = (
     "num_layers",
@@ -125,6 +205,12 @@ _POSITIVE = (
     "vocab_size",
     "max_position_embeddings",
     "rotary_base",
+    "rotary_percent",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "window_size",
     "norm_epsilon",
     "make_vocab_size_divisible_by",
     "recompute_num_layers",

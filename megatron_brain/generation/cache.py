@@ -1,8 +1,8 @@
 """Key/value cache of sampled responses, and the two attention layouts that fill and read it.
 
 A batch is `P` prompts with `n` samples each, `P * n` rows in prompt-major order. A prompt's keys and values stand in
-the cache once, whatever n is; every sample adds its own. megatron-core rotates queries and keys by position before
-they come here, so keys are stored rotated.
+the cache once, whatever n is; every sample adds its own. Queries and keys are rotated by position before they come
+here, so keys are stored rotated.
 """
 
 from collections.abc import Sequence

@@ -89,15 +89,14 @@ class Sampler:
     def _check(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> None:
         if len(keys) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many keys, not {len(keys)}")
-        limit, new = self.chunks[0].max_sequence_length, self.sampling.max_new_tokens
+        (limit, setting), new = self.chunks[0].longest_sequence, self.sampling.max_new_tokens
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {index} has no tokens")
             if len(prompt) + new > limit:
                 raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={new} that is more than "
-                    f"max_position_embeddings={limit}: shorten the prompt to {max(0, limit - new)} tokens or lower "
-                    "--max-new-tokens"
+                    f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={new} that is more than {setting}: "
+                    f"shorten the prompt to {max(0, limit - new)} tokens or lower --max-new-tokens"
                 )
 
     def _generate_batch(

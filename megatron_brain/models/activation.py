@@ -1,10 +1,27 @@
-"""The gated activation of the feed-forward layer."""
+"""Activations of the feed-forward layer."""
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_brain.config.model import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+"""By the values of `hidden_act`."""
+
+
+def activation_module(model: ModelConfig) -> type["GatedSilu"] | None:
+    """The module that computes the activation, gate included; None: megatron-core does, with a function."""
+    return GatedSilu if model.gated_linear_unit and model.hidden_act == "silu" else None
 
 
 class GatedSilu(MegatronModule):

@@ -15,25 +15,62 @@ ARCHITECTURE_FIELDS = (
     "max_position_embeddings",
     "position_embedding_type",
     "rotary_base",
+    "rotary_percent",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "window_size",
+    "normalization",
     "norm_epsilon",
+    "qk_layernorm",
+    "hidden_act",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "use_parallel_residual",
     "untie_embeddings_and_output_weights",
+    "hf_model_type",
 )
 """What a checkpoint fixes; every other field of ModelConfig is a choice of the run."""
 
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 
+_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000.0,
+    "rotary_percent": 1.0,
+    "rope_scaling_factor": 1.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_max_position_embeddings": 8192,
+    "window_size": None,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "qk_layernorm": False,
+    "hidden_act": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "use_parallel_residual": False,
+    "untie_embeddings_and_output_weights": False,
+    "hf_model_type": None,
+}
+"""What a model has that says nothing else. `num_query_groups` and `kv_channels` follow from the sizes."""
+
 
 def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelConfig:
     """`requested` with its unset sizes filled from `found` (a checkpoint's or Hugging Face's), else by default.
 
+    What `found` leaves out is the default there: a checkpoint from before there was a choice, or a Hugging Face family
+    that knows no other.
+
     Raises:
-        ValueError: a size was asked for that `source` contradicts, or one is missing.
+        ValueError: something was asked for that `source` contradicts, a size is missing, or they do not fit together.
     """
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
-    if found:
-        # Checkpoints from before there was a choice do not say.
-        found = {"position_embedding_type": "rope", **found}
-    for name, value in (found or {}).items():
+    for name, value in ({**_DEFAULTS, **found} if found else {}).items():
         if sizes[name] is not None and sizes[name] != value:
             raise ValueError(
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
@@ -52,12 +89,8 @@ def architecture(model: ModelConfig) -> dict:
 
 def _with_defaults(sizes: dict) -> dict:
     defaults = {
+        **_DEFAULTS,
         "num_query_groups": sizes["num_attention_heads"],
         "kv_channels": sizes["hidden_size"] // sizes["num_attention_heads"],
-        "max_position_embeddings": 2048,
-        "position_embedding_type": "rope",
-        "rotary_base": 10000.0,
-        "norm_epsilon": 1e-5,
-        "untie_embeddings_and_output_weights": False,
     }
     return {name: defaults.get(name) if value is None else value for name, value in sizes.items()}

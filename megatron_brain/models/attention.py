@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_brain.data.groups import Segment
+from megatron_brain.models.rotary import Rotated
 
 SegmentAttention = Callable[[tuple[Segment, ...], Tensor, Tensor, Tensor], Tensor]
 """Attention `[T, heads, dim]` of segments, from query `[T, heads, dim]`, key and value `[T, key_value_heads, dim]`."""
@@ -55,46 +56,6 @@ class PackedLayout(PackedSeqParams):
         if query.device.type == "cpu" and not dropout_p:
             return _TwoPartAttention.apply(query, key, value, self.segments, scale)
         return attend_with_copies(self.segments, query, key, value, scale=scale, dropout_p=dropout_p)
-
-
-@dataclass
-class Rotated(PackedSeqParams):
-    """A layout, and the rotation of queries and keys by their positions that comes before its attention.
-
-    megatron-core would rotate too, in about three times as many passes over memory, and take cosine and sine anew in
-    every layer. cos, sin: `[T, 1, dim]` float32.
-    """
-
-    layout: PackedSeqParams = field(kw_only=True)
-    cos: Tensor = field(kw_only=True)
-    sin: Tensor = field(kw_only=True)
-
-    def rotate(self, tensor: Tensor) -> Tensor:
-        """Queries or keys `[T, heads, dim]`, rotated (https://arxiv.org/abs/2104.09864): dimension i of the first
-        half with dimension i of the second."""
-        return _Rotate.apply(tensor, self.cos.to(tensor.dtype), self.sin.to(tensor.dtype))
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(tensor, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # Rounded after each operation, as transformers does: in bfloat16 its models come out bit-equal.
-    half = tensor.size(-1) // 2
-    out = tensor * cos
-    out[..., :half] -= tensor[..., half:] * sin[..., :half]
-    out[..., half:] += tensor[..., :half] * sin[..., half:]
-    return out
 
 
 def by_prefix(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:

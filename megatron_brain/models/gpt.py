@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.logprobs import vocab_parallel_logprobs
-from megatron_brain.models.attention import PackedLayout, Rotated
+from megatron_brain.models.attention import PackedLayout
+from megatron_brain.models.rotary import Rotated
 
 
 class _PackedGPT(GPTModel):
@@ -28,36 +29,31 @@ class _PackedGPT(GPTModel):
 
     true_vocab_size: int
     logprob_chunk_size: int
+    longest_sequence: tuple[int, str]
 
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
         """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         if self.position_embedding_type == "rope":
-            layout = self._rotated(layout, position_ids)
+            frequencies = self.rotary_pos_emb.inv_freq
+            layout = Rotated.by_positions(layout, position_ids[0], frequencies, self.config.kv_channels)
         return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=layout)
 
-    def _rotated(self, layout: PackedSeqParams, position_ids: Tensor) -> Rotated:
-        """The layout with the rotation of each token by its own position before it."""
-        angles = self.rotary_pos_emb(self.max_sequence_length)[position_ids[0], 0]
-        return Rotated(layout=layout, cos=angles.cos(), sin=angles.sin())
-
-    def _check_positions(self, groups: Sequence[Group]) -> None:
+    def _check_lengths(self, groups: Sequence[Group]) -> None:
         """The model has a position for every token; on a device the look-up would say no more than that it failed."""
+        limit, setting = self.longest_sequence
         for group in groups:
             length = len(group.prompt) + max(map(len, group.responses))
-            if length > self.max_sequence_length:
-                raise ValueError(
-                    f"{group.record_id}: prompt and response of {length} tokens are more than "
-                    f"max_position_embeddings={self.max_sequence_length}"
-                )
+            if length > limit:
+                raise ValueError(f"{group.record_id}: prompt and response of {length} tokens are more than {setting}")
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """This stage's output: hidden states, or on the last stage what the head makes of them.
 
         Raises:
-            ValueError: a sequence is longer than the model has positions.
+            ValueError: a sequence is longer than the model has positions, or than its attention's window.
         """
-        self._check_positions(batch.groups)
+        self._check_lengths(batch.groups)
         hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
         return self.head(hidden, batch) if self.post_process else hidden
 

@@ -32,10 +32,11 @@ def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> N
     for sharded in sharded_tensors(module):
         if sharded.data is None or sharded.data.numel() == 0 or not sharded.data.is_floating_point():
             continue
-        if "norm" in sharded.key:
-            sharded.data.fill_(1.0)
-        elif sharded.key.endswith(".bias"):
+        # A norm inside of a linear layer has its bias under the name layer_norm_bias.
+        if sharded.key.endswith("bias"):
             sharded.data.zero_()
+        elif "norm" in sharded.key:
+            sharded.data.fill_(1.0)
         else:
             sharded.data.copy_(_slice_of_whole(sharded, model, seed=seed))
 
@@ -43,14 +44,14 @@ def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> N
 def mark_tensor_parallel(module: nn.Module) -> None:
     """Say of every weight that is split over tensor-parallel ranks that it is.
 
-    megatron-core does so only while it draws its own initial weights, which we replace; the gradient norm counts an
-    unmarked weight on one rank alone.
+    megatron-core 0.16 does so only while it draws its own initial weights, which we replace; 0.19 always does. Biases
+    it marks as it makes them. The gradient norm counts an unmarked weight on one rank alone.
     """
+    split_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for part in module.modules():
-        if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)) and part.weight is not None:
-            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(part, RowParallelLinear):
-            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=1, stride=1)
+        dims = [dim for kind, dim in split_along.items() if isinstance(part, kind)]
+        if dims and part.weight is not None and not hasattr(part.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(part.weight, is_parallel=True, dim=dims[0], stride=1)
 
 
 def sharded_tensors(module: nn.Module) -> list[ShardedTensor]:

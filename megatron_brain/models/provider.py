@@ -3,15 +3,16 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.models.activation import ACTIVATIONS, activation_module
 from megatron_brain.models.gpt import PolicyModel, RewardModel
 from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel
-from megatron_brain.models.norm import RMSNorm
+from megatron_brain.models.norm import NORMS
+from megatron_brain.models.rotary import scale_frequencies
 from megatron_brain.models.specs import choose_transformer_impl, layer_spec
 from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
 
@@ -20,7 +21,7 @@ Chunk = PolicyModel | RewardModel
 
 
 def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> TransformerConfig:
-    """Megatron-core's configuration of a Llama-family trunk. `model` has its sizes resolved."""
+    """Megatron-core's configuration of the trunk. `model` has its sizes resolved."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     chunks = virtual_pipeline_size(parallel_config, model.num_layers)
     # With the batched default, two stages mix up activations of interleaved chunks; see docs/design.md.
@@ -33,13 +34,15 @@ def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> T
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
-        normalization="RMSNorm",
+        normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        # Of Transformer Engine or not: the activation is the module that the spec names.
-        use_te_activation_func=True,
-        add_bias_linear=False,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=model.gated_linear_unit,
+        activation_func=ACTIVATIONS[model.hidden_act],
+        # Of Transformer Engine or not: the activation is the module that the spec names, where it names one.
+        use_te_activation_func=activation_module(model) is not None,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -103,11 +106,11 @@ def _build_chunk(
     vp_stage: int | None,
 ) -> Chunk:
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
-    spec = layer_spec(impl)
+    spec = layer_spec(impl, model)
     if impl == "local":
         # A block spec of our own, because the default one ends in a norm that refuses sequence parallelism.
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=parallel.pp_rank)
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=NORMS[model.normalization])
     chunk = (PolicyModel if head == "policy" else RewardModel)(
         config=config,
         transformer_layer_spec=spec,
@@ -118,14 +121,18 @@ def _build_chunk(
         share_embeddings_and_output_weights=head == "policy" and not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
         pg_collection=parallel.groups,
         vp_stage=vp_stage,
     )
-    if chunk.pre_process and model.position_embedding_type == "learned_absolute":
+    if model.position_embedding_type == "rope":
+        chunk.rotary_pos_emb.inv_freq = scale_frequencies(chunk.rotary_pos_emb.inv_freq, model).to(parallel.device)
+    elif chunk.pre_process:
         # megatron-core makes this one weight in float32 whatever params_dtype says.
         chunk.embedding.position_embeddings.to(config.params_dtype)
     chunk.true_vocab_size = model.vocab_size
     chunk.logprob_chunk_size = model.logprob_chunk_size
+    chunk.longest_sequence = model.longest_sequence
     return chunk
 
 

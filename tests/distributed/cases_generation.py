@@ -16,14 +16,13 @@ def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
     from megatron_brain.config.parallel import ParallelConfig
     from megatron_brain.config.stages import SamplingConfig
     from megatron_brain.generation.sampler import Sampler
+    from megatron_brain.models.architecture import resolve
     from megatron_brain.models.provider import build_model
     from megatron_brain.runtime import parallel as runtime
 
     # Weights so large that the likeliest tokens are far apart and rounding does not swap them.
-    model = ModelConfig(
-        **SIZES, kv_channels=8, rotary_base=10000, norm_epsilon=1e-5, init_method_std=0.3,
-        untie_embeddings_and_output_weights=True,
-    )  # fmt: skip
+    sizes = ModelConfig(**SIZES, init_method_std=0.3, untie_embeddings_and_output_weights=True)
+    model = resolve(sizes, None, "the test")
     config = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

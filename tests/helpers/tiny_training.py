@@ -34,6 +34,7 @@ class Training:
         head="policy",
         bf16=False,
         lr=1e-2,
+        adam_eps=1e-8,
         layout=None,
         distributed_optimizer=False,
         **sizes,
@@ -41,6 +42,7 @@ class Training:
         model = resolve(ModelConfig(bf16=bf16, **SIZES | {"num_layers": 2} | sizes), None, "the test")
         self.config = RunConfig(stage="sft", model=model, parallel=layout or ParallelConfig())
         self.config.optimizer.lr = lr
+        self.config.optimizer.adam_eps = adam_eps
         self.config.optimizer.use_distributed_optimizer = distributed_optimizer
         self.parallel, self.head = parallel, head
         self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed)

@@ -114,7 +114,7 @@ class _Extension(types.ModuleType):
         out: Tensor | None,
         quantizer: None,
         out_dtype: int | None,
-        bias: None,
+        bias: Tensor | None,
         bias_dtype: int,
         gelu: bool,
         gelu_input: None,
@@ -124,17 +124,20 @@ class _Extension(types.ModuleType):
         accumulate: bool,
         *args: object,
         **kwargs: object,
-    ) -> tuple[Tensor, None, None, None]:
-        """Column-major: `out = b @ a`, `a` and `b` transposed where it is said."""
-        assert quantizer is None and bias is None and not gelu
+    ) -> tuple[Tensor, Tensor | None, None, None]:
+        """Column-major: `out = b @ a`, `a` and `b` transposed where it is said. The bias is added, or, with `grad`, its
+        gradient is the second result: `b` is that of the output."""
+        assert quantizer is None and not gelu
         rows = b.reshape(-1, b.shape[-1])
         a = a.reshape(-1, a.shape[-1])
         result = (rows.T if transpose_b else rows) @ (a.T if transpose_a else a)
         if not transpose_b:
             result = result.view(*b.shape[:-1], -1)
-        if out is None:
-            return result, None, None, None
-        return (out.add_(result) if accumulate else out.copy_(result)), None, None, None
+        if bias is not None and not grad:
+            result = result + bias
+        if out is not None:
+            result = out.add_(result) if accumulate else out.copy_(result)
+        return result, rows.sum(0) if bias is not None and grad else None, None, None
 
     @staticmethod
     def rmsnorm_fwd(
@@ -158,6 +161,31 @@ class _Extension(types.ModuleType):
         normed, weighted = x.float() * scale[..., None], grad.float() * weight.float()
         of_x = scale[..., None] * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
         return of_x.to(x.dtype), (grad.float() * normed).sum(0).to(weight.dtype)
+
+    @staticmethod
+    def layernorm_fwd(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        out: Tensor | None,
+        quantizer: None,
+        dtype: int,
+        margin: int,
+        plus_one: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert out is None and quantizer is None and not plus_one
+        result, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return result, mean.view(-1), scale.view(-1)
+
+    @staticmethod
+    def layernorm_bwd(
+        grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, margin: int, plus_one: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, scale = (each.view(*x.shape[:-1], 1) for each in (mean, scale))
+        return torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, scale, weight, torch.zeros_like(weight), [True, True, True]
+        )
 
     @staticmethod
     def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, batch: int, max_length: int) -> Tensor:

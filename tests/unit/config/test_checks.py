@@ -96,6 +96,16 @@ def test_sequence_parallel_needs_tensor_parallel_and_a_length_it_divides():
     [
         ({"num_attention_heads": 9, "num_query_groups": 2}, "9 is not a multiple of num_query_groups=2"),
         ({"hidden_size": 100, "num_attention_heads": 9}, "hidden_size=100"),
+        ({"rotary_percent": 1.5}, r"rotary_percent=1.5: .* lies in \(0, 1\]"),
+        ({"rotary_percent": 0.0}, "rotary_percent=0.0: must be positive"),
+        ({"rotary_percent": 0.75, "kv_channels": 12}, "rotary_percent=0.75 of kv_channels=12 are 9 channels"),
+        ({"kv_channels": 5}, "are 5 channels: they are rotated in pairs"),
+        ({"rotary_percent": 0.5, "position_embedding_type": "learned_absolute"}, "needs position_embedding_type=rope"),
+        ({"rope_scaling_factor": 8.0, "position_embedding_type": "learned_absolute"}, "rope_scaling_factor=8.0 needs"),
+        ({"rope_scaling_factor": 0.5}, "rope_scaling_factor=0.5: .* 1 or more"),
+        ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0 must be less than rope_high_freq_factor=4.0"),
+        ({"qk_layernorm": True, "normalization": "LayerNorm"}, "qk_layernorm .* needs normalization=RMSNorm"),
+        ({"window_size": 0}, "window_size=0: must be positive"),
         ({"recompute_num_layers": 1}, "needs recompute_granularity=full"),
         ({"recompute_method": "block"}, "needs recompute_granularity=full"),
         ({"save_interval": 5}, "needs --save"),
@@ -181,3 +191,20 @@ def test_a_feed_forward_width_that_tensor_parallelism_does_not_divide_is_named()
     model = ModelConfig(num_layers=2, num_attention_heads=4, ffn_hidden_size=63)
     with pytest.raises(ConfigError, match="does not divide ffn_hidden_size=63"):
         validate_layout(config, 2, model)
+
+
+@pytest.mark.parametrize(
+    ("limits", "part"),
+    [
+        ({"max_position_embeddings": 512}, "max_position_embeddings=512: use --seq-length 512 or less"),
+        ({"max_position_embeddings": 4096, "window_size": 256}, r"window_size=256 \(.*: use --seq-length 256 or less"),
+    ],
+)
+def test_sequences_longer_than_the_models_positions_or_window_are_refused(limits, part):
+    def model(sizes):
+        return ModelConfig(num_layers=2, num_attention_heads=4, **sizes)
+
+    config = config_from_dict("sft", {"seq_length": 1024})
+    validate_layout(config, 1, model({name: 1024 for name in limits}))
+    with pytest.raises(ConfigError, match=f"seq_length=1024 exceeds the model's {part}"):
+        validate_layout(config, 1, model(limits))

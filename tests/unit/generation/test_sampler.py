@@ -11,6 +11,7 @@ from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, Segment, pack_groups
 from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.models.architecture import resolve
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
 from megatron_brain.training.validation import score_groups
@@ -27,7 +28,7 @@ def model(single):
 
 
 def _build(parallel, **changes):
-    config = ModelConfig(
+    sizes = ModelConfig(
         num_layers=3,
         hidden_size=64,
         ffn_hidden_size=96,
@@ -40,6 +41,7 @@ def _build(parallel, **changes):
         norm_epsilon=1e-5,
         **changes,
     )
+    config = resolve(sizes, None, "the test")
     [chunk] = build_model(config, ParallelConfig(), parallel, head="policy", seed=3)
     return chunk
 
@@ -200,6 +202,8 @@ def test_bfloat16_samples_score_as_the_policy_scores_them(single):
 def test_a_prompt_without_room_is_refused_with_its_number_and_the_cure(model, single):
     with pytest.raises(ValueError, match=r"prompt 1 has 60 tokens.*max_position_embeddings=64.*to 52 tokens"):
         _generate(model, single, [(1, 2), (1,) * 60])
+    with pytest.raises(ValueError, match=r"prompt 0 has 9 tokens.*window_size=20 \(attention over .*to 8 tokens"):
+        _generate(_build(single, window_size=20), single, [(1,) * 9])
 
 
 def test_empty_prompts_and_missing_keys_are_refused(model, single):

@@ -52,4 +52,5 @@ def test_both_specs_have_it(single, monkeypatch):
     [model] = build_model(resolve(ModelConfig(**SIZES), None, ""), ParallelConfig(), single, head="policy", seed=1)
     assert all(isinstance(layer.mlp.activation_func, GatedSilu) for layer in model.decoder.layers)
     monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", specs.get_gpt_layer_local_spec)
-    assert specs.layer_spec("transformer_engine").submodules.mlp.submodules.activation_func is GatedSilu
+    model = resolve(ModelConfig(**SIZES), None, "")
+    assert specs.layer_spec("transformer_engine", model).submodules.mlp.submodules.activation_func is GatedSilu

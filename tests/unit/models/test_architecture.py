@@ -1,6 +1,7 @@
 """Sizes of the model come from one place, and contradictions are named."""
 
 import pytest
+from helpers.architectures import ARCHITECTURES
 from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
@@ -22,8 +23,22 @@ def test_flags_alone_are_filled_with_defaults():
         "max_position_embeddings": 2048,
         "position_embedding_type": "rope",
         "rotary_base": 10000.0,
+        "rotary_percent": 1.0,
+        "rope_scaling_factor": 1.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_original_max_position_embeddings": 8192,
+        "window_size": None,
+        "normalization": "RMSNorm",
         "norm_epsilon": 1e-5,
+        "qk_layernorm": False,
+        "hidden_act": "silu",
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "use_parallel_residual": False,
         "untie_embeddings_and_output_weights": False,
+        "hf_model_type": None,
     }
 
 
@@ -44,16 +59,29 @@ def test_missing_sizes_are_all_named():
         resolve(ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4), None, "the flags")
 
 
-def test_a_checkpoint_that_does_not_name_its_positions_has_rotary_ones():
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("position_embedding_type", "learned_absolute", "rope"),
+        ("hidden_act", "gelu", "silu"),
+        ("window_size", 64, None),
+    ],
+)
+def test_what_a_checkpoint_does_not_name_is_the_default_there(name, value, default):
     found = architecture(resolve(ModelConfig(**SIZES), None, ""))
-    del found["position_embedding_type"]
-    assert resolve(ModelConfig(), found, "ckpt").position_embedding_type == "rope"
-    with pytest.raises(
-        ValueError, match="position_embedding_type=learned_absolute was asked for, but ckpt has .*=rope"
-    ):
-        resolve(ModelConfig(position_embedding_type="learned_absolute"), found, "ckpt")
+    del found[name]
+    assert getattr(resolve(ModelConfig(), found, "ckpt"), name) == default
+    with pytest.raises(ValueError, match=f"{name}={value} was asked for, but ckpt has {name}={default}"):
+        resolve(ModelConfig(**{name: value}), found, "ckpt")
 
 
-def test_learned_positions_are_what_a_checkpoint_says():
-    found = architecture(resolve(ModelConfig(**SIZES, position_embedding_type="learned_absolute"), None, ""))
-    assert resolve(ModelConfig(), found, "ckpt").position_embedding_type == "learned_absolute"
+@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_checkpoint_says_what_its_layers_are(settings):
+    found = architecture(resolve(ModelConfig(**SIZES, **settings), None, ""))
+    read = resolve(ModelConfig(), found, "ckpt")
+    assert {name: getattr(read, name) for name in settings} == settings
+
+
+def test_sizes_that_only_together_make_no_sense_are_named():
+    with pytest.raises(ValueError, match="rotary_percent=0.3 of kv_channels=10 are 3 channels"):
+        resolve(ModelConfig(**SIZES | {"hidden_size": 40}, rotary_percent=0.3), None, "the flags")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_brain.data.groups import Segment
-from megatron_brain.models.attention import PackedLayout, Rotated, attend_with_copies
+from megatron_brain.models.attention import PackedLayout, attend_with_copies
 
 HEADS = st.sampled_from([(4, 4), (4, 2), (3, 1), (6, 2)])
 PRECISIONS = st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -178,28 +178,3 @@ def test_dropout_of_everything_but_none_changes_the_output(segments):
     plain = layout.attend(1, query, key, value, scale=0.5)
     assert torch.equal(layout.attend(1, query, key, value, scale=0.5, dropout_p=0.0), plain)
     assert not torch.equal(layout.attend(1, query, key, value, scale=0.5, dropout_p=0.5), plain)
-
-
-def rotated(angles):
-    """The rotation by angles `[T, dim / 2]`."""
-    both = torch.cat([angles, angles], dim=1)[:, None]
-    return Rotated(layout=PackedLayout(), cos=both.cos(), sin=both.sin())
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-def test_rotation_is_a_complex_number_of_two_halves_turned_by_the_angle_of_its_token(dtype, tolerance):
-    angles = torch.rand(7, DIM // 2, generator=torch.Generator().manual_seed(0)) * 6
-    tensor = random_qkv(7)[0].to(dtype)
-    actual = rotated(angles).rotate(tensor)
-    assert actual.dtype == dtype
-    turned = (
-        torch.complex(*tensor.double().chunk(2, dim=-1))
-        * torch.polar(torch.ones(()).double(), angles.double())[:, None]
-    )
-    torch.testing.assert_close(actual.double(), torch.cat([turned.real, turned.imag], -1), rtol=0, atol=tolerance)
-
-
-def test_the_gradient_of_the_rotation_is_its_derivative():
-    angles = torch.rand(3, DIM // 2, generator=torch.Generator().manual_seed(0)).double() * 6
-    tensor = random_qkv(3)[0].double().requires_grad_()
-    assert torch.autograd.gradcheck(rotated(angles).rotate, tensor)

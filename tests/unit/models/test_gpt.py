@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.architectures import ARCHITECTURES
 from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
@@ -134,6 +135,13 @@ def test_a_sequence_longer_than_the_models_positions_is_an_error_that_says_which
         model(last)
 
 
+def test_a_sequence_longer_than_the_attentions_window_is_an_error_that_says_which(single):
+    batch = pack_groups(GROUPS[2:], shared_prefix=True)
+    build(single, "policy", window_size=5)(batch)
+    with pytest.raises(ValueError, match=r"prompts.jsonl:3: .* 5 tokens are more than window_size=4 \(attention over"):
+        build(single, "policy", window_size=4)(batch)
+
+
 @POSITIONS
 def test_the_same_tokens_elsewhere_in_the_sequence_are_at_other_positions(single, positions):
     model = build(single, "policy", position_embedding_type=positions)
@@ -144,10 +152,10 @@ def test_the_same_tokens_elsewhere_in_the_sequence_are_at_other_positions(single
     assert not torch.allclose(near, far, atol=1e-3)
 
 
-@POSITIONS
+@pytest.mark.parametrize("settings", [{}, *ARCHITECTURES.values()], ids=["llama", *ARCHITECTURES])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_sampler_gives_a_token_the_probability_that_scoring_gives_it(single, positions, temperature):
-    model = build(single, "policy", position_embedding_type=positions)
+def test_the_sampler_gives_a_token_the_probability_that_scoring_gives_it(single, settings, temperature):
+    model = build(single, "policy", **settings)
     sampler = Sampler([model], single, SamplingConfig(max_new_tokens=8, temperature=temperature), eos_id=0)
     prompts = [(1, 2, 3, 4, 5), (6, 7)]
     drawn = sampler.generate(prompts, samples_per_prompt=3, keys=[0, 1], seed=1)

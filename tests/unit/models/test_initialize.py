@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.architectures import ARCHITECTURES
 from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
@@ -59,6 +60,16 @@ def test_learned_positions_are_drawn_too_and_are_all_that_is_added(single):
     assert rotary.keys() == learned.keys() and all(torch.equal(rotary[name], learned[name]) for name in rotary)
     in_bfloat16 = weights(single, position_embedding_type="learned_absolute", bf16=True)
     assert {weight.dtype for weight in in_bfloat16.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_biases_start_at_zero_those_of_norms_too_and_norms_at_one(single, settings):
+    found = weights(single, **settings)
+    vectors = {name: weight for name, weight in found.items() if weight.dim() == 1}
+    assert any(name.endswith("bias") for name in vectors) and any("norm" in name for name in vectors)
+    for name, weight in vectors.items():
+        assert torch.equal(weight, torch.full_like(weight, 0.0 if name.endswith("bias") else 1.0)), name
+    assert all(weight.any() for weight in found.values() if weight.dim() == 2)
 
 
 def test_no_two_matrices_are_equal(single):

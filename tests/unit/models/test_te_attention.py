@@ -222,8 +222,9 @@ def test_sampling_prefills_by_it_and_decodes_from_the_cache(single, models):
 
 def test_the_transformer_engine_spec_has_it_and_the_local_spec_has_not(monkeypatch):
     monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", specs.get_gpt_layer_local_spec)
+    model = resolve(ModelConfig(**SIZES), None, "the test")
     chosen = {
-        impl: specs.layer_spec(impl).submodules.self_attention.submodules.core_attention
+        impl: specs.layer_spec(impl, model).submodules.self_attention.submodules.core_attention
         for impl in ("transformer_engine", "local")
     }
     assert chosen == {"transformer_engine": TransformerEngineAttention, "local": specs.CoreAttention}

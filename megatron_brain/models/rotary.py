@@ -1,0 +1,75 @@
+"""Rotary positions (https://arxiv.org/abs/2104.09864): their frequencies, and the rotation of queries and keys."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_brain.config.model import ModelConfig
+
+
+def scale_frequencies(frequencies: Tensor, model: ModelConfig) -> Tensor:
+    """Frequencies `[r/2]` with Llama 3.1's scaling, as transformers computes it (`rope_type` llama3).
+
+    megatron-core has it with a factor to choose and the other three numbers fixed.
+    """
+    factor, original = model.rope_scaling_factor, model.rope_original_max_position_embeddings
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    if factor == 1.0:
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
+    is_short, is_long = wavelength < original / high, wavelength > original / low
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    return torch.where(is_short, frequencies, torch.where(is_long, frequencies / factor, between))
+
+
+@dataclass
+class Rotated(PackedSeqParams):
+    """A layout, and the rotation of queries and keys by their positions that comes before its attention.
+
+    megatron-core would rotate too, in about three times as many passes over memory, and take cosine and sine anew in
+    every layer. cos: `[T, 1, dim]` float32, 1 for the channels that are not rotated; sin: `[T, 1, r]` float32, of the
+    first r channels, which are.
+    """
+
+    layout: PackedSeqParams = field(kw_only=True)
+    cos: Tensor = field(kw_only=True)
+    sin: Tensor = field(kw_only=True)
+
+    @classmethod
+    def by_positions(cls, layout: PackedSeqParams, positions: Tensor, frequencies: Tensor, dim: int) -> "Rotated":
+        """The layout with the rotation of each token by its own position `[T]`, at frequencies `[r/2]`, before it."""
+        angles = positions[:, None, None].float() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return cls(layout=layout, cos=F.pad(angles.cos(), (0, dim - angles.size(-1)), value=1.0), sin=angles.sin())
+
+    def rotate(self, tensor: Tensor) -> Tensor:
+        """Queries or keys `[T, heads, dim]`, rotated: channel i of the first half of r with channel i of the second."""
+        return _Rotate.apply(tensor, self.cos.to(tensor.dtype), self.sin.to(tensor.dtype))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(tensor, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Rounded after each operation, as transformers does: in bfloat16 its models come out bit-equal.
+    rotated = sin.size(-1)
+    half = rotated // 2
+    out = tensor * cos
+    out[..., :half] -= tensor[..., half:rotated] * sin[..., :half]
+    out[..., half:rotated] += tensor[..., :half] * sin[..., half:]
+    return out
