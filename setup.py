@@ -17,10 +17,12 @@ setup(
         "megatron-core>=0.16,<0.20",
         "numpy",
         "transformers>=4.51",
+        "huggingface_hub>=0.25",
         "datasets>=4.0",  # earlier ones may run code that a data set brings
         "sentencepiece>=0.2",
+        "protobuf",  # sentencepiece's model files
         "jinja2>=3.1",
-        "safetensors>=0.4",
+        "safetensors>=0.8",  # earlier ones copy all that they write
         "tensorboard>=2.15",
         "pyyaml>=6.0",
         "rich>=13.0",

@@ -2,7 +2,8 @@
 
 <save>/latest_checkpointed_iteration.txt     written last, by rename
 <save>/iter_0000100/                         appears by rename, when every rank's files are complete and synced
-    *.distcp, .metadata                      tensors by global name, torch.distributed.checkpoint's format
+    weights_00000.safetensors                the boxes of tensors that a rank wrote
+    tensors.json                             which tensors there are, and in which file each box of them
     megatron_brain.json                      iteration, head, architecture, position in the data, optimizer steps
     records/replica_00000.jsonl              a replica's records of the stage (brain: the round's rollouts)
     config.yaml                              the run's resolved configuration
@@ -11,7 +12,13 @@
 
 from megatron_brain.checkpointing.folders import CheckpointInfo, has_checkpoint, read_info, read_records
 from megatron_brain.checkpointing.load import load_training_state, load_weights
-from megatron_brain.checkpointing.save import CheckpointError, CheckpointSaver, TrainingState
+from megatron_brain.checkpointing.save import (
+    CheckpointSaver,
+    TrainingState,
+    publish_checkpoint,
+    tokenizer_files,
+)
+from megatron_brain.checkpointing.storage import CheckpointError
 
 __all__ = [
     "CheckpointError",
@@ -21,6 +28,8 @@ __all__ = [
     "has_checkpoint",
     "load_training_state",
     "load_weights",
+    "publish_checkpoint",
     "read_info",
     "read_records",
+    "tokenizer_files",
 ]

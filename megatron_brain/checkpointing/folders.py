@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LATEST = "latest_checkpointed_iteration.txt"
 INFO = "megatron_brain.json"
 RECORDS = "records"
-FORMAT = 2
+FORMAT = 3
 
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 _ITERATION = re.compile(r"iter_(\d{7,})")
@@ -47,6 +47,8 @@ class CheckpointInfo:
     bf16: bool
     layout: dict[str, int]
     """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
+    generation_config: dict = field(default_factory=dict)
+    """generation_config.json of the Hugging Face model it comes from, to be exported again; {} if there is none."""
     format: int = field(default=FORMAT)
 
     @property
@@ -68,6 +70,15 @@ def iteration_dir(root: str | Path, iteration: int) -> Path:
 def partial_dir(root: str | Path, iteration: int) -> Path:
     """Folder in which one iteration's checkpoint is written."""
     return _other(iteration_dir(root, iteration), _PARTIAL)
+
+
+def begin(root: str | Path, iteration: int) -> Path:
+    """An empty folder to write one iteration's checkpoint in; `publish` gives it its name."""
+    partial = partial_dir(root, iteration)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
 
 
 def has_checkpoint(directory: str | Path) -> bool:

@@ -1,11 +1,10 @@
 """Writing checkpoints, at once or while training goes on."""
 
 import logging
-import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_brain.checkpointing import folders
 from megatron_brain.checkpointing.boxes import Box, share_of
 from megatron_brain.checkpointing.folders import CheckpointInfo
+from megatron_brain.checkpointing.index import DATA_FILES, read_index
 from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes, optimizer_steps, random_boxes
-from megatron_brain.checkpointing.storage import CheckpointError, read_index, write_boxes
+from megatron_brain.checkpointing.storage import CheckpointError, write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer
@@ -45,6 +45,38 @@ class TrainingState:
     """JSON-able records of this replica."""
 
 
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What `tokenizer.save` writes, by name."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "tokenizer"
+        tokenizer.save(folder)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mapping[str, bytes]) -> None:
+    """Complete a folder that `folders.begin` made and that holds tensors with their index, then give it its name.
+
+    Args:
+        info: `path` is where the checkpoint is to appear.
+        config: configuration with the model's sizes resolved.
+        tokenizer: what `tokenizer_files` returned.
+
+    Raises:
+        ConfigError: the tensors are not all there; nothing is published.
+    """
+    root = info.path.parent
+    partial = folders.partial_dir(root, info.iteration)
+    read_index(partial)
+    for name, contents in tokenizer.items():
+        path = partial / "tokenizer" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+    save_config(config, partial / "config.yaml")
+    info.write(partial)
+    sync_tree(partial, but=DATA_FILES)  # which are synced
+    folders.publish(root, info.iteration)
+
+
 class CheckpointSaver:
     """Writes a run's checkpoints into --save.
 
@@ -55,6 +87,7 @@ class CheckpointSaver:
     Args:
         root: --save.
         config: configuration with the model's sizes resolved.
+        generation_config: goes into each checkpoint's CheckpointInfo.
         protected: checkpoints that --keep-latest must leave alone; looked at when it removes.
     """
 
@@ -66,12 +99,14 @@ class CheckpointSaver:
         tokenizer: Tokenizer,
         *,
         head: Head,
+        generation_config: dict | None = None,
         protected: Collection[Path] = (),
     ) -> None:
         self._config, self._parallel, self._head = config, parallel, head
         self.root = Path(root)
         # Taken now: a tokenizer may not be asked by two threads at once.
-        self._tokenizer_files = _saved_files(tokenizer) if parallel.is_writer else {}
+        self._tokenizer_files = tokenizer_files(tokenizer) if parallel.is_writer else {}
+        self._generation_config = generation_config or {}
         self._protected = protected
         # Of its own: a save in the background must not meet the collectives of training.
         self._group = parallel.host_group()
@@ -158,6 +193,7 @@ class CheckpointSaver:
             has_optimizer=state.optimizer is not None,
             bf16=self._config.model.bf16,
             layout=self._parallel.layout,
+            generation_config=self._generation_config,
         )
 
     def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
@@ -170,9 +206,7 @@ class CheckpointSaver:
         def begin() -> None:
             if first:
                 folders.remove_leftovers(self.root)
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
+            folders.begin(self.root, info.iteration)
 
         def write() -> None:
             write_boxes(boxes, partial, self._group)
@@ -180,15 +214,7 @@ class CheckpointSaver:
                 folders.write_records(partial, parallel.dp_rank, records)
 
         def finish() -> None:
-            read_index(partial)
-            for name, contents in self._tokenizer_files.items():
-                path = partial / "tokenizer" / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(contents)
-            save_config(self._config, partial / "config.yaml")
-            info.write(partial)
-            sync_tree(partial, but="*.distcp")  # which are synced
-            folders.publish(self.root, info.iteration)
+            publish_checkpoint(info, self._config, self._tokenizer_files)
 
         self._on_all(info, begin if parallel.is_writer else None)
         self._on_all(info, write)
@@ -215,14 +241,6 @@ class CheckpointSaver:
                 f"iteration {info.iteration} could not be saved to {self.root}: {found}. What "
                 f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
             )
-
-
-def _saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What `tokenizer.save` writes, by name."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "tokenizer"
-        tokenizer.save(folder)
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class _HostCopies:

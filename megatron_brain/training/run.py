@@ -10,11 +10,13 @@ import torch
 
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info
 from megatron_brain.config.checks import validate_layout
+from megatron_brain.config.data import TokenizerConfig
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.conversion import load_hf_weights, read_hf_architecture
+from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 from megatron_brain.models.provider import Chunk, Head, build_model
@@ -41,6 +43,8 @@ class Run:
     resuming: bool
     in_use: set[Path] = field(default_factory=set)
     """Checkpoints that this run, or one that resumes it, may read again."""
+    generation_config: dict = field(default_factory=dict)
+    """generation_config.json of the Hugging Face model that the weights come from, for the checkpoints."""
 
     def build_model(self, head: Head) -> list[Chunk]:
         """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
@@ -101,10 +105,13 @@ def open_run(config: RunConfig) -> Run:
     """
     _set_up_logging()
     start_from, resuming = _find_start(config)
+    generation_config = {}
     if start_from is not None:
         found, source = start_from.architecture, str(start_from.path)
+        generation_config = start_from.generation_config
     elif config.model.hf_model is not None:
         found, source = read_hf_architecture(config.model.hf_model), config.model.hf_model
+        generation_config = read_generation_config(config.model.hf_model)
     else:
         found, source = None, "the flags"
     config = dataclasses.replace(config, model=resolve(config.model, found, source))
@@ -121,6 +128,7 @@ def open_run(config: RunConfig) -> Run:
         tokenizer=tokenizer,
         start_from=start_from,
         resuming=resuming,
+        generation_config=generation_config,
     )
 
 
@@ -147,18 +155,27 @@ def _find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
 
 
 def _open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[Tokenizer, RunConfig]:
-    asked = config.tokenizer
-    if asked.tokenizer_model is not None:
-        return build_tokenizer(asked.tokenizer_type, asked.tokenizer_model), config
-    if start_from is not None:
-        kind, place = start_from.tokenizer_type, str(start_from.tokenizer_dir)
-    elif config.model.hf_model is not None:
-        kind, place = "HuggingFaceTokenizer", config.model.hf_model
-    else:
-        raise ConfigError("no tokenizer: give --tokenizer-model, or --load or --hf-model which bring one")
-    # Its place is left unsaid in the settings that are written: the checkpoint it is in may be removed.
-    settings = dataclasses.replace(asked, tokenizer_type=kind)
+    kind, place = locate_tokenizer(config.tokenizer, start_from, config.model.hf_model)
+    # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
+    settings = dataclasses.replace(config.tokenizer, tokenizer_type=kind)
     return build_tokenizer(kind, place), dataclasses.replace(config, tokenizer=settings)
+
+
+def locate_tokenizer(
+    asked: TokenizerConfig, start_from: CheckpointInfo | None, hf_model: str | None
+) -> tuple[str, str]:
+    """Type and place of the tokenizer: the one asked for, or else the checkpoint's or the Hugging Face model's.
+
+    Raises:
+        ConfigError: none of them is given.
+    """
+    if asked.tokenizer_model is not None:
+        return asked.tokenizer_type, asked.tokenizer_model
+    if start_from is not None:
+        return start_from.tokenizer_type, str(start_from.tokenizer_dir)
+    if hf_model is not None:
+        return "HuggingFaceTokenizer", hf_model
+    raise ConfigError("no tokenizer: give --tokenizer-model, or --load or --hf-model which bring one")
 
 
 def _without_sizes(model: ModelConfig) -> ModelConfig:

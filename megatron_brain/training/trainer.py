@@ -297,6 +297,7 @@ class Trainer:
             self.parallel,
             self.run.tokenizer,
             head=self.stage.head,
+            generation_config=self.run.generation_config,
             protected=self.run.in_use,
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distributed.cases_brain import brain_flags
 from distributed.runs import flags_of, open_trainer, random_start, step
@@ -111,6 +112,40 @@ def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: C
     torch.distributed.barrier()
     with pytest.raises(ValueError, match="has no tensors.json"):
         load_weights(read_info(path), trainer.chunks, head="policy")
+
+
+@at(lambda layout: layout.name in ("tp2", "tp4"))
+def case_boxes_that_several_ranks_have_are_written_once_and_evenly(layout: Layout, context: Context) -> None:
+    """A matrix in rows, and six vectors that all ranks have; a rank whose file is another one is named on all."""
+    from megatron_brain.checkpointing import CheckpointError
+    from megatron_brain.checkpointing.boxes import Box
+    from megatron_brain.checkpointing.storage import read_boxes, read_tensors, write_boxes
+    from megatron_brain.config.parallel import ParallelConfig
+    from megatron_brain.runtime.parallel import start
+
+    place = start(ParallelConfig(tensor_model_parallel_size=layout.tp), seed=1)
+    rank, size, folder = place.rank, place.world_size, context.shared / f"shared_{context.world_size}"
+    if rank == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    rows = torch.arange(size * 1000.0).view(size, 1000)
+    vectors = {f"vector_{i}": torch.arange(10_000.0) + i for i in range(6)}
+    boxes = [Box(key=key, shape=(10_000,), offset=(0,), data=data) for key, data in vectors.items()]
+    mine = Box(key="rows", shape=rows.shape, offset=(rank, 0), data=rows[rank : rank + 1].clone())
+    write_boxes([mine, *boxes], folder, place.host_group())
+    files = sorted(folder.glob("*.safetensors"))
+    stored = [name.split("@")[0] for file in files for name in load_file(file)]
+    assert sorted(stored) == sorted([*vectors, *["rows"] * size])
+    sizes = [file.stat().st_size for file in files]
+    assert len(sizes) == size and max(sizes) - min(sizes) < 42_000, sizes
+    tensors = read_tensors(folder)
+    assert torch.equal(tensors["rows"], rows) and all(torch.equal(tensors[key], vectors[key]) for key in vectors)
+    torch.distributed.barrier()
+    if rank == 0:
+        files[-1].write_bytes(b"?" * sizes[-1])
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match=f"rank {size - 1}: .*{files[-1].name} cannot be read"):
+        read_boxes([mine], folder)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_the_rule_against_free_unpickling_finds_it(tmp_path):
 
 
 def test_nothing_is_loaded_by_torch_load():
-    """torch.distributed.checkpoint and safetensors read tensors; no rule of ruff's covers torch.load yet."""
+    """safetensors reads tensors; no rule of ruff's covers torch.load yet."""
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for folder in ("megatron_brain", "tools")

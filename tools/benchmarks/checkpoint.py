@@ -24,6 +24,7 @@ import torch
 
 from megatron_brain.checkpointing import CheckpointSaver, TrainingState, read_info
 from megatron_brain.checkpointing.boxes import Box
+from megatron_brain.checkpointing.index import DATA_FILES
 from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes
 from megatron_brain.checkpointing.storage import read_tensors
 from megatron_brain.config.model import ModelConfig
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> dict:
             pair = {kind: _measure(training, savers[kind], kind, number, failures) for kind in order}
             pairs.append(pair)
             print(f"checkpoint {number}/{args.pairs}: {pair}", file=sys.stderr, flush=True)
-        megabytes = sum(f.stat().st_size for f in read_info(Path(folder) / "sync").path.rglob("*.distcp")) / 1e6
+        megabytes = sum(f.stat().st_size for f in read_info(Path(folder) / "sync").path.glob(DATA_FILES)) / 1e6
     sync = [pair["sync"].blocked for pair in pairs]
     background = [pair["background"] for pair in pairs]
     return {

@@ -132,11 +132,11 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=f"{INFO} is not JSON"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12}')
-    with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 2"):
+    with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 3"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text("[]")
     with pytest.raises(ValueError, match="has checkpoint format unknown"):
         read_info(tmp_path)
-    (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12, "format": 2}')
+    (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12, "format": 3}')
     with pytest.raises(ValueError, match="is damaged: it differs in architecture"):
         read_info(tmp_path)

@@ -129,21 +129,38 @@ def test_a_save_can_be_tried_again(training, tmp_path, monkeypatch):
     assert read_info(tmp_path).iteration == 1
 
 
-def test_a_checkpoint_of_which_a_file_is_missing_is_not_published(training, tmp_path, monkeypatch):
-    """As where --save is a folder of each node's own."""
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda file: file.unlink(), "weights_00000.safetensors is not there; do all nodes see this folder"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "weights_00000.safetensors has .* bytes, written were"),
+    ],
+)
+def test_a_checkpoint_of_which_a_file_is_missing_or_cut_off_is_not_published(
+    training, tmp_path, monkeypatch, damage, problem
+):
+    """As where --save is a folder of each node's own, or storage loses what was written."""
     saver = training.saver(tmp_path)
     saver.save(1, training.chunks, training.state())
     write_boxes = saving.write_boxes
 
     def write_and_lose(boxes, folder, group):
         write_boxes(boxes, folder, group)
-        for file in folder.glob("*.distcp"):
-            file.unlink()
+        for file in folder.glob("*.safetensors"):
+            damage(file)
 
     monkeypatch.setattr(saving, "write_boxes", write_and_lose)
-    with pytest.raises(CheckpointError, match="do all nodes see this folder"):
+    with pytest.raises(CheckpointError, match=problem):
         saver.save(2, training.chunks, training.state())
     assert read_info(tmp_path).iteration == 1
+
+
+def test_the_generation_config_of_the_model_before_is_kept(training, tmp_path):
+    kept = {"eos_token_id": [1, 2], "temperature": 0.6}
+    training.saver(tmp_path, generation_config=kept).save(1, training.chunks, TrainingState())
+    assert read_info(tmp_path).generation_config == kept
+    training.saver(tmp_path).save(2, training.chunks, TrainingState())
+    assert read_info(tmp_path).generation_config == {}
 
 
 def test_the_memory_of_copies_is_used_again(training):

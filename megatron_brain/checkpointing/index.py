@@ -1,0 +1,121 @@
+"""The list of a checkpoint's tensors, tensors.json: of which boxes each consists and in which files those are."""
+
+import json
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_brain.checkpointing.boxes import Part, tiles
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.files import write_whole
+
+INDEX = "tensors.json"
+DATA_FILES = "*.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBox:
+    """Where a box is."""
+
+    part: Part
+    file: str
+    """Name of a file in the checkpoint's folder."""
+    file_size: int
+    """Bytes of the whole file."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which tensors a folder holds and where."""
+
+    folder: Path
+    boxes: dict[str, list[StoredBox]]
+    """Of each tensor, at least one."""
+
+    def keys(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self.boxes)
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, None where it is not there."""
+        return self.boxes[key][0].part.shape if key in self.boxes else None
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What the values of a tensor are stored as."""
+        return self.boxes[key][0].part.dtype
+
+
+def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
+    """Write the index of a folder's files, whose boxes together are whole tensors."""
+    by_key: dict[str, list[StoredBox]] = {}
+    files = {}
+    for box in stored:
+        by_key.setdefault(box.part.key, []).append(box)
+        files[box.file] = box.file_size
+    tensors = {}
+    for key, boxes in by_key.items():
+        first, parts = boxes[0].part, [box.part for box in boxes]
+        assert len({(part.dtype, part.shape) for part in parts}) == 1, f"{key} has several dtypes or shapes"
+        assert tiles(first.shape, parts), f"the boxes of {key} overlap or leave something out"
+        tensors[key] = {
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "shape": first.shape,
+            "boxes": [{"file": box.file, "offset": box.part.offset, "size": box.part.size} for box in boxes],
+        }
+    write_whole(folder / INDEX, json.dumps({"files": files, "tensors": tensors}))
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check the list of tensors: each is covered by its boxes, every file is there and of the recorded size.
+
+    Raises:
+        ConfigError: it is not so.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = index["files"]
+        _check_files(folder, files)
+        boxes = {key: _stored_boxes(key, tensor, files) for key, tensor in index["tensors"].items()}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} has no {INDEX}: it is not a checkpoint of this version") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path}: the checkpoint is damaged or not complete: {error}") from error
+    return Index(folder, boxes)
+
+
+def _check_files(folder: Path, files: dict[str, int]) -> None:
+    there = {file.name: file.stat().st_size for file in folder.glob(DATA_FILES)}
+    for name, size in files.items():
+        if name not in there:
+            raise ValueError(f"{name} is not there; do all nodes see this folder?")
+        if there[name] != size:
+            raise ValueError(f"{name} has {there[name]} bytes, written were {size}")
+
+
+def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredBox]:
+    dtype = getattr(torch, tensor["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{key} has the dtype {tensor['dtype']!r}")
+    shape, stored = _integers(tensor["shape"]), []
+    for box in tensor["boxes"]:
+        offset, size, name = _integers(box["offset"]), _integers(box["size"]), box["file"]
+        if name not in files:
+            raise ValueError(f"{name}, which holds a part of {key}, is not among its files")
+        part = Part(key=key, dtype=dtype, shape=shape, offset=offset, size=size)
+        stored.append(StoredBox(part=part, file=name, file_size=files[name]))
+    if not stored or not tiles(shape, [box.part for box in stored]):
+        raise ValueError(f"{key} is not there in full, or twice")
+    return stored
+
+
+def _integers(values: Iterable) -> tuple[int, ...]:
+    found = tuple(operator.index(value) for value in values)
+    if any(value < 0 for value in found):
+        raise ValueError(f"{found} is negative")
+    return found
