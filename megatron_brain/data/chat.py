@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_brain.data.record_error import RecordError
 from megatron_brain.data.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -40,12 +41,16 @@ def check_messages(messages: Any, key: str, where: str) -> Messages:
         ValueError: not a list of one or more objects with a text role, naming `where` and `key`.
     """
     if not is_messages(messages) or not messages:
-        raise ValueError(f"{where}: {key!r} must be a list of one or more messages {{'role', 'content'}}")
+        raise RecordError(
+            where, "bad messages", f"{key!r} must be a list of one or more messages {{'role', 'content'}}"
+        )
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: {key}[{index}] must be an object with a text 'role', not {_short(message)}")
+            raise RecordError(
+                where, "bad messages", f"{key}[{index}] must be an object with a text 'role', not {_short(message)}"
+            )
         if message.get("content") is None and not message.get("tool_calls"):
-            raise ValueError(f"{where}: {key}[{index}] ({message['role']}) has no 'content'")
+            raise RecordError(where, "bad messages", f"{key}[{index}] ({message['role']}) has no 'content'")
     return [{k: v for k, v in message.items() if v is not None} for message in messages]
 
 
@@ -56,8 +61,10 @@ def render_prompt(tokenizer: Tokenizer, messages: Messages, where: str, tools: l
         ValueError: the last message is the assistant's already, or the template refuses the messages.
     """
     if not messages or messages[-1]["role"] == "assistant":
-        raise ValueError(
-            f"{where}: a prompt must have a message before the assistant's turn and must not end with the assistant's"
+        raise RecordError(
+            where,
+            "bad messages",
+            "a prompt must have a message before the assistant's turn and must not end with the assistant's",
         )
     return _render(tokenizer, messages, where, tools, add_generation_prompt=True)
 
@@ -73,21 +80,26 @@ def render_last_turn(
     """
     last = messages[-1]
     if last["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s; remove it")
+        raise RecordError(
+            where, "bad messages", f"the last message must be the assistant's, not the {last['role']}'s; remove it"
+        )
     if not last.get("tool_calls") and not answer_text(messages).strip():
-        raise ValueError(f"{where}: the last assistant message is empty")
+        raise RecordError(where, "empty field", "the last assistant message is empty")
     prompt = render_prompt(tokenizer, messages[:-1], where, tools)
     full = _render(tokenizer, messages, where, tools, add_generation_prompt=False)
     if not full.startswith(prompt):
         same = len(os.path.commonprefix([prompt, full]))
-        raise ValueError(
-            f"{where}: the chat template renders the prompt as ...{prompt[same:][:60]!r} where the whole conversation "
+        raise RecordError(
+            where,
+            "chat template",
+            f"the chat template renders the prompt as ...{prompt[same:][:60]!r} where the whole conversation "
             f"has ...{full[same:][:60]!r}, so the response cannot be cut out; use a chat template whose text for "
             "[messages so far + generation prompt] begins the text of the whole conversation, or give "
-            "{'prompt', 'completion'} texts"
+            "{'prompt', 'completion'} texts",
         )
     if not full[len(prompt) :].strip():
-        raise ValueError(f"{where}: the chat template renders nothing of the last assistant message")
+        raise RecordError(where, "chat template", "the chat template renders nothing of the last assistant message")
+    _require_whole_answers(messages[-1:], full[len(prompt) :], where)
     return prompt, full[len(prompt) :]
 
 
@@ -104,30 +116,64 @@ def encode_all_turns(
         ValueError: the template does not mark the assistant's tokens, or not all of them.
     """
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the last message must be the assistant's, not the {messages[-1]['role']}'s")
+        raise RecordError(
+            where, "bad messages", f"the last message must be the assistant's, not the {messages[-1]['role']}'s"
+        )
     if tokenizer.chat_template is not None and not _GENERATION_BLOCK.search(tokenizer.chat_template):
-        raise ValueError(f"{where}: the chat template does not mark the assistant's tokens; {_MARK_CURE}")
+        raise RecordError(
+            where, "unmarked assistant turns", f"the chat template does not mark the assistant's tokens; {_MARK_CURE}"
+        )
     with _errors_at(where):
         ids, mask = tokenizer.encode_chat_marked(messages, tools=tools)
+    _require_whole_answers(messages, _render(tokenizer, messages, where, tools, add_generation_prompt=False), where)
     ends = [i + 1 for i, marked in enumerate(mask) if marked and not mask[i + 1 : i + 2] == [True]]
     turns = sum(message["role"] == "assistant" for message in messages)
     if len(ends) != turns:
-        raise ValueError(f"{where}: the chat template marks {len(ends)} of {turns} assistant turns; {_MARK_CURE}")
-    if any(ids[end : end + 1] == [tokenizer.eos_id] for end in ends):
-        raise ValueError(f"{where}: the chat template leaves the end-of-turn token unmarked; {_MARK_CURE}")
+        raise RecordError(
+            where,
+            "unmarked assistant turns",
+            f"the chat template marks {len(ends)} of {turns} assistant turns; {_MARK_CURE}",
+        )
+    if any(ids[end : end + 1] == [tokenizer.eos_id] for end in ends) or _ends_unmarked(tokenizer, ids[ends[-1] :]):
+        raise RecordError(
+            where, "unmarked assistant turns", f"the chat template leaves the end-of-turn token unmarked; {_MARK_CURE}"
+        )
     start = mask.index(True)
-    if start == 0:
-        raise ValueError(f"{where}: the conversation has nothing before the assistant's first turn")
-    end = start + tokenizer.end_of_turn(ids[start : ends[-1]])
-    return ids[:start], [*ids[start:end], tokenizer.eos_id], [*mask[start:end], True]
+    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    if first == 0 or start == 0:
+        raise RecordError(where, "bad messages", "the conversation has nothing before the assistant's first turn")
+    before = _render(tokenizer, messages[:first], where, tools, add_generation_prompt=False)
+    # The last token may be merged with what follows it.
+    if start < len(tokenizer.encode_prompt(before, chat=True)) - 1:
+        raise RecordError(
+            where,
+            "unmarked assistant turns",
+            f"the chat template marks what precedes the assistant's first turn as the assistant's; {_MARK_CURE}",
+        )
+    response = tokenizer.close_turn(ids[start : ends[-1]])
+    return ids[:start], response, [*mask[start : start + len(response) - 1], True]
+
+
+def encode_answer(tokenizer: Tokenizer, text: str, *, chat: bool, where: str) -> list[int]:
+    """Ids of a known answer to a prompt, as SFT and reward model have them.
+
+    Args:
+        text: what the assistant says, without markup.
+        chat: whether a chat template rendered the prompt; then it renders the answer too.
+        where: place of the record.
+
+    Raises:
+        ValueError: the template cannot render the answer apart from a prompt.
+    """
+    if not chat:
+        return tokenizer.encode_response(text)
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": text}]
+    return tokenizer.encode_response(render_last_turn(tokenizer, messages, where)[1], chat=True)
 
 
 def answer_text(messages: Messages) -> str:
     """Text of the last message; parts of a list of contents are joined."""
-    content = messages[-1].get("content", "")
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content)
+    return "".join(_texts(messages[-1]))
 
 
 def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
@@ -137,9 +183,11 @@ def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> t
         ValueError: they do not differ in exactly their last message.
     """
     if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-        raise ValueError(
-            f"{where}: without a 'prompt', 'chosen' and 'rejected' must be conversations that share every message "
-            "but the last; give the shared messages as 'prompt'"
+        raise RecordError(
+            where,
+            "no shared prompt",
+            "without a 'prompt', 'chosen' and 'rejected' must be conversations that share every message "
+            "but the last; give the shared messages as 'prompt'",
         )
     return chosen[:-1], chosen[-1:], rejected[-1:]
 
@@ -155,11 +203,40 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
     shared = os.path.commonprefix([chosen, rejected])
     end = shared.rfind(DIALOGUE_CUE) + len(DIALOGUE_CUE)
     if end < len(DIALOGUE_CUE):
-        raise ValueError(
-            f"{where}: no 'prompt', and 'chosen' and 'rejected' do not share a beginning that ends with "
-            f"{DIALOGUE_CUE!r}; give the prompt as its own field"
+        raise RecordError(
+            where,
+            "no shared prompt",
+            f"no 'prompt', and 'chosen' and 'rejected' do not share a beginning that ends with "
+            f"{DIALOGUE_CUE!r}; give the prompt as its own field",
         )
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _texts(message: dict[str, Any]) -> list[str]:
+    content = message.get("content", "")
+    return [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+
+
+def _require_whole_answers(messages: Sequence[dict[str, Any]], rendered: str, where: str) -> None:
+    """Raise where a template leaves out what an assistant wrote: earlier thinking, or any in front of ``</think>``."""
+    position = 0
+    for message in messages:
+        for text in _texts(message) if message["role"] == "assistant" else []:
+            position = rendered.find(text.strip(), position)
+            if position < 0:
+                raise RecordError(
+                    where,
+                    "chat template",
+                    f"the chat template leaves out some of what the assistant wrote, {_short(text)}: use one that "
+                    "keeps it, or remove it from the record; earlier turns may lose text without --multi-turn-loss",
+                )
+
+
+def _ends_unmarked(tokenizer: Tokenizer, tail: Sequence[int]) -> bool:
+    """Whether anything but white space, and EOS at the very end, follows what the template marks."""
+    if tail[-1:] == [tokenizer.eos_id]:
+        tail = tail[:-1]
+    return any(not tokenizer.decode([i]).isspace() for i in tail)
 
 
 def _render(
@@ -175,9 +252,9 @@ def _errors_at(where: str) -> Iterator[None]:
     try:
         yield
     except jinja2.TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses these messages: {error}") from error
+        raise RecordError(where, "chat template", f"the chat template refuses these messages: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise RecordError(where, "chat template", f"{error}") from error
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import jinja2
+
+from megatron_brain.data.tokenizer_export import check_exported, finish_config, warn_of_differences
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Tokenizer(ABC):
         adds_bos: True where every plain prompt starts with ``bos_id``.
         eos_id: id that ends every complete response.
         pad_id: a valid id other than ``eos_id``. No mask may be derived from it.
+        special_ids: ids of special tokens, which only a chat template writes into a text.
         chat_template: the Jinja template of chat records, or None.
     """
 
@@ -43,6 +48,7 @@ class Tokenizer(ABC):
     adds_bos: bool
     eos_id: int
     pad_id: int
+    special_ids: frozenset[int] = frozenset()
     chat_template: str | None = None
 
     @abstractmethod
@@ -62,6 +68,22 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer so that ``build_tokenizer(self.tokenizer_type, directory)`` reads it back."""
+
+    @abstractmethod
+    def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
+        """Write the tokenizer so that ``AutoTokenizer.from_pretrained(directory)`` encodes and decodes as this one.
+
+        A text is encoded as a prompt: BOS where ``adds_bos``, never EOS. The names of special tokens in a text become
+        their ids, which is how a response gets its EOS there; ``split_special_tokens=True`` takes them literally.
+
+        Args:
+            directory: made if missing; other files in it stay.
+            head: of the model beside it. A reward model is read at the end of text: its tokenizer pads on the right
+                and cuts on the left.
+
+        Raises:
+            ValueError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, taken literally, without BOS or EOS."""
@@ -86,19 +108,33 @@ class Tokenizer(ABC):
         """Token ids of complete responses, each ending in exactly one EOS.
 
         A rendered assistant turn (``chat=True``) often ends in EOS and a line break: the line break is cut,
-        since sampling stops at EOS. Where the template ends a turn with another token, EOS follows it.
+        since sampling stops at EOS. Where the template ends a turn with another special token, EOS follows that.
         """
         batch = self.encode_batch(texts, parse_special=chat)
         if chat:
-            return [ids[: self.end_of_turn(ids)] + [self.eos_id] for ids in batch]
+            return [self.close_turn(ids) for ids in batch]
         return [[*ids, self.eos_id] for ids in batch]
 
-    def end_of_turn(self, ids: Sequence[int]) -> int:
-        """Index of the EOS that ends the turn (only white space may follow it), or ``len(ids)`` without one."""
-        for index in range(len(ids) - 1, -1, -1):
-            if ids[index] == self.eos_id:
-                return len(ids) if self.decode(ids[index:]).strip() else index
-        return len(ids)
+    def close_turn(self, ids: Sequence[int]) -> list[int]:
+        """A rendered assistant turn with one EOS: in place of its own, else behind the special token that ends it.
+
+        White space after either is left out; behind a turn that ends in neither, EOS just follows.
+        """
+        end = self._without_space(ids)
+        if not end or ids[end - 1] not in self.special_ids:
+            return [*ids, self.eos_id]
+        if ids[end - 1] == self.eos_id:
+            # Some templates end the turn with a token of its own and the conversation with EOS.
+            before = self._without_space(ids[: end - 1])
+            end = before if before and ids[before - 1] in self.special_ids else end - 1
+        return [*ids[:end], self.eos_id]
+
+    def _without_space(self, ids: Sequence[int]) -> int:
+        """Length of the ids without the tokens of white space at their end."""
+        end = len(ids)
+        while end and self.decode(ids[end - 1 : end]).isspace():
+            end -= 1
+        return end
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: list | None = None
@@ -153,7 +189,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         templates = self.hf.chat_template
         self.chat_template = templates.get("default") if isinstance(templates, dict) else templates
+        added = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(added | set(self.hf.all_special_ids))
         self.pad_id = self._choose_pad()
+        self._warn_of_other_end_of_turn()
         if self.eos_id in self.encode(self.hf.eos_token):
             logger.warning(
                 "%s cannot take special tokens literally: %r inside a text ends the response there",
@@ -169,9 +208,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         if self.hf.pad_token_id is not None and self.hf.pad_token_id != self.eos_id:
             return self.hf.pad_token_id
-        added = {i: token.content for i, token in self.hf.added_tokens_decoder.items() if token.special}
-        special = sorted((set(added) | set(self.hf.all_special_ids)) - {self.eos_id})
-        named_pad = [i for i in special if "pad" in added.get(i, "").lower()]
+        special = sorted(self.special_ids - {self.eos_id})
+        named_pad = [i for i in special if "pad" in self.hf.convert_ids_to_tokens(i).lower()]
         unknown = [i for i in special if i == self.hf.unk_token_id]
         rest = sorted(special, key=lambda i: i == self.bos_id)
         candidates = named_pad + unknown + rest
@@ -181,6 +219,27 @@ class HuggingFaceTokenizer(Tokenizer):
             self.hf.pad_token = token
         logger.info("tokenizer pads with id %d (%r): it has no pad token of its own other than EOS", pad_id, token)
         return pad_id
+
+    def _warn_of_other_end_of_turn(self) -> None:
+        """Say where the template ends turns with another token than EOS, the only one that sampling stops at."""
+        if self.chat_template is None:
+            return
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            rendered = self.render_chat(messages, add_generation_prompt=False)
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return  # It takes other messages than these; what is wrong with a record is said there.
+        [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
+        end = next((i for i in ids if i in self.special_ids), self.eos_id)
+        if end != self.eos_id:
+            logger.warning(
+                "the chat template ends a turn with %r, but EOS is %r, and sampling stops at EOS alone: training "
+                "teaches both, one after the other; for a model that already stops at %r, make that the eos_token in "
+                "tokenizer_config.json",
+                self.hf.convert_ids_to_tokens(end),
+                self.hf.eos_token,
+                self.hf.convert_ids_to_tokens(end),
+            )
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         if not texts:
@@ -202,6 +261,18 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         self.hf.save_pretrained(str(directory))
+
+    def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
+        self.save(directory)
+        finish_config(Path(directory), head)
+        if head == "reward" and self.hf.pad_token_id != self.pad_id:
+            logger.warning(
+                "%s: the tokenizer pads with %s, which transformers would read the reward at: pad with id %d",
+                directory,
+                self.hf.pad_token,
+                self.pad_id,
+            )
+        check_exported(directory, self)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: list | None = None
@@ -277,6 +348,31 @@ class SentencePieceTokenizer(Tokenizer):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not copied: the checkpoint that the tokenizer was read from may be gone by now.
         target.write_bytes(self.sp.serialized_model_proto())
+
+    def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
+        """As :meth:`Tokenizer.export`; ``tokenizer.model`` is written too, for readers that take it."""
+        from transformers import PreTrainedTokenizerFast
+
+        from megatron_brain.data.sentencepiece_fast import CURE, doubtful_texts, fast_tokenizer
+
+        model = self.sp.serialized_model_proto()
+        named = {
+            "eos_token": self.eos_id,
+            "bos_token": self.bos_id,
+            "unk_token": self.sp.unk_id(),
+            "pad_token": self.pad_id,
+        }
+        PreTrainedTokenizerFast(
+            tokenizer_object=fast_tokenizer(model),
+            **{name: self.sp.id_to_piece(i) for name, i in named.items() if i is not None},
+            add_bos_token=self.adds_bos,
+            add_eos_token=False,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(str(directory))
+        finish_config(Path(directory), head)
+        self.save(directory)
+        check_exported(directory, self)
+        warn_of_differences(directory, self, doubtful_texts(model), f"texts of this kind differ, others do not; {CURE}")
 
 
 TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_brain.checkpointing import load_weights
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.chat import encode_answer
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
 from megatron_brain.files import write_whole
@@ -110,7 +111,8 @@ def _add_rewards(
     for k, prompt in enumerate(prompts):
         responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
         if prompt.reference is not None:
-            responses.append(tuple(run.tokenizer.encode_response(prompt.reference, chat=prompt.chat)))
+            ids = encode_answer(run.tokenizer, prompt.reference, chat=prompt.chat, where=prompt.record_id)
+            responses.append(tuple(ids))
         groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
     shared_prefix = run.config.training.shared_prefix
     with reward.loaded() as chunks:

@@ -48,12 +48,10 @@ def train_sentencepiece(directory: Path, **settings) -> str:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES * 4),
         model_prefix=str(prefix),
+        **{"model_type": "bpe", "byte_fallback": True, **settings},
         vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
         num_threads=1,
-        **settings,
     )
     return f"{prefix}.model"

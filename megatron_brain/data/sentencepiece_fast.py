@@ -1,0 +1,157 @@
+"""A SentencePiece model as a fast tokenizer of transformers.
+
+transformers' own converters each assume one model's settings (Llama's dummy prefix, T5's normaliser), so the parts of
+the `tokenizers` library are put together here from what the `.model` file says:
+
+- normaliser: the character map, removal of extra spaces, the dummy prefix, and a space as U+2581;
+- BPE or unigram over the whole text, as SentencePiece does, with unknown characters fused or as bytes;
+- control pieces are special tokens; user-defined pieces are added tokens that are looked for in normalised text.
+
+What stays different (:func:`doubtful_texts` has examples): the library's character maps lose some sequences of
+combining marks; with a dummy prefix, a text that is one user-defined symbol and nothing else gets no prefix; a unigram
+model that lacks the characters of a special piece's name reads that name as the piece; and of two unigram segmentations
+with equal scores (the same pieces in another order, as in long runs of spaces) either may be taken.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
+
+CURE = (
+    "train the tokenizer anew with tools/train_tokenizer.py, or give transformers token ids made with the "
+    "sentencepiece library"
+)
+"""What helps where a model cannot be a fast tokenizer exactly."""
+
+_SPACE = "\u2581"
+
+_COMBINING = ["e\u0302\u0301", "\u1106\u1167"]
+
+
+def fast_tokenizer(serialized_model: bytes) -> tokenizers.Tokenizer:
+    """The tokenizer, without BOS.
+
+    Raises:
+        ValueError: a setting of the model has no counterpart in the `tokenizers` library; names it and the cure.
+    """
+    model = _parse(serialized_model)
+    _check_settings(model)
+    fast = tokenizers.Tokenizer(_model(model))
+    fast.normalizer = _normalizer(model, serialized_model)
+    fast.decoder = _decoder(model)
+    piece = type(model).SentencePiece
+    added = {piece.CONTROL: True, piece.UNKNOWN: True, piece.USER_DEFINED: False}
+    # User-defined pieces are found after normalisation, as by SentencePiece; one with a space is never found there.
+    fast.add_tokens(
+        [
+            AddedToken(p.piece, special=added[p.type], normalized=not added[p.type])
+            for p in model.pieces
+            if p.type in added and " " not in p.piece
+        ]
+    )
+    return fast
+
+
+def doubtful_texts(serialized_model: bytes) -> list[str]:
+    """Texts of each kind that the module's docstring excepts, where this model may show it."""
+    model = _parse(serialized_model)
+    piece = type(model).SentencePiece
+    symbols = [p.piece for p in model.pieces if p.type == piece.USER_DEFINED]
+    names = [p.piece for p in model.pieces if p.type in (piece.CONTROL, piece.UNKNOWN, piece.BYTE)]
+    marks = _COMBINING if model.normalizer_spec.precompiled_charsmap else []
+    spaces = ["\n".join("a" + " " * n + "b" for n in range(2, 50))] if _is_unigram(model) else []
+    return [*symbols[:1], *names[:5], *marks, *spaces]
+
+
+def _parse(serialized_model: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(serialized_model)
+    return model
+
+
+def _is_unigram(model: Any) -> bool:
+    return model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+
+
+def _check_settings(model: Any) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    kinds = {trainer.BPE: "bpe", trainer.UNIGRAM: "unigram", trainer.WORD: "word", trainer.CHAR: "char"}
+    reasons = {
+        f"model_type={kinds.get(trainer.model_type)}": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
+        "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
+        "escape_whitespaces=false": not normalizer.escape_whitespaces,
+        "denormalization_rule_tsv": bool(model.denormalizer_spec.precompiled_charsmap),
+        "unused pieces": any(p.type == type(p).UNUSED for p in model.pieces),
+    }
+    for setting, present in reasons.items():
+        if present:
+            raise ValueError(f"the SentencePiece model has {setting}, which no fast tokenizer can do; {CURE}")
+
+
+def _model(model: Any) -> models.Model:
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    trainer, normal = model.trainer_spec, type(model).SentencePiece.NORMAL
+    scores = {p.piece: p.score for p in model.pieces if p.type == normal}
+    if _is_unigram(model):
+        # Only ordinary pieces are found in text. The others must be in the vocabulary: nothing should choose them.
+        never = min(scores.values(), default=-1.0) * 100 - 100
+        vocab = [(p.piece, scores.get(p.piece, never)) for p in model.pieces]
+        return models.Unigram(vocab, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    merges = generate_merges({p.piece: i for i, p in enumerate(model.pieces) if p.type == normal}, scores)
+    return models.BPE(
+        {p.piece: i for i, p in enumerate(model.pieces)},
+        merges,
+        unk_token=trainer.unk_piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _normalizer(model: Any, serialized_model: bytes) -> normalizers.Normalizer:
+    spec, steps = model.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        # The library takes "\r\n" for one character, which its map does not have.
+        steps.append(normalizers.Replace("\r\n", _line_break(serialized_model)))
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(_dummy_prefix(model))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _dummy_prefix(model: Any) -> normalizers.Normalizer:
+    """A space before the text, but not in the patterns of user-defined symbols, which are normalised as well."""
+    symbols = [re.escape(p.piece) for p in model.pieces if p.type == type(p).USER_DEFINED and " " not in p.piece]
+    if not symbols:
+        return normalizers.Prepend(_SPACE)
+    return normalizers.Replace(Regex(rf"\A(?!(?:{'|'.join(symbols)})\z)(?=[\s\S])"), _SPACE)
+
+
+def _line_break(serialized_model: bytes) -> str:
+    """What the character map alone makes of "\\r\\n"."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = _parse(serialized_model)
+    spec = model.normalizer_spec
+    spec.add_dummy_prefix = spec.remove_extra_whitespaces = spec.escape_whitespaces = False
+    return SentencePieceProcessor(model_proto=model.SerializeToString()).normalize("\r\n")
+
+
+def _decoder(model: Any) -> decoders.Decoder:
+    spec = model.normalizer_spec
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", 2**31, 0))
+    elif spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)

@@ -1,0 +1,152 @@
+"""An exported tokenizer directory: its settings, and the proof that it encodes and decodes as what it came from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_brain.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+AWKWARD_TEXTS = [
+    "",
+    " ",
+    "    ",
+    "\n",
+    "\r\n",
+    "\t",
+    "a",
+    " a",
+    "   a",
+    "a ",
+    "a   ",
+    "a  b   c",
+    "a\nb\n\n c\n",
+    "tab\there\t",
+    "line\r\nend\r\n",
+    "\u2581 \u2581a\u2581",
+    "The quick brown fox jumps over the lazy dog, 1,234.50 times; didn't it?",
+    "UPPER lower Mixed 0123456789 !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "def f(x):\n    return {'a': x ** 2}  # comment\n",
+    "naïve café Åström straße ½ ﬁne ﬃ № ™",
+    "\u6f22\u5b57\u304b\u306a\u3000\uff21\uff22\uff23\uff11 \ud55c\uad6d\uc5b4 \u4f60\u597d",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u043f\u0440\u0438\u0432\u0435\u0442",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
+    "e\u0301 n\u0303 o\u0308",
+    "\U0001f642 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
+    "zero\u200bwidth\u200cjoin\u200der\ufeff soft\u00adhyphen no\u00a0break",
+    "nul\u0000 bell\u0007 escape\u001b",
+    "\ufffd\U0010ffff\ue000",
+    "aaaaaaaaaaaaaaaaa =========== ((((((( ........",
+    "a" * 5_000,
+    " ".join(f"word{i} some more text, {i * 7};" for i in range(500)),
+]
+"""Texts that every exported tokenizer must encode and decode as its source does."""
+
+
+def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
+    """Settings of tokenizer_config.json that ``save_pretrained`` leaves open.
+
+    A reward model pads on the right, and cuts on the left: a text cut on the right loses the end that a reward is read
+    at. The class gets the name that transformers 4 knows as well.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if head == "reward":
+        settings |= {"padding_side": "right", "truncation_side": "left"}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
+    """Compare what `AutoTokenizer` reads from a directory with the tokenizer on awkward texts, both ways.
+
+    A config.json in the directory counts: for some of its model types (qwen2, phi3) transformers takes a class of its
+    own, which builds the tokenizer otherwise. Where the files are right and only that class is not, this is warned of.
+
+    Raises:
+        ValueError: ids or decoded text differ; names the text, both results and the cure.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    exported = _read(directory)
+    problem = _first_problem(exported, tokenizer)
+    if problem is None:
+        return
+    message = f"{directory}: AutoTokenizer ({type(exported).__name__}) {problem}"
+    if (Path(directory) / "config.json").is_file():
+        plain = PreTrainedTokenizerFast.from_pretrained(str(directory))
+        if _first_problem(plain, tokenizer) is None:
+            logger.warning(
+                "%s; transformers takes this class for the model_type of config.json: load the tokenizer with "
+                "PreTrainedTokenizerFast.from_pretrained, which gives the ids of here",
+                message,
+            )
+            return
+    if exported("a")["input_ids"][-1:] == [tokenizer.eos_id]:
+        cure = "set add_eos_token to false in the checkpoint's tokenizer/tokenizer_config.json: prompts end without EOS"
+    else:
+        cure = "give transformers token ids that this tokenizer made"
+    raise ValueError(f"{message}; {cure}")
+
+
+def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> str | None:
+    for text, ours, theirs in _differences(exported, tokenizer, AWKWARD_TEXTS):
+        return (
+            f"turns {text[:80]!r} into {_where_differing(theirs, ours)}, training and sampling here have "
+            f"{_where_differing(ours, theirs)}"
+        )
+    for text in AWKWARD_TEXTS:
+        ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
+        if exported.unk_token_id in ids:
+            continue  # An unknown token has no text.
+        ours, theirs = tokenizer.decode(ids), exported.decode(ids, skip_special_tokens=True)
+        if ours != theirs:
+            return f"decodes {ids[:20]} as {theirs[:80]!r}, here it is {ours[:80]!r}"
+    return None
+
+
+def warn_of_differences(directory: str | Path, tokenizer: Tokenizer, texts: Iterable[str], cure: str) -> None:
+    """Log the texts that `AutoTokenizer` encodes otherwise, with both results."""
+    for text, ours, theirs in _differences(_read(directory), tokenizer, texts):
+        logger.warning(
+            "%s: AutoTokenizer turns %r into %s, training and sampling here have %s; %s",
+            directory,
+            text[:80],
+            _where_differing(theirs, ours),
+            _where_differing(ours, theirs),
+            cure,
+        )
+
+
+def _read(directory: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def _differences(
+    exported: PreTrainedTokenizerBase, tokenizer: Tokenizer, texts: Iterable[str]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    for text in texts:
+        ours = tokenizer.encode_prompt(text)
+        theirs = exported(text, split_special_tokens=True, verbose=False)["input_ids"]
+        if ours != theirs:
+            yield text, ours, theirs
+
+
+def _where_differing(ids: Sequence[int], other: Sequence[int]) -> str:
+    """The ids, of many those from where they differ."""
+    if max(len(ids), len(other)) <= 20:
+        return str(ids)
+    shorter = min(len(ids), len(other))
+    start = next((i for i in range(shorter) if ids[i] != other[i]), shorter)
+    return f"{ids[start : start + 8]}... from token {start}"

@@ -1,0 +1,207 @@
+"""Training of SentencePiece models on text files and on our records."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_brain.data.sources import RECORD_SUFFIXES, parse_record, raw_records
+from megatron_brain.data.tokenizer import SentencePieceTokenizer
+
+_TEXT_FIELDS = ("text", "prompt", "completion", "chosen", "rejected", "messages")
+_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+_HOLD_OUT_EVERY, _HOLD_OUT_MOST = 50, 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining:
+    """What to train. Nothing of a text is lost: no normalisation, all spaces kept, unknown characters as bytes.
+
+    Except that SentencePiece itself writes a space as U+2581, and so reads U+2581 as a space.
+    """
+
+    vocab_size: int
+    """Pieces of the model, the 4 special and 256 byte pieces included."""
+
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Kind of segmentation."""
+
+    character_coverage: float = 0.9995
+    """Share of the corpus's characters that get pieces of their own; the rest is written in bytes."""
+
+    user_defined_symbols: Sequence[str] = ()
+    """Texts that are always one token."""
+
+    input_sentence_size: int = 0
+    """Train on so many lines drawn at random; 0: on all, which are then held in memory."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(f"--character-coverage {self.character_coverage}: must be above 0 and at most 1")
+        for symbol in self.user_defined_symbols:
+            if not symbol or re.search(r"\s|\u2581", symbol):
+                raise ValueError(f"--user-defined-symbols {symbol!r}: must not be empty or hold white space")
+            if symbol in _SPECIAL:
+                raise ValueError(f"--user-defined-symbols {symbol}: is a special token already; leave it out")
+
+
+@dataclass(kw_only=True)
+class Lines:
+    """The lines of a corpus, read once, some of them held out.
+
+    An error of the corpus ends the iteration and is kept in `error`: SentencePiece, which iterates, cannot pass it on.
+    """
+
+    inputs: Sequence[str]
+    read: int = 0
+    held_out: list[str] = field(default_factory=list)
+    error: ValueError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for line in corpus_lines(self.inputs):
+                self.read += 1
+                if self.read % _HOLD_OUT_EVERY == 0 and len(self.held_out) < _HOLD_OUT_MOST:
+                    self.held_out.append(line)
+                else:
+                    yield line
+        except ValueError as error:
+            self.error = error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How a tokenizer splits some lines."""
+
+    lines: int
+    bytes_per_token: float
+    tokens_per_word: float
+    """Words are what white space separates."""
+    byte_tokens: float
+    """Share of the tokens that are single bytes of characters without a piece."""
+
+
+def train(settings: TokenizerTraining, lines: Lines) -> bytes:
+    """A serialised SentencePiece model.
+
+    Raises:
+        ValueError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size would.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=settings.vocab_size,
+            model_type=settings.model_type,
+            character_coverage=settings.character_coverage,
+            user_defined_symbols=list(settings.user_defined_symbols),
+            input_sentence_size=settings.input_sentence_size,
+            shuffle_input_sentence=settings.input_sentence_size > 0,
+            # Lossless, and a text means the same alone and behind another one.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            # A unigram model that cannot spell "</s>" would read it as the special piece in transformers.
+            required_chars=string.ascii_letters + string.digits + string.punctuation,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            # SentencePiece leaves longer lines out without a word.
+            max_sentence_length=2**30,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if lines.error is None:
+            raise ValueError(_explain(str(error), settings, lines)) from error
+    if lines.error is not None:
+        raise lines.error
+    return model.getvalue()
+
+
+def corpus_lines(inputs: Sequence[str]) -> Iterator[str]:
+    """Lines that are not blank of text files and of the text fields of records, without their line breaks.
+
+    Args:
+        inputs: text files, sources as `load_records` takes them, or globs of either.
+
+    Raises:
+        ValueError: nothing there, bad UTF-8, a bad record or one without text; names the place.
+    """
+    for source in inputs:
+        is_file = Path(source).is_file()
+        paths = [source] if is_file or Path(source).is_dir() else sorted(glob.glob(source)) or [source]
+        for path in paths:
+            texts = _plain(path) if Path(path).is_file() and Path(path).suffix not in RECORD_SUFFIXES else _texts(path)
+            for text in texts:
+                yield from (line.rstrip("\r") for line in text.split("\n") if line.strip())
+
+
+def measure(tokenizer: SentencePieceTokenizer, lines: Sequence[str]) -> Compression:
+    """Statistics of the tokens of some lines, at least one."""
+    ids = [i for row in tokenizer.encode_batch(lines) for i in row]
+    size = sum(len(line.encode()) for line in lines)
+    words = sum(len(line.split()) for line in lines)
+    return Compression(
+        lines=len(lines),
+        bytes_per_token=size / len(ids),
+        tokens_per_word=len(ids) / words,
+        byte_tokens=sum(map(tokenizer.sp.is_byte, ids)) / len(ids),
+    )
+
+
+def _plain(path: str) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from error
+
+
+def _texts(source: str) -> Iterator[str]:
+    """Texts of the records of a source."""
+    for where, raw in raw_records(source):
+        record = parse_record(where, raw)
+        values = [record[name] for name in _TEXT_FIELDS if record.get(name) is not None]
+        if not values:
+            raise ValueError(
+                f"{where}: no text; a record needs one of {', '.join(_TEXT_FIELDS)}, this one has "
+                f"{', '.join(record) or 'no fields'}"
+            )
+        for value in values:
+            yield from _strings(value)
+
+
+def _strings(value: Any) -> Iterable[str]:
+    """Texts of a field: the field itself, or the contents of its messages, which may be lists of parts."""
+    if isinstance(value, str):
+        yield value
+    for item in value if isinstance(value, list) else []:
+        if isinstance(item, dict):
+            yield from _strings(item.get("content") if "content" in item else item.get("text"))
+
+
+def _explain(error: str, settings: TokenizerTraining, lines: Lines) -> str:
+    size = settings.vocab_size
+    if not lines.read:
+        return f"{', '.join(lines.inputs)}: no text in it"
+    if match := re.search(r"value <= (\d+)", error):
+        return f"--vocab-size {size}: the corpus has text for {match[1]} pieces at most; lower it or give more text"
+    if match := re.search(r"\d+ vs (\d+)", error):
+        return f"--vocab-size {size}: must be above {match[1]}, for special tokens, bytes and single characters"
+    return f"SentencePiece cannot train on {', '.join(lines.inputs)}: {error}"

@@ -1,0 +1,179 @@
+"""Templates of the shapes that models come with: which tokens are learned, and what is refused instead of guessed."""
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
+
+from megatron_brain.data import chat
+from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+
+QUESTION = {"role": "user", "content": "hello world"}
+DIALOGUE = [
+    QUESTION,
+    {"role": "assistant", "content": "how are you?"},
+    {"role": "user", "content": "fine!"},
+    {"role": "assistant", "content": "a short summary"},
+]
+
+
+@dataclass
+class Shape:
+    """A template, its special tokens, and what a turn of the assistant is made of."""
+
+    template: str
+    special: list[str]
+    eos: str
+    turn: str
+    system: bool = True
+
+
+LLAMA3 = (
+    "{{ bos_token }}{% if tools %}{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{{ tools | tojson }}"
+    "{{ '<|eot_id|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + m['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
+    "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' }}{% if role == 'model' %}{% generation %}"
+    "{{ m['content'] | trim + '<end_of_turn>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
+LLAMA3_TOKENS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PHI3_TOKENS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+SHAPES = {
+    "chatml": Shape(CHATML_MARKED, CHATML_TOKENS, "<|im_end|>", "{}<|im_end|>"),
+    "chatml_other_eos": Shape(CHATML_MARKED, CHATML_TOKENS, "</s>", "{}<|im_end|>"),
+    "llama3": Shape(LLAMA3, LLAMA3_TOKENS, "<|eot_id|>", "{}<|eot_id|>"),
+    "llama3_other_eos": Shape(LLAMA3, LLAMA3_TOKENS, "</s>", "{}<|eot_id|>"),
+    "mistral": Shape(MISTRAL, ["[INST]", "[/INST]"], "</s>", " {}</s>", system=False),
+    "gemma": Shape(GEMMA, ["<start_of_turn>", "<end_of_turn>"], "</s>", "{}<end_of_turn>", system=False),
+    "phi3": Shape(PHI3, PHI3_TOKENS, "</s>", "{}<|end|>"),
+}
+
+
+def make(tmp_path, shape, template=None):
+    special = ["<unk>", "<s>", "</s>", "<pad>", *shape.special]
+    names = {"bos_token": "<s>", "eos_token": shape.eos, "pad_token": "<pad>"}
+    template = shape.template if template is None else template
+    return HuggingFaceTokenizer(write_hf_tokenizer(tmp_path, special=special, chat_template=template, **names))
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    return SHAPES[request.param]
+
+
+def expected_turn(tokenizer, shape, text):
+    """Ids of a turn by hand: its text, its end-of-turn token, and EOS where that is another token."""
+    ids = tokenizer.encode_batch([shape.turn.format(text)], parse_special=True)[0]
+    return ids if ids[-1] == tokenizer.eos_id else [*ids, tokenizer.eos_id]
+
+
+def test_the_last_turn_is_its_text_its_end_of_turn_token_and_eos(shape, tmp_path):
+    tokenizer = make(tmp_path, shape)
+    prompt, response = chat.render_last_turn(tokenizer, DIALOGUE, "x")
+    ids = tokenizer.encode_response(response, chat=True)
+    assert ids == expected_turn(tokenizer, shape, "a short summary")
+    assert prompt.count("<s>") == shape.template.count("bos_token")
+    assert tokenizer.encode_prompt(prompt, chat=True).count(tokenizer.bos_id) == shape.template.count("bos_token")
+
+
+def test_all_turns_are_exactly_the_assistants_and_one_turn_is_the_same_either_way(shape, tmp_path):
+    tokenizer = make(tmp_path, shape)
+    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE, "x")
+    learned = [i for i, m in zip(response, mask, strict=True) if m]
+    first = expected_turn(tokenizer, shape, "how are you?")
+    if tokenizer.encode_batch([shape.turn], parse_special=True)[0][-1] != tokenizer.eos_id:
+        first = first[:-1]  # EOS ends the whole conversation only
+    assert learned == first + expected_turn(tokenizer, shape, "a short summary")
+    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE[:2], "x")
+    texts = chat.render_last_turn(tokenizer, DIALOGUE[:2], "x")
+    assert prompt == tokenizer.encode_prompt(texts[0], chat=True)
+    assert response == tokenizer.encode_response(texts[1], chat=True)
+    assert all(mask)
+
+
+def test_system_messages_and_tools_are_prompt_or_refused_at_the_record(shape, tmp_path):
+    tokenizer = make(tmp_path, shape)
+    messages = [{"role": "system", "content": "numbers"}, *DIALOGUE]
+    for function in (chat.render_last_turn, chat.encode_all_turns):
+        if not shape.system:
+            with pytest.raises(ValueError, match="d.jsonl:3: the chat template refuses these messages"):
+                function(tokenizer, messages, "d.jsonl:3")
+            continue
+        prompt = function(tokenizer, messages, "x")[0]
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        assert "numbers" in text
+    if shape.template is LLAMA3:
+        tools = [{"name": "search"}]
+        assert '"search"' in chat.render_last_turn(tokenizer, DIALOGUE, "x", tools)[0]
+        assert '"search"' in tokenizer.decode(chat.encode_all_turns(tokenizer, DIALOGUE, "x", tools)[0])
+
+
+def test_an_end_of_turn_token_that_is_not_marked_is_refused(shape, tmp_path):
+    """The turn's last token moves behind the end of the generation block."""
+    end = shape.turn.rpartition("{}")[2]
+    written = next(way for way in (f" + '{end}' }}}}", " + eos_token }}", end) if way in shape.template)
+    moved = {end: end}.get(written, "{{" + written.removeprefix(" +"))
+    rest = {end: ""}.get(written, " }}")
+    template = shape.template.replace(written + "{% endgeneration %}", rest + "{% endgeneration %}" + moved)
+    assert template != shape.template
+    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves the end-of-turn token unmarked.*{% generation %}"):
+        chat.encode_all_turns(make(tmp_path, shape, template), DIALOGUE, "d.jsonl:3")
+
+
+def test_a_template_that_marks_everything_is_refused(shape, tmp_path):
+    bare = shape.template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    template = "<pad>{% generation %}" + bare + "{% endgeneration %}"
+    tokenizer = make(tmp_path, shape, template)
+    with pytest.raises(ValueError, match="d.jsonl:3: .*marks what precedes the assistant's first turn"):
+        chat.encode_all_turns(tokenizer, DIALOGUE[:2], "d.jsonl:3")
+    with pytest.raises(ValueError, match="d.jsonl:3: .*marks 1 of 2 assistant turns"):
+        chat.encode_all_turns(tokenizer, DIALOGUE, "d.jsonl:3")
+
+
+def test_thinking_that_the_template_drops_is_never_dropped_silently(tmp_path):
+    keep_last = "(m['content'].split('</think>')[-1] if not loop.last else m['content'])"
+    drop_all = "m['content'].split('</think>')[-1]"
+    thinking = [
+        QUESTION,
+        {"role": "assistant", "content": "<think>numbers</think>how are you?"},
+        {"role": "user", "content": "fine!"},
+        {"role": "assistant", "content": "<think>strings</think>a short summary"},
+    ]
+    shape = SHAPES["chatml"]
+    earlier = make(tmp_path / "a", shape, CHATML_MARKED.replace("m['content']", keep_last))
+    prompt, response = chat.render_last_turn(earlier, thinking, "x")
+    assert "numbers" not in prompt and response == "<think>strings</think>a short summary<|im_end|>"
+    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*numbers.*--multi-turn-loss"):
+        chat.encode_all_turns(earlier, thinking, "d.jsonl:3")
+    everywhere = make(tmp_path / "b", shape, CHATML_MARKED.replace("m['content']", drop_all))
+    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*strings"):
+        chat.render_last_turn(everywhere, thinking, "d.jsonl:3")
+
+
+def test_an_end_of_turn_token_other_than_eos_is_warned_of_when_the_tokenizer_is_read(shape, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, shape)
+    end = shape.turn.rpartition("{}")[2]
+    assert (f"ends a turn with {end!r}, but EOS is {shape.eos!r}" in caplog.text) == (end != shape.eos)
