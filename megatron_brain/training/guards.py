@@ -260,7 +260,9 @@ def _global_grad_norm(optimizer: MegatronOptimizer, device: torch.device, *, dou
     """`optimizer.get_grad_norm()`, made NaN on all ranks that share the norm if one of them doubts."""
     grads = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        grads += part.get_main_grads_for_grad_norm()
+        # Under the second name in megatron-core 0.16.
+        get = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        grads += get()
     if doubt:
         grads.append(torch.full((1,), torch.nan, device=device))
     return float(get_grad_norm_fp32(grads, grad_stats_parallel_group=optimizer.get_grad_stats_parallel_group()))
