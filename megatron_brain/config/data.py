@@ -20,7 +20,8 @@ class DataConfig:
     """Records to train on, and what happens to those that are too long."""
 
     train_data: str | None = None
-    """Training records: jsonl, json, parquet or Arrow file, glob, saved `datasets` folder or hub name."""
+    """Training records: jsonl, json, parquet or Arrow file, glob, saved `datasets` folder, hub name, or the prefix of
+    data that tools/preprocess_data.py has prepared."""
 
     valid_data: str | None = None
     """Validation records, same kinds; unset: no validation."""

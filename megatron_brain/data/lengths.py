@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
+from megatron_brain.data.record_error import RecordError
+
 Ids = tuple[int, ...]
 
 
@@ -112,8 +114,10 @@ def keep_overlong(what: str, *, limits: LengthLimits, where: str, counts: Counte
         ValueError: the rule is "error".
     """
     if limits.overlong == "error":
-        raise ValueError(
-            f"{where}: too long: {what}; raise the limit, or choose --overlong truncate or --overlong drop"
+        raise RecordError(
+            where,
+            "overlong",
+            f"too long: {what}; raise the limit, or choose --overlong truncate or --overlong drop",
         )
     if limits.overlong == "drop":
         counts["dropped_overlong"] += 1

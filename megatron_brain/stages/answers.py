@@ -1,30 +1,21 @@
 """Responses of a checkpoint to a list of prompts, as the generate and evaluate stages draw them."""
 
-import logging
 from collections.abc import Sequence
 
 from megatron_brain.config.stages import SamplingConfig
-from megatron_brain.data.records import Prompt, prompt_groups
-from megatron_brain.data.sources import load_records
+from megatron_brain.data.corpus import read_corpus
+from megatron_brain.data.records import Prompt, PromptReader
 from megatron_brain.generation.sampler import Sample, Sampler
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.run import Run
 
-log = logging.getLogger(__name__)
-
 
 def read_prompts(run: Run) -> Sequence[Prompt]:
     """The prompts of --prompts."""
     settings = run.config.generate
-    prompts, report = prompt_groups(
-        load_records(settings.prompts, run.config.data.valid_split, settings.max_prompts),
-        run.tokenizer,
-        run.config.data,
-        room=run.config.sampling.max_new_tokens,
-    )
-    log.info("%s: %s", settings.prompts, report)
-    return prompts
+    reader = PromptReader(run.tokenizer, run.config.data, room=run.config.sampling.max_new_tokens)
+    return read_corpus(settings.prompts, reader, split=run.config.data.valid_split, limit=settings.max_prompts)
 
 
 def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:

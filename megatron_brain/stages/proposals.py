@@ -6,15 +6,14 @@ drawn from becomes known.
 
 import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.order import SampleOrder
-from megatron_brain.data.records import preference_groups, prompt_groups
-from megatron_brain.data.sources import load_records
+from megatron_brain.data.records import PreferenceReader, PromptReader
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.placement import Placement
@@ -22,8 +21,6 @@ from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rol
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
-
-log = logging.getLogger(__name__)
 
 
 class Proposal(Protocol):
@@ -59,9 +56,8 @@ class Samples:
     def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
         self._run, self._placement, self._prior = run, placement, prior
         data, sampling = run.config.data, run.config.sampling
-        records = load_records(data.train_data, data.train_split, data.max_train_records)
-        self._prompts, report = prompt_groups(records, run.tokenizer, data, room=sampling.max_new_tokens)
-        log.info("%s: %s", data.train_data, report)
+        reader = PromptReader(run.tokenizer, data, room=sampling.max_new_tokens)
+        self._prompts = read_corpus(data.train_data, reader, split=data.train_split, limit=data.max_train_records)
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
@@ -128,12 +124,10 @@ class GivenPairs:
     def __init__(self, run: Run, placement: Placement) -> None:
         data = run.config.data
         self._placement, self._tokenizer = placement, run.tokenizer
-        records = load_records(data.train_data, data.train_split, data.max_train_records)
-        pairs, report = preference_groups(records, run.tokenizer, data)
-        log.info("%s: %s", data.train_data, report)
-        self._groups = [pair.group for pair in pairs]
-        self._order = SampleOrder(len(pairs), seed=run.config.training.seed)
-        self.num_prompts = len(pairs)
+        reader = PreferenceReader(run.tokenizer, data)
+        self._pairs = read_corpus(data.train_data, reader, split=data.train_split, limit=data.max_train_records)
+        self._order = SampleOrder(len(self._pairs), seed=run.config.training.seed)
+        self.num_prompts = len(self._pairs)
         self.groups_per_round = run.config.brain.prompts_per_round
 
     def rounds(self, epochs: float) -> int:
@@ -145,7 +139,7 @@ class GivenPairs:
         count = self.groups_per_round
         rollouts = []
         for place in self._placement.deal(range(number * count, (number + 1) * count)):
-            group = self._groups[self._order[place]]
+            group = self._pairs[self._order[place]].group
             rollouts.append(
                 Rollout(
                     id=group.record_id,

@@ -1,21 +1,19 @@
 """Reward model: a scalar head on the trunk, Bradley-Terry loss on preference pairs."""
 
 import dataclasses
-import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_brain.data.corpus import OnDemand, read_corpus
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.data.records import preference_groups
-from megatron_brain.data.sources import load_records
+from megatron_brain.data.records import PreferencePair, PreferenceReader
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.samples import SampledStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
-
-log = logging.getLogger(__name__)
 
 
 class RewardStage(SampledStage):
@@ -31,10 +29,9 @@ class RewardStage(SampledStage):
         valid = self._read(run, data.valid_data, data.valid_split, data.max_valid_records) if data.valid_data else []
         super().__init__(run, train, valid)
 
-    def _read(self, run: Run, source: str, split: str, limit: int | None) -> list[list[Group]]:
-        pairs, report = preference_groups(load_records(source, split, limit), run.tokenizer, run.config.data)
-        log.info("%s: %s", source, report)
-        return [[dataclasses.replace(pair.group, values={"margin": (pair.margin,)})] for pair in pairs]
+    def _read(self, run: Run, source: str, split: str, limit: int | None) -> Sequence[Sequence[Group]]:
+        pairs = read_corpus(source, PreferenceReader(run.tokenizer, run.config.data), split=split, limit=limit)
+        return OnDemand(len(pairs), lambda index: [_with_margin(pairs[index])])
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: rewards `[R]`, chosen and rejected in turn."""
@@ -53,6 +50,10 @@ class RewardStage(SampledStage):
         return LossOutput(
             loss_sum=losses.sum(), count=pairs, means={name: (v.detach().sum(), pairs) for name, v in means.items()}
         )
+
+
+def _with_margin(pair: PreferencePair) -> Group:
+    return dataclasses.replace(pair.group, values={"margin": (pair.margin,)})
 
 
 def main(run: Run) -> None:

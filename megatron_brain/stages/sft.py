@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from megatron_brain.data.corpus import OnDemand, num_tokens, read_corpus
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.packing import pack_by_length
-from megatron_brain.data.records import sft_groups
-from megatron_brain.data.sources import load_records
+from megatron_brain.data.records import SFTReader
 from megatron_brain.objectives.sft import negative_log_likelihood
 from megatron_brain.stages.samples import SampledStage
 from megatron_brain.training.report import LossOutput
@@ -28,22 +28,17 @@ class SFTStage(SampledStage):
         data = run.config.data
         train = self._read(run, data.train_data, data.train_split, data.max_train_records)
         if run.config.sft.packing:
-            lengths = [group.num_tokens(shared_prefix=True) for group in train]
-            bins = pack_by_length(lengths, data.seq_length, seed=run.config.training.seed)
-            samples = [[train[i] for i in records] for records in bins]
+            bins = pack_by_length(num_tokens(train), data.seq_length, seed=run.config.training.seed)
+            samples = OnDemand(len(bins), lambda index: [train[i] for i in bins[index]])
             log.info("packed %d records into %d sequences of at most %d tokens", len(train), len(bins), data.seq_length)
         else:
-            samples = [[group] for group in train]
+            samples = OnDemand(len(train), lambda index: [train[index]])
         valid = self._read(run, data.valid_data, data.valid_split, data.max_valid_records) if data.valid_data else []
-        super().__init__(run, samples, [[group] for group in valid])
+        super().__init__(run, samples, OnDemand(len(valid), lambda index: [valid[index]]))
 
     def _read(self, run: Run, source: str, split: str, limit: int | None) -> Sequence[Group]:
-        records = load_records(source, split, limit)
-        groups, report = sft_groups(
-            records, run.tokenizer, run.config.data, multi_turn_loss=run.config.sft.multi_turn_loss
-        )
-        log.info("%s: %s", source, report)
-        return groups
+        reader = SFTReader(run.tokenizer, run.config.data, multi_turn_loss=run.config.sft.multi_turn_loss)
+        return read_corpus(source, reader, split=split, limit=limit)
 
     def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """The loss is linear in the log-probabilities: their gradient is known before they are."""

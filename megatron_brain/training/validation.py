@@ -1,7 +1,7 @@
 """Runs held-out or to-be-scored groups through a model, forward only."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ def mean_loss(
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    mine = samples[parallel.dp_rank :: parallel.dp_size]
+    mine = range(parallel.dp_rank, len(samples), parallel.dp_size)
     reports: list[LossOutput] = []
-    for window in _windows(mine, micro_batch_size, shared_prefix=shared_prefix):
+    for window in _windows(samples, mine, micro_batch_size, shared_prefix=shared_prefix):
         batches = pack_micro_batches(window, parallel, shared_prefix=shared_prefix)
         reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
     for chunk, was_training in zip(chunks, training, strict=True):
@@ -74,11 +74,13 @@ def score_groups(
 
 
 def _windows(
-    samples: Sequence[Sequence[Group]], micro_batch_size: int, *, shared_prefix: bool
-) -> list[list[list[Group]]]:
-    by_length = sorted(samples, key=lambda groups: sum(g.num_tokens(shared_prefix=shared_prefix) for g in groups))
-    micro_batches = [
-        [group for sample in by_length[start : start + micro_batch_size] for group in sample]
-        for start in range(0, len(by_length), micro_batch_size)
-    ]
-    return [micro_batches[start : start + _WINDOW] for start in range(0, len(micro_batches), _WINDOW)]
+    samples: Sequence[Sequence[Group]], mine: Sequence[int], micro_batch_size: int, *, shared_prefix: bool
+) -> Iterator[list[list[Group]]]:
+    """Micro-batches of the samples `mine`, shortest first. Samples may be made on demand: few are held at a time."""
+    by_length = sorted(mine, key=lambda i: sum(group.num_tokens(shared_prefix=shared_prefix) for group in samples[i]))
+    for start in range(0, len(by_length), _WINDOW * micro_batch_size):
+        window = by_length[start : start + _WINDOW * micro_batch_size]
+        yield [
+            [group for i in window[first : first + micro_batch_size] for group in samples[i]]
+            for first in range(0, len(window), micro_batch_size)
+        ]

@@ -2,12 +2,24 @@ import pytest
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data import chat
-from megatron_brain.data.records import preference_groups, prompt_groups, sft_groups
+from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 
 ROOMY = DataConfig(seq_length=512)
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "a short summary"}
 BAD = {"role": "assistant", "content": "no"}
+
+
+def sft_groups(records, tokenizer, limits, **options):
+    return read_records(SFTReader(tokenizer, limits, **options), records)
+
+
+def preference_groups(records, tokenizer, limits):
+    return read_records(PreferenceReader(tokenizer, limits), records)
+
+
+def prompt_groups(records, tokenizer, limits, **options):
+    return read_records(PromptReader(tokenizer, limits, **options), records)
 
 
 def at(*records):

@@ -1,0 +1,283 @@
+"""Every problem of a data set, not only the first: the rules of the stages, and hints about what they let pass.
+
+An error is what would stop the stage; a warning is what it would train on. Records are read as the stage reads them
+(`records.RecordReader`), by several processes; what concerns more than one record, such as duplicates, is found where
+their results come together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy
+
+from megatron_brain.data.lengths import Ids, ReadReport
+from megatron_brain.data.reading_settings import ReadingSettings
+from megatron_brain.data.record_error import RecordError
+from megatron_brain.data.records import PreferencePair, PromptReader, Tokenised
+from megatron_brain.data.sources import RawRecord, Record, parse_record, raw_records
+from megatron_brain.data.text_hints import TextHints, missing_space
+from megatron_brain.data.token_kinds import token_kinds
+from megatron_brain.data.workers import map_in_order
+
+_CHUNK = 2000
+_MUCH_FALLBACK = 0.1
+"""Share of a record's tokens that are single bytes from which on it is told."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one record."""
+
+    where: str
+    kind: str
+    message: str
+    is_error: bool
+
+
+@dataclass
+class CheckReport:
+    """Problems by kind: how many, and the first few of each."""
+
+    max_shown: int
+    counts: Counter[tuple[bool, str]] = field(default_factory=Counter)
+    """By (is an error, kind)."""
+    shown: dict[tuple[bool, str], list[Problem]] = field(default_factory=dict)
+    reports: dict[str, ReadReport] = field(default_factory=dict)
+    """What a stage would make of each source, by its name."""
+
+    def add(self, problem: Problem) -> None:
+        """Count a problem, and keep it if it is one of the first of its kind."""
+        key = (problem.is_error, problem.kind)
+        self.counts[key] += 1
+        if len(shown := self.shown.setdefault(key, [])) < self.max_shown:
+            shown.append(problem)
+
+    def total(self, *, errors: bool) -> int:
+        """Number of errors, or of warnings."""
+        return sum(count for (is_error, _), count in self.counts.items() if is_error == errors)
+
+    def __str__(self) -> str:
+        lines = [f"{source}: {report}" for source, report in self.reports.items()]
+        for (is_error, kind), count in sorted(self.counts.items(), key=lambda item: (not item[0][0], -item[1])):
+            lines += ["", f"{'error' if is_error else 'warning'}: {kind}: {count:,}"]
+            shown = self.shown[is_error, kind]
+            lines += [f"  {problem.where}: {problem.message}" for problem in shown]
+            if count > len(shown):
+                lines.append(f"  and {count - len(shown):,} more")
+        return "\n".join([*lines, "", f"{self.total(errors=True):,} errors, {self.total(errors=False):,} warnings"])
+
+
+def check(
+    train: Sequence[str],
+    valid: Sequence[str],
+    reading: ReadingSettings,
+    *,
+    split: str | None = None,
+    valid_split: str | None = None,
+    workers: int = 1,
+    max_shown: int = 5,
+) -> CheckReport:
+    """All problems of training and validation data.
+
+    Args:
+        train, valid: sources of records; valid ones are also compared with those to train on.
+        reading: how the stage will read them.
+        split, valid_split: of saved or hub data sets.
+        workers: processes that read.
+        max_shown: problems of a kind to keep.
+    """
+    report = CheckReport(max_shown)
+    trained = _Seen()
+    for sources, of, seen in ((train, split, trained), (valid, valid_split, _Seen(trained))):
+        for source in sources:
+            _check_source(source, of, reading, workers, report, seen)
+        for problem in seen.mixed_formats():
+            report.add(problem)
+    return report
+
+
+def _check_source(
+    source: str, split: str | None, reading: ReadingSettings, workers: int, report: CheckReport, seen: _Seen
+) -> None:
+    unreadable: list[str] = []
+
+    def chunks() -> Iterator[list[RawRecord]]:
+        try:
+            records = raw_records(source, split)
+            while chunk := list(islice(records, _CHUNK)):
+                yield chunk
+        except ValueError as error:
+            unreadable.append(str(error))
+
+    counts: Counter[str] = Counter(read=0)
+    for checked in map_in_order(
+        _check_chunk, chunks(), workers=workers, set_up=functools.partial(RecordChecker, reading)
+    ):
+        counts.update(checked.counts)
+        for problem in [*checked.problems, *(p for fact in checked.facts for p in seen.add(fact, counts))]:
+            report.add(problem)
+    kept = counts.pop("kept", 0)
+    report.reports[source] = ReadReport(kept=kept, **counts)
+    for message in unreadable:
+        report.add(Problem(source, "unreadable source", message.removeprefix(f"{source}: "), True))
+    if not kept and not unreadable:
+        report.add(Problem(source, "nothing left", "no record of it can be used", True))
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What must be known of a record to compare it with others: where it is, its format and hashes of its ids."""
+
+    where: str
+    format: str
+    prompt: bytes
+    whole: bytes
+    reverse: bytes
+    """Hash of the pair with its responses exchanged."""
+
+
+@dataclass
+class _Checked:
+    """What is found in a chunk of records."""
+
+    problems: list[Problem]
+    facts: list[_Fact]
+    counts: Counter[str]
+
+
+class RecordChecker:
+    """Checks records one by one."""
+
+    def __init__(self, reading: ReadingSettings) -> None:
+        self._reader = reading.build()
+        # Overlong records are told whatever is done with them.
+        self._strict = copy.copy(self._reader)
+        self._strict.limits = dataclasses.replace(reading.limits, overlong="error")
+        self._kinds = token_kinds(self._reader.tokenizer)
+        self._hints = TextHints(self._kinds.special)
+
+    def check(self, chunk: Sequence[RawRecord]) -> _Checked:
+        """The problems of some records in their order, and what they have to be compared by."""
+        problems: list[Problem] = []
+        formats: dict[str, str] = {}
+
+        def on_error(where: str, error: ValueError) -> None:
+            kind, message = (error.kind, error.message) if isinstance(error, RecordError) else ("other", str(error))
+            problems.append(Problem(where, kind, message, True))
+
+        def records() -> Iterator[Record]:
+            for where, raw in chunk:
+                try:
+                    record = parse_record(where, raw)
+                except RecordError as error:
+                    on_error(where, error)
+                    continue
+                formats[where] = "messages" if "messages" in record else ""
+                problems.extend(Problem(where, *hint, False) for hint in self._hints.of_record(record))
+                yield where, record
+
+        counts: Counter[str] = Counter()
+        facts = []
+        for tokenised in self._reader.tokenise(records(), on_error):
+            where = tokenised.draft.where
+            try:
+                problems += self._overlong(tokenised)
+                item = self._reader.fit(tokenised, counts)
+            except RecordError as error:
+                on_error(where, error)
+                continue
+            problems += [Problem(where, *hint, False) for hint in self._token_hints(tokenised)]
+            if item is not None:
+                counts["kept"] += 1
+                if isinstance(item, PreferencePair) and item.group.responses[0] == item.group.responses[1]:
+                    problems.append(Problem(where, "identical pair", "chosen and rejected are the same", False))
+                facts.append(_fact(where, formats[where] or tokenised.draft.kind, self._reader.ids(item)))
+        counts["read"] = len(chunk)
+        order = {where: place for place, (where, _) in enumerate(chunk)}
+        return _Checked(sorted(problems, key=lambda problem: order[problem.where]), facts, counts)
+
+    def _overlong(self, tokenised: Tokenised) -> list[Problem]:
+        """A warning where a record is dropped or cut; under "error" the reader itself says it."""
+        if self._reader.limits.overlong == "error":
+            return []
+        try:
+            self._strict.fit(tokenised, Counter())
+        except RecordError as error:
+            if error.kind == "overlong":
+                done = {"drop": "dropped", "truncate": "cut"}[self._reader.limits.overlong]
+                lengths = error.message.removeprefix("too long: ").partition(";")[0]
+                return [Problem(error.where, f"overlong, {done}", lengths, False)]
+        return []
+
+    def _token_hints(self, tokenised: Tokenised) -> Iterator[tuple[str, str]]:
+        draft, prompt, responses = tokenised
+        ids = [*prompt, *(token for response in responses for token in response)]
+        if unknown := ids.count(self._kinds.unknown):
+            yield "unknown tokens", f"{unknown} of {len(ids)} tokens are unknown to the tokenizer"
+        fallback = sum(token in self._kinds.byte_fallback for token in ids)
+        if fallback > _MUCH_FALLBACK * len(ids):
+            yield "byte fallback", f"{fallback} of {len(ids)} tokens are single bytes: the tokenizer lacks its script"
+        if draft.kind == "text" and not isinstance(self._reader, PromptReader) and not self._kinds.joins_with_space:
+            hints = (missing_space(draft.prompt, response) for response in draft.responses)
+            if (hint := next(filter(None, hints), None)) is not None:
+                yield hint
+
+
+def _check_chunk(checker: RecordChecker, chunk: Sequence[RawRecord]) -> _Checked:
+    return checker.check(chunk)
+
+
+def _fact(where: str, form: str, ids: tuple[Ids, ...]) -> _Fact:
+    prompt, *responses = map(_hash, ids)
+    whole, reverse = (b"".join([prompt, *order]) for order in (responses, responses[::-1]))
+    return _Fact(where, form, prompt, _shorter(whole), _shorter(reverse))
+
+
+def _hash(ids: Ids) -> bytes:
+    return _shorter(numpy.asarray(ids, dtype="<i4").tobytes())
+
+
+def _shorter(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class _Seen:
+    """The records so far, as far as later ones are compared with them."""
+
+    def __init__(self, trained: _Seen | None = None) -> None:
+        self._whole: dict[bytes, str] = {}
+        self._prompts: dict[bytes, str] = {}
+        self._formats: dict[str, tuple[int, str]] = {}
+        self._trained = trained
+
+    def add(self, fact: _Fact, counts: Counter[str]) -> Iterator[Problem]:
+        """The problems of a record beside the earlier ones; `counts` are those of a `ReadReport`."""
+        count, first = self._formats.get(fact.format, (0, fact.where))
+        self._formats[fact.format] = (count + 1, first)
+        if (earlier := self._whole.get(fact.whole)) is not None:
+            counts["duplicates"] += 1
+            yield Problem(fact.where, "duplicate", f"repeats {earlier}", False)
+        elif (opposite := self._whole.get(fact.reverse)) is not None:
+            yield Problem(fact.where, "contradiction", f"prefers the opposite of {opposite}", False)
+        self._whole.setdefault(fact.whole, fact.where)
+        self._prompts.setdefault(fact.prompt, fact.where)
+        if self._trained is not None:
+            if (same := self._trained._whole.get(fact.whole)) is not None:
+                yield Problem(fact.where, "trained on", f"the same record is trained on: {same}", False)
+            elif (same := self._trained._prompts.get(fact.prompt)) is not None:
+                yield Problem(fact.where, "trained on", f"a record with the same prompt is trained on: {same}", False)
+
+    def mixed_formats(self) -> Iterator[Problem]:
+        """Where formats differ from the most frequent one."""
+        most, *others = sorted(self._formats.items(), key=lambda item: -item[1][0]) or [None]
+        for form, (count, first) in others:
+            message = f"{count} records are {form!r} (this is the first), {most[1][0]} are {most[0]!r}"
+            yield Problem(first, "mixed formats", message, False)

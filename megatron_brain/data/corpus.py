@@ -1,0 +1,58 @@
+"""What stages read: raw records, or prepared data of the same items."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron_brain.data.groups import Group
+from megatron_brain.data.prepared import PreparedItems, open_prepared, prepared_prefix
+from megatron_brain.data.records import Item, RecordReader, read_records
+from megatron_brain.data.sources import load_records
+
+log = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
+
+
+class OnDemand(Sequence[Made]):
+    """A sequence whose members are made when they are asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], Made]) -> None:
+        self._length, self._make = length, make
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Made:
+        return self._make(range(self._length)[index])
+
+
+def read_corpus(
+    source: str, reader: RecordReader[Item], *, split: str | None = None, limit: int | None = None
+) -> Sequence[Item]:
+    """The items of a source, made of raw records at once or of prepared data on demand.
+
+    Args:
+        source: prefix of prepared data, or what `sources.load_records` reads.
+        reader: what the stage makes of a record.
+        split: of a saved or hub data set.
+        limit: use only the first so many records.
+
+    Raises:
+        ValueError: a bad record, or prepared data that does not fit the run, with the cure.
+    """
+    prefix = prepared_prefix(source)
+    if prefix is None:
+        items, report = read_records(reader, load_records(source, split, limit))
+        log.info("%s: %s", source, report)
+        return items
+    items, report = open_prepared(prefix, reader, limit=limit)
+    log.info("%s: prepared: %s; %d used", source, report, len(items))
+    return items
+
+
+def num_tokens(groups: Sequence[Group]) -> list[int]:
+    """Tokens of each group in a packed sequence, its prompt counted once."""
+    if isinstance(groups, PreparedItems):
+        return groups.num_tokens()
+    return [group.num_tokens(shared_prefix=True) for group in groups]

@@ -1,0 +1,178 @@
+"""Items of a stage as documents on disk, in megatron-core's indexed format or in Arrow.
+
+A document is the token sequences of an item, the prompt first and then its responses, and a few named fields (place of
+the record, margin, ...). Both formats are memory-mapped, and give the lengths of all sequences without reading one.
+
+- indexed: `PREFIX.bin` and `PREFIX.idx` of megatron-core's `IndexedDataset`. A document is its sequences and one more
+  with the fields, JSON in UTF-8 laid over the type of the tokens.
+- arrow: `PREFIX.arrow`, one row a document, as `datasets.Dataset.from_file` reads it.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+
+Format = Literal["indexed", "arrow"]
+FILES: dict[Format, tuple[str, ...]] = {"indexed": (".bin", ".idx"), "arrow": (".arrow",)}
+"""Endings of the files of each format."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token sequences of one item, at least one token each, and what else is known of it."""
+
+    sequences: Sequence[Sequence[int]]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class DocumentReader(ABC):
+    """Documents at a prefix, read on demand."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of documents."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Document: ...
+
+    @abstractmethod
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of the sequences of all documents, `[documents, sequences]` integers, from the index alone."""
+
+
+def open_documents(prefix: str | Path, form: Format, num_sequences: int) -> DocumentReader:
+    """The documents at a prefix, of `num_sequences` sequences each."""
+    return {"indexed": _IndexedReader, "arrow": _ArrowReader}[form](str(prefix), num_sequences)
+
+
+def write_documents(prefix: str | Path, form: Format, documents: Sequence[Document], vocab_size: int) -> None:
+    """Write documents as the files of a prefix; there may be none."""
+    {"indexed": _write_indexed, "arrow": _write_arrow}[form](str(prefix), documents, vocab_size)
+
+
+def merge_documents(prefix: str | Path, form: Format, parts: Sequence[str | Path], vocab_size: int) -> None:
+    """Write the documents of several prefixes as one, in order."""
+    {"indexed": _merge_indexed, "arrow": _merge_arrow}[form](str(prefix), list(map(str, parts)), vocab_size)
+
+
+class _IndexedReader(DocumentReader):
+    def __init__(self, prefix: str, num_sequences: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        self._data = IndexedDataset(prefix)
+        self._stride = num_sequences + 1
+
+    def __len__(self) -> int:
+        return len(self._data) // self._stride
+
+    def __getitem__(self, index: int) -> Document:
+        first = range(len(self))[index] * self._stride
+        *sequences, fields = self._data[first : first + self._stride]
+        return Document([sequence.tolist() for sequence in sequences], json.loads(fields.tobytes()))
+
+    def lengths(self) -> numpy.ndarray:
+        # A copy: the index is unmapped with its reader, whoever still looks at it.
+        return self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+
+
+def _token_type(vocab_size: int) -> type[numpy.number]:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    return DType.optimal_dtype(vocab_size)
+
+
+def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    dtype = _token_type(vocab_size)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        sequences = [numpy.asarray(sequence, dtype=dtype) for sequence in document.sequences]
+        sequences.append(_as_tokens(document.fields, dtype))
+        builder.add_document(numpy.concatenate(sequences), [len(sequence) for sequence in sequences])
+    builder.finalize(f"{prefix}.idx")
+
+
+def _as_tokens(fields: Mapping[str, Any], dtype: type[numpy.number]) -> numpy.ndarray:
+    """JSON in UTF-8 as an array of tokens, filled up with spaces, which mean nothing there."""
+    text = json.dumps(dict(fields), ensure_ascii=False, separators=(",", ":")).encode()
+    size = numpy.dtype(dtype).itemsize
+    return numpy.frombuffer(text.ljust(-(-len(text) // size) * size), dtype=dtype)
+
+
+def _merge_indexed(prefix: str, parts: Sequence[str], vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=_token_type(vocab_size))
+    for part in parts:
+        builder.add_index(part)
+    builder.finalize(f"{prefix}.idx")
+
+
+class _ArrowReader(DocumentReader):
+    def __init__(self, prefix: str, num_sequences: int) -> None:
+        import datasets
+
+        self._data = datasets.Dataset.from_file(f"{prefix}.arrow")
+        self._num_responses = num_sequences - 1
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Document:
+        row = self._data[range(len(self))[index]]
+        sequences = [row.pop("prompt"), *row.pop("responses")]
+        return Document(sequences, {name: value for name, value in row.items() if value is not None})
+
+    def lengths(self) -> numpy.ndarray:
+        import pyarrow.compute
+
+        table = self._data.data
+        prompts = pyarrow.compute.list_value_length(table["prompt"]).to_numpy()
+        responses = pyarrow.compute.list_value_length(pyarrow.compute.list_flatten(table["responses"])).to_numpy()
+        return numpy.column_stack([prompts, responses.reshape(len(self), self._num_responses)])
+
+
+def _arrow_schema() -> Any:
+    import pyarrow
+
+    ids = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema(
+        {
+            "prompt": ids,
+            "responses": pyarrow.list_(ids),
+            "record_id": pyarrow.string(),
+            "row": pyarrow.int64(),
+            "loss_mask": ids,
+            "margin": pyarrow.float64(),
+            "text": pyarrow.string(),
+            "reference": pyarrow.string(),
+            "chat": pyarrow.bool_(),
+        }
+    )
+
+
+def _write_arrow(prefix: str, documents: Sequence[Document], vocab_size: int) -> None:
+    import pyarrow
+
+    rows = [
+        {"prompt": document.sequences[0], "responses": document.sequences[1:], **document.fields}
+        for document in documents
+    ]
+    with pyarrow.ipc.new_stream(f"{prefix}.arrow", _arrow_schema()) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema=_arrow_schema()))
+
+
+def _merge_arrow(prefix: str, parts: Sequence[str], vocab_size: int) -> None:
+    import pyarrow
+
+    with pyarrow.ipc.new_stream(f"{prefix}.arrow", _arrow_schema()) as writer:
+        for part in parts:
+            with pyarrow.memory_map(f"{part}.arrow") as source, pyarrow.ipc.open_stream(source) as batches:
+                for batch in batches:
+                    writer.write_batch(batch)

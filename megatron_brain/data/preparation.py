@@ -1,0 +1,271 @@
+"""Prepares a corpus: records are tokenised once, by several processes, and kept in a memory-mapped format.
+
+The records are cut into numbered parts. A worker writes a part into a folder of its own under `PREFIX.parts`, which
+gets its name when it is whole. A start after a kill keeps the parts that are there. At the end they become one result,
+whose `PREFIX.json` is written last. The result depends on records, tokenizer and settings alone, not on the workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.corpus_statistics import count_duplicates, length_statistics
+from megatron_brain.data.documents import FILES, Format, merge_documents, open_documents, write_documents
+from megatron_brain.data.lengths import ReadReport, make_report
+from megatron_brain.data.prepared import CODECS, FORMAT_VERSION, PreparedInfo, read_info
+from megatron_brain.data.reading_settings import ReadingSettings
+from megatron_brain.data.records import RecordReader, Tokenised
+from megatron_brain.data.sources import RawRecord, parse_record, raw_records, source_files
+from megatron_brain.data.tokenizer_fingerprint import tokenizer_fingerprint
+from megatron_brain.data.workers import map_in_order
+from megatron_brain.files import sync_folder, sync_tree, write_whole
+
+log = logging.getLogger(__name__)
+
+RECORDS_PER_PART = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What to prepare, and where to."""
+
+    input: str
+    """Source of the records, as --train-data."""
+    split: str | None
+    """Split of a saved or hub data set."""
+    prefix: str
+    """Path of the result without its endings."""
+    format: Format
+    reading: ReadingSettings
+    workers: int = 1
+    """Processes that tokenise."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of records: its number, the row of its first record and the records."""
+
+    number: int
+    first_row: int
+    records: list[RawRecord]
+
+
+def prepare(job: Preparation) -> PreparedInfo:
+    """Prepare a corpus, or go on with a preparation that was stopped.
+
+    Raises:
+        ValueError: a record no stage would take, with its place; or leftovers of another preparation.
+    """
+    reader = job.reading.build()
+    plan = _plan(job, reader)
+    if Path(f"{job.prefix}.json").exists():
+        info = _already_done(job, plan)
+        shutil.rmtree(_parts_folder(job), ignore_errors=True)
+        return info
+    records = raw_records(job.input, job.split)
+    with _locked(_parts_folder(job)) as folder:
+        _take_up(folder, plan)
+        parts = _write_parts(job, records, folder)
+        info = _merge(job, plan, reader, parts)
+    shutil.rmtree(folder)
+    return info
+
+
+def _plan(job: Preparation, reader: RecordReader) -> dict[str, Any]:
+    """What the result is made of and how, as `PREFIX.json` says it."""
+    files = [{"path": str(path), **_stamp(path)} for path in source_files(job.input)]
+    return {
+        "format_version": FORMAT_VERSION,
+        "stage": job.reading.stage,
+        "format": job.format,
+        "tokenizer": {
+            "tokenizer_type": reader.tokenizer.tokenizer_type,
+            "vocab_size": reader.tokenizer.vocab_size,
+            "fingerprint": tokenizer_fingerprint(reader.tokenizer),
+        },
+        "settings": reader.settings(),
+        "source": {"input": job.input, "split": job.split, "files": files},
+    }
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def _parts_folder(job: Preparation) -> Path:
+    return Path(f"{job.prefix}.parts")
+
+
+def _already_done(job: Preparation, plan: dict[str, Any]) -> PreparedInfo:
+    info = read_info(job.prefix)
+    _require_same({name: getattr(info, name) for name in plan}, plan, f"{job.prefix}.json", f"{job.prefix}.*")
+    log.info("%s: complete already", job.prefix)
+    return info
+
+
+def _take_up(folder: Path, plan: dict[str, Any]) -> None:
+    """Begin in an empty folder, or go on where a preparation of the same plan was stopped."""
+    path = folder / "plan.json"
+    if path.exists():
+        _require_same(json.loads(path.read_text()), plan, str(folder), str(folder))
+    else:
+        write_whole(path, json.dumps(plan, indent=1))
+    for leftover in folder.glob("*.partial"):
+        shutil.rmtree(leftover)
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, leftovers: str) -> None:
+    """Raise ConfigError that says what differs."""
+    before, now = (_flat(json.loads(json.dumps(plan))) for plan in (before, now))
+    changed = [
+        f"{name} was {before.get(name)}, is now {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{where} is of another preparation: {'; '.join(changed)}. Give the same input and settings, or another "
+            f"--output, or remove {leftovers}"
+        )
+
+
+def _flat(plan: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in plan.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return flat
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """The folder of parts, for this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another process is preparing this output; wait for it") from error
+        yield folder
+
+
+def _write_parts(job: Preparation, records: Iterable[RawRecord], folder: Path) -> list[Path]:
+    """Write the parts that are not there yet; all parts in order."""
+    parts: list[Path] = []
+
+    def missing() -> Iterator[_Part]:
+        for part in _cut(records):
+            parts.append(folder / f"{part.number:06d}")
+            if not parts[-1].exists():
+                yield part
+
+    set_up = functools.partial(_Worker, job.reading, job.format, folder)
+    for number in map_in_order(_write_part, missing(), workers=job.workers, set_up=set_up):
+        log.info("%s: part %d written", job.prefix, number)
+    if not parts:
+        raise ValueError(f"{job.input}: no records in it")
+    return parts
+
+
+def _cut(records: Iterable[RawRecord]) -> Iterator[_Part]:
+    remaining = iter(records)
+    for number in count():
+        if not (batch := list(islice(remaining, RECORDS_PER_PART))):
+            return
+        yield _Part(number, number * RECORDS_PER_PART, batch)
+
+
+class _Worker:
+    """What a process needs to write parts."""
+
+    def __init__(self, reading: ReadingSettings, form: Format, folder: Path) -> None:
+        self.reader, self.format, self.folder = reading.build(), form, folder
+
+
+def _write_part(worker: _Worker, part: _Part) -> int:
+    """Write a part: its documents, the hashes of its items, its counts."""
+    reader, codec = worker.reader, CODECS[worker.reader.stage]
+    counts: Counter[str] = Counter()
+    sums: Counter[str] = Counter(text_bytes=0, text_tokens=0)
+    documents, hashes = [], []
+    records = ((where, parse_record(where, raw)) for where, raw in part.records)
+    for row, tokenised in enumerate(reader.tokenise(records), start=part.first_row):
+        item = reader.fit(tokenised, counts)
+        sums["text_bytes"] += _text_bytes(tokenised, reader)
+        sums["text_tokens"] += len(tokenised.prompt) + sum(map(len, tokenised.responses))
+        if item is not None:
+            documents.append(codec.encode(item, row))
+            hashes.append(_hash(reader.ids(item)))
+    target = worker.folder / f"{part.number:06d}"
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_documents(partial / "data", worker.format, documents, reader.tokenizer.vocab_size)
+    numpy.save(partial / "hashes.npy", numpy.frombuffer(b"".join(hashes), dtype=numpy.uint64).reshape(-1, 2))
+    (partial / "counts.json").write_text(json.dumps({"records": counts, "sums": sums}))
+    sync_tree(partial, but="")
+    partial.rename(target)
+    return part.number
+
+
+def _hash(ids: Iterable[tuple[int, ...]]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in ids:
+        digest.update(len(sequence).to_bytes(8, "little") + numpy.asarray(sequence, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+def _text_bytes(tokenised: Tokenised, reader: RecordReader) -> int:
+    """UTF-8 bytes of the texts behind the ids; of conversations tokenised as one text, without special tokens."""
+    draft = tokenised.draft
+    if draft.kind == "ids":
+        return len(reader.tokenizer.decode([*tokenised.prompt, *tokenised.responses[0]]).encode())
+    return sum(len(text.encode()) for text in (draft.prompt, *draft.responses))
+
+
+def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: list[Path]) -> PreparedInfo:
+    """Make one result of the parts."""
+    counts: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    for part in parts:
+        of_part = json.loads((part / "counts.json").read_text())
+        counts.update(of_part["records"])
+        sums.update(of_part["sums"])
+    hashes = [numpy.load(part / "hashes.npy") for part in parts]
+    counts["duplicates"] = count_duplicates(hashes)
+    report: ReadReport = make_report(counts, sum(map(len, hashes)), reader.limits)
+    partial = f"{job.prefix}.partial"
+    merge_documents(partial, job.format, [part / "data" for part in parts], reader.tokenizer.vocab_size)
+    lengths = open_documents(partial, job.format, 1 + reader.num_responses).lengths()
+    statistics = {
+        "lengths": length_statistics(lengths),
+        "tokens": int(lengths.sum()),
+        "bytes_per_token": round(sums["text_bytes"] / sums["text_tokens"], 4),
+    }
+    sizes = {}
+    for ending in FILES[job.format]:
+        with open(partial + ending, "rb") as file:
+            os.fsync(file.fileno())
+        sizes[ending] = os.path.getsize(partial + ending)
+        os.replace(partial + ending, job.prefix + ending)
+    sync_folder(Path(job.prefix).parent)
+    info = PreparedInfo(**plan, counts=dataclasses.asdict(report), statistics=statistics, files=sizes)
+    info.write(job.prefix)
+    return info

@@ -1,0 +1,68 @@
+"""A function over many tasks in several processes, results in order, each process set up once."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_state: Any = None
+
+
+def map_in_order(
+    function: Callable[[Any, Task], Result], tasks: Iterable[Task], *, workers: int, set_up: Callable[[], Any]
+) -> Iterator[Result]:
+    """`function(state, task)` of each task, in the order of the tasks; few tasks are held at a time.
+
+    Args:
+        function: importable by name.
+        tasks: read on demand.
+        workers: processes; with 1, the work is done in this one.
+        set_up: called once in each process, returns the state; it can be pickled.
+
+    Raises:
+        RuntimeError: a process was killed.
+        Exception: what `function` raises for the first task it fails on; the tasks after it are given up.
+    """
+    if workers == 1:
+        state = set_up()
+        yield from (function(state, task) for task in tasks)
+        return
+    # Not forked: threads of the tokenizers library would be missing in the copy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(set_up,)) as pool:
+        waiting: deque = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(_run, function, task))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker process was killed, maybe for its memory: try fewer --workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(set_up: Callable[[], Any]) -> None:
+    global _state
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _state = set_up()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _run(function: Callable[[Any, Task], Result], task: Task) -> Result:
+    return function(_state, task)
