@@ -26,6 +26,7 @@ from megatron_brain.runtime import parallel
 SUBJECTS = {
     "update": "a BRAIn update and scoring against the same on transformers, and their cost by tokens",
     "logprobs": "log-probabilities of response tokens without whole logits",
+    "convert": "conversion of a large model in and out, against a copy of the same files",
     "checkpoint": "what a save in the background takes from training, against a synchronous one",
 }
 """Modules of tools/benchmarks, each with `add_arguments(parser)` and `run(args) -> dict`."""

@@ -1,36 +1,45 @@
-"""Compares a model with the Hugging Face directory it was converted from or to, on random tokens.
+"""Compares a checkpoint with the Hugging Face directory it was converted from or to, on random tokens.
 
-Both compute in float32 on weights rounded to one type, so that what is left is the order of float32 sums, and a
-difference in the conversion stands out whatever type was written. That rest is not nothing: on a pretrained model's
-logits transformers' own attention implementations differ by 1e-4 to 2e-4. So policies are compared on rows without
-padding, where transformers sums in our order; reward models on padded rows, which are what may be read wrongly.
+Both models are run layer by layer, with one layer's weights in memory. Both compute in float32 on weights rounded to
+one type, so that what is left is the order of float32 sums, and a difference in the conversion stands out whatever type
+was written. That rest is not nothing: on a pretrained model's logits transformers' own attention implementations differ
+by 1e-4 to 2e-4. So policies are compared on rows without padding, where transformers sums in our order; reward models
+on padded rows, which are what may be read wrongly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from megatron_brain.checkpointing import CheckpointInfo
+from megatron_brain.checkpointing.index import read_index
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.conversion.errors import MismatchError
+from megatron_brain.conversion.registry import HFModel
+from megatron_brain.conversion.safetensors_files import SafetensorsReader
+from megatron_brain.conversion.streamed_chunk import StreamedChunk
+from megatron_brain.conversion.streamed_hf import streamed_hf_model
+from megatron_brain.conversion.weights import check_tensors
 from megatron_brain.data.groups import Group, PackedBatch, pack_groups
 from megatron_brain.data.tokenizer import Tokenizer
-from megatron_brain.logprobs import local_logits
 from megatron_brain.models.attention import PackedLayout
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.gpt import RewardModel
+from megatron_brain.runtime.parallel import Parallel
 
 SEQUENCES = 6
 LENGTH = 32
 """Of a reward model's sequences the first has so many tokens and the others fewer, down to about half."""
 
+TOLERANCE = 1e-5
+"""Relative to the largest logit or reward, or to 1 where that is smaller. float32 sums in another order differ by about
+1e-6 of a model's largest hidden state, and logits are sums over those: an absolute bound would refuse right conversions
+of models with large logits (GPT-2's are beyond 100), or pass wrong ones of models with small."""
+
 HIDDEN_TOLERANCE = 1e-5
-"""Relative to the largest hidden state of the layer. float32 sums in another order differ by about 1e-6."""
-
-
-class MismatchError(Exception):
-    """The two models do not compute the same."""
+"""Relative to the largest hidden state of the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +50,14 @@ class Comparison:
         what: `logits` or `rewards`.
         count: positions or sequences compared.
         largest: the largest absolute difference.
+        scale: the largest absolute value of the Hugging Face model.
         hidden: relative difference of the hidden states after each part of the model, in order.
     """
 
     what: str
     count: int
     largest: float
+    scale: float
     hidden: dict[str, float]
 
     @property
@@ -61,60 +72,104 @@ class Comparison:
         )
 
     def require(self, tolerance: float) -> None:
-        """Raise MismatchError where the difference exceeds the tolerance, or is not a number."""
-        if not self.largest <= tolerance:
+        """Raise MismatchError where the difference exceeds the tolerance, or is not a number.
+
+        Args:
+            tolerance: as TOLERANCE.
+        """
+        allowed = tolerance * max(1.0, self.scale)
+        if not self.largest <= allowed:
             raise MismatchError(
-                f"the {self.what} differ by up to {self.largest:.3e}, allowed are {tolerance:.0e}; "
+                f"the {self.what} differ by up to {self.largest:.3e}, allowed are {allowed:.1e}; "
                 f"{self.first_difference}"
             )
 
     def __str__(self) -> str:
         unit = "positions" if self.what == "logits" else "sequences"
-        return f"largest difference of the {self.what} at {self.count} random {unit}: {self.largest:.3e}"
+        return (
+            f"largest difference of the {self.what} at {self.count} random {unit}: {self.largest:.3e} "
+            f"(largest value {self.scale:.3g})"
+        )
+
+
+def count_parts(model: ModelConfig) -> int:
+    """Parts of the two models that are run one after another: embedding, layers and final norm of each."""
+    return 2 * (model.num_layers + 2)
 
 
 @torch.no_grad()
 def compare_with_hf(
-    directory: str | Path, chunk: Chunk, model: ModelConfig, head: Head, tokenizer: Tokenizer, dtype: torch.dtype
+    source: HFModel,
+    info: CheckpointInfo,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    parallel: Parallel,
+    *,
+    advance: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Run a chunk that holds the whole model, and transformers on the directory, on the same random tokens.
+    """Run the model of a checkpoint, and transformers on a Hugging Face directory, on the same random tokens.
 
-    Both models' weights are rounded to `dtype` and computed with in float32; `chunk` stays so.
-
-    Returns:
-        The largest difference of the logits of all token ids, or of the rewards.
+    Args:
+        source: the directory.
+        info: the checkpoint, with the same head.
+        model: its sizes, resolved.
+        dtype: both models' weights are rounded to it.
+        parallel: the models are run on this process's device.
+        advance: called after each of `count_parts(model)` parts of the two models.
     """
-    hf = _load_hf(directory, head, tokenizer)
-    device = next(chunk.parameters()).device
-    for module in (hf.to(device), chunk):
-        module.eval()
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype).float()
-    sequences = _random_sequences(model, tokenizer, hf.config.pad_token_id, padded=head == "reward")
-    ours, our_hidden = _run_ours(chunk, sequences, head, device)
-    theirs, their_hidden = _run_hf(hf, sequences, head, hf.config.pad_token_id, device)
+    pad_id = source.config.get("pad_token_id")
+    pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    inputs = _Inputs(
+        sequences=_random_sequences(model, tokenizer, pad_id, padded=info.head == "reward"),
+        pad_id=pad_id,
+        device=parallel.device,
+    )
+    expected, expected_hidden = _run_hf(source, model, inputs, dtype, advance)
+    ours = StreamedChunk(model, parallel, info.head, read_index(info.path), dtype, inputs.ids)
+    largest, hidden = _run_ours(ours, inputs, expected, expected_hidden, advance)
     return Comparison(
-        what="logits" if head == "policy" else "rewards",
-        count=ours.size(0),
-        largest=(ours - theirs).abs().max().item(),
-        hidden={part: _relative(our_hidden[part], their_hidden[part]) for part in our_hidden},
+        what="logits" if info.head == "policy" else "rewards",
+        count=expected.size(0),
+        largest=largest,
+        scale=expected.abs().max().item(),
+        hidden=hidden,
     )
 
 
-def _load_hf(directory: str | Path, head: Head, tokenizer: Tokenizer) -> nn.Module:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The tokens that both models are run on."""
 
-    auto = AutoModelForCausalLM if head == "policy" else AutoModelForSequenceClassification
-    hf = auto.from_pretrained(directory, trust_remote_code=False, use_safetensors=True)
-    if hf.config.pad_token_id is None:
-        hf.config.pad_token_id = tokenizer.pad_id
-    return hf
+    sequences: list[list[int]]
+    pad_id: int
+    device: torch.device
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids that occur in the sequences."""
+        return sorted({token for sequence in self.sequences for token in sequence})
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Tokens `[r, s]` padded on the right, and which of them are no padding."""
+        rows = [torch.tensor(sequence) for sequence in self.sequences]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(sequence) for sequence in self.sequences])
+        real = torch.arange(tokens.size(1)) < lengths[:, None]
+        return tokens.to(self.device), real.to(self.device)
+
+    def packed(self) -> PackedBatch:
+        """The sequences end to end, each token by its place in `ids`."""
+        place = {token: index for index, token in enumerate(self.ids)}
+        rows = [[place[token] for token in sequence] for sequence in self.sequences]
+        groups = [Group(prompt=(row[0],), responses=(tuple(row[1:]),)) for row in rows]
+        return pack_groups(groups, shared_prefix=False).to(self.device)
 
 
 def _random_sequences(model: ModelConfig, tokenizer: Tokenizer, pad_id: int, *, padded: bool) -> list[list[int]]:
     """Sequences of any tokens but padding, ending in EOS; of different lengths if they are to be padded."""
     generator = torch.Generator().manual_seed(0)
-    longest = min(LENGTH, model.max_position_embeddings)
+    longest = min(LENGTH, model.longest_sequence[0])
     ordinary = torch.tensor([i for i in range(model.vocab_size) if i not in (pad_id, tokenizer.eos_id)])
     sequences = []
     for i in range(SEQUENCES):
@@ -124,65 +179,73 @@ def _random_sequences(model: ModelConfig, tokenizer: Tokenizer, pad_id: int, *, 
     return sequences
 
 
-def _run_ours(
-    chunk: Chunk, sequences: list[list[int]], head: Head, device: torch.device
+def _run_hf(
+    source: HFModel, model: ModelConfig, inputs: _Inputs, dtype: torch.dtype, advance: Callable[[], None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits `[T, V]` of all tokens or rewards `[R]`, and hidden states `[T, h]` by part."""
-    groups = [Group(prompt=(ids[0],), responses=(tuple(ids[1:]),)) for ids in sequences]
-    batch = pack_groups(groups, shared_prefix=False).to(device)
-    parts = _named_parts(chunk.embedding, chunk.decoder.layers, chunk.decoder.final_layernorm)
-    with _captured(parts) as hidden:
-        out = _logits(chunk, batch) if head == "policy" else chunk(batch)
-    return out, {part: value[:, 0] for part, value in hidden.items()}
+    tokens, real = inputs.padded()
+    hidden: dict[str, Tensor] = {}
 
+    def keep(part: str, value: Tensor) -> None:
+        hidden[part] = value[real]
+        advance()
 
-def _logits(chunk: Chunk, batch: PackedBatch) -> Tensor:
-    hidden = chunk.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
-    vocab = chunk.true_vocab_size
-    return local_logits(hidden[:, 0], chunk.output_weight, first_id=0, vocab_size=vocab)[:, :vocab]
-
-
-def _run_hf(
-    hf: nn.Module, sequences: list[list[int]], head: Head, pad_id: int, device: torch.device
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of transformers, on a right-padded batch."""
-    rows = [torch.tensor(ids) for ids in sequences]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id).to(device)
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    real = torch.arange(tokens.size(1), device=device) < lengths[:, None]
-    parts = _named_parts(hf.model.embed_tokens, hf.model.layers, hf.model.norm)
-    with _captured(parts) as hidden:
+    files = SafetensorsReader(source.directory)
+    names = check_tensors(files, source, model)
+    hf = streamed_hf_model(source, files, names, dtype, inputs.device)
+    if hf.config.pad_token_id is None:
+        hf.config.pad_token_id = inputs.pad_id
+    layers = list(hf.get_submodule(source.family.hf_layers))
+    with _watched(layers, hf.get_submodule(source.family.hf_final_norm), keep):
         logits = hf(input_ids=tokens, attention_mask=real.long(), use_cache=False).logits
-    out = logits[real] if head == "policy" else logits[:, 0]
-    return out.float(), {part: value[real] for part, value in hidden.items()}
+    return (logits[real] if source.head == "policy" else logits[:, 0]), hidden
 
 
-def _named_parts(embedding: nn.Module, layers: nn.ModuleList, norm: nn.Module) -> dict[str, nn.Module]:
-    return {
-        "the embedding": embedding,
-        **{f"layer {i}": layer for i, layer in enumerate(layers)},
-        "the final norm": norm,
-    }
+def _run_ours(
+    streamed: StreamedChunk,
+    inputs: _Inputs,
+    expected: Tensor,
+    expected_hidden: dict[str, Tensor],
+    advance: Callable[[], None],
+) -> tuple[float, dict[str, float]]:
+    """The largest absolute difference, and the hidden states' relative one by part."""
+    batch, chunk, hidden = inputs.packed(), streamed.chunk, {}
+
+    def keep(part: str, value: Tensor) -> None:
+        theirs = expected_hidden[part]
+        hidden[part] = ((value[:, 0] - theirs).abs().max() / theirs.abs().max()).item()
+        advance()
+
+    with _watched(list(chunk.decoder.layers), chunk.decoder.final_layernorm, keep):
+        if isinstance(chunk, RewardModel):
+            return (chunk(batch) - expected).abs().max().item(), hidden
+        out = chunk.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
+    blocks = [
+        (logits - expected[:, start : start + logits.size(1)]).abs().max()
+        for start, logits in streamed.logits(out[:, 0])
+    ]
+    # A maximum of torch, unlike Python's, keeps what is not a number.
+    return torch.stack(blocks).max().item(), hidden
 
 
 @contextmanager
-def _captured(parts: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of modules by name, filled while the block runs."""
-    outputs: dict[str, Tensor] = {}
+def _watched(layers: list[nn.Module], norm: nn.Module, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While the block runs, hand on the input of the first layer (the embedding, positions included), the output of
+    every layer, and that of the final norm. All `layers` may be one module that is called for each."""
+    calls = iter(range(len(layers)))
 
-    def keep(part: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-            outputs[part] = (output[0] if isinstance(output, tuple) else output).float()
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        keep("the embedding", args[0] if args else kwargs["hidden_states"])
+        first.remove()
 
-        return hook
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        keep(f"layer {next(calls)}", output[0] if isinstance(output, tuple) else output)
 
-    handles = [module.register_forward_hook(keep(part)) for part, module in parts.items()]
+    first = layers[0].register_forward_pre_hook(before, with_kwargs=True)
+    handles = [module.register_forward_hook(after) for module in dict.fromkeys(layers)]
+    handles.append(norm.register_forward_hook(lambda module, args, output: keep("the final norm", output)))
     try:
-        yield outputs
+        yield
     finally:
-        for handle in handles:
+        for handle in (first, *handles):
             handle.remove()
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

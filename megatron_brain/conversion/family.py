@@ -1,57 +1,32 @@
-"""What a family of Hugging Face models is to the converter: sizes from its config, and one table of its weights."""
+"""What a family of Hugging Face models is to the converter: what its config.json says, and one table of its weights."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.conversion.fusion import SAME, Fusion
 from megatron_brain.models.provider import Head
-
-LAYERS = "decoder.layers."
 
 
 def dimensions(model: ModelConfig) -> dict[str, int]:
-    """Sizes by the names that the tables use. `query` and `key_value` are all heads of that kind."""
+    """Sizes by the names that the tables use. `query` and `key_value` are all heads of that kind, `head` is one."""
+    query = model.num_attention_heads * model.kv_channels
+    key_value = model.num_query_groups * model.kv_channels
     return {
         "vocab": model.vocab_size,
+        "positions": model.max_position_embeddings,
         "hidden": model.hidden_size,
         "ffn": model.ffn_hidden_size,
-        "query": model.num_attention_heads * model.kv_channels,
-        "key_value": model.num_query_groups * model.kv_channels,
+        "gate_and_up": 2 * model.ffn_hidden_size,
+        "query": query,
+        "key_value": key_value,
+        "qkv": query + 2 * key_value,
+        "head": model.kv_channels,
         "label": 1,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """How several Hugging Face tensors are one of megatron-core's; `split` is the inverse of `join`."""
-
-    join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
-    split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
-
-
-def _join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Rows of each query group together: its query heads, its key head, its value head."""
-    groups = model.num_query_groups
-    grouped = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
-
-
-def _split_qkv(fused: Tensor, model: ModelConfig) -> list[Tensor]:
-    groups, head = model.num_query_groups, model.kv_channels
-    query = model.num_attention_heads // groups * head
-    grouped = fused.reshape(groups, query + 2 * head, *fused.shape[1:])
-    return [part.flatten(0, 1) for part in grouped.split([query, head, head], dim=1)]
-
-
-SAME = Fusion(join=lambda parts, model: parts[0], split=lambda whole, model: [whole])
-QKV = Fusion(join=_join_qkv, split=_split_qkv)
-GATE_UP = Fusion(
-    join=lambda parts, model: torch.cat(list(parts)),
-    split=lambda fused, model: fused.chunk(2),
-)
 
 
 @dataclass(frozen=True)
@@ -62,6 +37,7 @@ class Source:
     shape: tuple[str, ...]
 
     def in_layer(self, layer: int | None) -> str:
+        """The tensor's name in a layer, counted from 0."""
         return self.name.format(layer=layer)
 
     def sizes(self, model: ModelConfig) -> tuple[int, ...]:
@@ -75,8 +51,7 @@ class Weight:
     """One row of a family's table.
 
     Attributes:
-        name: megatron-core's name in a checkpoint, where the layer is an axis of the tensor and not part of the name
-            and where the local and the Transformer Engine spec agree.
+        name: the name in a checkpoint (`checkpointing.state`), with `{layer}` where there is one a layer.
         sources: the Hugging Face tensors it is made of.
         fusion: how.
     """
@@ -85,13 +60,14 @@ class Weight:
     sources: tuple[Source, ...]
     fusion: Fusion = SAME
 
-    @property
-    def per_layer(self) -> bool:
-        return self.name.startswith(LAYERS)
+    def key(self, layer: int | None) -> str:
+        """The name in a checkpoint of this weight in a layer, counted from 0."""
+        return self.name.format(layer=layer)
 
-    def layers(self, model: ModelConfig) -> Sequence[int | None]:
-        """The layers that have this weight; `[None]` for one outside the layers."""
-        return range(model.num_layers) if self.per_layer else [None]
+    def shape(self, model: ModelConfig) -> tuple[int, ...]:
+        """Shape in a checkpoint, which holds no padding of the vocabulary."""
+        parts = [torch.empty(source.sizes(model), device="meta") for source in self.sources]
+        return tuple(self.fusion.join(parts, model).shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,35 +76,110 @@ class Family:
 
     Attributes:
         name: for messages.
+        model_type: of config.json.
         policy_class, reward_class: names in `architectures` of config.json.
-        architecture: sizes (keys of ARCHITECTURE_FIELDS) from config.json; raises ConfigError for what cannot be
-            expressed.
-        hf_config: the way back, what config.json says of the architecture.
-        trunk: weights of the embedding, the layers and the final norm.
+        defaults: what transformers takes for what config.json leaves out. Other keys are not read.
+        fixed: values of architecture fields that are the same in all models of the family.
+        from_hf: the other architecture fields, from a config.json with its defaults filled in; raises ConfigError for
+            what they cannot say.
+        to_hf: the way back, what config.json says.
+        limits: what of a model, apart from `fixed`, its config.json has no place for, and whether it is so.
+        embedding, layer, final: rows of the table: before the layers, of every layer, after the layers.
         output: the vocabulary projection, where it is not tied to the embedding.
         reward_head: the scalar head.
+        hf_layers, hf_final_norm: modules of the transformers model, by path.
+        prefix: how names of the base model begin; files of the base model alone lack it.
         ignored: ends of names of tensors that hold nothing learned.
     """
 
     name: str
+    model_type: str
     policy_class: str
     reward_class: str
-    architecture: Callable[[dict], dict]
-    hf_config: Callable[[ModelConfig], dict]
-    trunk: tuple[Weight, ...]
+    defaults: Mapping[str, object]
+    fixed: Mapping[str, object]
+    from_hf: Callable[[dict], dict]
+    to_hf: Callable[[ModelConfig], dict]
+    limits: Callable[[ModelConfig], dict[str, bool]] = field(default=lambda model: {})
+    embedding: tuple[Weight, ...]
+    layer: tuple[Weight, ...]
+    final: tuple[Weight, ...]
     output: Weight
     reward_head: Weight
-    ignored: tuple[str, ...] = ()
+    hf_layers: str
+    hf_final_norm: str
+    prefix: str
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
 
-    def weights(self, model: ModelConfig, head: Head) -> list[Weight]:
-        """Rows of the table that a model with this head has."""
-        if head == "reward":
-            return [*self.trunk, self.reward_head]
-        return [*self.trunk, self.output] if model.untie_embeddings_and_output_weights else list(self.trunk)
+    def architecture(self, config: dict) -> dict:
+        """Sizes of the model, keys of ARCHITECTURE_FIELDS, from config.json.
+
+        Raises:
+            ConfigError: the model has what ours cannot express.
+        """
+        refuse(self.name, {"quantization_config (quantised weights)": bool(config.get("quantization_config"))})
+        read = {key: config.get(key, default) for key, default in self.defaults.items()}
+        return {**self.fixed, **self.from_hf(read), "hf_model_type": self.model_type}
+
+    def hf_config(self, model: ModelConfig) -> dict:
+        """What config.json says of the architecture.
+
+        Raises:
+            ConfigError: a model of this family cannot have this architecture.
+        """
+        lacking = self.lacks(model)
+        if lacking:
+            raise ConfigError(f"transformers' {self.name} cannot have {'; '.join(lacking)}")
+        return {"model_type": self.model_type, **self.to_hf(model)}
+
+    def lacks(self, model: ModelConfig) -> list[str]:
+        """What of a model its config.json has no place for."""
+        other = [name for name, value in self.fixed.items() if getattr(model, name) != value]
+        return [f"{name}={getattr(model, name)}" for name in other] + [
+            what for what, is_so in self.limits(model).items() if is_so
+        ]
+
+    def entries(self, model: ModelConfig, head: Head) -> Iterator[tuple[Weight, int | None]]:
+        """Every weight of the model with its layer, in the order of the network: layer by layer."""
+        for weight in self.embedding:
+            yield weight, None
+        for layer in range(model.num_layers):
+            for weight in self.layer:
+                yield weight, layer
+        for weight in (*self.final, *self._head(model, head)):
+            yield weight, None
 
     def tensors(self, model: ModelConfig, head: Head) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of the Hugging Face model."""
-        for weight in self.weights(model, head):
-            for layer in weight.layers(model):
-                for source in weight.sources:
-                    yield source.in_layer(layer), source.sizes(model)
+        for weight, layer in self.entries(model, head):
+            for source in weight.sources:
+                yield source.in_layer(layer), source.sizes(model)
+
+    def _head(self, model: ModelConfig, head: Head) -> list[Weight]:
+        if head == "reward":
+            return [self.reward_head]
+        return [self.output] if model.untie_embeddings_and_output_weights else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnsupportedFamily:
+    """A known family of Hugging Face models that our network cannot compute.
+
+    Attributes:
+        name: for messages.
+        classes: names in `architectures` of config.json.
+        missing: what the network would have to have.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def refuse(family: str, found: Mapping[str, bool]) -> None:
+    """Raise ConfigError naming what of `found` is so: things of a config.json that have no place in our network."""
+    unsupported = [what for what, is_so in found.items() if is_so]
+    if unsupported:
+        raise ConfigError(
+            f"config.json has {'; '.join(unsupported)}: not supported for {family} models, and never ignored"
+        )

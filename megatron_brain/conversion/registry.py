@@ -1,16 +1,27 @@
-"""Which family a Hugging Face directory belongs to, read from its config.json alone."""
+"""Which family a Hugging Face directory belongs to, read from its config.json alone, and which one a model goes to."""
 
+import importlib
 import json
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_brain.config.errors import ConfigError
-from megatron_brain.conversion.family import Family
-from megatron_brain.conversion.llama import LLAMA
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.conversion import families
+from megatron_brain.conversion.family import Family, UnsupportedFamily
 from megatron_brain.models.provider import Head
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+_MODULES = [
+    importlib.import_module(f"{families.__name__}.{found.name}") for found in pkgutil.iter_modules(families.__path__)
+]
 
+FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES if hasattr(module, "FAMILY"))
+"""By file name. What several can express goes to the first, so a model that is Llama in all but name is Llama."""
+
+_UNSUPPORTED: tuple[UnsupportedFamily, ...] = tuple(
+    module.UNSUPPORTED for module in _MODULES if hasattr(module, "UNSUPPORTED")
+)
 _CLASSES: dict[str, tuple[Family, Head]] = {
     **{family.policy_class: (family, "policy") for family in FAMILIES},
     **{family.reward_class: (family, "reward") for family in FAMILIES},
@@ -19,7 +30,7 @@ _CLASSES: dict[str, tuple[Family, Head]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HFModel:
-    """A Hugging Face directory as its config.json describes it. `architecture` has the keys ARCHITECTURE_FIELDS."""
+    """A Hugging Face directory as its config.json describes it. `architecture` has keys of ARCHITECTURE_FIELDS."""
 
     directory: Path
     family: Family
@@ -36,13 +47,7 @@ def read_hf_model(directory: str | Path) -> HFModel:
     """
     path = Path(directory)
     config = _read_config(path)
-    named = config.get("architectures") or []
-    known = [name for name in named if name in _CLASSES]
-    if not known:
-        raise ConfigError(
-            f"{path / 'config.json'}: architectures={named} is not supported; supported are {', '.join(_CLASSES)}"
-        )
-    family, head = _CLASSES[known[0]]
+    family, head = _family_of(config.get("architectures") or [], path / "config.json")
     try:
         if head == "reward":
             _check_classifier(config)
@@ -59,6 +64,42 @@ def read_hf_architecture(directory: str | Path) -> dict:
         ConfigError: as `read_hf_model`.
     """
     return read_hf_model(directory).architecture
+
+
+def family_for_export(model: ModelConfig) -> Family:
+    """The family that a model is written as: the one that its `hf_model_type` names, else the first that can have it.
+
+    Raises:
+        ConfigError: the family cannot have this architecture, or none can.
+    """
+    able = [family for family in FAMILIES if not family.lacks(model)]
+    wanted = model.hf_model_type
+    if wanted is None:
+        if not able:
+            reasons = "; ".join(f"{family.name}: {', '.join(family.lacks(model))}" for family in FAMILIES)
+            raise ConfigError(f"no family of Hugging Face models has all that this model has ({reasons})")
+        return able[0]
+    named = [family for family in FAMILIES if family.model_type == wanted]
+    if not named:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        raise ConfigError(f"hf_model_type={wanted} is not supported; supported are {known}")
+    [family] = named
+    if family not in able:
+        others = ", ".join(other.model_type for other in able)
+        cure = f"set --hf-model-type to one that can: {others}" if able else "no other family can"
+        raise ConfigError(f"transformers' {family.name} cannot have {'; '.join(family.lacks(model))}: {cure}")
+    return family
+
+
+def _family_of(named: list[str], where: Path) -> tuple[Family, Head]:
+    for name in named:
+        if name in _CLASSES:
+            return _CLASSES[name]
+        for family in _UNSUPPORTED:
+            if name in family.classes:
+                missing = ", no ".join(family.missing)
+                raise ConfigError(f"{where}: {family.name} ({name}) is not supported: our network has no {missing}")
+    raise ConfigError(f"{where}: architectures={named} is not supported; supported are {', '.join(_CLASSES)}")
 
 
 def _read_config(directory: Path) -> dict:

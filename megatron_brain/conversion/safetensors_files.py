@@ -1,36 +1,40 @@
-"""The safetensors files of a Hugging Face directory: read one tensor at a time, written in shards."""
+"""The safetensors files of a Hugging Face directory, read one tensor at a time."""
 
-import contextlib
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_brain.config.errors import ConfigError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_SHARD_BYTES = 5 * 10**9
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class SafetensorsReader:
-    """Tensors of a directory by name. A context manager; nothing is read before it is asked for."""
+    """Tensors of a directory by name; nothing is read before it is asked for.
+
+    A file is open while one tensor is read, no longer: what was read of an open file counts as this process's memory.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Find the files.
 
         Raises:
-            ConfigError: there are none, or one that the index names is missing.
+            ConfigError: there are none, the index cannot be read, or a file that it names is missing.
         """
         self.directory = directory
-        self._open = contextlib.ExitStack()
-        self._files: dict[str, safe_open] = {}
+        self._headers: dict[str, dict[str, TensorHeader]] = {}
         if (directory / INDEX).is_file():
-            self.file_of: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+            self.file_of: dict[str, str] = _read_index(directory / INDEX)
         elif (directory / SINGLE).is_file():
-            self.file_of = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+            self.file_of = dict.fromkeys(self._header(SINGLE), SINGLE)
         else:
             raise ConfigError(
                 f"{directory} has no {SINGLE} and no {INDEX}: only safetensors weights are read; "
@@ -40,69 +44,72 @@ class SafetensorsReader:
         if missing:
             raise ConfigError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
 
-    def __enter__(self) -> "SafetensorsReader":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._open.close()
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
+        return self._described(name).shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor, without reading it.
+
+        Raises:
+            ConfigError: it is of a type that holds no weights as they are.
+        """
+        described = self._described(name)
+        if described.dtype not in _ITEM_BYTES:
+            raise ConfigError(
+                f"{self.directory / self.file_of[name]}: {name} is {described.dtype}; weights are read as "
+                f"{', '.join(_ITEM_BYTES)}, others need what they were quantised with"
+            )
+        return math.prod(described.shape) * _ITEM_BYTES[described.dtype]
 
     def read(self, name: str) -> Tensor:
-        return self._file(self.file_of[name]).get_tensor(name)
+        """A tensor. Its memory is the file's: it must not be written to."""
+        with self._open(self.file_of[name]) as file:
+            return file.get_tensor(name)
 
-    def _file(self, name: str) -> safe_open:
-        if name not in self._files:
-            path = self.directory / name
-            try:
-                self._files[name] = self._open.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
-                raise ConfigError(
-                    f"{path} cannot be read ({error}): it may have been cut off, fetch it again"
-                ) from error
-        return self._files[name]
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows [start, end) of a tensor; the others are not read."""
+        with self._open(self.file_of[name]) as file:
+            return file.get_slice(name)[start:end]
+
+    def _described(self, name: str) -> "TensorHeader":
+        header = self._header(self.file_of[name])
+        if name not in header:
+            raise ConfigError(f"{self.directory / self.file_of[name]} has no {name}, which {INDEX} says is there")
+        return header[name]
+
+    def _header(self, name: str) -> dict[str, "TensorHeader"]:
+        if name not in self._headers:
+            with self._open(name) as file:
+                names = file.keys()
+                self._headers[name] = {key: TensorHeader.of(file.get_slice(key)) for key in names}
+        return self._headers[name]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[safe_open]:
+        path = self.directory / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise ConfigError(f"{path} cannot be read ({error}): it may have been cut off, fetch it again") from error
 
 
-class SafetensorsWriter:
-    """Writes tensors as transformers does: one file, or numbered shards and an index."""
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not the index of a model's files ({type(error).__name__}: {error})") from error
 
-    def __init__(self, directory: Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES) -> None:
-        self.directory = directory
-        self.max_shard_bytes = max_shard_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._shard_bytes = 0
-        self._written: list[list[str]] = []
-        self._total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor; a full shard goes to disk. A single tensor over the limit has a shard of its own."""
-        if self._shard and self._shard_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        self._shard[name] = tensor.contiguous()
-        self._shard_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+@dataclass(frozen=True)
+class TensorHeader:
+    """What the head of a file says of a tensor; `dtype` as safetensors names it."""
 
-    def close(self) -> None:
-        """Write what is left and, where there are several shards, the index."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._partial(0).rename(self.directory / SINGLE)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._written):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._partial(number).rename(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self.directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+    dtype: str
+    shape: tuple[int, ...]
 
-    def _flush(self) -> None:
-        save_file(self._shard, self._partial(len(self._written)), metadata={"format": "pt"})
-        self._written.append(list(self._shard))
-        self._shard, self._shard_bytes = {}, 0
-
-    def _partial(self, number: int) -> Path:
-        return self.directory / f"shard-{number:05d}.partial"
+    @classmethod
+    def of(cls, values: object) -> "TensorHeader":
+        """From what `safe_open.get_slice` returns."""
+        return cls(values.get_dtype(), tuple(values.get_shape()))

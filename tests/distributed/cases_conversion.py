@@ -1,14 +1,8 @@
 """Hugging Face weights reach every layout as they reach one process."""
 
-from pathlib import Path
-
 import torch
-from helpers.assets import SIZES
 
 from distributed.world import Context, Layout, at
-
-VOCABULARY = SIZES["vocab_size"] + 7
-"""Not a multiple of anything: the last rank's embedding ends in padding."""
 
 
 @at(lambda layout: layout.dp == 1)
@@ -33,6 +27,8 @@ def expect_weights_of_one_process(
 
     The second is cut by what megatron-core says of its weights; the table and slices of the first have no part in it.
     """
+    from helpers.hf_models import write_hf_model
+
     from megatron_brain.checkpointing import CheckpointSaver, TrainingState, load_weights, read_info
     from megatron_brain.config.model import ModelConfig
     from megatron_brain.config.parallel import ParallelConfig
@@ -45,7 +41,7 @@ def expect_weights_of_one_process(
 
     directory, checkpoint = context.shared / f"hf_{name}", context.shared / f"hf_{name}_checkpoint"
     if context.world_size == 1:
-        write_hf(directory, head, changes)
+        write_hf_model(directory, "llama", head, **changes)
     model = resolve(ModelConfig(), read_hf_architecture(directory), str(directory))
     config = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
@@ -67,27 +63,3 @@ def expect_weights_of_one_process(
         assert [key for key, _ in ours.named_parameters()] == list(wanted)
         for key, weight in ours.named_parameters():
             assert torch.equal(weight, wanted[key]), key
-
-
-def write_hf(directory: Path, head: str, changes: dict) -> None:
-    """Write a tiny random Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=SIZES["hidden_size"],
-        intermediate_size=SIZES["ffn_hidden_size"],
-        num_hidden_layers=SIZES["num_layers"],
-        num_attention_heads=SIZES["num_attention_heads"],
-        num_key_value_heads=SIZES["num_query_groups"],
-        pad_token_id=0,
-        eos_token_id=1,
-        **({"num_labels": 1} if head == "reward" else {}),
-        **changes,
-    )
-    model = (LlamaForCausalLM if head == "policy" else LlamaForSequenceClassification)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    model.save_pretrained(directory)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict
-from megatron_brain.conversion.llama import LLAMA
+from megatron_brain.conversion.registry import family_for_export
 from megatron_brain.conversion.weights import hf_tensors
 from megatron_brain.data.groups import Group
 from megatron_brain.models.provider import Chunk, Head
@@ -95,12 +95,17 @@ def write_hf_model(directory: Path, args: argparse.Namespace, *, head: Head, pos
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(directory)
+    write_tokenizer(directory)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of two words, PAD and EOS."""
     words = tokenizers.models.WordLevel({"<pad>": PAD, "</s>": EOS}, unk_token="<pad>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
     )
     tokenizer.save_pretrained(directory)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def random_rollout(shape: Shape, *, vocab_size: int, seed: int) -> Rollout:
@@ -295,7 +300,8 @@ class OurPolicy:
         """What `forward_backward` left, by the names and in the shapes of transformers."""
         (chunk,) = self.trainer.chunks
         with _gradients_as_weights(chunk):
-            tensors = hf_tensors(chunk, self.run.config.model, "policy", LLAMA)
+            model = self.run.config.model
+            tensors = hf_tensors(chunk, model, "policy", family_for_export(model))
             return {name: tensor.clone() for name, tensor in tensors}
 
 

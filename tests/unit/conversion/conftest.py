@@ -1,13 +1,12 @@
-"""Tiny random Hugging Face models, larger weights than usual so that nothing agrees by being near zero."""
+"""Tiny random Hugging Face models, and how they get into a chunk."""
 
 import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.assets import write_assets
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from helpers.hf_models import write_hf_model
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -15,19 +14,6 @@ from megatron_brain.conversion import load_hf_weights, read_hf_model
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model
 
-SIZES = {
-    "vocab_size": 330,  # not a multiple of 128: the last rows of our embedding are padding
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
 TOOLS = Path(__file__).parents[3] / "tools"
 
 
@@ -41,22 +27,13 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def write_hf(tmp_path, tokenizer_dir):
-    """A function that writes a model with SIZES changed and returns its directory."""
+    """A function that writes a model of `helpers.hf_models` with a tokenizer and returns its directory."""
 
-    def write(name: str = "hf", head: str = "policy", **changes) -> Path:
-        torch.manual_seed(3)
-        if head == "policy":
-            model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
-        else:
-            model = LlamaForSequenceClassification(LlamaConfig(**SIZES | {"num_labels": 1} | changes))
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "norm" in key:
-                    parameter.uniform_(0.5, 1.5)
-        model.save_pretrained(tmp_path / name)
+    def write(name: str = "hf", head: str = "policy", model: str = "llama", **changes) -> Path:
+        directory = write_hf_model(tmp_path / name, model, head, **changes)
         for file in tokenizer_dir.iterdir():
-            shutil.copy(file, tmp_path / name)
-        return tmp_path / name
+            shutil.copy(file, directory)
+        return directory
 
     return write
 

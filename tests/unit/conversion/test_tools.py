@@ -1,27 +1,46 @@
-"""The two tools: a checkpoint and back, exit statuses, and nothing left that looks complete."""
+"""The two tools: a checkpoint and back, exit statuses, what they say, and nothing left that looks complete."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from helpers.hf_models import HF_MODELS
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from megatron_brain.checkpointing import read_info
+from megatron_brain.conversion import to_checkpoint, to_hf
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
 
+@pytest.fixture
+def into(tool):
+    """Runs the tool that converts to a checkpoint; returns its exit status."""
+    main = tool("convert_hf_to_megatron").main
+    return lambda source, save, *flags: main(["--hf-model", str(source), "--save", str(save), *flags])
+
+
+@pytest.fixture
+def out_of(tool):
+    """Runs the tool that converts to a Hugging Face directory; returns its exit status."""
+    main = tool("convert_megatron_to_hf").main
+    return lambda load, save, *flags: main(["--load", str(load), "--save", str(save), *flags])
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
 @pytest.mark.parametrize("head", ["policy", "reward"])
-def test_a_model_goes_through_a_checkpoint_bit_equal(head, write_hf, tool, tmp_path, capsys):
-    source, checkpoint, out = write_hf(head=head), tmp_path / "checkpoint", tmp_path / "out"
-    assert tool("convert_hf_to_megatron").main(["--hf-model", str(source), "--save", str(checkpoint)]) == 0
+def test_a_model_goes_through_a_checkpoint_bit_equal(name, head, write_hf, into, out_of, tmp_path, capsys):
+    source, checkpoint, out = write_hf(model=name, head=head), tmp_path / "checkpoint", tmp_path / "out"
+    assert into(source, checkpoint) == 0
     info = read_info(checkpoint)
     assert (info.head, info.iteration, info.has_optimizer) == (head, 0, False)
-    assert tool("convert_megatron_to_hf").main(["--load", str(checkpoint), "--save", str(out)]) == 0
+    assert out_of(checkpoint, out) == 0
     said = capsys.readouterr().out
     assert said.count("largest difference of the " + ("logits" if head == "policy" else "rewards")) == 2
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
@@ -31,67 +50,125 @@ def test_a_model_goes_through_a_checkpoint_bit_equal(head, write_hf, tool, tmp_p
     assert not list(tmp_path.glob("*.unverified"))
 
 
-def test_end_of_text_and_padding_reach_generation_config_and_a_chat_template_survives(write_hf, tool, tmp_path):
-    source, checkpoint, out = write_hf(), tmp_path / "checkpoint", tmp_path / "out"
+def test_a_chat_template_survives(write_hf, into, out_of, tmp_path):
+    source = write_hf()
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    assert tool("convert_hf_to_megatron").main(["--hf-model", str(source), "--save", str(checkpoint)]) == 0
-    assert tool("convert_megatron_to_hf").main(["--load", str(checkpoint), "--save", str(out)]) == 0
-    settings = GenerationConfig.from_pretrained(out)
-    assert (settings.eos_token_id, settings.pad_token_id) == (1, 0)
-    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+    assert into(source, tmp_path / "checkpoint", "--no-compare") == 0
+    assert out_of(tmp_path / "checkpoint", tmp_path / "out", "--no-compare") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages }}"
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_type_of_the_written_weights_is_the_checkpoints_or_chosen(bf16, write_hf, tool, tmp_path):
-    source, checkpoint = write_hf(), tmp_path / "checkpoint"
-    flags = ["--bf16"] if bf16 else []
-    assert tool("convert_hf_to_megatron").main(["--hf-model", str(source), "--save", str(checkpoint), *flags]) == 0
-    export = tool("convert_megatron_to_hf")
+def test_type_of_the_written_weights_is_the_checkpoints_or_chosen(bf16, write_hf, into, out_of, tmp_path):
+    assert into(write_hf(), tmp_path / "checkpoint", *(["--bf16"] if bf16 else [])) == 0
     for name, flags in (("default", []), ("bfloat16", ["--dtype", "bfloat16"])):
-        assert export.main(["--load", str(checkpoint), "--save", str(tmp_path / name), *flags]) == 0
+        assert out_of(tmp_path / "checkpoint", tmp_path / name, *flags) == 0
         tensors = load_file(tmp_path / name / "model.safetensors").values()
         expected = torch.bfloat16 if bf16 or flags else torch.float32
         assert {tensor.dtype for tensor in tensors} == {expected}
 
 
-def test_past_the_tolerance_the_tools_fail_and_name_the_layer(write_hf, tool, tmp_path, capsys, monkeypatch):
-    source = write_hf()
-    module = tool("convert_hf_to_megatron")
-    right = module.load_weights
+def test_the_last_line_says_size_time_speed_and_comparison(write_hf, into, out_of, tmp_path, capsys, monkeypatch):
+    assert into(write_hf(), tmp_path / "compared") == 0
+    compared = capsys.readouterr().out.strip()
+    pattern = r": 0\.00 GB in \d+\.\d\d s \(\d+\.\d\d GB/s\); "
+    assert re.search(pattern + r"largest difference of the logits at 192 random positions: ", compared)
+    assert out_of(tmp_path / "compared", tmp_path / "not_compared", "--no-compare") == 0
+    not_compared = capsys.readouterr().out.strip()
+    assert re.search(pattern + r"not compared with transformers \(--no-compare\)$", not_compared)
 
-    def wrong(info, chunks, *, head):
-        right(info, chunks, head=head)
-        chunks[0].decoder.layers[1].mlp.linear_fc1.weight.data.mul_(1.01)
+    monkeypatch.syspath_prepend(TOOLS)
+    benchmark = importlib.import_module("benchmarks.convert")
+    read = benchmark.Run.of(compared, 3.0, [7])
+    assert (read.process_seconds, read.peak_bytes) == (3.0, [7])
+    assert 0 <= read.difference < 1e-5
+    assert read.comparison_seconds > 0
+    assert benchmark.Run.of(not_compared, 3.0, [7]).difference is None
 
-    monkeypatch.setattr(module, "load_weights", wrong)
-    assert module.main(["--hf-model", str(source), "--save", str(tmp_path / "checkpoint")]) == 1
+
+def test_the_benchmark_finds_files_that_did_not_come_back(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    benchmark = importlib.import_module("benchmarks.convert")
+    for folder in ("before", "after"):
+        (tmp_path / folder).mkdir()
+        for name in "abc":
+            save_file({name: torch.ones(3)}, tmp_path / folder / f"{name}.safetensors")
+    assert benchmark.differences(tmp_path / "before", tmp_path / "after") == []
+    save_file({"a": torch.tensor([1.0, 1.0, 2.0])}, tmp_path / "after" / "a.safetensors")
+    (tmp_path / "after" / "b.safetensors").unlink()
+    (tmp_path / "before" / "c.safetensors").unlink()
+    found = benchmark.differences(tmp_path / "before", tmp_path / "after")
+    assert [said.split()[0] for said in found] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+
+
+def broken(write, name):
+    """A function that writes a file as `write` does, but for one weight among its tensors or boxes."""
+
+    def wrong(values, path, **options):
+        tensors = values if isinstance(values, dict) else {box.key: box.data for box in values}
+        tensors[name].mul_(1.01)
+        return write(values, path, **options)
+
+    return wrong
+
+
+@pytest.mark.parametrize("direction", ["into", "out_of"])
+def test_past_the_tolerance_the_tools_fail_and_name_the_layer(
+    direction, write_hf, into, out_of, tmp_path, capsys, monkeypatch
+):
+    """A weight is wrong in the files that are written."""
+    source, final = write_hf(), tmp_path / "final"
+    if direction == "into":
+        run, module, function = into, to_checkpoint, "write_file"
+        wrong = "decoder.layers.1.mlp.linear_fc1.weight"
+    else:
+        assert into(source, tmp_path / "checkpoint") == 0
+        run, module, function, source = out_of, to_hf, "write_safetensors", tmp_path / "checkpoint"
+        wrong = "model.layers.1.mlp.gate_proj.weight"
+    monkeypatch.setattr(module, function, broken(getattr(module, function), wrong))
+    assert run(source, final) == 1
     said = capsys.readouterr().err
     assert "layer 1 is the first after which hidden states differ" in said
-    assert not (tmp_path / "checkpoint").exists()
-    assert (tmp_path / "checkpoint.unverified").is_dir()
+    assert f"{final}.unverified: the logits differ by up to" in said
+    assert not final.exists()
+    assert (tmp_path / "final.unverified").is_dir()
+    assert run(source, final, "--tolerance", "1") == 0
+    final.rename(tmp_path / "wrong")
     monkeypatch.undo()
-    assert module.main(["--hf-model", str(source), "--save", str(tmp_path / "checkpoint")]) == 0
-    assert not (tmp_path / "checkpoint.unverified").exists()
+    assert run(source, final) == 0
+    assert not (tmp_path / "final.unverified").exists()
 
 
-def test_mistakes_are_told_and_change_nothing(write_hf, tool, tmp_path, capsys):
-    to_megatron, to_hf = tool("convert_hf_to_megatron"), tool("convert_megatron_to_hf")
-    source = write_hf()
+def test_mistakes_are_told_and_change_nothing(write_hf, into, out_of, tmp_path, capsys):
+    source, nowhere = write_hf(), tmp_path / "x"
     kept = (source / "config.json").read_text()
-    for run, flags, message in (
-        (to_megatron, ["--hf-model", str(tmp_path / "none"), "--save", str(tmp_path / "x")], "is not a directory"),
-        (to_megatron, ["--hf-model", str(source), "--save", str(source)], "is not empty"),
-        (to_hf, ["--load", str(tmp_path / "none"), "--save", str(tmp_path / "x")], "does not exist"),
-        (to_hf, ["--load", str(source), "--save", str(tmp_path / "x")], "holds no checkpoint"),
+    for run, given, save, message in (
+        (into, tmp_path / "none", nowhere, "is not a directory"),
+        (into, source, source, "is not empty"),
+        (out_of, tmp_path / "none", nowhere, "does not exist"),
+        (out_of, source, nowhere, "holds no checkpoint"),
     ):
-        assert run.main(flags) == 2
+        assert run(given, save) == 2
         assert message in capsys.readouterr().err
-        assert not (tmp_path / "x").exists()
+        assert not nowhere.exists()
     assert (source / "config.json").read_text() == kept
     config = json.loads(kept)
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
-    assert to_megatron.main(["--hf-model", str(source), "--save", str(tmp_path / "x")]) == 2
+    assert into(source, nowhere) == 2
     assert "needs a vocabulary of 320" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_while_it_is_converted_is_named(write_hf, into, tmp_path, capsys):
+    source = write_hf()
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    save_file(tensors, source / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    data = (source / "a.safetensors").read_bytes()
+    (source / "a.safetensors").write_bytes(data[:-100])
+    assert into(source, tmp_path / "out") == 2
+    assert "a.safetensors cannot be read" in capsys.readouterr().err
 
 
 def test_the_tool_runs_by_itself_as_one_process(write_hf, tmp_path):

@@ -1,0 +1,107 @@
+"""What the two conversion tools have in common: their flags, their course, what they say and return."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
+from megatron_brain.conversion.errors import ConversionError, MismatchError
+from megatron_brain.conversion.output_folder import verified_folder
+from megatron_brain.conversion.workers import Workers
+from megatron_brain.runtime import parallel
+
+
+class Conversion(Protocol):
+    """A conversion that is known to be possible. See `ToCheckpoint` and `ToHF`."""
+
+    model: ModelConfig
+    nbytes: int
+
+    def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None: ...
+
+    def compare(self, folder: Path, parallel: parallel.Parallel, advance: Callable[[], None]) -> Comparison: ...
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of both tools."""
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest difference allowed, relative to the largest logit or reward, or to 1 where that is smaller "
+        f"[{TOLERANCE:.0e}]",
+    )
+    parser.add_argument("--no-compare", action="store_true", help="do not compare with transformers")
+
+
+def run(args: argparse.Namespace, prepare: Callable[[], Conversion]) -> int:
+    """Convert, compare and publish; all processes call it.
+
+    Args:
+        args: `save` and the flags of `add_arguments`.
+        prepare: reads what is to be converted and refuses what cannot be.
+
+    Returns:
+        the exit status: 1 where the two models differ or a process failed, 2 for a mistake in what was asked for.
+    """
+    is_first = parallel.is_launch_writer()
+    try:
+        said = _convert(args, Workers(), prepare)
+    except MismatchError as error:
+        status, said = 1, f"error: {args.save}.unverified: {error}"
+    except ConversionError as error:
+        status, said = 1, f"error: {error}"
+    except ValueError as error:
+        status, said = 2, f"error: {error}"
+    else:
+        status = 0
+    if is_first:
+        print(said, file=sys.stderr if status else sys.stdout, flush=True)
+    return status
+
+
+def _convert(args: argparse.Namespace, workers: Workers, prepare: Callable[[], Conversion]) -> str:
+    """Returns what was done, in words."""
+    conversion = workers.all(prepare)
+    with _progress(workers) as progress, verified_folder(args.save, workers) as folder:
+        started = time.monotonic()
+        share = conversion.nbytes / workers.parallel.world_size
+        with _bar(progress, "writing", share) as advance:
+            conversion.write(folder, workers, advance)
+        seconds = time.monotonic() - started
+        gigabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
+        said = f"{args.save}: {gigabytes:.2f} GB in {seconds:.2f} s ({gigabytes / seconds:.2f} GB/s)"
+        if args.no_compare:
+            return f"{said}; not compared with transformers (--no-compare)"
+
+        def compare() -> str:
+            with _bar(progress, "comparing", count_parts(conversion.model)) as advance:
+                comparison = conversion.compare(folder, workers.parallel, lambda: advance(1))
+            comparison.require(args.tolerance)
+            return f"{comparison}, tolerance {args.tolerance:.0e}, {time.monotonic() - started - seconds:.1f} s"
+
+        return f"{said}; {workers.first(compare)}"
+
+
+@contextmanager
+def _progress(workers: Workers) -> Iterator[Progress]:
+    """Bars on the terminal of the first process, and none elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (workers.is_first and console.is_terminal)) as progress:
+        yield progress
+
+
+@contextmanager
+def _bar(progress: Progress, what: str, total: float) -> Iterator[Callable[[float], None]]:
+    task = progress.add_task(what, total=total)
+    yield lambda amount: progress.advance(task, amount)
+    progress.update(task, completed=total)

@@ -1,0 +1,173 @@
+"""A checkpoint to a Hugging Face directory, shard by shard: one is read while the one before is written."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from megatron_brain.checkpointing import read_info
+from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.index import read_index
+from megatron_brain.checkpointing.storage import read_part, write_safetensors
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.conversion.compare import Comparison, compare_with_hf
+from megatron_brain.conversion.family import Weight
+from megatron_brain.conversion.generation_config import FILE as GENERATION_CONFIG
+from megatron_brain.conversion.generation_config import merged_generation_config
+from megatron_brain.conversion.registry import family_for_export, read_hf_model
+from megatron_brain.conversion.safetensors_files import INDEX
+from megatron_brain.conversion.workers import Workers
+from megatron_brain.conversion.write_behind import write_behind
+from megatron_brain.data.tokenizer import build_tokenizer, check_fits
+from megatron_brain.files import sync_tree, write_whole
+from megatron_brain.models.architecture import resolve
+from megatron_brain.runtime.parallel import Parallel
+
+
+class ToHF:
+    """The conversion of a checkpoint, of any layout, to a Hugging Face directory.
+
+    Args:
+        load: a checkpoint folder, or one iter_ folder of it.
+        dtype: of the written weights; None: the checkpoint's.
+        max_shard_size: of a file of weights, unless one tensor is larger, as transformers spells it ("5GB").
+        hf_model_type: family to write; None: the one it came from, else the first that can express the model.
+
+    Raises:
+        ValueError: there is no checkpoint, transformers cannot express it, or a size cannot be read.
+    """
+
+    def __init__(
+        self, load: Path, *, dtype: torch.dtype | None, max_shard_size: str, hf_model_type: str | None
+    ) -> None:
+        self.info = read_info(load)
+        model = resolve(ModelConfig(bf16=self.info.bf16), self.info.architecture, str(self.info.path))
+        if hf_model_type is not None:
+            model = dataclasses.replace(model, hf_model_type=hf_model_type)
+        self.model = model
+        self.dtype = dtype or (torch.bfloat16 if self.info.bf16 else torch.float32)
+        self.family = family_for_export(model)
+        self.config = self._config()
+        self.tokenizer = build_tokenizer(self.info.tokenizer_type, self.info.tokenizer_dir)
+        check_fits(self.tokenizer, model.vocab_size)
+        self._index = read_index(self.info.path)
+        self._sizes = {name: self._meta(shape) for name, shape in self.family.tensors(model, self.info.head)}
+        # What transformers itself divides with.
+        self._split = split_torch_state_dict_into_shards(
+            self._sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        self.nbytes = self._split.metadata["total_size"]
+
+    def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None:
+        """Write the directory. All processes call it, and each writes its share of the files.
+
+        config.json is written last: without it nothing takes the directory for a model.
+
+        Args:
+            folder: there and empty.
+            advance: told of bytes that are done here.
+        """
+
+        def write_mine() -> None:
+            shards = self._split.filename_to_tensors
+
+            def write(name: str, tensors: dict[str, Tensor]) -> None:
+                write_safetensors(tensors, folder / name, metadata={"format": "pt"})
+                advance(self._shard_bytes(name))
+
+            mine = workers.share(list(shards), self._shard_bytes)
+            write_behind(mine, lambda name: self._read_shard(set(shards[name])), write)
+
+        # First, because a tokenizer may turn out not to be expressible.
+        workers.first(lambda: self._write_tokenizer(folder))
+        workers.all(write_mine)
+        workers.first(lambda: self._write_small_files(folder))
+
+    def compare(self, folder: Path, parallel: Parallel, advance: Callable[[], None]) -> Comparison:
+        """Compare what was written with the checkpoint, on this process alone."""
+        source = read_hf_model(folder)
+        return compare_with_hf(source, self.info, self.model, self.tokenizer, self.dtype, parallel, advance=advance)
+
+    def _meta(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def _shard_bytes(self, name: str) -> int:
+        return sum(self._sizes[tensor].nbytes for tensor in self._split.filename_to_tensors[name])
+
+    def _read_shard(self, names: set[str]) -> dict[str, Tensor]:
+        """Tensors of a shard by name, rounded to the type that is written."""
+        tensors = {}
+        for weight, layer in self.family.entries(self.model, self.info.head):
+            wanted = [source.in_layer(layer) for source in weight.sources]
+            if names.isdisjoint(wanted):
+                continue
+            shape = weight.shape(self.model)
+            whole = Part(key=weight.key(layer), dtype=self.dtype, shape=shape, offset=(0,) * len(shape), size=shape)
+            if weight.fusion.stacks:
+                tensors |= self._read_stacked(whole, weight, layer, names)
+            else:
+                # One that becomes tensors of two shards is read for each.
+                split = weight.fusion.split(read_part(whole, self._index), self.model)
+                found = zip(wanted, split, strict=True)
+                tensors |= {name: tensor.contiguous() for name, tensor in found if name in names}
+        return tensors
+
+    def _read_stacked(self, whole: Part, weight: Weight, layer: int | None, names: set[str]) -> dict[str, Tensor]:
+        """Of the tensors that stand below each other in a weight, those of `names`."""
+        tensors, start = {}, 0
+        for source in weight.sources:
+            size, name = source.sizes(self.model), source.in_layer(layer)
+            if name in names:
+                part = dataclasses.replace(whole, offset=(start, *whole.offset[1:]), size=size)
+                tensors[name] = read_part(part, self._index)
+            start += size[0]
+        return tensors
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        """Beside a config.json, by which transformers chooses its class: in a folder of its own, as it is not to stand
+        in this one yet."""
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            scratch = Path(name)
+            _write_json(scratch / "config.json", {**self.config, **self._ids})
+            self.tokenizer.export(scratch, self.info.head)
+            (scratch / "config.json").unlink()
+            for path in scratch.iterdir():
+                path.rename(folder / path.name)
+
+    def _write_small_files(self, folder: Path) -> None:
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if self.info.head == "policy":
+            _write_json(folder / GENERATION_CONFIG, merged_generation_config(self.info.generation_config, self._ids))
+        sync_tree(folder, but="*.safetensors")  # which are synced
+        _write_json(folder / "config.json", {**self.config, **self._ids})
+
+    @property
+    def _ids(self) -> dict[str, int | None]:
+        return {
+            "bos_token_id": self.tokenizer.bos_id,
+            "eos_token_id": self.tokenizer.eos_id,
+            "pad_token_id": self.tokenizer.pad_id,
+        }
+
+    def _config(self) -> dict:
+        """config.json, but for the tokenizer's ids."""
+        is_policy = self.info.head == "policy"
+        reward = {"problem_type": "regression", "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        return {
+            "architectures": [self.family.policy_class if is_policy else self.family.reward_class],
+            **self.family.hf_config(self.model),
+            # The name of transformers 4, which transformers 5 reads as well.
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            **({} if is_policy else reward),
+        }
+
+
+def _write_json(path: Path, values: dict) -> None:
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,97 @@
+"""The processes of a conversion: each writes files of its own, and all stop where one fails."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from megatron_brain.checkpointing import CheckpointError
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.conversion.errors import ConversionError, MismatchError
+from megatron_brain.runtime import parallel
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_MINUTES = 7 * 24 * 60
+"""Processes wait for the slowest at the end of every part. One that has died is noticed at once."""
+
+_EXPECTED = (ValueError, MismatchError, OSError, SafetensorError, CheckpointError)
+"""Errors that their message explains."""
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Workers:
+    """All processes that torchrun started, or this one alone."""
+
+    def __init__(self) -> None:
+        self.parallel = parallel.start(ParallelConfig(distributed_timeout_minutes=_TIMEOUT_MINUTES), seed=0)
+        self._group = self.parallel.host_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process does what only one does."""
+        return self.parallel.rank == 0
+
+    def all(self, action: Callable[[], T]) -> T:
+        """Do something on every process. All call it.
+
+        Returns:
+            what `action` returned here.
+
+        Raises:
+            ConfigError, MismatchError, ConversionError: it failed on some process; the same is raised on all.
+        """
+        return self._run(action, actors=self.parallel.world_size)
+
+    def first(self, action: Callable[[], T]) -> T | None:
+        """Do something on the first process while the others wait; None on those. As `all` otherwise."""
+        return self._run(action if self.is_first else lambda: None, actors=1)
+
+    def gather(self, item: T) -> list[T]:
+        """What every process has, in the order of ranks, on all of them."""
+        return self.parallel.gather_over_world(item, self._group)
+
+    def share(self, items: Sequence[Item], size: Callable[[Item], int]) -> list[Item]:
+        """Which of the items, known to all processes, are this one's, in their order: about equal sums of sizes."""
+        load = [0] * self.parallel.world_size
+        mine = []
+        for place, item in sorted(enumerate(items), key=lambda found: size(found[1]), reverse=True):
+            taker = load.index(min(load))
+            load[taker] += size(item)
+            if taker == self.parallel.rank:
+                mine.append(place)
+        return [items[place] for place in sorted(mine)]
+
+    def _run(self, action: Callable[[], T], *, actors: int) -> T:
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as failed:
+            if not isinstance(failed, _EXPECTED):
+                log.exception("rank %d failed", self.parallel.rank)
+            error = failed
+        told = self.gather(None if error is None else (_kind(error), _in_words(error)))
+        failures = [(rank, *found) for rank, found in enumerate(told) if found is not None]
+        if not failures:
+            return result
+        _, kind, words = failures[0]
+        # A mistake in what was asked for is not one process's.
+        common = kind is not ConversionError and [found[1:] for found in failures] == [(kind, words)] * actors
+        if len(told) > 1 and not common:
+            words = "; ".join(f"rank {rank}: {said}" for rank, _, said in failures)
+        raise kind(words) from error
+
+
+def _kind(error: Exception) -> type[Exception]:
+    if isinstance(error, MismatchError):
+        return MismatchError
+    return ConfigError if isinstance(error, ValueError) else ConversionError
+
+
+def _in_words(error: Exception) -> str:
+    plain = isinstance(error, (ValueError, MismatchError, CheckpointError))
+    return str(error) if plain else f"{type(error).__name__}: {error}"
