@@ -14,6 +14,7 @@ process, with starting Python and importing torch and transformers, are given to
 import argparse
 import filecmp
 import json
+import math
 import os
 import random
 import re
@@ -47,7 +48,7 @@ _COMPARED = re.compile(r"difference of the logits .*: ([\d.e+-]+) \(.*, ([\d.]+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the model")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the model, at least")
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
@@ -224,12 +225,12 @@ def _random(shape: torch.Size, noise: torch.Tensor, offsets: random.Random) -> t
 
 
 def _sizes(nbytes: float) -> ModelConfig:
-    """A Llama of about so many bytes in bfloat16: of Llama 3 8B's width, or a quarter of it."""
+    """A Llama of at least so many bytes in bfloat16: of Llama 3 8B's width, or a quarter of it."""
     width = 4096 if nbytes >= 4e9 else 1024
     of_layer = 2 * (2 * width**2 + 2 * width * width // 4 + 3 * width * 7 * width // 2)
     return resolve(
         ModelConfig(
-            num_layers=max(1, round((nbytes - 2 * 2 * 32000 * width) / of_layer)),
+            num_layers=max(1, math.ceil((nbytes - 2 * 2 * 32000 * width) / of_layer)),
             hidden_size=width,
             ffn_hidden_size=7 * width // 2,
             num_attention_heads=width // 128,
