@@ -1,3 +1,11 @@
 """Post-training of megatron-core GPT models: supervised fine-tuning, reward models and BRAIn."""
 
+import warnings
+
 __version__ = "0.1.0"
+
+# Of the libraries' own making, when they are imported and at every checkpoint, and nothing a user could act on: which
+# implementation of the layers runs, and why, is logged.
+warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+warnings.filterwarnings("ignore", message="full scope is deprecated", module="megatron.core")
+warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)

@@ -22,18 +22,18 @@ def main(argv: Sequence[str]) -> int:
     try:
         reading = reading_settings(args)
         reading.build()  # a mistake in the settings is no problem of the data
+        report = check(
+            args.input,
+            args.valid,
+            reading,
+            split=args.split,
+            valid_split=args.valid_split,
+            workers=args.workers,
+            max_shown=args.max_shown,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report = check(
-        args.input,
-        args.valid,
-        reading,
-        split=args.split,
-        valid_split=args.valid_split,
-        workers=args.workers,
-        max_shown=args.max_shown,
-    )
     print(report)
     return int(report.total(errors=True) > 0 or (args.strict and report.total(errors=False) > 0))
 

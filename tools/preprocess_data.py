@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from megatron_brain.data.corpus_statistics import statistics_table
-from megatron_brain.data.documents import FILES
-from megatron_brain.data.preparation import Preparation, prepare
+from megatron_brain.data.prepared.documents import FILES
+from megatron_brain.data.prepared.preparation import Preparation, prepare
+from megatron_brain.data.prepared.statistics import statistics_table
 from megatron_brain.data.reading_settings import add_reading_flags, positive, reading_settings
 
 

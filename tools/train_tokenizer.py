@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_brain.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
-from megatron_brain.data.tokenizer_training import Lines, TokenizerTraining, measure, train
+from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, measure, train
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,15 +44,19 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path) -> str:
     if save.exists():
         raise ValueError(f"--save {save} exists: give another folder, or remove it")
     lines = Lines(inputs=inputs)
-    model = train(settings, lines)
     partial = save.with_name(save.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / SENTENCEPIECE_FILE).write_bytes(model)
-    tokenizer = SentencePieceTokenizer(str(partial))
-    tokenizer.export(partial, "policy")
-    partial.rename(save)
+    try:  # before the training, which may take long
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"--save {save} cannot be written ({error.strerror}): give another folder") from error
+    try:
+        (partial / SENTENCEPIECE_FILE).write_bytes(train(settings, lines))
+        tokenizer = SentencePieceTokenizer(str(partial))
+        tokenizer.export(partial, "policy")
+        partial.rename(save)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     summary = f"{save}: {settings.model_type}, {tokenizer.vocab_size:,} pieces from {lines.read:,} lines"
     if not lines.held_out:
         return f"{summary}; too few to hold some out for statistics"

@@ -35,10 +35,6 @@ class Index:
     boxes: dict[str, list[StoredBox]]
     """Of each tensor, at least one."""
 
-    def keys(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self.boxes)
-
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None where it is not there."""
         return self.boxes[key][0].part.shape if key in self.boxes else None

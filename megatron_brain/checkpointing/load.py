@@ -58,7 +58,10 @@ def load_training_state(
         ConfigError: the checkpoint was saved without its optimizer, or in another precision.
     """
     if not info.has_optimizer:
-        raise ConfigError(f"{info.path} was saved with --no-save-optim: add --finetune to start from its weights")
+        raise ConfigError(
+            f"{info.path} holds no optimizer state (it was converted, or saved with --no-save-optim): "
+            "add --finetune to start from its weights"
+        )
     bf16 = chunks[0].config.bf16
     if info.bf16 != bf16:
         raise ConfigError(

@@ -21,6 +21,9 @@ from megatron_brain.models.initialize import VOCABULARY_WEIGHTS, sharded_tensors
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 
+NOT_WEIGHTS = ("optimizer.", "random.")
+"""How names begin of what is no weight of the model."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

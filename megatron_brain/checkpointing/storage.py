@@ -32,7 +32,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     # safetensors writes a file that its user alone may read and gives it this name.
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise SafetensorError(f"{path}: {error}") from error
     path.chmod(mode)
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -105,6 +108,26 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
             with _open(index.folder / file) as data:
                 for stored, box in batch:
                     _copy(data, stored.part, box)
+
+
+def read_part(part: Part, index: Index) -> Tensor:
+    """The values of a part of a tensor, on this process alone.
+
+    Where a file holds this very part in this dtype, they are not copied: their memory is the file's, and must not be
+    written to.
+
+    Raises:
+        as `fill`.
+    """
+    for stored in index.boxes.get(part.key, ()):
+        if stored.part == part:
+            with _open(index.folder / stored.file) as data:
+                values = data.get_tensor(_name(part))
+                _check_stored(part, values.dtype, tuple(values.shape))
+            return values
+    values = torch.empty(part.size, dtype=part.dtype)
+    fill([Box(key=part.key, shape=part.shape, offset=part.offset, data=values)], index)
+    return values
 
 
 def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Box] = ()) -> bool:
@@ -225,9 +248,13 @@ def _copy(data: safe_open, part: Part, box: Box) -> None:
     shape = tuple(values.get_shape())
     # A tensor without dimensions cannot be sliced.
     values = values[_within(both, part.offset)] if both else data.get_tensor(name)
-    if (values.dtype, shape) != (part.dtype, part.size):
-        raise SafetensorError(f"{name} is {values.dtype} {shape} there, and {part.dtype} {part.size} in {INDEX}")
+    _check_stored(part, values.dtype, shape)
     box.data[_within(both, box.offset)].copy_(values)
+
+
+def _check_stored(part: Part, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if (dtype, shape) != (part.dtype, part.size):
+        raise SafetensorError(f"{_name(part)} is {dtype} {shape} there, and {part.dtype} {part.size} in {INDEX}")
 
 
 def _within(ranges: Sequence[tuple[int, int]], offset: Sequence[int]) -> tuple[slice, ...]:

@@ -1,6 +1,6 @@
 """Compares a checkpoint with the Hugging Face directory it was converted from or to, on random tokens.
 
-Both models are run layer by layer, with one layer's weights in memory. Both compute in float32 on weights rounded to
+Both models are run with one module's weights in memory at a time. Both compute in float32 on weights rounded to
 one type, so that what is left is the order of float32 sums, and a difference in the conversion stands out whatever type
 was written. That rest is not nothing: on a pretrained model's logits transformers' own attention implementations differ
 by 1e-4 to 2e-4. So policies are compared on rows without padding, where transformers sums in our order; reward models

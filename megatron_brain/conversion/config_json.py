@@ -22,7 +22,6 @@ ROPE_DEFAULTS = {
     "partial_rotary_factor": None,
     "rope_parameters": None,
     "rope_scaling": None,
-    "original_max_position_embeddings": None,
 }
 """Keys that rotary positions are read from, and what transformers takes where they are left out."""
 
@@ -34,11 +33,14 @@ def read_sizes(config: dict, names: Mapping[str, str]) -> dict:
         names: names in config.json by ours.
 
     Raises:
-        ConfigError: one of them is null.
+        ConfigError: one of them is null or not positive.
     """
     missing = [theirs for theirs in names.values() if config[theirs] is None]
     if missing:
         raise ConfigError(f"config.json has no {', '.join(missing)}: the model's sizes are not known")
+    wrong = [f"{theirs}={config[theirs]}" for theirs in names.values() if config[theirs] <= 0]
+    if wrong:
+        raise ConfigError(f"config.json has {', '.join(wrong)}: must be positive")
     return {ours: config[theirs] for ours, theirs in names.items()}
 
 
@@ -61,6 +63,8 @@ def read_rope(
         ConfigError: positions are of another kind.
     """
     rope = config["rope_scaling"] or config["rope_parameters"] or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"config.json has {rope!r} as rope_scaling or rope_parameters, which must be an object")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     percent = rope.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0
     by_layer = any(isinstance(value, dict) for value in rope.values())
@@ -78,7 +82,7 @@ def read_rope(
     base = {"rotary_base": float(theta), "rotary_percent": float(percent)}
     if rope_type == "default":
         return base
-    original = config["original_max_position_embeddings"] or rope.get("original_max_position_embeddings")
+    original = rope.get("original_max_position_embeddings")
     factors = {
         "rope_scaling_factor": "factor",
         "rope_low_freq_factor": "low_freq_factor",

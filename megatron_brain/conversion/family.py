@@ -115,10 +115,14 @@ class Family:
         """Sizes of the model, keys of ARCHITECTURE_FIELDS, from config.json.
 
         Raises:
-            ConfigError: the model has what ours cannot express.
+            ConfigError: the model has what ours cannot express, or a value is of another type than transformers takes.
         """
         refuse(self.name, {"quantization_config (quantised weights)": bool(config.get("quantization_config"))})
         read = {key: config.get(key, default) for key, default in self.defaults.items()}
+        for key, value in read.items():
+            if not _is_like(value, self.defaults[key]):
+                expected = type(self.defaults[key]).__name__
+                raise ConfigError(f"config.json has {key}={value!r}, which must be of type {expected}")
         return {**self.fixed, **self.from_hf(read), "hf_model_type": self.model_type}
 
     def hf_config(self, model: ModelConfig) -> dict:
@@ -174,6 +178,13 @@ class UnsupportedFamily:
     name: str
     classes: tuple[str, ...]
     missing: tuple[str, ...]
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a value is of its default's type; an integer is also a number. null, either of them, says no type."""
+    if value is None or default is None:
+        return True
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def refuse(family: str, found: Mapping[str, bool]) -> None:

@@ -43,16 +43,23 @@ def read_hf_model(directory: str | Path) -> HFModel:
     """Read config.json.
 
     Raises:
-        ConfigError: no directory, no config.json, an architecture of no family, or an option that is not supported.
+        ConfigError: no directory, no config.json, an architecture of no family or not that of its `model_type`, or an
+            option that is not supported.
     """
     path = Path(directory)
     config = _read_config(path)
-    family, head = _family_of(config.get("architectures") or [], path / "config.json")
+    family, head = _family_of(config.get("architectures"), path / "config.json")
+    model_type = config.get("model_type")
+    if model_type != family.model_type:
+        raise ConfigError(
+            f"{path / 'config.json'}: architectures={config['architectures']} is {family.name}, but "
+            f"model_type={model_type!r}, by which transformers chooses, is not {family.model_type!r}"
+        )
     try:
         if head == "reward":
             _check_classifier(config)
         sizes = family.architecture(config)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     return HFModel(directory=path, family=family, head=head, architecture=sizes, config=config)
 
@@ -91,8 +98,9 @@ def family_for_export(model: ModelConfig) -> Family:
     return family
 
 
-def _family_of(named: list[str], where: Path) -> tuple[Family, Head]:
-    for name in named:
+def _family_of(named: object, where: Path) -> tuple[Family, Head]:
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    for name in classes:
         if name in _CLASSES:
             return _CLASSES[name]
         for family in _UNSUPPORTED:

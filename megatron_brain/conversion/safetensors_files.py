@@ -45,21 +45,16 @@ class SafetensorsReader:
             raise ConfigError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return self._described(name).shape
-
-    def nbytes(self, name: str) -> int:
-        """Bytes of a tensor, without reading it.
+        """Shape of a tensor, without reading it.
 
         Raises:
             ConfigError: it is of a type that holds no weights as they are.
         """
+        return self._described(name).shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor, without reading it."""
         described = self._described(name)
-        if described.dtype not in _ITEM_BYTES:
-            raise ConfigError(
-                f"{self.directory / self.file_of[name]}: {name} is {described.dtype}; weights are read as "
-                f"{', '.join(_ITEM_BYTES)}, others need what they were quantised with"
-            )
         return math.prod(described.shape) * _ITEM_BYTES[described.dtype]
 
     def read(self, name: str) -> Tensor:
@@ -76,6 +71,11 @@ class SafetensorsReader:
         header = self._header(self.file_of[name])
         if name not in header:
             raise ConfigError(f"{self.directory / self.file_of[name]} has no {name}, which {INDEX} says is there")
+        if header[name].dtype not in _ITEM_BYTES:
+            raise ConfigError(
+                f"{self.directory / self.file_of[name]}: {name} is {header[name].dtype}; weights are read as "
+                f"{', '.join(_ITEM_BYTES)}, others need what they were quantised with"
+            )
         return header[name]
 
     def _header(self, name: str) -> dict[str, "TensorHeader"]:
@@ -97,9 +97,13 @@ class SafetensorsReader:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        file_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        elsewhere = [name for name in file_of.values() if Path(name).name != name]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not the index of a model's files ({type(error).__name__}: {error})") from error
+    if elsewhere:
+        raise ConfigError(f"{path} names {elsewhere[0]}, which is no file of this directory")
+    return file_of
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def streamed_hf_model(
 
     auto = AutoModelForCausalLM if source.head == "policy" else AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
-    with _parameters_without_memory():
+    with parameters_without_memory():
         hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     weights = _Weights(files, names, dtype, device)
     # By the table: transformers has other names for some output layers in memory than in files.
@@ -54,7 +54,7 @@ def streamed_hf_model(
 
 
 @contextmanager
-def _parameters_without_memory() -> Iterator[None]:
+def parameters_without_memory() -> Iterator[None]:
     """Modules made meanwhile have their parameters on the meta device, and their buffers as they make them."""
 
     def without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

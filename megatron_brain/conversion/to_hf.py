@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_brain.checkpointing import read_info
 from megatron_brain.checkpointing.boxes import Part
 from megatron_brain.checkpointing.index import read_index
+from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import read_part, write_safetensors
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import Comparison, compare_with_hf
 from megatron_brain.conversion.family import Weight
@@ -56,11 +58,9 @@ class ToHF:
         self.tokenizer = build_tokenizer(self.info.tokenizer_type, self.info.tokenizer_dir)
         check_fits(self.tokenizer, model.vocab_size)
         self._index = read_index(self.info.path)
+        self._check_weights()
         self._sizes = {name: self._meta(shape) for name, shape in self.family.tensors(model, self.info.head)}
-        # What transformers itself divides with.
-        self._split = split_torch_state_dict_into_shards(
-            self._sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-        )
+        self._split = _split(self._sizes, max_shard_size)
         self.nbytes = self._split.metadata["total_size"]
 
     def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None:
@@ -92,6 +92,18 @@ class ToHF:
         """Compare what was written with the checkpoint, on this process alone."""
         source = read_hf_model(folder)
         return compare_with_hf(source, self.info, self.model, self.tokenizer, self.dtype, parallel, advance=advance)
+
+    def _check_weights(self) -> None:
+        """The checkpoint has the weights that its architecture says, and no others."""
+        entries = self.family.entries(self.model, self.info.head)
+        expected = {weight.key(layer): weight.shape(self.model) for weight, layer in entries}
+        found = {key: self._index.shape(key) for key in self._index.boxes if not key.startswith(NOT_WEIGHTS)}
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise ConfigError(
+                    f"{self.info.path}: the checkpoint's {key} is {found.get(key, 'not there')}, "
+                    f"by its architecture it is {expected.get(key, 'not there')}"
+                )
 
     def _meta(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device="meta")
@@ -167,6 +179,16 @@ class ToHF:
             "torch_dtype": str(self.dtype).removeprefix("torch."),
             **({} if is_policy else reward),
         }
+
+
+def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
+    """Which tensors go into which file: divided by what transformers itself divides with."""
+    try:
+        return split_torch_state_dict_into_shards(
+            sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from error
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from megatron_brain.data.record_error import RecordError
+from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -35,10 +35,12 @@ def is_messages(value: Any) -> bool:
 
 
 def check_messages(messages: Any, key: str, where: str) -> Messages:
-    """The messages without fields that are None (columns of a table have those).
+    """The messages without fields that are None (columns of a table have those), contents as one text each.
+
+    Contents may be lists of parts, which are joined: a template that writes texts would write the list as Python does.
 
     Raises:
-        ValueError: not a list of one or more objects with a text role, naming `where` and `key`.
+        ValueError: not a list of one or more objects with a text role and a text, naming `where` and `key`.
     """
     if not is_messages(messages) or not messages:
         raise RecordError(
@@ -51,7 +53,28 @@ def check_messages(messages: Any, key: str, where: str) -> Messages:
             )
         if message.get("content") is None and not message.get("tool_calls"):
             raise RecordError(where, "bad messages", f"{key}[{index}] ({message['role']}) has no 'content'")
-    return [{k: v for k, v in message.items() if v is not None} for message in messages]
+        if not _is_content(message.get("content")):
+            raise RecordError(
+                where,
+                "bad messages",
+                f"{key}[{index}] ({message['role']}): 'content' must be a text, or a list of "
+                f"{{'type': 'text', 'text': ...}}, not {_short(message['content'])}",
+            )
+    return [_plain(message) for message in messages]
+
+
+def _is_content(content: Any) -> bool:
+    """Whether a message's content is a text, a list of parts that are texts, or absent beside tool calls."""
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+    return content is None or isinstance(content, str)
+
+
+def _plain(message: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if value is not None}
+    if isinstance(plain.get("content"), list):
+        plain["content"] = "".join(part["text"] for part in plain["content"])
+    return plain
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Messages, where: str, tools: list | None = None) -> str:
@@ -172,8 +195,8 @@ def encode_answer(tokenizer: Tokenizer, text: str, *, chat: bool, where: str) ->
 
 
 def answer_text(messages: Messages) -> str:
-    """Text of the last message; parts of a list of contents are joined."""
-    return "".join(_texts(messages[-1]))
+    """Text of the last message."""
+    return messages[-1].get("content", "")
 
 
 def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
@@ -212,24 +235,21 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _texts(message: dict[str, Any]) -> list[str]:
-    content = message.get("content", "")
-    return [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-
-
 def _require_whole_answers(messages: Sequence[dict[str, Any]], rendered: str, where: str) -> None:
     """Raise where a template leaves out what an assistant wrote: earlier thinking, or any in front of ``</think>``."""
     position = 0
     for message in messages:
-        for text in _texts(message) if message["role"] == "assistant" else []:
-            position = rendered.find(text.strip(), position)
-            if position < 0:
-                raise RecordError(
-                    where,
-                    "chat template",
-                    f"the chat template leaves out some of what the assistant wrote, {_short(text)}: use one that "
-                    "keeps it, or remove it from the record; earlier turns may lose text without --multi-turn-loss",
-                )
+        if message["role"] != "assistant":
+            continue
+        text = message.get("content", "")
+        position = rendered.find(text.strip(), position)
+        if position < 0:
+            raise RecordError(
+                where,
+                "chat template",
+                f"the chat template leaves out some of what the assistant wrote, {_short(text)}: use one that "
+                "keeps it, or remove it from the record; earlier turns may lose text without --multi-turn-loss",
+            )
 
 
 def _ends_unmarked(tokenizer: Tokenizer, tail: Sequence[int]) -> bool:
@@ -251,7 +271,7 @@ def _errors_at(where: str) -> Iterator[None]:
     """Errors of the chat template, or of its absence, with the place of the record."""
     try:
         yield
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: tools or fields of another kind than expected
         raise RecordError(where, "chat template", f"the chat template refuses these messages: {error}") from error
     except ValueError as error:
         raise RecordError(where, "chat template", f"{error}") from error

@@ -18,13 +18,14 @@ from itertools import islice
 
 import numpy
 
+from megatron_brain.data.errors import RecordError
 from megatron_brain.data.lengths import Ids, ReadReport
+from megatron_brain.data.prepared.info import refuse_prepared
 from megatron_brain.data.reading_settings import ReadingSettings
-from megatron_brain.data.record_error import RecordError
 from megatron_brain.data.records import PreferencePair, PromptReader, Tokenised
 from megatron_brain.data.sources import RawRecord, Record, parse_record, raw_records
 from megatron_brain.data.text_hints import TextHints, missing_space
-from megatron_brain.data.token_kinds import token_kinds
+from megatron_brain.data.tokenizer.kinds import token_kinds
 from megatron_brain.data.workers import map_in_order
 
 _CHUNK = 2000
@@ -93,25 +94,33 @@ def check(
         split, valid_split: of saved or hub data sets.
         workers: processes that read.
         max_shown: problems of a kind to keep.
+
+    Raises:
+        ValueError: a source that is not there, or is prepared data.
     """
+    opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()
-    for sources, of, seen in ((train, split, trained), (valid, valid_split, _Seen(trained))):
-        for source in sources:
-            _check_source(source, of, reading, workers, report, seen)
+    for sources, records, seen in zip((train, valid), opened, (trained, _Seen(trained)), strict=True):
+        for source, of_source in zip(sources, records, strict=True):
+            _check_source(source, of_source, reading, workers, report, seen)
         for problem in seen.mixed_formats():
             report.add(problem)
     return report
 
 
+def _open(source: str, split: str | None) -> Iterator[RawRecord]:
+    refuse_prepared(source)
+    return raw_records(source, split)
+
+
 def _check_source(
-    source: str, split: str | None, reading: ReadingSettings, workers: int, report: CheckReport, seen: _Seen
+    source: str, records: Iterator[RawRecord], reading: ReadingSettings, workers: int, report: CheckReport, seen: _Seen
 ) -> None:
     unreadable: list[str] = []
 
     def chunks() -> Iterator[list[RawRecord]]:
         try:
-            records = raw_records(source, split)
             while chunk := list(islice(records, _CHUNK)):
                 yield chunk
         except ValueError as error:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megatron_brain.data.groups import Group
-from megatron_brain.data.prepared import PreparedItems, open_prepared, prepared_prefix
+from megatron_brain.data.prepared.info import prepared_prefix
+from megatron_brain.data.prepared.read import PreparedItems, open_prepared
 from megatron_brain.data.records import Item, RecordReader, read_records
 from megatron_brain.data.sources import load_records
 

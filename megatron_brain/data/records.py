@@ -16,6 +16,7 @@ from itertools import groupby, islice
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from megatron_brain.data import chat
+from megatron_brain.data.errors import RecordError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.lengths import (
     Ids,
@@ -26,7 +27,6 @@ from megatron_brain.data.lengths import (
     keep_overlong,
     make_report,
 )
-from megatron_brain.data.record_error import RecordError
 from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from megatron_brain.data.record_error import RecordError
+from megatron_brain.data.errors import RecordError
 
 Record = tuple[str, dict[str, Any]]
 """Place of the record (``file:line``, ``file[row]`` or ``name[split][row]``) and its fields."""

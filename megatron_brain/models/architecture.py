@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatron_brain.config.fields import all_fields, convert
 from megatron_brain.config.model import ModelConfig
 
 ARCHITECTURE_FIELDS = (
@@ -63,14 +64,18 @@ _DEFAULTS = {
 def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelConfig:
     """`requested` with its unset sizes filled from `found` (a checkpoint's or Hugging Face's), else by default.
 
-    What `found` leaves out is the default there: a checkpoint from before there was a choice, or a Hugging Face family
-    that knows no other.
+    What `found` leaves out is the default there: a Hugging Face family need not name what it cannot have.
 
     Raises:
-        ValueError: something was asked for that `source` contradicts, a size is missing, or they do not fit together.
+        ValueError: `source` has something that is not known here, of another type, or that contradicts what was asked
+            for; a size is missing, or they do not fit together.
     """
+    unknown = sorted((found or {}).keys() - set(ARCHITECTURE_FIELDS))
+    if unknown:
+        raise ValueError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
-    for name, value in ({**_DEFAULTS, **found} if found else {}).items():
+    for name, given in ({**_DEFAULTS, **found} if found else {}).items():
+        value = convert(all_fields()[name], given, source)
         if sizes[name] is not None and sizes[name] != value:
             raise ValueError(
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"

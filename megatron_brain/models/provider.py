@@ -92,7 +92,9 @@ def build_model(
             _zero_weights(chunk)
         else:
             initialize_weights(chunk, model, seed=seed)
-        chunk.to(parallel.device)
+        # Weights that were made without memory, to be filled later, stay so.
+        if not any(parameter.is_meta for parameter in chunk.parameters()):
+            chunk.to(parallel.device)
     return chunks
 
 

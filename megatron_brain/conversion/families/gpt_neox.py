@@ -44,7 +44,6 @@ _SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
     "norm_epsilon": "layer_norm_eps",
-    "use_parallel_residual": "use_parallel_residual",
 }
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
@@ -60,6 +59,7 @@ def _from_hf(config: dict) -> dict:
         "kv_channels": sizes["hidden_size"] // sizes["num_attention_heads"],
         **read_rope("GPT-NeoX", rope, partial=True),
         "hidden_act": read_activation("GPT-NeoX", config["hidden_act"], allowed=_ACTIVATIONS),
+        "use_parallel_residual": config["use_parallel_residual"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }
 
@@ -73,6 +73,7 @@ def _to_hf(model: ModelConfig) -> dict:
         "rope_scaling": rope["rope_scaling"],
         "rope_parameters": {**rope["rope_parameters"], "partial_rotary_factor": model.rotary_percent},
         "hidden_act": _ACTIVATIONS[model.hidden_act],
+        "use_parallel_residual": model.use_parallel_residual,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "attention_bias": True,
         "attention_dropout": 0.0,

@@ -133,7 +133,7 @@ def test_weights_the_checkpoint_lacks_are_refused(single, tmp_path):
 def test_resuming_needs_the_optimizer_and_the_same_precision(single, tmp_path):
     training = Training(single)
     training.save(tmp_path / "weights", 1, with_optimizer=False)
-    with pytest.raises(ValueError, match="saved with --no-save-optim: add --finetune"):
+    with pytest.raises(ValueError, match="holds no optimizer state .* add --finetune"):
         training.resume(read_info(tmp_path / "weights"))
     training.save(tmp_path / "all", 1)
     with pytest.raises(ValueError, match="bf16=False, this run has bf16=True"):

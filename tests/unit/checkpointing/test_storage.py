@@ -6,6 +6,7 @@ import stat
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_brain.checkpointing import storage
@@ -41,6 +42,15 @@ def folder(single, tmp_path):
     ]
     write_boxes(boxes, tmp_path, single.host_group())
     return tmp_path
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(SafetensorError, match=f"{DATA}: I/O error: No space"):
+        write_file([box("vector", torch.zeros(2))], tmp_path / DATA)
 
 
 def test_boxes_are_read_in_another_division_and_precision(folder):
@@ -104,7 +114,7 @@ def test_files_of_several_processes_make_one_checkpoint(tmp_path):
     ]
     write_index(tmp_path, stored)
     index = read_index(tmp_path)
-    assert (index.keys(), index.shape("rows"), index.dtype("rows")) == (["rows"], (4, 2), torch.float32)
+    assert (list(index.boxes), index.shape("rows"), index.dtype("rows")) == (["rows"], (4, 2), torch.float32)
     middle = torch.zeros(2, 1)
     fill([box("rows", middle, shape=(4, 2), offset=(1, 1))], index)
     assert middle.tolist() == [[3.0], [5.0]]

@@ -93,6 +93,35 @@ def test_streamed_transformers_holds_one_modules_weights(name, write_hf, streame
     assert seen == {path for path, _ in hf.named_parameters()}
 
 
+@pytest.mark.parametrize("head", ["policy", "reward"])
+def test_our_model_holds_one_modules_weights_of_a_layer(head, write_hf, compare, monkeypatch):
+    """And of the embedding the rows of the tokens that occur, of the output layer nothing."""
+    made, held = [], []
+    build = streamed_chunk.build_model
+
+    def build_and_watch(*args, **options):
+        chunks = build(*args, **options)
+        made.extend(chunks)
+        for path, module in chunks[0].decoder.layers.named_modules():
+            own = {f"decoder.layers.{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+            if own:
+                # A hook that comes before those that the module gets later, so it looks at its end.
+                module.register_forward_hook(lambda module, args, output, own=own: held.append((own, in_memory())))
+        return chunks
+
+    def in_memory():
+        return {name for name, p in made[0].named_parameters() if not p.is_meta and name.startswith("decoder.layers.")}
+
+    monkeypatch.setattr(streamed_chunk, "build_model", build_and_watch)
+    assert compare(write_hf(model="gpt2", head=head, tie_word_embeddings=False)).largest < 1e-5
+    assert len(held) == 4 * 6
+    assert all(own == present for own, present in held)
+    assert in_memory() == set()
+    parameters = dict(made[0].named_parameters())
+    assert parameters["embedding.word_embeddings.weight"].size(0) < 330
+    assert head == "reward" or parameters["output_layer.weight"].is_meta
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_vocabulary_is_multiplied_in_blocks(tied, write_hf, streamed, compare, monkeypatch):
     directory = write_hf(tie_word_embeddings=tied)

@@ -1,6 +1,8 @@
 """config.json to sizes and back, for every family; what cannot be expressed is refused by name."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import math
 
@@ -19,11 +21,11 @@ from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 
-def write(directory, model_type, head="policy", **changes):
+def write(directory, model_type, head="policy", /, **changes):
     """A config.json of nothing but defaults and changes."""
     family = BY_TYPE[model_type]
     named = family.policy_class if head == "policy" else family.reward_class
-    (directory / "config.json").write_text(json.dumps({"architectures": [named], **changes}))
+    (directory / "config.json").write_text(json.dumps({"architectures": [named], "model_type": model_type, **changes}))
     return directory
 
 
@@ -97,6 +99,40 @@ def test_the_original_length_of_llama_3_positions_is_the_whole_one_where_it_is_n
     assert ours == theirs["original_max_position_embeddings"] == 512
 
 
+_LLAMA_3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SETTINGS = {
+    "rope_theta": (None, 77.0),
+    "rotary_emb_base": (None, 88.0),
+    "rotary_pct": (None, 0.5),
+    "partial_rotary_factor": (None, 0.75),
+    "original_max_position_embeddings": (None, 64),
+    "rope_scaling": (None, _LLAMA_3, {"rope_type": "default", "rope_theta": 99.0}),
+    "rope_parameters": (
+        None,
+        {**_LLAMA_3, "rope_theta": 55.0, "original_max_position_embeddings": 16},
+        {"rope_theta": 66.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(BY_TYPE.keys() - {"gpt2"}))
+def test_of_rotary_settings_in_several_places_those_count_that_transformers_takes(model_type):
+    compared = 0
+    for values in itertools.product(*SETTINGS.values()):
+        config = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
+        try:
+            ours = read(model_type, **copy.deepcopy(config))
+        except ConfigError:
+            continue
+        theirs = AutoConfig.for_model(model_type, **copy.deepcopy(config)).rope_parameters
+        found = (ours.rotary_base, ours.rotary_percent, ours.rope_scaling_factor)
+        assert found == (theirs["rope_theta"], theirs.get("partial_rotary_factor", 1.0), theirs.get("factor", 1.0))
+        if ours.rope_scaling_factor != 1.0:
+            assert ours.rope_original_max_position_embeddings == theirs["original_max_position_embeddings"]
+        compared += 1
+    assert compared >= 48
+
+
 VARIANTS = {
     **{name: {} for name in HF_MODELS},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "head_dim": 12},
@@ -159,6 +195,14 @@ REFUSED = [
     ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=true"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention=true"),
     *((model_type, {"vocab_size": None}, "no vocab_size") for model_type in BY_TYPE),
+    ("llama", {"hidden_size": "4096"}, "hidden_size='4096', which must be of type int"),
+    ("llama", {"hidden_size": 4096.0}, "hidden_size=4096.0, which must be of type int"),
+    ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: must be positive"),
+    ("llama", {"rope_scaling": "yarn"}, "'yarn' as rope_scaling or rope_parameters, which must be an object"),
+    ("gpt_neox", {"use_parallel_residual": "false"}, "use_parallel_residual='false', which must be of type bool"),
+    ("llama", {"rope_theta": None, "rope_scaling": {"rope_theta": "x"}}, "could not convert string to float: 'x'"),
+    ("llama", {"architectures": [{}]}, "architectures=[{}] is not supported"),
+    ("llama", {"model_type": None}, "model_type=None"),
 ]  # fmt: skip
 
 
@@ -203,6 +247,14 @@ def test_a_classifier_that_is_no_reward_model_is_refused(model_type, changes, na
 def test_an_unknown_architecture_is_answered_with_those_that_are_supported(named, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": named}))
     with pytest.raises(ConfigError, match="GPT2LMHeadModel.*LlamaForCausalLM, .*Qwen3ForSequenceClassification"):
+        read_hf_architecture(tmp_path)
+
+
+def test_an_architecture_under_another_model_type_is_refused(tmp_path):
+    """transformers would run another network, with scaled scores and logits, on weights of the same names."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "granite", "attention_multiplier": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="is Llama, but model_type='granite', by which .* not 'llama'"):
         read_hf_architecture(tmp_path)
 
 

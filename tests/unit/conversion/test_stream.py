@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from megatron_brain.checkpointing import CheckpointSaver, TrainingState, read_info
-from megatron_brain.checkpointing.storage import read_tensors
+from megatron_brain.checkpointing.boxes import Box
+from megatron_brain.checkpointing.index import write_index
+from megatron_brain.checkpointing.storage import read_tensors, write_file
 from megatron_brain.config.data import TokenizerConfig
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
@@ -144,6 +146,25 @@ def test_shards_are_written_as_transformers_reads_them(model, size, write_hf, co
     with torch.no_grad():
         expected = build_hf_model(model, tie_word_embeddings=True)(tokens).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_stored_in_other_pieces_is_exported_alike(dtype, write_hf, convert_in, convert_out):
+    """As at a layout where weights are cut: here each in two, along its last dimension."""
+    source = write_hf()
+    checkpoint = convert_in(source)
+    folder = read_info(checkpoint).path
+    boxes = []
+    for key, tensor in read_tensors(folder).items():
+        half = tensor.size(-1) // 2
+        for start, data in ((0, tensor[..., :half]), (half, tensor[..., half:])):
+            offset = (*(0 for _ in tensor.shape[1:]), start)
+            boxes.append(Box(key=key, shape=tuple(tensor.shape), offset=offset, data=data))
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    write_index(folder, write_file(boxes, folder / "cut.safetensors"))
+    before = {key: tensor.to(dtype) for key, tensor in load_file(source / "model.safetensors").items()}
+    expect_equal(before, all_tensors(convert_out(checkpoint, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -93,12 +93,19 @@ def test_an_index_that_does_not_say_what_the_files_hold_is_refused(tmp_path):
         open_with(a="one.safetensors", b="two.safetensors")
     with pytest.raises(ConfigError, match=r"one\.safetensors has no b"):
         open_with(b="one.safetensors").shape("b")
+    for elsewhere in ("../one.safetensors", str(tmp_path / "one.safetensors")):
+        with pytest.raises(ConfigError, match=r"names .*one\.safetensors, which is no file of this directory"):
+            open_with(a=elsewhere)
+    with pytest.raises(ConfigError, match="is not the index of a model's files"):
+        open_with(a=3)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(ConfigError, match="is not the index of a model's files"):
         SafetensorsReader(tmp_path)
 
 
-def test_weights_of_a_quantised_type_are_refused(tmp_path):
-    save_file({"a": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="a is F8_E4M3"):
-        SafetensorsReader(tmp_path).nbytes("a")
+@pytest.mark.parametrize(("dtype", "called"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_weights_of_a_quantised_type_are_refused(dtype, called, write_hf, load):
+    source, name = write_hf(), "model.layers.0.mlp.up_proj.weight"
+    rewrite(source, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ConfigError, match=f"{name} is {called}"):
+        load(source)

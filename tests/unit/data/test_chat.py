@@ -102,6 +102,13 @@ def test_malformed_messages_name_record_and_field(bad):
         chat.check_messages(bad, "messages", "d.jsonl:3")
 
 
+def test_a_content_in_parts_is_the_same_as_one_text():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert chat.check_messages([{"role": "user", "content": parts}], "messages", "x") == [
+        {"role": "user", "content": "one two"}
+    ]
+
+
 def test_null_columns_of_a_table_are_removed():
     table_row = [{"role": "user", "content": "x", "tool_calls": None}]
     assert chat.check_messages(table_row, "messages", "x") == [{"role": "user", "content": "x"}]

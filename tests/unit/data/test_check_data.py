@@ -148,8 +148,19 @@ def test_characters_the_vocabulary_lacks_and_empty_responses_are_told(sp, sp_fil
 
 
 def test_a_source_that_cannot_be_read_is_an_error_and_the_others_are_checked(broken, hf, tmp_path):
-    report = check([str(tmp_path / "none.jsonl"), broken], [], settings(hf))
-    assert "none.jsonl: no such file" in str(report) and report.counts[True, "invalid JSON"] == 2
+    (tmp_path / "damaged.parquet").write_text("no parquet")
+    report = check([str(tmp_path / "damaged.parquet"), broken], [], settings(hf))
+    assert "damaged.parquet: cannot be read as parquet" in str(report) and report.counts[True, "invalid JSON"] == 2
+
+
+def test_contents_that_are_no_text_are_errors_of_their_record(hf, tmp_path):
+    contents = [5, {"text": "a"}, ["a"], [{"type": "image"}], "fine"]
+    records = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in contents]
+    records[-1]["tools"] = 5
+    path = write(tmp_path / "d.jsonl", records)
+    found = problems(check([path], [], settings(hf)))
+    assert {found for found in found if found[0] == "bad messages"} == {("bad messages", n, True) for n in range(1, 5)}
+    assert ("chat template", 5, True) in found, "tools must be a list"
 
 
 def test_exit_statuses_tell_errors_warnings_and_mistakes_apart(hf_dir, tmp_path, capsys):
@@ -169,3 +180,5 @@ def test_exit_statuses_tell_errors_warnings_and_mistakes_apart(hf_dir, tmp_path,
     assert "error: invalid JSON: 5\n" in said and said.count("wrong.jsonl:") == 3 and "and 3 more" in said
     assert tool.main([*flags, "--input", fine, "--seq-length", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
+    assert tool.main([*flags, "--input", fine, str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl: no such file" in capsys.readouterr().err

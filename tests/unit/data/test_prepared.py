@@ -8,10 +8,10 @@ import pytest
 from megatron_brain.config.data import DataConfig
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.corpus import num_tokens, read_corpus
-from megatron_brain.data.preparation import Preparation, prepare
+from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
-from megatron_brain.data.tokenizer_fingerprint import tokenizer_fingerprint
+from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 
 USER = {"role": "user", "content": "hello, how are you?"}
 GOOD = {"role": "assistant", "content": "a short summary é\u2028"}
@@ -80,7 +80,7 @@ def test_prepared_items_are_those_of_the_raw_records(case, form, prepared, hf_ma
     reading = settings(hf_marked, stage, multi_turn_loss=case == "multi-turn")
     raw, prefix = prepared(records, reading, form)
     expected = read_corpus(raw, reading.build())
-    for source in (prefix, f"{prefix}.json"):
+    for source in (prefix, f"{prefix}.json", f"{prefix}.{'arrow' if form == 'arrow' else 'bin'}"):
         items = read_corpus(source, reading.build())
         assert list(items) == list(expected) and len(items) == len(records)
     assert items[-1] == expected[-1]
@@ -137,22 +137,31 @@ def test_damaged_and_unfinished_data_are_refused_by_name(prepared, hf, tmp_path)
     info, data = tmp_path / "out" / "data.json", tmp_path / "out" / "data.bin"
     kept, whole = info.read_text(), data.read_bytes()
     data.write_bytes(whole[:-4])
-    with pytest.raises(ConfigError, match=f"data.bin: has {len(whole) - 4} bytes, data.json says {len(whole)}"):
+    with pytest.raises(ConfigError, match=f"data.bin has {len(whole) - 4} bytes, data.json says {len(whole)}"):
         read_corpus(prefix, reading.build())
     data.unlink()
-    with pytest.raises(ConfigError, match="data.bin: is missing"):
+    with pytest.raises(ConfigError, match="data.bin is missing"):
         read_corpus(prefix, reading.build())
     data.write_bytes(whole)
     info.write_text(json.dumps({**json.loads(kept), "format_version": 0}))
     with pytest.raises(ConfigError, match="prepared in format version 0, this is version 1"):
         read_corpus(prefix, reading.build())
-    info.write_text("[]")
+    info.write_text(kept[:-4])
     with pytest.raises(ConfigError, match="data.json: not written by tools/preprocess_data.py"):
         read_corpus(prefix, reading.build())
     info.unlink()
+    with pytest.raises(ConfigError, match="data.bin and .*data.idx without a .*data.json .*: copy that too"):
+        read_corpus(prefix, reading.build())
     (tmp_path / "out" / "data.parts").mkdir()
     with pytest.raises(ConfigError, match="its preparation has not finished; run the same .* again"):
         read_corpus(prefix, reading.build())
+
+
+def test_records_beside_a_file_of_the_same_name_are_still_records(hf, tmp_path):
+    raw = tmp_path / "data.json"
+    raw.write_text(json.dumps(RECORDS["text"][1]))
+    (tmp_path / "data.arrow").touch()
+    assert len(read_corpus(str(raw), settings(hf, "sft").build())) == len(RECORDS["text"][1])
 
 
 @pytest.mark.parametrize("name", ["hf", "hf_bos", "sp"])

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_brain.data.sentencepiece_fast import fast_tokenizer
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
-from megatron_brain.data.tokenizer_export import AWKWARD_TEXTS, check_exported
+from megatron_brain.data.tokenizer.export import AWKWARD_TEXTS, check_exported
+from megatron_brain.data.tokenizer.sentencepiece_fast import fast_tokenizer
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
 NAMES = "<>/sunk0x41"  # of special pieces, so that a unigram model can spell them

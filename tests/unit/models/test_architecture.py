@@ -54,6 +54,14 @@ def test_a_size_that_contradicts_the_checkpoint_is_named_with_both_values():
         resolve(ModelConfig(num_layers=3), {"num_layers": 4}, "ckpt")
 
 
+def test_what_a_newer_version_may_have_saved_is_refused_by_name():
+    found = architecture(resolve(ModelConfig(**SIZES), None, ""))
+    with pytest.raises(ValueError, match="ckpt has logit_scale, which this version of megatron_brain does not know"):
+        resolve(ModelConfig(), {**found, "logit_scale": 0.5}, "ckpt")
+    with pytest.raises(ValueError, match=r"hidden_act='relu' \(ckpt\): expected .*silu"):
+        resolve(ModelConfig(), {**found, "hidden_act": "relu"}, "ckpt")
+
+
 def test_missing_sizes_are_all_named():
     with pytest.raises(ValueError, match="ffn_hidden_size, vocab_size are not known: give --hf-model, --load"):
         resolve(ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4), None, "the flags")
@@ -67,7 +75,7 @@ def test_missing_sizes_are_all_named():
         ("window_size", 64, None),
     ],
 )
-def test_what_a_checkpoint_does_not_name_is_the_default_there(name, value, default):
+def test_what_a_source_does_not_name_is_the_default_there(name, value, default):
     found = architecture(resolve(ModelConfig(**SIZES), None, ""))
     del found[name]
     assert getattr(resolve(ModelConfig(), found, "ckpt"), name) == default

@@ -7,8 +7,8 @@ from helpers.assets import size_flags, write_assets
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.config.loader import load_config
-from megatron_brain.data.preparation import Preparation, prepare
-from megatron_brain.data.prepared import PreparedItems
+from megatron_brain.data.prepared.preparation import Preparation, prepare
+from megatron_brain.data.prepared.read import PreparedItems
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.stages.answers import read_prompts
 from megatron_brain.stages.reward import RewardStage

@@ -26,20 +26,22 @@ from typing import Any
 import numpy
 
 from megatron_brain.config.errors import ConfigError
-from megatron_brain.data.corpus_statistics import count_duplicates, length_statistics
-from megatron_brain.data.documents import FILES, Format, merge_documents, open_documents, write_documents
 from megatron_brain.data.lengths import ReadReport, make_report
-from megatron_brain.data.prepared import CODECS, FORMAT_VERSION, PreparedInfo, read_info
+from megatron_brain.data.prepared.codecs import CODECS
+from megatron_brain.data.prepared.documents import FILES, Format, merge_documents, open_documents, write_documents
+from megatron_brain.data.prepared.info import FORMAT_VERSION, PreparedInfo, read_info, refuse_prepared
+from megatron_brain.data.prepared.statistics import count_duplicates, length_statistics
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import RecordReader, Tokenised
 from megatron_brain.data.sources import RawRecord, parse_record, raw_records, source_files
-from megatron_brain.data.tokenizer_fingerprint import tokenizer_fingerprint
+from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.data.workers import map_in_order
 from megatron_brain.files import sync_folder, sync_tree, write_whole
 
 log = logging.getLogger(__name__)
 
 RECORDS_PER_PART = 10_000
+_MOST_CHANGES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ def prepare(job: Preparation) -> PreparedInfo:
     Raises:
         ValueError: a record no stage would take, with its place; or leftovers of another preparation.
     """
+    refuse_prepared(job.input)
+    if job.prefix.endswith("/"):
+        raise ConfigError(f"--output {job.prefix}: is a folder; give the files in it a name, such as {job.prefix}train")
     reader = job.reading.build()
     plan = _plan(job, reader)
     if Path(f"{job.prefix}.json").exists():
@@ -124,11 +129,12 @@ def _already_done(job: Preparation, plan: dict[str, Any]) -> PreparedInfo:
 def _take_up(folder: Path, plan: dict[str, Any]) -> None:
     """Begin in an empty folder, or go on where a preparation of the same plan was stopped."""
     path = folder / "plan.json"
-    if path.exists():
+    has_parts = any(part.is_dir() and not part.suffix for part in folder.iterdir())
+    if has_parts:
         _require_same(json.loads(path.read_text()), plan, str(folder), str(folder))
     else:
         write_whole(path, json.dumps(plan, indent=1))
-    for leftover in folder.glob("*.partial"):
+    for leftover in folder.glob("[0-9]*.partial"):
         shutil.rmtree(leftover)
 
 
@@ -141,24 +147,30 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, lefto
         if before.get(name) != now.get(name)
     ]
     if changed:
+        more = f" and {len(changed) - _MOST_CHANGES} more" if len(changed) > _MOST_CHANGES else ""
         raise ConfigError(
-            f"{where} is of another preparation: {'; '.join(changed)}. Give the same input and settings, or another "
-            f"--output, or remove {leftovers}"
+            f"{where} is of another preparation: {'; '.join(changed[:_MOST_CHANGES])}{more}. "
+            f"Give the same input and settings, or another --output, or remove {leftovers}"
         )
 
 
-def _flat(plan: dict[str, Any], above: str = "") -> dict[str, Any]:
+def _flat(plan: dict | list, above: str = "") -> dict[str, Any]:
+    """Values by their path, such as "source.files.0.bytes"."""
     flat: dict[str, Any] = {}
-    for name, value in plan.items():
-        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    for name, value in plan.items() if isinstance(plan, dict) else enumerate(plan):
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, (dict, list)) else {f"{above}{name}": value}
     return flat
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """The folder of parts, for this process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another --output") from error
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_brain.data.tokenizer.base import Tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from megatron_brain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

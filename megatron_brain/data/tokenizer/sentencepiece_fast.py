@@ -22,8 +22,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
 CURE = (
-    "train the tokenizer anew with tools/train_tokenizer.py, or give transformers token ids made with the "
-    "sentencepiece library"
+    "train a bpe model with tools/train_tokenizer.py, or give transformers token ids made with the sentencepiece "
+    "library"
 )
 """What helps where a model cannot be a fast tokenizer exactly."""
 

@@ -1,0 +1,80 @@
+"""Items of the stages as documents and back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import chain, groupby, repeat
+from typing import Any, Generic
+
+from megatron_brain.data.groups import Group
+from megatron_brain.data.prepared.documents import Document
+from megatron_brain.data.records import Item, PreferencePair, Prompt
+
+
+class Codec(ABC, Generic[Item]):
+    """Items of one stage as documents and back."""
+
+    @abstractmethod
+    def encode(self, item: Item, row: int) -> Document:
+        """The item of record `row` of its source, counted from 0."""
+
+    @abstractmethod
+    def decode(self, document: Document) -> Item: ...
+
+
+class _GroupCodec(Codec[Group]):
+    def encode(self, item: Group, row: int) -> Document:
+        fields: dict[str, Any] = {"record_id": item.record_id, "row": row}
+        if item.loss_masks is not None:
+            fields["loss_mask"] = _run_lengths(item.loss_masks[0])
+        return Document([item.prompt, *item.responses], fields)
+
+    def decode(self, document: Document) -> Group:
+        prompt, *responses = map(tuple, document.sequences)
+        runs = document.fields.get("loss_mask")
+        return Group(
+            prompt=prompt,
+            responses=tuple(responses),
+            loss_masks=None if runs is None else (_from_run_lengths(runs),),
+            record_id=document.fields["record_id"],
+        )
+
+
+class _PairCodec(Codec[PreferencePair]):
+    def encode(self, item: PreferencePair, row: int) -> Document:
+        fields = {"record_id": item.group.record_id, "row": row, "margin": item.margin}
+        return Document([item.group.prompt, *item.group.responses], fields)
+
+    def decode(self, document: Document) -> PreferencePair:
+        return PreferencePair(group=CODECS["sft"].decode(document), margin=document.fields["margin"])
+
+
+class _PromptCodec(Codec[Prompt]):
+    def encode(self, item: Prompt, row: int) -> Document:
+        fields = {"record_id": item.record_id, "row": row, "text": item.text, "chat": item.chat}
+        if item.reference is not None:
+            fields["reference"] = item.reference
+        return Document([item.tokens], fields)
+
+    def decode(self, document: Document) -> Prompt:
+        fields = document.fields
+        return Prompt(
+            tokens=tuple(document.sequences[0]),
+            text=fields["text"],
+            reference=fields.get("reference"),
+            record_id=fields["record_id"],
+            chat=fields["chat"],
+        )
+
+
+CODECS: dict[str, Codec] = {"sft": _GroupCodec(), "reward": _PairCodec(), "brain": _PromptCodec()}
+"""By the stage whose records they are."""
+
+
+def _run_lengths(mask: Sequence[bool]) -> list[int]:
+    """Lengths of the runs of equal values, those of True first (which may have none)."""
+    runs = [len(list(run)) for _, run in groupby(mask)]
+    return runs if mask[0] else [0, *runs]
+
+
+def _from_run_lengths(runs: Sequence[int]) -> tuple[bool, ...]:
+    return tuple(chain.from_iterable(repeat(place % 2 == 0, length) for place, length in enumerate(runs)))

@@ -1,0 +1,105 @@
+"""`PREFIX.json`: what prepared data are, and that they are complete."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.prepared.documents import FILES, Format
+from megatron_brain.files import write_whole
+
+FORMAT_VERSION = 1
+TOOL = "tools/preprocess_data.py"
+
+_ENDINGS = {".json", *(ending for endings in FILES.values() for ending in endings)}
+_BEGINNING = re.compile(rb'\s*\{\s*"format_version"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedInfo:
+    """Contents of `PREFIX.json`."""
+
+    format_version: int
+    stage: str
+    """Whose records they are: sft, reward or brain."""
+    format: Format
+    tokenizer: dict[str, Any]
+    """`tokenizer_type`, `vocab_size` and `fingerprint`."""
+    settings: dict[str, Any]
+    """`RecordReader.settings`: limits and rules the items were made with."""
+    source: dict[str, Any]
+    """`input`, `split` and the `files` with their sizes and times of change."""
+    counts: dict[str, int]
+    """`ReadReport` of the whole source."""
+    statistics: dict[str, Any]
+    """Lengths and numbers of tokens."""
+    files: dict[str, int]
+    """Sizes of the data files in bytes, by their ending."""
+
+    def write(self, prefix: str) -> None:
+        """Write `PREFIX.json`, which makes the result complete."""
+        write_whole(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1) + "\n")
+
+
+def prepared_prefix(source: str) -> str | None:
+    """The prefix where `source` names prepared data, as PREFIX or one of its files, or else None.
+
+    Raises:
+        ConfigError: a preparation that has not finished, or one whose PREFIX.json is missing.
+    """
+    path = Path(source)
+    for prefix in (source, source.removesuffix(path.suffix) if path.suffix in _ENDINGS else source):
+        if _is_info(Path(f"{prefix}.json")):
+            return prefix
+    if path.exists():
+        return None
+    if Path(f"{source}.parts").is_dir():
+        raise ConfigError(f"{source}: its preparation has not finished; run the same {TOOL} command again")
+    if there := [source + ending for ending in sorted(_ENDINGS - {".json"}) if Path(source + ending).is_file()]:
+        raise ConfigError(
+            f"{source}: {' and '.join(there)} without a {source}.json that {TOOL} wrote: copy that too, or name a file "
+            "of records with its ending"
+        )
+    return None
+
+
+def refuse_prepared(source: str) -> None:
+    """Raise ConfigError where raw records are needed and `source` names prepared data."""
+    if (prefix := prepared_prefix(source)) is not None:
+        made_of = read_info(prefix).source["input"]
+        raise ConfigError(f"{source}: is prepared data, not records; it was made of {made_of}")
+
+
+def _is_info(path: Path) -> bool:
+    """Whether a file is a PREFIX.json, and not records under such a name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _BEGINNING.match(file.read(64)) is not None
+
+
+def read_info(prefix: str) -> PreparedInfo:
+    """What prepared data is, all its files being whole.
+
+    Raises:
+        ConfigError: the files are of another version or damaged.
+    """
+    path = Path(f"{prefix}.json")
+    try:
+        info = PreparedInfo(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: not written by {TOOL} ({error})") from error
+    if info.format_version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path}: prepared in format version {info.format_version}, this is version {FORMAT_VERSION}; prepare it "
+            f"again with {TOOL}"
+        )
+    for ending, size in info.files.items():
+        file = Path(prefix + ending)
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise ConfigError(f"{file} {state}, {path.name} says {size:,} bytes; copy it again or prepare it again")
+    return info

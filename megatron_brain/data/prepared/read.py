@@ -1,0 +1,111 @@
+"""Prepared data for a stage whose settings they fit."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.lengths import ReadReport
+from megatron_brain.data.prepared.codecs import CODECS, Codec
+from megatron_brain.data.prepared.documents import DocumentReader, open_documents
+from megatron_brain.data.prepared.info import TOOL, PreparedInfo, read_info
+from megatron_brain.data.records import Item, RecordReader
+from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
+
+
+class PreparedItems(Sequence[Item]):
+    """Items of prepared data, each made when it is asked for."""
+
+    def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int) -> None:
+        self._documents, self._codec, self._count = documents, codec, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Item:
+        return self._codec.decode(self._documents[range(self._count)[index]])
+
+    def num_tokens(self) -> list[int]:
+        """Tokens of each item, its prompt counted once, without reading the items."""
+        return self._documents.lengths()[: self._count].sum(axis=1).tolist()
+
+
+def open_prepared(
+    prefix: str, reader: RecordReader[Item], *, limit: int | None = None
+) -> tuple[PreparedItems[Item], ReadReport]:
+    """The items of prepared data, where they are what `reader` would make of the records.
+
+    Args:
+        prefix: of the files.
+        reader: how the stage would read the raw records.
+        limit: only what the first so many records of the source gave.
+
+    Returns:
+        the items, and what became of the records of the whole source.
+
+    Raises:
+        ConfigError: prepared for another stage, tokenizer or rule, or for longer sequences, with the cure.
+    """
+    info = read_info(prefix)
+    _check_stage(info, reader, prefix)
+    _check_tokenizer(info, reader, prefix)
+    _check_settings(info, reader, prefix)
+    documents = open_documents(prefix, info.format, 1 + reader.num_responses)
+    report = ReadReport(**info.counts)
+    count = len(documents)
+    if limit is not None and limit < report.read:
+        count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
+        if not count:
+            raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
+    return PreparedItems(documents, CODECS[info.stage], count), report
+
+
+def _check_stage(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+    if info.stage != reader.stage:
+        raise ConfigError(
+            f"{prefix}: prepared with --stage {info.stage}, and {reader.stage} records are needed here; run {TOOL} "
+            f"--stage {reader.stage}, or name the data prepared for it"
+        )
+
+
+def _check_tokenizer(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+    if info.tokenizer["fingerprint"] != tokenizer_fingerprint(reader.tokenizer):
+        raise ConfigError(
+            f"{prefix}: prepared with another tokenizer ({info.tokenizer['tokenizer_type']} of "
+            f"{info.tokenizer['vocab_size']} ids; the run's {reader.tokenizer.tokenizer_type} has "
+            f"{reader.tokenizer.vocab_size}), or one with other rules or another chat template; run {TOOL} with the "
+            "--load, --hf-model or --tokenizer-model of the run"
+        )
+
+
+def _check_settings(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+    """Rules must be the same; items may be shorter than the run allows, but not longer."""
+    mine, prepared = reader.settings(), info.settings
+    again = f"or prepare it again: {TOOL} --stage {info.stage}"
+    if mine.get("multi_turn_loss") != prepared.get("multi_turn_loss"):
+        flag = "--multi-turn-loss" if prepared["multi_turn_loss"] else "--no-multi-turn-loss"
+        raise ConfigError(f"{prefix}: prepared with {flag}; run with it, {again} with the other")
+    for_prompts = "max_new_tokens" in mine
+    for name in ("seq_length",) if for_prompts else ("seq_length", "max_prompt_length", "max_response_length"):
+        allowed, longest = mine[name], prepared[name]
+        if allowed is not None and allowed < (longest or prepared["seq_length"]):
+            flag = "--" + name.replace("_", "-")
+            state = f"with {flag} {longest}" if longest else f"without {flag}"
+            raise ConfigError(
+                f"{prefix}: prepared {state}, the run has {flag} {allowed}; run {state}, {again} {flag} {allowed}"
+            )
+    if for_prompts:
+        longest, allowed = (_longest_prompt(settings) for settings in (prepared, mine))
+        if allowed < longest:
+            raise ConfigError(
+                f"{prefix}: prepared for prompts of up to {longest} tokens, and the run's --seq-length "
+                f"{mine['seq_length']} and --max-new-tokens {mine['max_new_tokens']} leave room for {allowed}; raise "
+                f"--seq-length, {again} --max-new-tokens {mine['max_new_tokens']}"
+            )
+
+
+def _longest_prompt(settings: dict[str, Any]) -> int:
+    left = settings["seq_length"] - settings["max_new_tokens"]
+    return min(left, settings["max_prompt_length"] or left)

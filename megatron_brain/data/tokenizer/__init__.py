@@ -1,0 +1,59 @@
+"""Tokenizers: Hugging Face directories and SentencePiece model files behind one class.
+
+`base.py` what all do, and the one rule of BOS and EOS; `huggingface.py` and `sentencepiece.py` the two kinds;
+`export.py` and `sentencepiece_fast.py` what `AutoTokenizer` reads; `fingerprint.py` whether two are the same;
+`kinds.py` which tokens are out of the ordinary; `training.py` a new one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_brain.data.tokenizer.base import Tokenizer
+from megatron_brain.data.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron_brain.data.tokenizer.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
+
+__all__ = [
+    "SENTENCEPIECE_FILE",
+    "TOKENIZER_TYPES",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "check_fits",
+]
+
+TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
+    cls.tokenizer_type: cls for cls in (HuggingFaceTokenizer, SentencePieceTokenizer)
+}
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Tokenizer:
+    """The tokenizer of ``--tokenizer-type`` and ``--tokenizer-model``.
+
+    Args:
+        tokenizer_type: a key of ``TOKENIZER_TYPES`` (Megatron-LM's names).
+        tokenizer_model: directory or hub name (HuggingFaceTokenizer), or ``.model`` file (SentencePieceTokenizer);
+            or a directory that :meth:`Tokenizer.save` wrote.
+
+    Raises:
+        ValueError: unknown type, unreadable model, or a tokenizer without EOS.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise ValueError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
+    return TOKENIZER_TYPES[tokenizer_type](str(tokenizer_model))
+
+
+def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raise ValueError where the tokenizer has ids for which the model has no embedding row.
+
+    Args:
+        tokenizer: any tokenizer.
+        model_vocab_size: embedding rows of the model, padding for tensor parallelism included or not.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise ValueError(
+            f"the tokenizer needs a vocabulary of {tokenizer.vocab_size} ids and the model has {model_vocab_size}: "
+            "give --tokenizer-model the tokenizer that belongs to the model, or resize the model's embeddings "
+            "(transformers: model.resize_token_embeddings(len(tokenizer))) and convert it again"
+        )

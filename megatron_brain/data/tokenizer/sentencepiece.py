@@ -1,0 +1,87 @@
+"""SentencePiece models, without `transformers`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_brain.data.tokenizer.base import Tokenizer
+from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_differences
+
+logger = logging.getLogger(__name__)
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece ``.model`` file, or a directory that holds one as ``tokenizer.model``.
+
+    BOS is added where the model has one, as Llama and Mistral were trained (the file itself has no such
+    setting). Control symbols are never read from text; user-defined symbols are, as their model asks.
+    """
+
+    tokenizer_type = "SentencePieceTokenizer"
+
+    def __init__(self, tokenizer_model: str) -> None:
+        import sentencepiece
+
+        self.path = Path(tokenizer_model)
+        if self.path.is_dir():
+            self.path = self.path / SENTENCEPIECE_FILE
+        if not self.path.is_file():
+            raise ValueError(f"--tokenizer-model {tokenizer_model}: no file {self.path.absolute()}")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"--tokenizer-model {self.path}: not a SentencePiece model ({error})") from error
+        if self.sp.eos_id() < 0:
+            raise ValueError(f"--tokenizer-model {self.path}: no EOS piece; train the model with --eos_id set")
+        self.eos_id = self.sp.eos_id()
+        self.bos_id = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
+        self.adds_bos = self.bos_id is not None
+        self.vocab_size = self.sp.get_piece_size()
+        self.pad_id = self.sp.pad_id()
+        if self.pad_id < 0 or self.pad_id == self.eos_id:
+            self.pad_id = self.sp.unk_id()
+            logger.info("tokenizer pads with id %d (unknown): it has no pad piece other than EOS", self.pad_id)
+
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
+        if parse_special:
+            raise ValueError(self._no_chat_template())
+        return self.sp.encode(list(texts), out_type=int)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+
+    def save(self, directory: str | Path) -> None:
+        target = Path(directory) / SENTENCEPIECE_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not copied: the checkpoint that the tokenizer was read from may be gone by now.
+        target.write_bytes(self.sp.serialized_model_proto())
+
+    def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
+        """As :meth:`Tokenizer.export`; ``tokenizer.model`` is written too, for readers that take it."""
+        from transformers import PreTrainedTokenizerFast
+
+        from megatron_brain.data.tokenizer.sentencepiece_fast import CURE, doubtful_texts, fast_tokenizer
+
+        model = self.sp.serialized_model_proto()
+        named = {
+            "eos_token": self.eos_id,
+            "bos_token": self.bos_id,
+            "unk_token": self.sp.unk_id(),
+            "pad_token": self.pad_id,
+        }
+        PreTrainedTokenizerFast(
+            tokenizer_object=fast_tokenizer(model),
+            **{name: self.sp.id_to_piece(i) for name, i in named.items() if i is not None},
+            add_bos_token=self.adds_bos,
+            add_eos_token=False,
+            clean_up_tokenization_spaces=False,
+        ).save_pretrained(str(directory))
+        finish_config(Path(directory), head)
+        self.save(directory)
+        check_exported(directory, self)
+        warn_of_differences(directory, self, doubtful_texts(model), f"texts of this kind differ, others do not; {CURE}")
