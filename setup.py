@@ -16,7 +16,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16,<0.20",
         "numpy",
-        "transformers>=4.51",
+        "transformers>=4.56",  # earlier ones know no `dtype`
         "huggingface_hub>=0.25",
         "datasets>=4.0",  # earlier ones may run code that a data set brings
         "sentencepiece>=0.2",

@@ -3,7 +3,8 @@
     python tools/check_data.py --stage sft --input train.jsonl --valid valid.jsonl --hf-model DIR --seq-length 1024
 
 Errors are what would stop the stage; warnings are what it would train on. Exit status: 0 without errors (with --strict:
-without warnings too), 1 with some, 2 for a mistake in what was asked for.
+without warnings too), 1 with some, 2 for a mistake in what was asked for,
+or a worker process that was killed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from megatron_brain.data.checking import check
 from megatron_brain.data.reading_settings import add_reading_flags, positive, reading_settings
+from megatron_brain.data.workers import WorkerKilledError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
             workers=args.workers,
             max_shown=args.max_shown,
         )
-    except ValueError as error:
+    except (ValueError, WorkerKilledError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = TokenizerConfig(
         tokenizer_type=args.tokenizer_type, tokenizer_model=str(args.tokenizer_model or args.hf_model)
     )
-    return command.run(args, lambda: ToCheckpoint(args.hf_model, bf16=args.bf16, tokenizer=tokenizer))
+    return command.run(args, args.hf_model, lambda: ToCheckpoint(args.hf_model, bf16=args.bf16, tokenizer=tokenizer))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
             hf_model_type=args.hf_model_type,
         )
 
-    return command.run(args, prepare)
+    return command.run(args, args.load, prepare)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,7 +4,8 @@
 
 Writes PREFIX.json and, as --format says, PREFIX.bin and PREFIX.idx (megatron-core's indexed format) or PREFIX.arrow,
 and prints lengths, truncations and duplicates. A stage reads it with --train-data PREFIX. Started again after a kill,
-it goes on with the parts that were finished. Exit status 2: a mistake in what was asked for, or in a record.
+it goes on with the parts that were finished. Exit status 2: a mistake in what was asked for, or in a
+record, or a worker process that was killed.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from megatron_brain.data.prepared.documents import FILES
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.statistics import statistics_table
 from megatron_brain.data.reading_settings import add_reading_flags, positive, reading_settings
+from megatron_brain.data.workers import WorkerKilledError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             workers=args.workers,
         )
         info = prepare(job)
-    except ValueError as error:
+    except (ValueError, WorkerKilledError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     Console().print(statistics_table(args.output, info.counts, info.statistics))

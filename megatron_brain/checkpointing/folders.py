@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.files import sync_folder, write_whole
@@ -105,9 +105,13 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     if not isinstance(values, dict) or values.get("format", 1) != FORMAT:
         found = values.get("format", 1) if isinstance(values, dict) else "unknown"
         raise ConfigError(f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}")
-    names = {field.name for field in dataclasses.fields(CheckpointInfo)} - {"path"}
-    if values.keys() != names:
-        raise ConfigError(f"{path / INFO} is damaged: it differs in {', '.join(sorted(values.keys() ^ names))}")
+    kinds = {field.name: field.type for field in dataclasses.fields(CheckpointInfo) if field.name != "path"}
+    if values.keys() != kinds.keys():
+        differing = ", ".join(sorted(values.keys() ^ kinds.keys()))
+        raise ConfigError(f"{path / INFO} is damaged: it differs in {differing}")
+    for name, kind in kinds.items():
+        if not _is_of(values[name], kind):
+            raise ConfigError(f"{path / INFO} is damaged: its {name} is {values[name]!r}")
     return CheckpointInfo(path=path, **values)
 
 
@@ -164,6 +168,12 @@ def remove_leftovers(root: Path) -> None:
         elif path.suffix in (_PARTIAL, _REPLACED, _REMOVED):
             log.info("removing %s, which an interrupted save left", path)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_of(value: object, kind: object) -> bool:
+    """Whether a value of JSON is of a field's type, which may be a Literal; what a dict holds is not looked at."""
+    origin = get_origin(kind)
+    return value in get_args(kind) if origin is Literal else type(value) is (origin or kind)
 
 
 def _latest(root: Path) -> Path:

@@ -15,6 +15,9 @@ from megatron_brain.files import write_whole
 INDEX = "tensors.json"
 DATA_FILES = "*.safetensors"
 
+_MAX_DIMENSIONS = 8
+"""More than any weight has; a box has 2 to this power corners to look at."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBox:
@@ -80,7 +83,7 @@ def read_index(folder: Path) -> Index:
         raise ConfigError(f"{folder} has no {INDEX}: it is not a checkpoint of this version") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: the checkpoint is damaged or not complete: {error}") from error
     return Index(folder, boxes)
 
@@ -99,6 +102,8 @@ def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredB
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{key} has the dtype {tensor['dtype']!r}")
     shape, stored = _integers(tensor["shape"]), []
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{key} has {len(shape)} dimensions")
     for box in tensor["boxes"]:
         offset, size, name = _integers(box["offset"]), _integers(box["size"]), box["file"]
         if name not in files:

@@ -42,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compare", action="store_true", help="do not compare with transformers")
 
 
-def run(args: argparse.Namespace, prepare: Callable[[], Conversion]) -> int:
+def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion]) -> int:
     """Convert, compare and publish; all processes call it.
 
     Args:
         args: `save` and the flags of `add_arguments`.
+        source: folder that is converted.
         prepare: reads what is to be converted and refuses what cannot be.
 
     Returns:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, prepare: Callable[[], Conversion]) -> int:
     """
     is_first = parallel.is_launch_writer()
     try:
-        said = _convert(args, Workers(), prepare)
+        said = _convert(args, source, Workers(), prepare)
     except MismatchError as error:
         status, said = 1, f"error: {args.save}.unverified: {error}"
     except ConversionError as error:
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace, prepare: Callable[[], Conversion]) -> int:
     return status
 
 
-def _convert(args: argparse.Namespace, workers: Workers, prepare: Callable[[], Conversion]) -> str:
+def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: Callable[[], Conversion]) -> str:
     """Returns what was done, in words."""
     conversion = workers.all(prepare)
-    with _progress(workers) as progress, verified_folder(args.save, workers) as folder:
+    with _progress(workers) as progress, verified_folder(args.save, workers, source=source) as folder:
         started = time.monotonic()
         share = conversion.nbytes / workers.parallel.world_size
         with _bar(progress, "writing", share) as advance:

@@ -66,7 +66,8 @@ def read_rope(
     if not isinstance(rope, dict):
         raise ConfigError(f"config.json has {rope!r} as rope_scaling or rope_parameters, which must be an object")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    percent = rope.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0
+    percents = (rope.get("partial_rotary_factor"), config["partial_rotary_factor"], 1.0)
+    percent = next(value for value in percents if value is not None)
     by_layer = any(isinstance(value, dict) for value in rope.values())
     refuse(
         family,
@@ -79,7 +80,7 @@ def read_rope(
     theta = rope.get("rope_theta", config["rope_theta"])
     if theta is None:
         raise ConfigError("config.json has rope_theta=null: the base of the rotary positions is not known")
-    base = {"rotary_base": float(theta), "rotary_percent": float(percent)}
+    base = {"rotary_base": _number("rope_theta", theta), "rotary_percent": _number("partial_rotary_factor", percent)}
     if rope_type == "default":
         return base
     original = rope.get("original_max_position_embeddings")
@@ -93,9 +94,15 @@ def read_rope(
         raise ConfigError(f"config.json has rope_type={rope_type!r} without {', '.join(missing)}")
     return {
         **base,
-        **{ours: float(rope[theirs]) for ours, theirs in factors.items()},
+        **{ours: _number(theirs, rope[theirs]) for ours, theirs in factors.items()},
         "rope_original_max_position_embeddings": original or config["max_position_embeddings"],
     }
+
+
+def _number(name: str, value: object) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"config.json has {name}={value!r}, which must be a number")
+    return float(value)
 
 
 def write_rope(model: ModelConfig) -> dict:
@@ -143,11 +150,10 @@ def read_window_by_layer(family: str, config: dict) -> dict:
     window, layers = config["sliding_window"], config["num_hidden_layers"]
     if not config["use_sliding_window"] or window is None:
         return {"window_size": None}
-    types = config["layer_types"]
-    if types is None:
-        windowed = max(0, layers - config["max_window_layers"])
-    else:
-        windowed = types.count("sliding_attention")
+    types, first = config["layer_types"], config["max_window_layers"]
+    if not isinstance(types, list | None) or (types is None and first is None):
+        raise ConfigError(f"config.json has layer_types={types!r} and max_window_layers={first}: which layers have it?")
+    windowed = max(0, layers - first) if types is None else types.count("sliding_attention")
     if windowed == layers:
         return {"window_size": window}
     refuse(

@@ -78,7 +78,8 @@ class Family:
         name: for messages.
         model_type: of config.json.
         policy_class, reward_class: names in `architectures` of config.json.
-        defaults: what transformers takes for what config.json leaves out. Other keys are not read.
+        defaults: what transformers takes for what config.json leaves out. Of other keys `architecture` refuses those
+            that change any family; the rest say nothing of the network.
         fixed: values of architecture fields that are the same in all models of the family.
         from_hf: the other architecture fields, from a config.json with its defaults filled in; raises ConfigError for
             what they cannot say.
@@ -117,7 +118,15 @@ class Family:
         Raises:
             ConfigError: the model has what ours cannot express, or a value is of another type than transformers takes.
         """
-        refuse(self.name, {"quantization_config (quantised weights)": bool(config.get("quantization_config"))})
+        refuse(
+            self.name,
+            {
+                "quantization_config (quantised weights)": bool(config.get("quantization_config")),
+                "is_causal=false (attention to later tokens)": not config.get("is_causal", True),
+                "transformers_weights (weights in a file of another name)": bool(config.get("transformers_weights")),
+                "per_layer_config (layers that are not alike)": bool(config.get("per_layer_config")),
+            },
+        )
         read = {key: config.get(key, default) for key, default in self.defaults.items()}
         for key, value in read.items():
             if not _is_like(value, self.defaults[key]):

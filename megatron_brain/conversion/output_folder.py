@@ -11,20 +11,28 @@ from megatron_brain.files import sync_folder
 
 
 @contextmanager
-def verified_folder(final: str | Path, workers: Workers) -> Iterator[Path]:
+def verified_folder(final: str | Path, workers: Workers, *, source: Path | None = None) -> Iterator[Path]:
     """A folder `<final>.unverified` to write into, which becomes `final` when the block ends without an error.
 
     All processes enter and leave it. After an error it is left to look at; the next run replaces it.
 
+    Args:
+        source: what is read meanwhile.
+
     Raises:
-        ConfigError: `final` exists and is not an empty folder.
+        ConfigError: `final` exists and is not an empty folder, or `source` stands in the way.
     """
-    target = Path(final)
+    # The working directory, `.`, has a name too.
+    target = Path(final).absolute()
     unverified = target.with_name(target.name + ".unverified")
 
     def begin() -> None:
+        if target.is_symlink():
+            raise ConfigError(f"--save {target} is a link: give the folder itself, {target.resolve()}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(f"--save {target} exists and is not empty: give another folder, or remove it")
+        if source is not None and unverified in (source.absolute(), *source.absolute().parents):
+            raise ConfigError(f"{source} would be removed to make --save {target}: give another folder, or rename it")
         if unverified.exists():
             shutil.rmtree(unverified)
         unverified.mkdir(parents=True)

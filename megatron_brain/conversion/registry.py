@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,9 @@ def read_hf_model(directory: str | Path) -> HFModel:
             f"model_type={model_type!r}, by which transformers chooses, is not {family.model_type!r}"
         )
     try:
-        if head == "reward":
-            _check_classifier(config)
         sizes = family.architecture(config)
+        if head == "reward":
+            _check_classifier(config, sizes["vocab_size"])
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     return HFModel(directory=path, family=family, head=head, architecture=sizes, config=config)
@@ -128,16 +129,26 @@ def _read_config(directory: Path) -> dict:
     return config
 
 
-def _check_classifier(config: dict) -> None:
+def _check_classifier(config: dict, vocab_size: int) -> None:
     """A reward model has one label, and is read at the end-of-text token."""
-    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    named = config.get("id2label")
+    labels = len(named) if named and isinstance(named, dict) else config.get("num_labels", 2)
     if labels != 1:
         raise ConfigError(f"the classifier has {labels} labels; a reward model has one (num_labels=1)")
     pad, ends = config.get("pad_token_id"), config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
+    if pad is not None and (type(pad) is not int or not 0 <= pad < vocab_size):
+        raise ConfigError(
+            f"pad_token_id={pad!r} is not one of the {vocab_size} token ids: transformers finds the end of a text by "
+            "it. Give the id of a token that is in no text, or null"
+        )
+    refuse_pad_that_ends(pad, ends)
+
+
+def refuse_pad_that_ends(pad: int | None, ends: Collection[int | None]) -> None:
+    """Raise ConfigError where a classifier's `pad_token_id` is one of the ids that end a text."""
     if pad is not None and pad in ends:
         raise ConfigError(
-            f"pad_token_id and eos_token_id are both {pad}: transformers then reads the reward at the token before the "
-            "end of text, we at the end of text. If the model was trained to be read there, give pad_token_id in "
-            "config.json another id"
+            f"pad_token_id is {pad}, which ends a text: transformers then reads the reward at the token before it, we "
+            "at the end of text. If the model was trained to be read there, give pad_token_id in config.json another id"
         )

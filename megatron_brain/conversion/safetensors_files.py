@@ -31,10 +31,11 @@ class SafetensorsReader:
         """
         self.directory = directory
         self._headers: dict[str, dict[str, TensorHeader]] = {}
-        if (directory / INDEX).is_file():
-            self.file_of: dict[str, str] = _read_index(directory / INDEX)
-        elif (directory / SINGLE).is_file():
-            self.file_of = dict.fromkeys(self._header(SINGLE), SINGLE)
+        # In transformers' order, where both are there.
+        if (directory / SINGLE).is_file():
+            self.file_of: dict[str, str] = dict.fromkeys(self._header(SINGLE), SINGLE)
+        elif (directory / INDEX).is_file():
+            self.file_of = _read_index(directory / INDEX)
         else:
             raise ConfigError(
                 f"{directory} has no {SINGLE} and no {INDEX}: only safetensors weights are read; "

@@ -19,7 +19,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.conversion.compare import Comparison, compare_with_hf
 from megatron_brain.conversion.family import Weight
 from megatron_brain.conversion.generation_config import read_generation_config
-from megatron_brain.conversion.registry import read_hf_model
+from megatron_brain.conversion.registry import read_hf_model, refuse_pad_that_ends
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.conversion.weights import check_tensors
 from megatron_brain.conversion.workers import Workers
@@ -58,6 +58,9 @@ class ToCheckpoint:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.tokenizer = build_tokenizer(tokenizer.tokenizer_type, tokenizer.tokenizer_model)
         check_fits(self.tokenizer, self.model.vocab_size)
+        if self.source.head == "reward":
+            # Also where config.json leaves out what ends a text.
+            refuse_pad_that_ends(self.source.config.get("pad_token_id"), [self.tokenizer.eos_id])
         stage = "sft" if self.source.head == "policy" else "reward"
         self.config = RunConfig(stage=stage, model=self.model, tokenizer=tokenizer)
         self._files = SafetensorsReader(self.source.directory)

@@ -184,9 +184,12 @@ class ToHF:
 def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
     """Which tensors go into which file: divided by what transformers itself divides with."""
     try:
-        return split_torch_state_dict_into_shards(
+        split = split_torch_state_dict_into_shards(
             sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
+        if float(max_shard_size.strip()[:-2]) <= 0:
+            raise ValueError("must be positive")
+        return split
     except ValueError as error:
         raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from error
 

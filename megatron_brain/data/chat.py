@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, cycle, pairwise
 from typing import Any
 
 import jinja2
@@ -21,6 +22,9 @@ Messages = list[dict[str, Any]]
 
 DIALOGUE_CUE = "\n\nAssistant:"
 """What precedes each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
+
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that templates know for what was thought before the answer."""
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK_CURE = (
@@ -59,6 +63,13 @@ def check_messages(messages: Any, key: str, where: str) -> Messages:
                 "bad messages",
                 f"{key}[{index}] ({message['role']}): 'content' must be a text, or a list of "
                 f"{{'type': 'text', 'text': ...}}, not {_short(message['content'])}",
+            )
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise RecordError(
+                where,
+                "bad messages",
+                f"{key}[{index}] ({message['role']}): 'tool_calls' must be a list of objects, not {_short(calls)}",
             )
     return [_plain(message) for message in messages]
 
@@ -122,7 +133,9 @@ def render_last_turn(
         )
     if not full[len(prompt) :].strip():
         raise RecordError(where, "chat template", "the chat template renders nothing of the last assistant message")
-    _require_whole_answers(messages[-1:], full[len(prompt) :], where)
+    # The generation prompt may have opened the answer, as with "<think>".
+    begin = len(prompt) - max(len(answer_text(messages).strip()) - 1, 0)
+    _require_whole_answers(messages[-1:], full[max(begin, 0) :], where)
     return prompt, full[len(prompt) :]
 
 
@@ -147,34 +160,62 @@ def encode_all_turns(
             where, "unmarked assistant turns", f"the chat template does not mark the assistant's tokens; {_MARK_CURE}"
         )
     with _errors_at(where):
-        ids, mask = tokenizer.encode_chat_marked(messages, tools=tools)
-    _require_whole_answers(messages, _render(tokenizer, messages, where, tools, add_generation_prompt=False), where)
-    ends = [i + 1 for i, marked in enumerate(mask) if marked and not mask[i + 1 : i + 2] == [True]]
+        text, blocks = tokenizer.render_chat_marked(messages, tools=tools)
+    _require_whole_answers(messages, text, where)
+    spans = _merge_adjoining(blocks)
     turns = sum(message["role"] == "assistant" for message in messages)
-    if len(ends) != turns:
+    if len(spans) != turns:
         raise RecordError(
             where,
             "unmarked assistant turns",
-            f"the chat template marks {len(ends)} of {turns} assistant turns; {_MARK_CURE}",
+            f"the chat template marks {len(spans)} of {turns} assistant turns; {_MARK_CURE}",
         )
-    if any(ids[end : end + 1] == [tokenizer.eos_id] for end in ends) or _ends_unmarked(tokenizer, ids[ends[-1] :]):
+    _require_marks_begin_turns(tokenizer, messages, text, [start for start, _ in spans], where, tools)
+    # Each piece apart, as sampling has them: no token reaches across the beginning of a turn.
+    cuts = [0, *chain.from_iterable(spans), len(text)]
+    prompt, *pieces = tokenizer.encode_batch([text[a:b] for a, b in pairwise(cuts)], parse_special=True)
+    if any(rest[:1] == [tokenizer.eos_id] for rest in pieces[1::2]) or _ends_unmarked(tokenizer, pieces[-1]):
         raise RecordError(
             where, "unmarked assistant turns", f"the chat template leaves the end-of-turn token unmarked; {_MARK_CURE}"
         )
-    start = mask.index(True)
+    response = tokenizer.close_turn(list(chain.from_iterable(pieces[:-1])))
+    mask: list[bool] = []
+    for piece, is_turn in zip(pieces, cycle([True, False])):
+        learned = tokenizer.turn_length(piece) if is_turn else 0
+        mask += [True] * learned + [False] * (len(piece) - learned)
+    return prompt, response, [*mask[: len(response) - 1], True]
+
+
+def _merge_adjoining(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Starts and ends of what is marked; a turn may be written by several blocks, one behind the other."""
+    spans: list[tuple[int, int]] = []
+    for start, end in blocks:
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], end)
+        elif start < end:
+            spans.append((start, end))
+    return spans
+
+
+def _require_marks_begin_turns(
+    tokenizer: Tokenizer, messages: Messages, text: str, starts: Sequence[int], where: str, tools: list | None
+) -> None:
+    """Raise where the marks of a turn do not begin right behind the generation prompt, as its sampling does."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    if first == 0 or start == 0:
+    if first == 0 or starts[0] == 0:
         raise RecordError(where, "bad messages", "the conversation has nothing before the assistant's first turn")
-    before = _render(tokenizer, messages[:first], where, tools, add_generation_prompt=False)
-    # The last token may be merged with what follows it.
-    if start < len(tokenizer.encode_prompt(before, chat=True)) - 1:
-        raise RecordError(
-            where,
-            "unmarked assistant turns",
-            f"the chat template marks what precedes the assistant's first turn as the assistant's; {_MARK_CURE}",
-        )
-    response = tokenizer.close_turn(ids[start : ends[-1]])
-    return ids[:start], response, [*mask[start : start + len(response) - 1], True]
+    prompt = _render(tokenizer, messages[:first], where, tools, add_generation_prompt=True)
+    without = _render(tokenizer, messages[:first], where, tools, add_generation_prompt=False)
+    opening = prompt[len(os.path.commonprefix([prompt, without])) :]
+    if text.startswith(prompt) and starts[0] < len(prompt):
+        state = f"marks what precedes the assistant's first turn as the assistant's, {_short(text[starts[0] :])}"
+    elif text.startswith(prompt) and starts[0] > len(prompt):
+        state = f"leaves the beginning of the assistant's first turn unmarked, {_short(text[len(prompt) : starts[0]])}"
+    elif not all(text.endswith(opening, 0, start) for start in starts):
+        state = f"does not mark every turn from the end of its generation prompt on, {_short(opening)}"
+    else:
+        return
+    raise RecordError(where, "unmarked assistant turns", f"the chat template {state}; {_MARK_CURE}")
 
 
 def encode_answer(tokenizer: Tokenizer, text: str, *, chat: bool, where: str) -> list[int]:
@@ -236,34 +277,51 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
 
 
 def _require_whole_answers(messages: Sequence[dict[str, Any]], rendered: str, where: str) -> None:
-    """Raise where a template leaves out what an assistant wrote: earlier thinking, or any in front of ``</think>``."""
+    """Raise where a template leaves out what an assistant wrote: thinking, often, or calls of tools."""
     position = 0
     for message in messages:
         if message["role"] != "assistant":
             continue
         text = message.get("content", "")
-        position = rendered.find(text.strip(), position)
-        if position < 0:
-            raise RecordError(
-                where,
-                "chat template",
-                f"the chat template leaves out some of what the assistant wrote, {_short(text)}: use one that "
-                "keeps it, or remove it from the record; earlier turns may lose text without --multi-turn-loss",
-            )
+        thoughts = [message[key] for key in _REASONING_KEYS if isinstance(message.get(key), str)]
+        for part in (*thoughts, *_tool_names(message.get("tool_calls")), text):
+            found = rendered.find(part.strip(), position)
+            if found < 0:
+                raise RecordError(
+                    where,
+                    "chat template",
+                    f"the chat template leaves out some of what the assistant wrote, {_short(part)}: use one that "
+                    "keeps it, or remove it from the record; earlier turns may lose text without --multi-turn-loss",
+                )
+        position = found
+
+
+def _tool_names(tools: Any) -> list[str]:
+    """Names of tools or of calls of tools, with or without the wrapper ``{"type": "function", "function": ...}``."""
+    described = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    names = [function.get("name") for function in described if isinstance(function, dict)]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _ends_unmarked(tokenizer: Tokenizer, tail: Sequence[int]) -> bool:
     """Whether anything but white space, and EOS at the very end, follows what the template marks."""
     if tail[-1:] == [tokenizer.eos_id]:
         tail = tail[:-1]
-    return any(not tokenizer.decode([i]).isspace() for i in tail)
+    return not all(map(tokenizer.is_space, tail))
 
 
 def _render(
     tokenizer: Tokenizer, messages: Sequence[dict], where: str, tools: list | None, *, add_generation_prompt: bool
 ) -> str:
     with _errors_at(where):
-        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    if left_out := [name for name in _tool_names(tools) if name not in text]:
+        raise RecordError(
+            where,
+            "chat template",
+            f"the chat template leaves out the tool {left_out[0]!r}: use one that writes 'tools', or remove the field",
+        )
+    return text
 
 
 @contextmanager

@@ -7,7 +7,7 @@ to prepare it or to check it, goes through these two and so finds the same error
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +31,7 @@ from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 
 _BATCH = 1000
+_LARGEST = sys.float_info.max
 
 Item = TypeVar("Item")
 
@@ -317,7 +318,7 @@ def _prompt_and_answers(
         )
     if kinds == {False}:
         if implicit:
-            prompt, *answers = chat.split_shared_dialogue(*answers, where)
+            prompt, *answers = _split_dialogues(*answers, where)
         for key, text in zip(keys, answers, strict=True):
             _check_text(text, key, where)
         return _check_text(prompt, "prompt", where), answers, "text"
@@ -339,6 +340,12 @@ def _prompt_and_answers(
     return turns[0][0], [response for _, response in turns], "chat"
 
 
+def _split_dialogues(chosen: Any, rejected: Any, where: str) -> tuple[str, str, str]:
+    return chat.split_shared_dialogue(
+        _check_text(chosen, "chosen", where), _check_text(rejected, "rejected", where), where
+    )
+
+
 def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> Draft:
     """Draft of a prompt alone, with the text of the response people wrote where the record holds one."""
     record_id = where if record.get("id") is None else str(record["id"])
@@ -354,7 +361,7 @@ def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -
             chosen, rejected = (chat.check_messages(value, "chosen", where) for value in pair)
             prompt, answer, _ = chat.split_shared_messages(chosen, rejected, where)
         else:
-            prompt, answer, _ = chat.split_shared_dialogue(*pair, where)
+            prompt, answer, _ = _split_dialogues(*pair, where)
     else:
         prompt = _field(record, "prompt", where)
     kind: Literal["text", "chat"] = "text"
@@ -392,7 +399,7 @@ def _margin(record: Mapping[str, Any], where: str) -> float:
     margin = record.get("margin")
     if margin is None:
         return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= _LARGEST:
         raise RecordError(where, "wrong type", f"field 'margin' must be a finite number, not {margin!r}")
     return float(margin)
 

@@ -16,6 +16,10 @@ Result = TypeVar("Result")
 _state: Any = None
 
 
+class WorkerKilledError(RuntimeError):
+    """A process ended in the middle of its work, often for want of memory."""
+
+
 def map_in_order(
     function: Callable[[Any, Task], Result], tasks: Iterable[Task], *, workers: int, set_up: Callable[[], Any]
 ) -> Iterator[Result]:
@@ -28,7 +32,7 @@ def map_in_order(
         set_up: called once in each process, returns the state; it can be pickled.
 
     Raises:
-        RuntimeError: a process was killed.
+        WorkerKilledError: a process was killed.
         Exception: what `function` raises for the first task it fails on; the tasks after it are given up.
     """
     if workers == 1:
@@ -47,7 +51,7 @@ def map_in_order(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError("a worker process was killed, maybe for its memory: try fewer --workers") from error
+            raise WorkerKilledError("a worker process was killed, maybe for its memory: try fewer --workers") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -44,10 +44,19 @@ _SIZES = {
     "max_position_embeddings": "n_positions",
     "norm_epsilon": "layer_norm_epsilon",
 }
+_OTHER_NAMES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+"""Of sizes; transformers takes them first."""
+
 _ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 
 
 def _from_hf(config: dict) -> dict:
+    config |= {name: config[other] for other, name in _OTHER_NAMES.items() if config[other] is not None}
     refuse(
         "GPT-2",
         {
@@ -111,6 +120,7 @@ FAMILY = Family(
         "reorder_and_upcast_attn": False,
         "add_cross_attention": False,
         "tie_word_embeddings": True,
+        **dict.fromkeys(_OTHER_NAMES),
     },
     fixed={
         "position_embedding_type": "learned_absolute",

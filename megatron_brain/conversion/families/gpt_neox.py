@@ -49,14 +49,22 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def _from_hf(config: dict) -> dict:
-    refuse("GPT-NeoX", {"attention_bias=false (no biases in the attention)": not config["attention_bias"]})
     sizes = read_sizes(config, _SIZES)
+    usual_head, head = sizes["hidden_size"] // sizes["num_attention_heads"], config["head_dim"]
+    refuse(
+        "GPT-NeoX",
+        {
+            "attention_bias=false (no biases in the attention)": not config["attention_bias"],
+            # transformers' model reads it for its rotary positions alone.
+            f"head_dim={head} (rotary positions of another size than a head's)": head not in (None, usual_head),
+        },
+    )
     # The family has names of its own for these two, and transformers reads no others.
     rope = {**config, "rope_theta": config["rotary_emb_base"], "partial_rotary_factor": config["rotary_pct"]}
     return {
         **sizes,
         "num_query_groups": sizes["num_attention_heads"],
-        "kv_channels": sizes["hidden_size"] // sizes["num_attention_heads"],
+        "kv_channels": usual_head,
         **read_rope("GPT-NeoX", rope, partial=True),
         "hidden_act": read_activation("GPT-NeoX", config["hidden_act"], allowed=_ACTIVATIONS),
         "use_parallel_residual": config["use_parallel_residual"],
@@ -104,6 +112,7 @@ FAMILY = Family(
         "hidden_size": 6144,
         "num_hidden_layers": 44,
         "num_attention_heads": 64,
+        "head_dim": None,
         "intermediate_size": 24576,
         "hidden_act": "gelu",
         "max_position_embeddings": 2048,

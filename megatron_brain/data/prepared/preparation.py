@@ -134,8 +134,6 @@ def _take_up(folder: Path, plan: dict[str, Any]) -> None:
         _require_same(json.loads(path.read_text()), plan, str(folder), str(folder))
     else:
         write_whole(path, json.dumps(plan, indent=1))
-    for leftover in folder.glob("[0-9]*.partial"):
-        shutil.rmtree(leftover)
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, leftovers: str) -> None:

@@ -111,7 +111,7 @@ class Tokenizer(ABC):
 
         White space after either is left out; behind a turn that ends in neither, EOS just follows.
         """
-        end = self._without_space(ids)
+        end = self.turn_length(ids)
         if not end or ids[end - 1] not in self.special_ids:
             return [*ids, self.eos_id]
         if ids[end - 1] == self.eos_id:
@@ -120,12 +120,21 @@ class Tokenizer(ABC):
             end = before if before and ids[before - 1] in self.special_ids else end - 1
         return [*ids[:end], self.eos_id]
 
+    def turn_length(self, ids: Sequence[int]) -> int:
+        """Length of a rendered turn without white space behind the special token that ends it."""
+        end = self._without_space(ids)
+        return end if end and ids[end - 1] in self.special_ids else len(ids)
+
     def _without_space(self, ids: Sequence[int]) -> int:
         """Length of the ids without the tokens of white space at their end."""
         end = len(ids)
-        while end and self.decode(ids[end - 1 : end]).isspace():
+        while end and self.is_space(ids[end - 1]):
             end -= 1
         return end
+
+    def is_space(self, token: int) -> bool:
+        """Whether a token writes white space or, as the prefix that SentencePiece puts before a text, nothing."""
+        return token not in self.special_ids and not self.decode([token]).strip()
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: list | None = None
@@ -137,10 +146,10 @@ class Tokenizer(ABC):
         """
         raise ValueError(self._no_chat_template())
 
-    def encode_chat_marked(
+    def render_chat_marked(
         self, messages: Sequence[Mapping[str, Any]], *, tools: list | None = None
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation and, per token, whether ``{% generation %}`` of the template marks it.
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The messages as the chat template writes them, and where in that ``{% generation %}`` blocks start and end.
 
         Raises:
             ValueError: the tokenizer has no chat template.

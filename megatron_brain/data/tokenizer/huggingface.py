@@ -146,17 +146,19 @@ class HuggingFaceTokenizer(Tokenizer):
             add_generation_prompt=add_generation_prompt,
         )
 
-    def encode_chat_marked(
+    def render_chat_marked(
         self, messages: Sequence[Mapping[str, Any]], *, tools: list | None = None
-    ) -> tuple[list[int], list[bool]]:
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         if self.chat_template is None:
             raise ValueError(self._no_chat_template())
-        output = self.hf.apply_chat_template(
-            list(messages),
+        # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
+        [text], [spans] = render_jinja_template(
+            conversations=[list(messages)],
             tools=tools,
             chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
             return_assistant_tokens_mask=True,
+            **self.hf.special_tokens_map,
         )
-        return list(output["input_ids"]), [bool(m) for m in output["assistant_masks"]]
+        return text, [tuple(span) for span in spans]

@@ -81,13 +81,19 @@ def _is_unigram(model: Any) -> bool:
 
 def _check_settings(model: Any) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    piece = type(model).SentencePiece
+    symbols = [p.piece for p in model.pieces if p.type == piece.USER_DEFINED]
     kinds = {trainer.BPE: "bpe", trainer.UNIGRAM: "unigram", trainer.WORD: "word", trainer.CHAR: "char"}
     reasons = {
         f"model_type={kinds.get(trainer.model_type)}": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
         "treat_whitespace_as_suffix=true": trainer.treat_whitespace_as_suffix,
         "escape_whitespaces=false": not normalizer.escape_whitespaces,
         "denormalization_rule_tsv": bool(model.denormalizer_spec.precompiled_charsmap),
-        "unused pieces": any(p.type == type(p).UNUSED for p in model.pieces),
+        "unused pieces": any(p.type == piece.UNUSED for p in model.pieces),
+        # The library would look for the symbols without these spaces, or for nothing at all.
+        "remove_extra_whitespaces=true and user-defined symbols that begin or end with a space": (
+            normalizer.remove_extra_whitespaces and any(symbol != symbol.strip(_SPACE) for symbol in symbols)
+        ),
     }
     for setting, present in reasons.items():
         if present:

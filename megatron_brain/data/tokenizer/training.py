@@ -17,6 +17,7 @@ from megatron_brain.data.tokenizer import SentencePieceTokenizer
 
 _TEXT_FIELDS = ("text", "prompt", "completion", "chosen", "rejected", "messages")
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 _HOLD_OUT_EVERY, _HOLD_OUT_MOST = 50, 2_000
 
 
@@ -48,8 +49,8 @@ class TokenizerTraining:
         for symbol in self.user_defined_symbols:
             if not symbol or re.search(r"\s|\u2581", symbol):
                 raise ValueError(f"--user-defined-symbols {symbol!r}: must not be empty or hold white space")
-            if symbol in _SPECIAL:
-                raise ValueError(f"--user-defined-symbols {symbol}: is a special token already; leave it out")
+            if symbol in (*_SPECIAL, *_CHARACTERS):
+                raise ValueError(f"--user-defined-symbols {symbol}: is always one token; leave it out")
 
 
 @dataclass(kw_only=True)
@@ -115,7 +116,7 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
             split_digits=True,
             allow_whitespace_only_pieces=True,
             # A unigram model that cannot spell "</s>" would read it as the special piece in transformers.
-            required_chars=string.ascii_letters + string.digits + string.punctuation,
+            required_chars=_CHARACTERS,
             unk_id=0,
             bos_id=1,
             eos_id=2,

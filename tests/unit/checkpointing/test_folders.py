@@ -1,5 +1,6 @@
 """Folders of checkpoints: at every moment of a save the latest one can be read."""
 
+import json
 import shutil
 
 import pytest
@@ -139,4 +140,15 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12, "format": 3}')
     with pytest.raises(ValueError, match="is damaged: it differs in architecture"):
+        read_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("head", "value"), ("architecture", []), ("bf16", "no"), ("iteration", "3"), ("layout", None)]
+)
+def test_an_info_with_a_value_of_another_type_is_refused(name, value, tmp_path):
+    save(tmp_path, 3)
+    path = tmp_path / "iter_0000003" / INFO
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"{INFO} is damaged: its {name} is {value!r}".replace("[", r"\[")):
         read_info(tmp_path)

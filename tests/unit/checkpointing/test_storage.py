@@ -253,6 +253,7 @@ def change(key, number=0, **values):
         (change("vector", file=f"../{DATA}"), rf"\.\./{DATA}, which holds a part of vector, is not among its files"),
         (lambda _, index: index["files"].update({f"../{DATA}": 3}), rf"\.\./{DATA} is not there"),
         (change("vector", offset=[-1]), r"\(-1,\) is negative"),
+        (lambda _, index: index["tensors"]["vector"].update(shape=[1] * 40), "vector has 40 dimensions"),
         (change("vector", offset=[0.0]), "damaged or not complete"),
         (lambda _, index: index["tensors"]["vector"].update(dtype="load"), "vector has the dtype 'load'"),
         (lambda _, index: index["tensors"]["vector"].pop("shape"), "damaged or not complete: 'shape'"),

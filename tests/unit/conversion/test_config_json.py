@@ -91,6 +91,26 @@ def test_gpt_neox_has_rotary_names_of_its_own(rope):
     assert (theirs["rope_theta"], theirs["partial_rotary_factor"]) == (500000.0, 0.5)
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("gpt_neox", "rotary_pct"), ("phi3", "partial_rotary_factor")])
+def test_a_rotation_of_no_channels_is_not_taken_for_one_of_all(model_type, name):
+    with pytest.raises(ValueError, match=r"rotary_percent=0\.0: must be positive"):
+        read(model_type, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 16},
+        {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16},
+        {"n_head": 2, "n_embd": 32, "num_attention_heads": 8},
+    ],
+)
+def test_gpt2_has_two_names_for_its_sizes(config):
+    model, theirs = read("gpt2", **config), AutoConfig.for_model("gpt2", **config)
+    ours = (model.num_layers, model.hidden_size, model.num_attention_heads, model.max_position_embeddings)
+    assert ours == (theirs.n_layer, theirs.n_embd, theirs.n_head, theirs.n_positions)
+
+
 def test_the_original_length_of_llama_3_positions_is_the_whole_one_where_it_is_not_said():
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = {"rope_scaling": scaling, "max_position_embeddings": 512}
@@ -179,6 +199,10 @@ REFUSED = [
     *((model_type, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5")
       for model_type in ("llama", "mistral", "qwen2", "qwen3")),
     *((model_type, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config") for model_type in BY_TYPE),
+    *((model_type, {"is_causal": False}, "is_causal=false") for model_type in BY_TYPE),
+    ("llama", {"per_layer_config": {"0": {"num_key_value_heads": 2}}}, "per_layer_config"),
+    ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights"),
+    ("gpt_neox", {"head_dim": 32}, "head_dim=32"),
     *((model_type, {"hidden_act": "relu"}, "hidden_act='relu'") for model_type in BY_TYPE if model_type != "gpt2"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("gpt2", {"activation_function": "relu"}, "hidden_act='relu'"),
@@ -200,7 +224,10 @@ REFUSED = [
     ("llama", {"num_attention_heads": 0}, "num_attention_heads=0: must be positive"),
     ("llama", {"rope_scaling": "yarn"}, "'yarn' as rope_scaling or rope_parameters, which must be an object"),
     ("gpt_neox", {"use_parallel_residual": "false"}, "use_parallel_residual='false', which must be of type bool"),
-    ("llama", {"rope_theta": None, "rope_scaling": {"rope_theta": "x"}}, "could not convert string to float: 'x'"),
+    ("llama", {"rope_theta": None, "rope_scaling": {"rope_theta": "x"}}, "rope_theta='x', which must be a number"),
+    ("llama", {"rope_scaling": {**_LLAMA_3, "factor": [8.0]}}, "factor=[8.0], which must be a number"),
+    ("qwen2", {"use_sliding_window": True, "layer_types": 5}, "layer_types=5"),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers=None"),
     ("llama", {"architectures": [{}]}, "architectures=[{}] is not supported"),
     ("llama", {"model_type": None}, "model_type=None"),
 ]  # fmt: skip
@@ -235,7 +262,13 @@ def test_a_window_that_all_layers_have_is_kept_and_one_that_never_matters_is_not
     ("changes", "named"),
     [
         ({}, "2 labels"),
-        ({"id2label": {"0": "LABEL_0"}, "pad_token_id": 2, "eos_token_id": [3, 2]}, "pad_token_id"),
+        (
+            {"id2label": {"0": "LABEL_0"}, "pad_token_id": 2, "eos_token_id": [3, 2]},
+            "pad_token_id is 2, which ends a text",
+        ),
+        ({"num_labels": 1, "pad_token_id": -1}, "pad_token_id=-1 is not one of the"),
+        ({"num_labels": 1, "pad_token_id": 2**20}, "pad_token_id=1048576 is not one of the"),
+        ({"id2label": 5}, "2 labels"),
     ],
 )
 def test_a_classifier_that_is_no_reward_model_is_refused(model_type, changes, named, tmp_path):

@@ -151,11 +151,49 @@ def test_mistakes_are_told_and_change_nothing(write_hf, into, out_of, tmp_path, 
         assert run(given, save) == 2
         assert message in capsys.readouterr().err
         assert not nowhere.exists()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    assert into(source, tmp_path / "link") == 2
+    assert f"is a link: give the folder itself, {tmp_path / 'folder'}" in capsys.readouterr().err
     assert (source / "config.json").read_text() == kept
     config = json.loads(kept)
     (source / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     assert into(source, nowhere) == 2
     assert "needs a vocabulary of 320" in capsys.readouterr().err
+
+
+def test_what_a_mismatch_left_is_not_removed_to_be_read(write_hf, into, out_of, tmp_path, capsys):
+    save = tmp_path / "out"
+    left = tmp_path / "out.unverified"
+    assert into(write_hf(), left) == 0
+    for checkpoint in (left, left / "iter_0000000"):
+        assert out_of(checkpoint, save) == 2
+        assert f"{checkpoint} would be removed to make --save {save}" in capsys.readouterr().err
+    assert read_info(left).head == "policy"
+
+
+@pytest.mark.parametrize("size", ["0GB", "-5GB", "5"])
+def test_a_shard_size_that_is_none_is_refused(size, write_hf, into, out_of, tmp_path, capsys):
+    assert into(write_hf(), tmp_path / "checkpoint") == 0
+    assert out_of(tmp_path / "checkpoint", tmp_path / "out", f"--max-shard-size={size}") == 2
+    assert f"--max-shard-size {size}: " in capsys.readouterr().err
+
+
+def test_a_classifier_that_pads_with_its_tokenizers_end_of_text_is_refused(write_hf, into, tmp_path, capsys):
+    source = write_hf(head="reward")
+    config = json.loads((source / "config.json").read_text())
+    end = AutoTokenizer.from_pretrained(source).eos_token_id
+    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": end, "eos_token_id": None}))
+    assert into(source, tmp_path / "checkpoint") == 2
+    assert f"pad_token_id is {end}, which ends a text" in capsys.readouterr().err
+
+
+def test_the_working_directory_can_be_written_to(write_hf, into, tmp_path, monkeypatch):
+    source, here = write_hf(), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert into(source, ".", "--no-compare") == 0
+    assert read_info(here).head == "policy"
 
 
 def test_a_file_that_cannot_be_read_while_it_is_converted_is_named(write_hf, into, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.conversion import load_hf_weights
@@ -101,6 +102,18 @@ def test_an_index_that_does_not_say_what_the_files_hold_is_refused(tmp_path):
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(ConfigError, match="is not the index of a model's files"):
         SafetensorsReader(tmp_path)
+
+
+def test_beside_one_whole_file_the_index_of_others_is_not_read(write_hf, load):
+    """As of a model that was saved again in another size of shards: transformers takes the one file."""
+    source, name = write_hf(), "model.norm.weight"
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, name: tensors[name] + 1}, source / "old.safetensors")
+    (source / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "old.safetensors")}))
+    _, chunk = load(source)
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(chunk.decoder.final_layernorm.weight, theirs.model.norm.weight)
+    assert torch.equal(chunk.decoder.final_layernorm.weight, tensors[name])
 
 
 @pytest.mark.parametrize(("dtype", "called"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])

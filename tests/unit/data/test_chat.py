@@ -12,6 +12,9 @@ DIALOGUE = [
 ]
 
 
+CALLS = [{"role": "assistant", "content": "x", "tool_calls": "search"}]
+
+
 def with_template(tmp_path, template):
     return HuggingFaceTokenizer(write_hf_tokenizer(tmp_path, eos_token="<|im_end|>", chat_template=template))
 
@@ -96,7 +99,7 @@ def test_conversations_without_an_answer_or_a_prompt_are_errors(hf, messages, me
         chat.render_last_turn(hf, messages, "d.jsonl:3")
 
 
-@pytest.mark.parametrize("bad", ["text", [], ["text"], [{"content": "x"}], [{"role": "user"}]])
+@pytest.mark.parametrize("bad", ["text", [], ["text"], [{"content": "x"}], [{"role": "user"}], CALLS])
 def test_malformed_messages_name_record_and_field(bad):
     with pytest.raises(ValueError, match="d.jsonl:3: '?messages"):
         chat.check_messages(bad, "messages", "d.jsonl:3")

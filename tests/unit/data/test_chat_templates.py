@@ -4,10 +4,10 @@ import logging
 from dataclasses import dataclass
 
 import pytest
-from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
+from helpers.tiny_tokenizers import CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
 
 from megatron_brain.data import chat
-from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 
 QUESTION = {"role": "user", "content": "hello world"}
 DIALOGUE = [
@@ -152,6 +152,81 @@ def test_a_template_that_marks_everything_is_refused(shape, tmp_path):
         chat.encode_all_turns(tokenizer, DIALOGUE, "d.jsonl:3")
 
 
+@pytest.mark.parametrize(
+    ("marked", "message"),
+    [
+        ("{% generation %}<|im_start|>assistant\n", "marks what precedes the assistant's first turn.*im_start"),
+        ("<|im_start|>assistant\n{{ m['content'][:3] }}{% generation %}", "leaves the beginning.*unmarked, 'how'"),
+    ],
+)
+def test_marks_that_do_not_begin_where_sampling_does_are_refused(tmp_path, marked, message):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>user\n{{ m['content'] }}<|im_end|>{% else %}"
+        + marked
+        + "{{ m['content'] }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(ValueError, match=f"d.jsonl:3: .*{message}"):
+        chat.encode_all_turns(make(tmp_path, SHAPES["chatml"], template), DIALOGUE, "d.jsonl:3")
+
+
+def test_a_later_turn_that_is_marked_with_its_header_is_refused(tmp_path):
+    header = "<|im_start|>{{ m['role'] }}\n"
+    late = CHATML_MARKED.replace(header, "").replace("{% generation %}", "{% generation %}" + header)
+    late = late.replace("{% else %}", "{% else %}" + header)
+    template = "{% if messages | length > 2 and not add_generation_prompt %}"
+    first = "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\n{% generation %}how are you?<|im_end|>"
+    template += first + "{% endgeneration %}\n" + late.replace("in messages", "in messages[2:]")
+    tokenizer = make(tmp_path, SHAPES["chatml"], template + "{% else %}" + CHATML_MARKED + "{% endif %}")
+    with pytest.raises(ValueError, match="d.jsonl:3: .*does not mark every turn from the end of its generation prompt"):
+        chat.encode_all_turns(tokenizer, DIALOGUE, "d.jsonl:3")
+
+
+def test_blocks_that_adjoin_are_one_turn(tmp_path):
+    end = "{% endgeneration %}{% generation %}<|im_end|>"
+    tokenizer = make(tmp_path, SHAPES["chatml"], CHATML_MARKED.replace("<|im_end|>{% endg", end + "{% endg"))
+    whole = make(tmp_path / "whole", SHAPES["chatml"])
+    assert chat.encode_all_turns(tokenizer, DIALOGUE, "x") == chat.encode_all_turns(whole, DIALOGUE, "x")
+
+
+def test_white_space_that_is_marked_behind_the_end_of_turn_token_is_not_learned(tmp_path):
+    end = "<|im_end|>{% endgeneration %}"
+    template = CHATML_MARKED.replace(end, end.replace("{%", "{{ '\n' }}{%"))
+    tokenizer = make(tmp_path, SHAPES["chatml"], template)
+    _, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE, "x")
+    learned = [i for i, m in zip(response, mask, strict=True) if m]
+    turns = [expected_turn(tokenizer, SHAPES["chatml"], DIALOGUE[i]["content"]) for i in (1, 3)]
+    assert learned == turns[0] + turns[1]
+
+
+def test_tools_their_calls_and_thoughts_that_the_template_does_not_write_are_refused(tmp_path):
+    tokenizer = make(tmp_path, SHAPES["chatml"])
+    search = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
+    for function in (chat.render_last_turn, chat.encode_all_turns):
+        for field, message in ({"tool_calls": [search]}, "search"), ({"reasoning_content": "numbers"}, "numbers"):
+            with pytest.raises(ValueError, match=f"d.jsonl:3: .*leaves out some of what the assistant.*{message}"):
+                function(tokenizer, [QUESTION, DIALOGUE[1] | field], "d.jsonl:3")
+        with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out the tool 'search'"):
+            function(tokenizer, DIALOGUE, "d.jsonl:3", [search])
+
+
+def test_a_sentencepiece_prefix_gives_one_eos_and_the_same_turn_either_way(tmp_path):
+    """The library puts a token of nothing but a space before each text, that behind EOS included."""
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    SentencePieceTokenizer(train_sentencepiece(tmp_path, **settings)).export(tmp_path / "hf", "policy")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(template)
+    tokenizer = HuggingFaceTokenizer(str(tmp_path / "hf"))
+    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE[:2], "x")
+    texts = chat.render_last_turn(tokenizer, DIALOGUE[:2], "x")
+    assert response == tokenizer.encode_response(texts[1], chat=True) == tokenizer.encode_response("how are you?")
+    assert prompt == tokenizer.encode_prompt(texts[0], chat=True) and all(mask)
+
+
 def test_thinking_that_the_template_drops_is_never_dropped_silently(tmp_path):
     keep_last = "(m['content'].split('</think>')[-1] if not loop.last else m['content'])"
     drop_all = "m['content'].split('</think>')[-1]"
@@ -170,6 +245,14 @@ def test_thinking_that_the_template_drops_is_never_dropped_silently(tmp_path):
     everywhere = make(tmp_path / "b", shape, CHATML_MARKED.replace("m['content']", drop_all))
     with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*strings"):
         chat.render_last_turn(everywhere, thinking, "d.jsonl:3")
+
+
+def test_thinking_that_the_generation_prompt_opens_is_learned_from_there_on(tmp_path):
+    template = CHATML_MARKED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer = make(tmp_path, SHAPES["chatml"], template)
+    thinking = [QUESTION, {"role": "assistant", "content": "<think>\nnumbers\n</think>\nfine!"}]
+    prompt, response = chat.render_last_turn(tokenizer, thinking, "x")
+    assert prompt.endswith("<think>\n") and response == "numbers\n</think>\nfine!<|im_end|>"
 
 
 def test_an_end_of_turn_token_other_than_eos_is_warned_of_when_the_tokenizer_is_read(shape, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Preparing a corpus: one result whoever makes it and however often it is stopped; its statistics; its errors."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -21,8 +22,9 @@ from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared import preparation
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
+from megatron_brain.data.workers import WorkerKilledError, map_in_order
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+TOOLS = Path(__file__).parents[3] / "tools"
 WORDS = ["the", "quick", "brown", "fox", "over", "lazy", "dog", "again", "hello", "world", "fast", "small", "editor"]
 
 
@@ -59,6 +61,13 @@ def make_job(corpus, hf_dir, tmp_path):
         )
 
     return make_job
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def files(job) -> dict[str, bytes]:
@@ -206,6 +215,17 @@ def test_prepared_data_are_no_records_to_prepare(make_job):
         prepare(make_job("again", source=f"{make_job().prefix}.bin"))
 
 
+def test_a_killed_worker_process_is_told_in_a_line(capsys, tmp_path, hf_dir, corpus, monkeypatch):
+    with pytest.raises(WorkerKilledError, match="try fewer --workers"):
+        list(map_in_order(pow, [1], workers=2, set_up=functools.partial(os._exit, 3)))
+    for name, work in ("preprocess_data", "prepare"), ("check_data", "check"):
+        tool = load_tool(name)
+        monkeypatch.setattr(tool, work, lambda *_, **__: (_ for _ in ()).throw(WorkerKilledError("fewer")))
+        output = ["--output", str(tmp_path / "out")] if name == "preprocess_data" else []
+        assert tool.main(["--stage", "sft", "--input", str(corpus), "--hf-model", hf_dir, *output]) == 2
+        assert capsys.readouterr().err.endswith("error: fewer\n")
+
+
 def test_two_preparations_of_one_output_do_not_mix(make_job):
     job = make_job()
     refused = pytest.raises(ValueError, match="another process is preparing this output")
@@ -214,9 +234,7 @@ def test_two_preparations_of_one_output_do_not_mix(make_job):
 
 
 def test_the_tool_prints_the_statistics_and_tells_mistakes(corpus, hf_dir, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("preprocess_data")
     flags = ["--stage", "sft", "--input", str(corpus), "--output", str(tmp_path / "out"), "--workers", "1"]
     assert tool.main([*flags, "--overlong", "drop", "--seq-length", "60"]) == 2
     assert "no tokenizer: give --tokenizer-model, or --load or --hf-model" in capsys.readouterr().err

@@ -199,6 +199,9 @@ def test_bad_sft_records_name_line_field_and_keys(hf, record, message):
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "1"}, "'margin' must be a finite number, not '1'"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}, "'margin' must be a finite"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": True}, "'margin' must be a finite"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 10**400}, "'margin' must be a finite"),
+        ({"chosen": True, "rejected": False}, "field 'chosen' must be a text or a list of messages, not bool"),
+        ({"chosen": "a\n\nAssistant: b", "rejected": 5}, "field 'rejected' must be a text .* not int"),
     ],
 )
 def test_bad_preference_records_name_line_and_field(hf, record, message):

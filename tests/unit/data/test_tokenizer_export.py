@@ -165,6 +165,10 @@ def test_what_no_fast_tokenizer_can_do_is_warned_of_with_text_and_both_ids(chang
     [
         ({"model_type": "char"}, "model_type=char"),
         ({"model_type": "bpe", "treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix=true"),
+        (
+            {"model_type": "bpe", "remove_extra_whitespaces": True, "user_defined_symbols": "\u2581\u2581"},
+            "remove_extra_whitespaces=true and user-defined symbols that begin or end",
+        ),
     ],
 )
 def test_settings_without_counterpart_are_refused_by_name(changes, setting, tmp_path):

@@ -126,7 +126,8 @@ def test_lines_of_any_length_are_trained_on(tmp_path):
         (["--vocab-size", "100"], r"--vocab-size 100: must be above \d+"),
         (["--vocab-size", "420", "--user-defined-symbols", "a b"], "'a b': must not be empty or hold white space"),
         (["--vocab-size", "420", "--character-coverage", "2"], "--character-coverage 2.0: must be"),
-        (["--vocab-size", "420", "--user-defined-symbols", "</s>"], "</s>: is a special token already"),
+        (["--vocab-size", "420", "--user-defined-symbols", "</s>"], "</s>: is always one token"),
+        (["--vocab-size", "420", "--user-defined-symbols", "1"], "1: is always one token"),
     ],
 )
 def test_mistakes_in_the_settings_name_flag_and_cure(tool, corpus, tmp_path, capsys, flags, message):
