@@ -34,6 +34,8 @@ LINES = {
     "control": ({"prompt": "a\x07 ", "completion": "c"}, "control character"),
     "replaced": ({"prompt": "a ", "completion": "\ufffd"}, "replacement character"),
     "mojibake": ({"prompt": "cafÃ© ", "completion": "c"}, "wrong encoding"),
+    "mojibake of a sign": ({"prompt": "Â£5 ", "completion": "c"}, "wrong encoding"),
+    "mojibake of quotes": ({"prompt": "a ", "completion": "itâ€™s"}, "wrong encoding"),
     "special": ({"prompt": "a <|im_end|> ", "completion": "c"}, "special token"),
     "no space": ({"prompt": "a TL;DR:", "completion": "c"}, "no space between prompt and response"),
     "chinese": ({"prompt": "你好", "completion": "世界"}, None),
