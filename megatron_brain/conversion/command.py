@@ -69,8 +69,8 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     return status
 
 
-def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: Callable[[], Conversion]) -> str:
-    """Returns what was done, in words."""
+def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: Callable[[], Conversion]) -> str | None:
+    """Returns on the first process what was done, in words."""
     conversion = workers.all(prepare)
     with _progress(workers) as progress, verified_folder(args.save, workers, source=source) as folder:
         started = time.monotonic()
@@ -78,18 +78,21 @@ def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: 
         with _bar(progress, "writing", share) as advance:
             conversion.write(folder, workers, advance)
         seconds = time.monotonic() - started
-        gigabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
-        said = f"{args.save}: {gigabytes:.2f} GB in {seconds:.2f} s ({gigabytes / seconds:.2f} GB/s)"
-        if args.no_compare:
-            return f"{said}; not compared with transformers (--no-compare)"
 
         def compare() -> str:
+            if args.no_compare:
+                return "not compared with transformers (--no-compare)"
             with _bar(progress, "comparing", count_parts(conversion.model)) as advance:
                 comparison = conversion.compare(folder, workers.parallel, lambda: advance(1))
             comparison.require(args.tolerance)
             return f"{comparison}, tolerance {args.tolerance:.0e}, {time.monotonic() - started - seconds:.1f} s"
 
-        return f"{said}; {workers.first(compare)}"
+        def finish() -> str:
+            gigabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
+            return f"{args.save}: {gigabytes:.2f} GB in {seconds:.2f} s ({gigabytes / seconds:.2f} GB/s); {compare()}"
+
+        # By the first alone: it also renames the folder when all have left it.
+        return workers.first(finish)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Several processes convert together what one converts alone, and stop together."""
 
+import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from distributed.world import Context, Layout, at
 @at(lambda layout: layout.name == "dp2")
 def case_processes_share_the_files_and_stop_together(layout: Layout, context: Context) -> None:
     """Each writes some; what all wrote is the model that went in; one that fails is named on all."""
-    from megatron_brain.conversion import to_hf
+    from megatron_brain.conversion import command, to_hf
     from megatron_brain.conversion.errors import ConversionError
     from megatron_brain.conversion.output_folder import verified_folder
     from megatron_brain.conversion.workers import Workers
@@ -41,6 +43,21 @@ def case_processes_share_the_files_and_stop_together(layout: Layout, context: Co
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
+    def prepare():
+        conversion = to_hf_of(checkpoint)()
+        conversion_write = conversion.write
+
+        def late(*args) -> None:
+            conversion_write(*args)
+            time.sleep(0.5 * workers.parallel.rank)
+
+        conversion.write = late
+        return conversion
+
+    # What was written has its final name before the late ones go on.
+    args = argparse.Namespace(save=root / "late", no_compare=True)
+    assert command.run(args, checkpoint, prepare) == 0
+    assert (root / "late" / "config.json").exists()
     last = context.world_size - 1
 
     def refuse(*args, **options):
