@@ -8,6 +8,9 @@ from distributed.world import Context, Layout, at
 # Ragged, an odd number of tokens in all, and more than one batch of them.
 PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4), (301, 300)]
 EOS = 217
+SEED = 21
+"""No draw of it lies closer to the next token's share than 5e-5 of the whole, where rounding moves shares by 3e-7. With
+another seed a draw may lie on the border, and processors differ in the token."""
 
 
 def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
@@ -33,7 +36,7 @@ def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
     chunks = build_model(model, config, parallel, head="policy", seed=3)
     settings = SamplingConfig(**{"max_new_tokens": 20, "sampling_batch_size": 9} | sampling)
     results = Sampler(chunks, parallel, settings, eos_id=EOS).generate(
-        PROMPTS, samples_per_prompt=3, keys=[11, 12, 13, 14, 15], seed=5
+        PROMPTS, samples_per_prompt=3, keys=[11, 12, 13, 14, 15], seed=SEED
     )
     assert any(s.finished for samples in results for s in samples), "no response ends: choose another EOS"
     return [[[list(s.tokens), s.logprob, s.finished] for s in samples] for samples in results]
