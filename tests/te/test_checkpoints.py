@@ -3,8 +3,8 @@
 Transformer Engine's own Python runs in processes of its own, on the CPU, over a fake of its compiled extension (see
 fake_te.py); this process runs without it. The tests are left out unless TE_ON_CPU names a folder made by
 
-    pip install --no-deps --target FOLDER transformer-engine==2.20.2 triton onnx onnxscript onnx-ir ml_dtypes protobuf einops
-    pip install --no-deps --target FOLDER pydantic pydantic-core annotated-types typing-inspection
+    pip install --no-deps --target FOLDER transformer-engine==2.20.2 triton onnx onnxscript onnx-ir ml_dtypes protobuf
+    pip install --no-deps --target FOLDER pydantic pydantic-core annotated-types typing-inspection einops
 """
 
 import json
