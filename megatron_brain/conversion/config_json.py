@@ -49,6 +49,15 @@ def write_sizes(model: ModelConfig, names: Mapping[str, str]) -> dict:
     return {theirs: getattr(model, ours) for ours, theirs in names.items()}
 
 
+def multi_head_limits(model: ModelConfig) -> dict[str, bool]:
+    """What a family says nothing of that divides its hidden size among as many key/value heads as query heads."""
+    heads, head = model.num_attention_heads, model.kv_channels
+    return {
+        f"num_query_groups={model.num_query_groups} for {heads} heads": model.num_query_groups != heads,
+        f"kv_channels={head}, which is not hidden_size / num_attention_heads": head * heads != model.hidden_size,
+    }
+
+
 def read_rope(
     family: str, config: dict, *, types: Collection[str] = ("default", "llama3"), partial: bool = False
 ) -> dict:

@@ -1,7 +1,7 @@
 """GPT-2: learned positions, LayerNorm, biases, and weights stored `[in, out]` (transformers' Conv1D)."""
 
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.conversion.config_json import read_activation, read_sizes, write_sizes
+from megatron_brain.conversion.config_json import multi_head_limits, read_activation, read_sizes, write_sizes
 from megatron_brain.conversion.family import Family, Source, Weight, refuse
 from megatron_brain.conversion.fusion import STACKED_QKV, TRANSPOSED, TRANSPOSED_STACKED_QKV
 
@@ -91,13 +91,9 @@ def _to_hf(model: ModelConfig) -> dict:
 
 
 def _limits(model: ModelConfig) -> dict[str, bool]:
-    heads = model.num_attention_heads
     return {
         f"hidden_act={model.hidden_act}": model.hidden_act not in _ACTIVATIONS,
-        f"num_query_groups={model.num_query_groups} for {heads} heads": model.num_query_groups != heads,
-        f"kv_channels={model.kv_channels}, which is not hidden_size / num_attention_heads": (
-            model.kv_channels * heads != model.hidden_size
-        ),
+        **multi_head_limits(model),
     }
 
 

@@ -3,6 +3,7 @@
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.config_json import (
     ROPE_DEFAULTS,
+    multi_head_limits,
     read_activation,
     read_rope,
     read_sizes,
@@ -92,13 +93,9 @@ def _to_hf(model: ModelConfig) -> dict:
 
 
 def _limits(model: ModelConfig) -> dict[str, bool]:
-    heads = model.num_attention_heads
     return {
         f"hidden_act={model.hidden_act}": model.hidden_act not in _ACTIVATIONS,
-        f"num_query_groups={model.num_query_groups} for {heads} heads": model.num_query_groups != heads,
-        f"kv_channels={model.kv_channels}, which is not hidden_size / num_attention_heads": (
-            model.kv_channels * heads != model.hidden_size
-        ),
+        **multi_head_limits(model),
     }
 
 

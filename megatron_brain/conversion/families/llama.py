@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1 and 3.2, SmolLM2 and all that say `LlamaForCausalLM`.
 
-Mistral, Qwen 2 and Qwen 3 share the rows of this table and add their own.
+Mistral, Qwen 2, Qwen 3 and Phi-3 share rows of this table and add their own.
 """
 
 from megatron_brain.config.model import ModelConfig
@@ -57,6 +57,16 @@ LLAMA_SIZES = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
     "norm_epsilon": "rms_norm_eps",
+}
+LLAMA_FIXED = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "qk_layernorm": False,
+    "hidden_act": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "use_parallel_residual": False,
 }
 
 
@@ -123,18 +133,7 @@ FAMILY = Family(
         "sliding_window": None,
         **ROPE_DEFAULTS,
     },
-    fixed={
-        "position_embedding_type": "rope",
-        "rotary_percent": 1.0,
-        "window_size": None,
-        "normalization": "RMSNorm",
-        "qk_layernorm": False,
-        "hidden_act": "silu",
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "use_parallel_residual": False,
-    },
+    fixed={**LLAMA_FIXED, "rotary_percent": 1.0, "window_size": None},
     from_hf=_from_hf,
     to_hf=_to_hf,
     limits=_limits,

@@ -9,6 +9,14 @@ from megatron_brain.conversion.config_json import (
     write_rope,
     write_sizes,
 )
+from megatron_brain.conversion.families.llama import (
+    LLAMA_EMBEDDING,
+    LLAMA_FINAL,
+    LLAMA_FIXED,
+    LLAMA_OUTPUT,
+    LLAMA_REWARD_HEAD,
+    LLAMA_SIZES,
+)
 from megatron_brain.conversion.family import Family, Source, Weight
 from megatron_brain.conversion.fusion import STACKED_QKV
 
@@ -28,20 +36,10 @@ _LAYER = (
     Weight(_MLP + "linear_fc2.weight", (Source(_HF + "mlp.down_proj.weight", ("hidden", "ffn")),)),
 )
 
-_SIZES = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-}
-
 
 def _from_hf(config: dict) -> dict:
     read_activation("Phi-3", config["hidden_act"], allowed=("silu",))
-    sizes = read_sizes(config, _SIZES)
+    sizes = read_sizes(config, LLAMA_SIZES)
     return {
         **sizes,
         "num_query_groups": config["num_key_value_heads"] or sizes["num_attention_heads"],
@@ -56,7 +54,7 @@ def _to_hf(model: ModelConfig) -> dict:
     # Phi3Config has no field for it, but its model reads it where it is there.
     usual_head = model.kv_channels * model.num_attention_heads == model.hidden_size
     return {
-        **write_sizes(model, _SIZES),
+        **write_sizes(model, LLAMA_SIZES),
         "original_max_position_embeddings": model.max_position_embeddings,
         "num_key_value_heads": model.num_query_groups,
         **({} if usual_head else {"head_dim": model.kv_channels}),
@@ -95,26 +93,15 @@ FAMILY = Family(
         "sliding_window": None,
         **ROPE_DEFAULTS,
     },
-    fixed={
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "qk_layernorm": False,
-        "hidden_act": "silu",
-        "gated_linear_unit": True,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "use_parallel_residual": False,
-    },
+    fixed=LLAMA_FIXED,
     from_hf=_from_hf,
     to_hf=_to_hf,
     limits=_limits,
-    embedding=(
-        Weight("embedding.word_embeddings.weight", (Source("model.embed_tokens.weight", ("vocab", "hidden")),)),
-    ),
+    embedding=LLAMA_EMBEDDING,
     layer=_LAYER,
-    final=(Weight("decoder.final_layernorm.weight", (Source("model.norm.weight", ("hidden",)),)),),
-    output=Weight("output_layer.weight", (Source("lm_head.weight", ("vocab", "hidden")),)),
-    reward_head=Weight("reward_head.weight", (Source("score.weight", ("label", "hidden")),)),
+    final=LLAMA_FINAL,
+    output=LLAMA_OUTPUT,
+    reward_head=LLAMA_REWARD_HEAD,
     hf_layers="model.layers",
     hf_final_norm="model.norm",
     prefix="model.",
