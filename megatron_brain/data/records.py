@@ -7,15 +7,14 @@ to prepare it or to check it, goes through these two and so finds the same error
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from megatron_brain.data import chat
+from megatron_brain.data.drafts import Draft, draft_demonstration, draft_preference, draft_prompt
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.lengths import (
@@ -31,7 +30,6 @@ from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 
 _BATCH = 1000
-_LARGEST = sys.float_info.max
 
 Item = TypeVar("Item")
 
@@ -57,20 +55,6 @@ class Prompt:
     record_id: str
     chat: bool = False
     """Whether a chat template rendered the prompt: a response to it then ends a turn."""
-
-
-@dataclass(kw_only=True)
-class Draft:
-    """A record before its lengths are looked at. `prompt` and `responses` are ids where `kind` is "ids"."""
-
-    where: str
-    prompt: Any
-    responses: Sequence[Any] = ()
-    kind: Literal["text", "chat", "ids"] = "text"
-    loss_mask: list[bool] | None = None
-    margin: float = 0.0
-    reference: str | None = None
-    record_id: str = ""
 
 
 class Tokenised(NamedTuple):
@@ -193,15 +177,7 @@ class SFTReader(RecordReader[Group]):
         self.multi_turn_loss = multi_turn_loss
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
-        if "messages" not in record:
-            prompt, (response,), kind = _prompt_and_answers(self.tokenizer, record, ["completion"], where)
-            return Draft(where=where, prompt=prompt, responses=[response], kind=kind)
-        messages, tools = chat.check_messages(record["messages"], "messages", where), record.get("tools")
-        if self.multi_turn_loss:
-            prompt, response, mask = chat.encode_all_turns(self.tokenizer, messages, where, tools)
-            return Draft(where=where, prompt=prompt, responses=[response], kind="ids", loss_mask=mask)
-        prompt, response = chat.render_last_turn(self.tokenizer, messages, where, tools)
-        return Draft(where=where, prompt=prompt, responses=[response], kind="chat")
+        return draft_demonstration(self.tokenizer, record, where, multi_turn_loss=self.multi_turn_loss)
 
     def fit(self, tokenised: Tokenised, counts: Counter[str]) -> Group | None:
         return self._fit_group(tokenised, counts)
@@ -223,8 +199,7 @@ class PreferenceReader(RecordReader[PreferencePair]):
     stage, num_responses = "reward", 2
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
-        prompt, responses, kind = _prompt_and_answers(self.tokenizer, record, ["chosen", "rejected"], where)
-        return Draft(where=where, prompt=prompt, responses=responses, kind=kind, margin=_margin(record, where))
+        return draft_preference(self.tokenizer, record, where)
 
     def fit(self, tokenised: Tokenised, counts: Counter[str]) -> PreferencePair | None:
         group = self._fit_group(tokenised, counts)
@@ -256,7 +231,7 @@ class PromptReader(RecordReader[Prompt]):
             raise ValueError(f"--seq-length {limits.seq_length} leaves no room for a prompt and a response")
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
-        return _prompt_draft(self.tokenizer, record, where)
+        return draft_prompt(self.tokenizer, record, where)
 
     def fit(self, tokenised: Tokenised, counts: Counter[str]) -> Prompt | None:
         draft, prompt, _ = tokenised
@@ -299,109 +274,6 @@ def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple
             counts["duplicates"] += ids in seen
             seen.add(ids)
     return items, make_report(counts, len(items), reader.limits)
-
-
-def _prompt_and_answers(
-    tokenizer: Tokenizer, record: Mapping[str, Any], keys: list[str], where: str
-) -> tuple[str, list[str], Literal["text", "chat"]]:
-    """Prompt and the answers under `keys`, as texts; rendered ones where the fields are lists of messages."""
-    answers = [_field(record, key, where) for key in keys]
-    implicit = keys == ["chosen", "rejected"] and record.get("prompt") is None
-    prompt = "" if implicit else _field(record, "prompt", where)
-    kinds = {chat.is_messages(value) for value in ([] if implicit else [prompt]) + answers}
-    if len(kinds) > 1:
-        raise RecordError(
-            where,
-            "wrong type",
-            f"'prompt' and {' and '.join(map(repr, keys))} must be all texts or all lists of messages; "
-            "where 'chosen' and 'rejected' are whole conversations, leave 'prompt' out",
-        )
-    if kinds == {False}:
-        if implicit:
-            prompt, *answers = _split_dialogues(*answers, where)
-        for key, text in zip(keys, answers, strict=True):
-            _check_text(text, key, where)
-        return _check_text(prompt, "prompt", where), answers, "text"
-    conversations = [chat.check_messages(value, key, where) for key, value in zip(keys, answers, strict=True)]
-    if implicit:
-        messages, *conversations = chat.split_shared_messages(*conversations, where)
-    else:
-        messages = chat.check_messages(prompt, "prompt", where)
-    for key, answer in zip(keys, conversations, strict=True):
-        if len(answer) != 1:
-            raise RecordError(
-                where,
-                "bad messages",
-                f"{key!r} must be the one assistant message that answers the prompt, not {len(answer)} "
-                "messages; give longer conversations as 'messages'",
-            )
-    tools = record.get("tools")
-    turns = [chat.render_last_turn(tokenizer, messages + answer, where, tools) for answer in conversations]
-    return turns[0][0], [response for _, response in turns], "chat"
-
-
-def _split_dialogues(chosen: Any, rejected: Any, where: str) -> tuple[str, str, str]:
-    return chat.split_shared_dialogue(
-        _check_text(chosen, "chosen", where), _check_text(rejected, "rejected", where), where
-    )
-
-
-def _prompt_draft(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> Draft:
-    """Draft of a prompt alone, with the text of the response people wrote where the record holds one."""
-    record_id = where if record.get("id") is None else str(record["id"])
-    key = "completion" if record.get("completion") is not None else "chosen"
-    answer = record.get(key)
-    if record.get("messages") is not None:
-        prompt = chat.check_messages(record["messages"], "messages", where)
-        if prompt[-1]["role"] == "assistant":
-            prompt, answer = prompt[:-1], prompt[-1:]
-    elif record.get("prompt") is None and record.get("rejected") is not None:
-        pair = [_field(record, key, where) for key in ("chosen", "rejected")]
-        if chat.is_messages(pair[0]):
-            chosen, rejected = (chat.check_messages(value, "chosen", where) for value in pair)
-            prompt, answer, _ = chat.split_shared_messages(chosen, rejected, where)
-        else:
-            prompt, answer, _ = _split_dialogues(*pair, where)
-    else:
-        prompt = _field(record, "prompt", where)
-    kind: Literal["text", "chat"] = "text"
-    if chat.is_messages(prompt):
-        messages = chat.check_messages(prompt, "prompt", where)
-        prompt, kind = chat.render_prompt(tokenizer, messages, where, record.get("tools")), "chat"
-    if chat.is_messages(answer):
-        answer = chat.answer_text(chat.check_messages(answer, key, where))
-    if answer is not None:
-        _check_text(answer, key, where)
-    text = _check_text(prompt, "prompt", where)
-    return Draft(where=where, prompt=text, kind=kind, reference=answer, record_id=record_id)
-
-
-def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
-    if record.get(key) is None:
-        state = "is null" if key in record else "is missing"
-        raise RecordError(
-            where, "missing field", f"field {key!r} {state}; the record has {', '.join(record) or 'no fields'}"
-        )
-    return record[key]
-
-
-def _check_text(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(
-            where, "wrong type", f"field {key!r} must be a text or a list of messages, not {type(value).__name__}"
-        )
-    if not value.strip():
-        raise RecordError(where, "empty field", f"field {key!r} is empty")
-    return value
-
-
-def _margin(record: Mapping[str, Any], where: str) -> float:
-    margin = record.get("margin")
-    if margin is None:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not abs(margin) <= _LARGEST:
-        raise RecordError(where, "wrong type", f"field 'margin' must be a finite number, not {margin!r}")
-    return float(margin)
 
 
 def _require_tokens(draft: Draft, prompt: Ids) -> None:
