@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from megatron_brain.config.data import DataConfig, TokenizerConfig
+from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
@@ -18,7 +19,7 @@ from megatron_brain.config.stages import (
 )
 from megatron_brain.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
 
-_COMMON = ("model", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
+_COMMON = ("model", "fp8", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
 
 STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
     "sft": (*_COMMON, "optimizer", "guards", "sft"),
@@ -36,6 +37,7 @@ class RunConfig:
 
     stage: str
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

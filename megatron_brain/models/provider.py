@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
@@ -20,7 +21,9 @@ Head = Literal["policy", "reward"]
 Chunk = PolicyModel | RewardModel
 
 
-def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel_config: ParallelConfig, fp8: Fp8Config | None = None
+) -> TransformerConfig:
     """Megatron-core's configuration of the trunk. `model` has its sizes resolved."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     chunks = virtual_pipeline_size(parallel_config, model.num_layers)
@@ -65,11 +68,41 @@ def transformer_config(model: ModelConfig, parallel_config: ParallelConfig) -> T
         recompute_num_layers=(model.recompute_num_layers or 1) if full else None,
         calculate_per_token_loss=True,
         **interleaved,
+        **_fp8_settings(fp8),
     )
 
 
+def _fp8_settings(fp8: Fp8Config | None) -> dict:
+    """FP8 under megatron-core's names; an emulation is no FP8 to it."""
+    if fp8 is None or fp8.fp8_format is None or fp8.fp8_emulate:
+        return {}
+    return {
+        "fp8": fp8.fp8_format,
+        "fp8_recipe": fp8.fp8_recipe,
+        "fp8_quantizer_factory": fp8.fp8_quantizer_factory,
+        "fp8_margin": fp8.fp8_margin,
+        "fp8_amax_history_len": fp8.fp8_amax_history_len or 1024,
+        "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo or "max",
+        "fp8_wgrad": fp8.fp8_wgrad,
+        "fp8_param": fp8.fp8_param_gather,
+        "first_last_layers_bf16": fp8.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": _or_one(fp8.num_layers_at_start_in_bf16),
+        "num_layers_at_end_in_bf16": _or_one(fp8.num_layers_at_end_in_bf16),
+    }
+
+
+def _or_one(count: int | None) -> int:
+    return 1 if count is None else count
+
+
 def build_model(
-    model: ModelConfig, parallel_config: ParallelConfig, parallel: Parallel, *, head: Head, seed: int | None
+    model: ModelConfig,
+    parallel_config: ParallelConfig,
+    parallel: Parallel,
+    *,
+    head: Head,
+    seed: int | None,
+    fp8: Fp8Config | None = None,
 ) -> list[Chunk]:
     """This rank's model chunks, one unless the pipeline is interleaved.
 
@@ -78,8 +111,9 @@ def build_model(
         head: vocabulary projection (`policy`) or scalar head (`reward`).
         seed: seeds random weights, which depend on it alone and not on the layout; None leaves zeros, for weights
             that are going to be loaded.
+        fp8: FP8 of the layers' linear maps; None: none.
     """
-    config = transformer_config(model, parallel_config)
+    config = transformer_config(model, parallel_config, fp8)
     impl, _ = choose_transformer_impl(model.transformer_impl, parallel.device)
     vp_size = config.virtual_pipeline_model_parallel_size
     chunks = [

@@ -51,7 +51,7 @@ class Run:
         model = self.config.model
         complete = self.start_from is not None and self.start_from.head == head
         seed = None if complete else self.config.training.seed
-        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=seed)
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=seed, fp8=self.config.fp8)
         if self.start_from is None and model.hf_model is not None:
             load_hf_weights(model.hf_model, chunks, model, head)
         elif self.start_from is None:
@@ -74,7 +74,7 @@ class Run:
         validate_layout(dataclasses.replace(self.config, model=model), self.parallel.world_size, model)
         # Modules draw initial values that nobody uses: what a run draws must not depend on when a scorer is loaded.
         with torch.random.fork_rng(devices=[]):
-            chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None)
+            chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None, fp8=self.config.fp8)
         load_weights(info, chunks, head=head)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
