@@ -1,0 +1,96 @@
+"""What communicates in a step: over data-parallel replicas, BRAIn's update does what that of sft does and no more."""
+
+import math
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed.matrix import stage_flags, write_data
+from distributed.runs import open_trainer, start
+from distributed.world import Context, Layout, at
+
+_WAYS = {
+    "brain": (),
+    "brain_two_pass": ("--two-pass",),
+    "brain_cut_groups": ("--micro-batch-size", "1", "--max-tokens-per-micro-batch", "96"),
+}
+_OPTIMIZERS = {
+    "replicated": (),
+    "distributed": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+}
+
+
+@at(lambda layout: layout.name in ("dp2", "tp2_dp2", "pp2_interleaved_dp2"))
+def case_brains_loss_adds_no_collective_over_replicas(layout: Layout, context: Context) -> None:
+    if context.world_size == 1:
+        write_data(context.shared)
+        start("sft", context)
+        return
+    for optimizer, flags in _OPTIMIZERS.items():
+        sft, _ = _second_step("sft", layout, context, *flags)
+        assert any(elements > 1000 for _, elements in sft), f"{optimizer}: sft's gradients are not among {sft}"
+        for way, extra in _WAYS.items():
+            brain, stage = _second_step("brain", layout, context, *flags, *extra)
+            differs = f"{way}, {optimizer}: {brain}, sft: {sft}"
+            assert Counter(name for name, _ in brain) == Counter(name for name, _ in sft), differs
+            # The step's report has a sum and a count of every mean, and every maximum.
+            report = 2 * len(stage.mean_metrics) + len(stage.max_metrics)
+            assert sum(n for _, n in brain) - sum(n for _, n in sft) == report, differs
+
+
+def _second_step(stage: str, layout: Layout, context: Context, *extra: str) -> tuple[list[tuple[str, int]], object]:
+    """The collectives over replicas of the second step, which gathers what the first one updated, and the stage.
+
+    The samples are made and scored before: what is counted is the update.
+    """
+    flags = stage_flags(stage, context.shared, context.assets / "tokenizer")
+    trainer = open_trainer(stage, [*flags, *layout.flags(), *extra])
+    trainer.step(trainer.stage.micro_batches(trainer))
+    micro_batches = trainer.stage.micro_batches(trainer)
+    loss = trainer.stage.loss
+
+    def counted_loss(output, batch):
+        before = counter.calls
+        result = loss(output, batch)
+        assert counter.calls == before, "the loss of a micro-batch communicates"
+        return result
+
+    trainer.stage.loss = counted_loss
+    with _Collectives(trainer.parallel) as counter:
+        trainer.step(micro_batches)
+    return counter.over_replicas, trainer.stage
+
+
+class _Collectives(TorchDispatchMode):
+    """Sees the collectives that this rank calls, be it from megatron-core or from us; what two pipeline stages
+    send to each other is none.
+
+    calls: of any group. over_replicas: (name, elements) of those in groups with ranks of several data-parallel
+    replicas.
+    """
+
+    def __init__(self, parallel) -> None:
+        super().__init__()
+        self._replica = parallel.gather_over_world(parallel.dp_rank)
+        self.calls = 0
+        self.over_replicas: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "send" not in str(function) and "recv" not in str(function):
+            self.calls += 1
+            # They take a list of tensors or a tensor first.
+            tensors = torch.utils._pytree.tree_leaves(args[0])
+            [group] = [_group(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)]
+            if len({self._replica[rank] for rank in dist.get_process_group_ranks(group)}) > 1:
+                self.over_replicas.append((str(function), sum(math.prod(tensor.shape) for tensor in tensors)))
+        return function(*args, **(kwargs or {}))
+
+
+def _is_group(argument: torch.ScriptObject) -> bool:
+    return str(argument._type()).endswith(".ProcessGroup")
+
+
+def _group(argument: torch.ScriptObject) -> dist.ProcessGroup:
+    return dist.ProcessGroup.unbox(argument)
