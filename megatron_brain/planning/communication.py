@@ -1,0 +1,75 @@
+"""Time of communication: volumes from the algorithms, bandwidths from where the ranks are.
+
+Ranks are laid out as megatron-core does: tensor-parallel ones next to each other, then context, data, pipeline.
+"""
+
+from megatron_brain.planning.machine import Machine
+from megatron_brain.planning.sizes import linear_weights, stage_layers
+from megatron_brain.planning.traffic import bytes_per_value, key_value_width
+from megatron_brain.planning.workload import Layout, Workload
+
+
+def ring_share(size: int) -> float:
+    """Share of a buffer that one rank sends to gather or to reduce-scatter it over a ring."""
+    return (size - 1) / size
+
+
+def exposed(seconds: float, *, behind: float) -> float:
+    """What communication costs that goes on behind `behind` seconds of other work: what is longer than that."""
+    return max(0.0, seconds - behind)
+
+
+def tensor_volume(workload: Workload, layout: Layout, tokens: float) -> float:
+    """Bytes that one gather, or one reduce-scatter, of the residual stream of `tokens` sends from a rank."""
+    return ring_share(layout.tensor) * tokens * workload.model.hidden_size * bytes_per_value(workload)
+
+
+def tensor_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
+    """One gather, or one reduce-scatter, of the residual stream of `tokens` over tensor-parallel ranks.
+
+    A layer gathers before qkv and fc1 and reduce-scatters after projection and fc2: 4 forward. Backward the same in
+    reverse, and the two inputs that are stored in parts are gathered again, behind a product: 4 and 2. Without sequence
+    parallelism an all-reduce, which is as much as both, stands for each pair: 4 and 4.
+    """
+    return machine.link_seconds(tensor_volume(workload, layout, tokens), size=layout.tensor, stride=1)
+
+
+def pipeline_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
+    """One chunk's output to the next stage."""
+    if layout.pipeline == 1:
+        return 0.0
+    volume = tokens / layout.sequence_shards * workload.model.hidden_size * bytes_per_value(workload)
+    # Stages are as far apart as a stage has ranks.
+    return machine.link_seconds(volume, size=2, stride=layout.world_size // layout.pipeline)
+
+
+def context_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
+    """Keys and values of one layer once round the ring of context-parallel ranks."""
+    if layout.context == 1:
+        return 0.0
+    width = key_value_width(workload.model, layout.tensor)
+    volume = (layout.context - 1) * tokens / layout.context * width * bytes_per_value(workload)
+    return machine.link_seconds(volume, size=layout.context, stride=layout.tensor)
+
+
+def data_seconds(workload: Workload, layout: Layout, machine: Machine, parameters: float, *, stage: int) -> float:
+    """Gradients and updated weights of one step over the replicas, as long as it takes.
+
+    Gradients are float32. The distributed optimizer reduce-scatters them and gathers weights, in FP8 where they are
+    kept in it; otherwise an all-reduce, twice a reduce-scatter. Fully sharded weights are gathered for each pass of
+    every micro-batch, and gradients reduce-scattered each time.
+    """
+    size = layout.data * layout.context
+    if size == 1:
+        return 0.0
+    weight = bytes_per_value(workload) * parameters
+    if workload.fp8_param_gather:
+        layers = stage_layers(workload.model, layout, stage)
+        weight -= layers * linear_weights(workload.model) / layout.tensor
+    if layout.sharded_weights:
+        volume = layout.num_micro_batches * (2 * weight + 4 * parameters)
+    elif layout.distributed_optimizer:
+        volume = weight + 4 * parameters
+    else:
+        volume = 2 * 4 * parameters
+    return machine.link_seconds(ring_share(size) * volume, size=size, stride=layout.tensor)

@@ -1,0 +1,125 @@
+"""Seconds of a step of any stage: training, and for brain a step's share of sampling and scoring its round."""
+
+import dataclasses
+import math
+
+from megatron_brain.planning.communication import pipeline_seconds, ring_share, tensor_seconds
+from megatron_brain.planning.machine import Machine
+from megatron_brain.planning.sizes import padded_vocab_size, stage_parameters
+from megatron_brain.planning.time import PassTimer, StepTime, forward_seconds, linear_seconds, training_time
+from megatron_brain.planning.traffic import (
+    CHOICE_BYTES,
+    bytes_per_value,
+    cache_bytes_per_value,
+    key_value_width,
+    layer_forward_bytes,
+)
+from megatron_brain.planning.workload import FrozenModel, Layout, Workload
+
+
+def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
+    """Seconds of one optimizer step with all that belongs to it."""
+    step = training_time(workload, layout, machine)
+    if workload.stage != "brain":
+        return step
+    share = 1 / workload.steps_per_round
+    return dataclasses.replace(
+        step,
+        sampling=share * sampling_seconds(workload, layout, machine) if workload.generates else 0.0,
+        scoring=share * scoring_seconds(workload, layout, machine),
+    )
+
+
+def sampling_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
+    """Drawing the responses of a round: batches one after another, each through all stages, none overlapped. A model
+    that trains in FP8 samples in bf16."""
+    if workload.precision == "fp8":
+        workload = dataclasses.replace(workload, precision="bf16")
+    batches, prompts = sampling_batches(workload, layout)
+    one = _prefill_seconds(workload, layout, machine, prompts)
+    # Each response is drawn to its end; the last token is never fed back.
+    one += (workload.response_length - 1) * token_seconds(workload, layout, machine, prompts)
+    one += workload.response_length * _choice_seconds(workload, layout, machine, prompts)
+    return batches * one
+
+
+def sampling_batches(workload: Workload, layout: Layout) -> tuple[int, int]:
+    """Batches of a round on one replica, and prompts in each."""
+    mine = math.ceil(workload.prompts_per_round / layout.data)
+    at_once = max(1, workload.sampling_batch_size // workload.samples_per_prompt)
+    batches = math.ceil(mine / at_once)
+    return batches, math.ceil(mine / batches)
+
+
+def token_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
+    """One token of every response of a batch through all layers, halfway through the responses."""
+    rows = prompts * workload.samples_per_prompt
+    linear = linear_seconds(workload, layout, machine, rows, workload.precision)
+    traffic = machine.memory_seconds(rows * layer_forward_bytes(workload, layout))
+    communication = 4 * tensor_seconds(workload, layout, machine, rows)
+    layer = linear + traffic + communication + _cached_attention_seconds(workload, layout, machine, prompts)
+    return workload.model.num_layers * layer + _round_the_stages(workload, layout, machine, rows)
+
+
+def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
+    """One layer's attention of a token to the cache: a prompt's keys and values are read once for all its responses.
+    Products are float32."""
+    model, rows = workload.model, prompts * workload.samples_per_prompt
+    own = workload.response_length / 2
+    stored = prompts * workload.prompt_length + rows * own
+    size = stored * key_value_width(model, layout.tensor) * cache_bytes_per_value(workload)
+    pairs = rows * (workload.prompt_length + own)
+    flops = 4 * pairs * model.num_attention_heads * model.kv_channels / layout.tensor
+    return max(machine.memory_seconds(size), machine.compute_seconds(flops, "fp32"))
+
+
+def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
+    """Logits of a batch's next tokens, gathered over tensor-parallel ranks, and the choice, which each rank makes."""
+    rows, vocabulary = prompts * workload.samples_per_prompt, padded_vocab_size(workload.model, layout.tensor)
+    weights = vocabulary / layout.tensor * workload.model.hidden_size
+    precision = "fp32" if workload.precision == "fp32" else "bf16"
+    product = max(
+        machine.compute_seconds(2 * rows * weights, precision),
+        machine.memory_seconds(weights * bytes_per_value(workload)),
+    )
+    gather = machine.link_seconds(ring_share(layout.tensor) * rows * vocabulary * 4, size=layout.tensor, stride=1)
+    return product + gather + machine.memory_seconds(rows * vocabulary * CHOICE_BYTES)
+
+
+def _prefill_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
+    """A forward pass of a batch's prompts, without the head."""
+    alone = dataclasses.replace(workload, response_length=0, samples_per_prompt=1, seq_length=None)
+    batch = dataclasses.replace(layout, micro_batch_size=prompts, max_tokens_per_micro_batch=None)
+    timer = PassTimer(alone, batch, machine)
+    tokens = alone.micro_batch_tokens(batch)
+    passes = sum(timer.forward(stage).total for stage in range(layout.pipeline))
+    return passes + _round_the_stages(workload, layout, machine, tokens)
+
+
+def _round_the_stages(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
+    """Hidden states of `tokens` from chunk to chunk."""
+    hops = layout.pipeline * layout.virtual_pipeline - 1
+    return hops * pipeline_seconds(workload, layout, machine, tokens)
+
+
+def scoring_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
+    """Forward passes of a round in the micro-batches of training: of the policy where it is the proposal, and of every
+    scoring model, its weights brought from host memory where they live there."""
+    steps = workload.prompts_per_round / workload.global_batch_size
+    policy = forward_seconds(PassTimer(workload, layout, machine)) if workload.generates else 0.0
+    return steps * policy + sum(
+        steps * _frozen_pass(frozen, workload, layout, machine) + _loading(frozen, workload, layout, machine)
+        for frozen in workload.frozen_models
+    )
+
+
+def _frozen_pass(frozen: FrozenModel, workload: Workload, layout: Layout, machine: Machine) -> float:
+    with_its_sizes = dataclasses.replace(workload, model=frozen.model)
+    return forward_seconds(PassTimer(with_its_sizes, layout, machine, head=frozen.head))
+
+
+def _loading(frozen: FrozenModel, workload: Workload, layout: Layout, machine: Machine) -> float:
+    if not frozen.offloaded:
+        return 0.0
+    most = max(stage_parameters(frozen.model, layout, stage, frozen.head) for stage in range(layout.pipeline))
+    return machine.host_seconds(most * bytes_per_value(workload))

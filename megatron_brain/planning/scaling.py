@@ -1,0 +1,161 @@
+"""The tables of docs/scaling.md, made by the planner.
+
+    python -m megatron_brain.planning.scaling docs/scaling.md
+
+rewrites the parts of the file between markers; a test compares them with the planner.
+"""
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_brain.planning.machine import MACHINES
+from megatron_brain.planning.presets import preset
+from megatron_brain.planning.search import Plan, Question, search
+
+_PROMPT, _RESPONSE, _SAMPLES = 512, 128, 16
+_STRONG_GROUPS = 512
+
+
+@functools.cache
+def fastest(model: str, gpus: int, groups: int, **question: object) -> Plan:
+    """The fastest layout of a BRAIn step of `groups` groups on so many H100.
+
+    Raises:
+        ValueError: none fits.
+    """
+    lengths = {"prompt_length": _PROMPT, "response_length": _RESPONSE, "samples_per_prompt": _SAMPLES}
+    plans, rejections = search(
+        Question(
+            stage="brain",
+            model=preset(model),
+            machine=MACHINES["h100"],
+            gpus=gpus,
+            global_batch_size=groups,
+            **lengths | question,
+        )
+    )
+    if not plans:
+        raise ValueError(f"{model} on {gpus} GPUs: none of {len(rejections)} layouts fits")
+    return plans[0]
+
+
+def weak_scaling() -> str:
+    """Cost at a step that grows with the cluster: two groups a GPU."""
+    runs = [("llama3-8b", gpus) for gpus in (8, 64, 512, 4096)] + [("llama3-70b", gpus) for gpus in (64, 512, 4096)]
+    rows = [_cost_row(f"{model} on {gpus:,}", fastest(model, gpus, 2 * gpus)) for model, gpus in runs]
+    return _table(("model, GPUs", *_COST_COLUMNS), rows)
+
+
+def strong_scaling() -> str:
+    """Cost at a step of the same groups on ever more GPUs."""
+    rows = []
+    for gpus in (8, 64, 512, 1024, 2048, 4096):
+        plan = fastest("llama3-8b", gpus, _STRONG_GROUPS)
+        per_replica = _STRONG_GROUPS / plan.layout.data
+        rows.append([*_cost_row(f"{gpus:,}", plan), f"{per_replica:g}"])
+    return _table(("GPUs", *_COST_COLUMNS, "groups a replica"), rows)
+
+
+def samples_per_prompt() -> str:
+    """Cost of a group as n grows, with the prompt computed once and with a copy for every response."""
+    rows = []
+    for n in (2, 4, 8, 16, 32, 64):
+        shared = fastest("llama3-8b", 64, 128, samples_per_prompt=n)
+        copies = fastest("llama3-8b", 64, 128, samples_per_prompt=n, shared_prefix=False)
+        seconds = _gpu_seconds(shared)
+        rows.append(
+            [
+                str(n),
+                f"{seconds:.2f}",
+                f"{seconds / n:.3f}",
+                f"{_share(shared, 'sampling'):.0%}",
+                f"{_share(shared, 'scoring'):.0%}",
+                f"{_gpu_seconds(copies) / seconds:.2f}",
+            ]
+        )
+    head = ("n", "GPU-seconds a group", "a response", "sampling", "scoring", "without shared prefix")
+    return _table(head, rows)
+
+
+def shared_prefix() -> str:
+    """How much longer scoring and update take with a copy of the prompt for every response."""
+    lengths = [(64, 512), (128, 128), (512, 128), (2048, 128)]
+    rows = []
+    for prompt, response in lengths:
+        cells = []
+        for n in (2, 8, 32):
+            question = {"prompt_length": prompt, "response_length": response, "samples_per_prompt": n}
+            shared = fastest("llama3-8b", 64, 128, **question)
+            copies = fastest("llama3-8b", 64, 128, shared_prefix=False, **question)
+            tokens = n * (prompt + response) / (prompt + n * response)
+            cells.append(f"{tokens:.2f} / {_without_sampling(copies) / _without_sampling(shared):.2f}")
+        rows.append([f"{prompt} + {response}", *cells])
+    return _table(("prompt + response", "n = 2", "n = 8", "n = 32"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "weak": weak_scaling,
+    "strong": strong_scaling,
+    "samples": samples_per_prompt,
+    "prefix": shared_prefix,
+}
+"""By the name in the page's markers."""
+
+
+def replace_tables(text: str) -> str:
+    """The page with its tables replaced.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"markers {begin!r} and {end!r} are missing")
+        text = pattern.sub(f"{begin}\n{table()}\n{end}", text)
+    return text
+
+
+_COST_COLUMNS = ("layout", "sampling s", "scoring s", "update s", "GPU-seconds a group", "tokens/s/GPU")
+
+
+def _cost_row(name: str, plan: Plan) -> list[str]:
+    layout, time = plan.layout, plan.time
+    update = time.total - time.sampling - time.scoring
+    chunks = f" VPP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+    return [
+        name,
+        f"TP{layout.tensor} PP{layout.pipeline}{chunks} DP{layout.data} MBS{layout.micro_batch_size}",
+        f"{time.sampling:.2f}",
+        f"{time.scoring:.2f}",
+        f"{update:.2f}",
+        f"{_gpu_seconds(plan):.2f}",
+        f"{plan.tokens_per_second:,.0f}",
+    ]
+
+
+def _gpu_seconds(plan: Plan) -> float:
+    """Of one group, from its samples to its update."""
+    return plan.time.total * plan.layout.world_size / plan.workload.global_batch_size
+
+
+def _share(plan: Plan, part: str) -> float:
+    return getattr(plan.time, part) / plan.time.total
+
+
+def _without_sampling(plan: Plan) -> float:
+    return plan.time.total - plan.time.sampling
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(replace_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

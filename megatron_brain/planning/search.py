@@ -1,0 +1,307 @@
+"""Looks for layouts: every candidate is a run's configuration, refused where a run would refuse it, then estimated."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_brain.config.checks import require, validate_layout
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.loader import config_from_dict
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.run import RunConfig
+from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.planning.machine import GIB, Machine
+from megatron_brain.planning.memory import Memory, stage_memory
+from megatron_brain.planning.rounds import step_time
+from megatron_brain.planning.time import StepTime
+from megatron_brain.planning.workload import Layout, Precision, Workload, from_run_config
+
+Settings = dict[str, object]
+"""Flags of a run, by field."""
+
+_FILES = {"load": "POLICY", "finetune": True, "train_data": "DATA"}
+_BRAIN_FILES = {"reward_load": "REWARD"}
+_ROWS = 16  # of a matrix product in FP8, on each tensor-parallel rank
+_RECOMPUTE = ("none", "selective", "full")
+_LARGEST_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be run, and on what."""
+
+    stage: Literal["sft", "reward", "brain"]
+    model: ModelConfig
+    """Its sizes resolved."""
+    machine: Machine
+    gpus: int
+    prompt_length: int
+    response_length: int
+    samples_per_prompt: int = 8
+    """brain: n."""
+    seq_length: int | None = None
+    """sft: length that records are packed into; None: that of one record, rounded up for FP8."""
+    global_batch_size: int = 128
+    prompts_per_round: int | None = None
+    """brain; None: those of one step."""
+    refresh_interval: int | None = None
+    """brain; None: one pass over the round."""
+    sampling_batch_size: int | None = None
+    """brain; None: as many responses of a round as fit."""
+    precision: Precision = "bf16"
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """auto: the least that fits."""
+    shared_prefix: bool = True
+    distributed_optimizer: bool = True
+    offload_prior: bool = False
+    offload_reward: bool = False
+    two_pass: bool = False
+    reward_model: ModelConfig | None = None
+    """brain: sizes of the reward model; None: the policy's."""
+    reserved_bytes: int = 6 * GIB
+    """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_length == 0 and (self.stage != "sft" or self.seq_length not in (None, self.response_length)):
+            raise ConfigError(
+                "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage sft and "
+                "give their length as --response-length"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A layout that fits, and what it needs."""
+
+    settings: Settings
+    """Flags of the run."""
+    workload: Workload
+    layout: Layout
+    phases: tuple[Memory, ...]
+    """Of the ranks that can need most, phase by phase."""
+    time: StepTime
+    tokens_per_second: float
+    """Of one GPU, each prompt counted once."""
+
+    @property
+    def memory(self) -> Memory:
+        """The phase that needs most."""
+        return _peak(self.phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A layout that cannot be run, and why."""
+
+    settings: Settings
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without its numbers and its cure: alike for layouts that fail alike."""
+        return re.sub(r"\d+(\.\d+)?", "N", self.reason.split(": ")[0])
+
+
+def search(question: Question) -> tuple[list[Plan], list[Rejection]]:
+    """All candidates: those that fit, fastest first, and the others."""
+    plans, rejections = [], []
+    for settings in _candidates(question):
+        try:
+            plans.append(_plan(question, settings))
+        except ConfigError as error:
+            rejections.append(Rejection(settings=_without_files(settings), reason=str(error)))
+    plans.sort(key=lambda plan: (-plan.tokens_per_second, plan.memory.total))
+    return plans, rejections
+
+
+def run_config(question: Question, settings: Settings) -> RunConfig:
+    """The configuration of a run with these settings and the question's model.
+
+    Raises:
+        ConfigError: as a run would.
+    """
+    config = config_from_dict(question.stage, settings, "the plan")
+    sizes = {name: getattr(question.model, name) for name in ARCHITECTURE_FIELDS}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    require(config)
+    validate_layout(config, question.gpus, config.model)
+    return config
+
+
+def _plan(question: Question, settings: Settings) -> Plan:
+    """Estimate a candidate with the least recomputation and the most samples at one time that fit.
+
+    Raises:
+        ConfigError: it cannot be run, or does not fit.
+    """
+    config = run_config(question, settings)
+    tensor, node = config.parallel.tensor_model_parallel_size, question.machine.gpus_per_node
+    if tensor > node:
+        raise ConfigError(f"tensor_model_parallel_size={tensor} exceeds the {node} GPUs of a node: use {node} or less")
+    asked = from_run_config(config, question.gpus)
+    workload, layout, phases = _that_fits(question, _with_reward_model(asked[0], question), asked[1])
+    time = step_time(workload, layout, question.machine)
+    return Plan(
+        settings=_without_files(settings) | _chosen(workload, layout),
+        workload=workload,
+        layout=layout,
+        phases=phases,
+        time=time,
+        tokens_per_second=workload.step_tokens / time.total / question.gpus,
+    )
+
+
+def _that_fits(question: Question, workload: Workload, layout: Layout) -> tuple[Workload, Layout, tuple[Memory, ...]]:
+    """The fastest variant that fits, and its memory.
+
+    Raises:
+        ConfigError: none does.
+    """
+    room = question.machine.memory_bytes - question.reserved_bytes
+    *faster, least = _variants(question, workload, layout)
+    phases = _phases(*least)
+    needed = _peak(phases)
+    if needed.total > room:
+        raise ConfigError(
+            f"memory on the busiest GPU exceeds what there is: {needed.total / GIB:.1f} GiB in {needed.phase} with "
+            f"recompute={least[1].recompute}, {room / GIB:.1f} GiB are there"
+        )
+    for variant in faster:
+        more = _phases(*variant)
+        if _peak(more).total <= room:
+            return *variant, more
+    return *least, phases
+
+
+def _phases(workload: Workload, layout: Layout) -> tuple[Memory, ...]:
+    """Of the stages that can need most: the first has the most micro-batches under way, the last has the head."""
+    stages = sorted({0, layout.pipeline - 1})
+    return tuple(memory for stage in stages for memory in stage_memory(workload, layout, stage))
+
+
+def _peak(phases: tuple[Memory, ...]) -> Memory:
+    return max(phases, key=lambda memory: memory.total)
+
+
+def _variants(question: Question, workload: Workload, layout: Layout) -> Iterator[tuple[Workload, Layout]]:
+    """What may be chosen to fit, fastest first: samples at one time, then recomputation."""
+    choices = _RECOMPUTE if question.recompute == "auto" else (question.recompute,)
+    for recompute in choices:
+        for size in _sampling_batch_sizes(question, workload, layout):
+            yield (
+                dataclasses.replace(workload, sampling_batch_size=size),
+                dataclasses.replace(layout, recompute=recompute),
+            )
+
+
+def _sampling_batch_sizes(question: Question, workload: Workload, layout: Layout) -> Iterator[int]:
+    """All of a replica's responses of a round, and parts of them."""
+    if question.sampling_batch_size is not None or not workload.generates:
+        yield workload.sampling_batch_size
+        return
+    prompts = -(-workload.prompts_per_round // layout.data)
+    while True:
+        yield prompts * workload.samples_per_prompt
+        if prompts == 1:
+            return
+        prompts = -(-prompts // 2)
+
+
+def _chosen(workload: Workload, layout: Layout) -> Settings:
+    """Flags of what `_variants` chose."""
+    recompute = {} if layout.recompute == "none" else {"recompute_granularity": layout.recompute}
+    return recompute | ({"sampling_batch_size": workload.sampling_batch_size} if workload.generates else {})
+
+
+def _with_reward_model(workload: Workload, question: Question) -> Workload:
+    if question.reward_model is None:
+        return workload
+    models = tuple(
+        dataclasses.replace(frozen, model=question.reward_model) if frozen.name == "reward" else frozen
+        for frozen in workload.frozen_models
+    )
+    return dataclasses.replace(workload, frozen_models=models)
+
+
+def _without_files(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name not in _FILES | _BRAIN_FILES}
+
+
+def _candidates(question: Question) -> Iterator[Settings]:
+    """Settings of every layout that fills the GPUs: sizes that cannot be are left in, to be refused with a reason."""
+    for tensor in _divisors(question.gpus, at_most=2 * question.machine.gpus_per_node):
+        for pipeline in _divisors(question.gpus // tensor, at_most=question.model.num_layers):
+            chunks = _chunk_layers(question.model.num_layers, pipeline)
+            for layers, micro_batch in itertools.product(chunks, _micro_batches(question)):
+                yield _settings(question, tensor, pipeline, layers, micro_batch)
+
+
+def _chunk_layers(layers: int, pipeline: int) -> list[int | None]:
+    """None: not interleaved; else layers of a chunk."""
+    if pipeline == 1 or layers % pipeline:
+        return [None]
+    per_stage = layers // pipeline
+    return [None, *_divisors(per_stage, at_most=per_stage - 1)]
+
+
+def _micro_batches(question: Question) -> list[int]:
+    """Powers of two that divide the global batch."""
+    sizes = (2**power for power in range(_LARGEST_MICRO_BATCH.bit_length()))
+    return [size for size in sizes if question.global_batch_size % size == 0]
+
+
+def _divisors(number: int, *, at_most: int) -> list[int]:
+    return [value for value in range(1, min(number, at_most) + 1) if number % value == 0]
+
+
+def _settings(question: Question, tensor: int, pipeline: int, layers: int | None, micro_batch: int) -> Settings:
+    replicas = question.gpus // (tensor * pipeline)
+    settings: Settings = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "micro_batch_size": micro_batch,
+        "global_batch_size": question.global_batch_size,
+        "shared_prefix": question.shared_prefix,
+        "seq_length": _seq_length(question, tensor),
+        **_FILES,
+    }
+    if question.prompt_length:
+        settings["max_prompt_length"] = question.prompt_length
+        if question.stage != "brain":
+            settings["max_response_length"] = question.response_length
+    if layers is not None:
+        settings["num_layers_per_virtual_pipeline_stage"] = layers
+    if tensor > 1:
+        settings["sequence_parallel"] = True
+    if question.precision != "fp32":
+        settings["bf16"] = True
+    if question.precision == "fp8":
+        settings |= {"fp8_format": "hybrid", "transformer_impl": "transformer_engine"}
+    if replicas > 1:
+        settings["overlap_grad_reduce"] = True
+    if replicas > 1 and question.distributed_optimizer:
+        settings |= {"use_distributed_optimizer": True, "overlap_param_gather": True}
+    return settings | (_brain_settings(question) if question.stage == "brain" else {})
+
+
+def _seq_length(question: Question, tensor: int) -> int:
+    """The one asked for, or the longest sequence and so much that FP8 and sequence parallelism can split it."""
+    longest, unit = question.prompt_length + question.response_length, _ROWS * tensor
+    return question.seq_length or -(-longest // unit) * unit
+
+
+def _brain_settings(question: Question) -> Settings:
+    settings: Settings = {
+        "samples_per_prompt": question.samples_per_prompt,
+        "max_new_tokens": question.response_length,
+        "prompts_per_round": question.prompts_per_round or question.global_batch_size,
+        "offload_prior": question.offload_prior,
+        "offload_reward": question.offload_reward,
+        "two_pass": question.two_pass,
+        **_BRAIN_FILES,
+    }
+    optional = {"refresh_interval": question.refresh_interval, "sampling_batch_size": question.sampling_batch_size}
+    return settings | {name: value for name, value in optional.items() if value is not None}

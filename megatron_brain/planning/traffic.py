@@ -1,0 +1,93 @@
+"""Memory traffic of what is not a matrix product, counted from the operations of our layers and heads."""
+
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.planning.sizes import layer_parameters, linear_layers, linear_weights
+from megatron_brain.planning.workload import Layout, Precision, Workload
+
+# Bytes of traffic for each logit (logprobs.py): the product is written in bf16 (2), copied to float32 (6), read for the
+# maximum (4), the maximum subtracted (8), exponentiated (8) and summed (4).
+LOGIT_FORWARD_BYTES = 32
+# The exponentials become gradients in place (8), are lowered to bf16 (6) and read by two products (4).
+LOGIT_GRADIENT_BYTES = 18
+# Computing a block again for the backward pass: product, copy, subtraction, exponential.
+LOGIT_AGAIN_BYTES = 24
+# One choice of a token from a logit (generation/choose.py): gathered (8), scaled and normalised in place (24), summed
+# and searched in float64 (16).
+CHOICE_BYTES = 48
+
+# One parameter in AdamW's update: gradient read for the norm, clipped and read again (4 + 8 + 4), weight and two
+# moments read and written in float32 (24).
+UPDATE_BYTES = 40
+# Of the gradient buffer, whole on every rank: set to zero.
+GRADIENT_ZERO_BYTES = 4
+
+
+def bytes_per_value(workload: Workload) -> int:
+    """Of activations and of weights that compute."""
+    return 4 if workload.precision == "fp32" else 2
+
+
+def layer_forward_bytes(workload: Workload, layout: Layout) -> float:
+    """Elementwise traffic of one layer on one rank for one token of the micro-batch (`context` left out).
+
+    Two norms read and write the residual stream (4 h), two additions read both and write one (6 h), the rotation reads
+    and writes queries and keys, the activation reads what fc1 gives and writes what fc2 takes. FP8 reads each input of
+    a linear map once more and writes it twice, as it is and transposed, a byte each.
+    """
+    model, tensor = workload.model, layout.tensor
+    qkv, proj, fc1, fc2 = linear_layers(model)
+    stream = 10 * model.hidden_size / (tensor if layout.sequence_parallel else 1)
+    rotated = 2 * (qkv.outputs - model.num_query_groups * model.kv_channels) / tensor
+    activation = (fc1.outputs + fc2.inputs) / tensor
+    casts = (2 + 2) * (qkv.inputs + fc1.inputs + (proj.inputs + fc2.inputs) / tensor)
+    values = (stream + rotated + activation) * bytes_per_value(workload)
+    return values + (casts if workload.precision == "fp8" else 0)
+
+
+def layer_backward_bytes(workload: Workload, layout: Layout) -> float:
+    """As `layer_forward_bytes`, for the backward pass: norms read input and gradient and write one (6 h), gradients are
+    added where the residual branches (6 h), the activation reads both its inputs' values and its gradient and writes
+    two. FP8 casts the gradients of all outputs."""
+    model, tensor = workload.model, layout.tensor
+    qkv, proj, fc1, fc2 = linear_layers(model)
+    stream = 12 * model.hidden_size / (tensor if layout.sequence_parallel else 1)
+    rotated = 2 * (qkv.outputs - model.num_query_groups * model.kv_channels) / tensor
+    activation = (2 * fc1.outputs + fc2.inputs) / tensor
+    casts = (2 + 2) * ((qkv.outputs + fc1.outputs) / tensor + proj.outputs + fc2.outputs)
+    values = (stream + rotated + activation) * bytes_per_value(workload)
+    return values + (casts if workload.precision == "fp8" else 0)
+
+
+def linear_operand_bytes(workload: Workload, layout: Layout, tokens: float, precision: Precision) -> float:
+    """Reading weights and inputs of a layer's linear maps on one rank, a byte each in FP8, and writing the results."""
+    qkv, proj, fc1, fc2 = linear_layers(workload.model)
+    size = {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
+    inputs = qkv.inputs + fc1.inputs + (proj.inputs + fc2.inputs) / layout.tensor
+    outputs = (qkv.outputs + fc1.outputs) / layout.tensor + proj.outputs + fc2.outputs
+    weights = linear_weights(workload.model) / layout.tensor
+    return size * (weights + tokens * inputs) + bytes_per_value(workload) * tokens * outputs
+
+
+def gradient_bytes(workload: Workload, layout: Layout) -> float:
+    """Adding one layer's weight gradients of one micro-batch to the float32 buffer: read and written (8), and without
+    fusion written and read on the way."""
+    way = 0 if layout.gradient_accumulation_fusion else 2 * bytes_per_value(workload)
+    return layer_parameters(workload.model, layout.tensor) * (8 + way)
+
+
+def update_bytes(workload: Workload, parameters: float, shard: float) -> float:
+    """AdamW over `shard` of a rank's `parameters`: the update, and the weights written that compute."""
+    written = bytes_per_value(workload) if workload.precision != "fp32" else 0
+    return parameters * GRADIENT_ZERO_BYTES + shard * (UPDATE_BYTES + written)
+
+
+def cache_bytes_per_value(workload: Workload) -> int:
+    """One number of the key/value cache read in one token round: bf16 is copied to float32 before its product
+    (generation/cache.py), so it is read, written and read."""
+    return 4 if workload.precision == "fp32" else 2 + 4 + 4
+
+
+def key_value_width(model: ModelConfig, tensor: int) -> float:
+    """Numbers of keys and values of one token in one layer on one rank. Heads are never cut, so ranks beyond their
+    number hold copies."""
+    return 2 * model.kv_channels * max(1, model.num_query_groups / tensor)

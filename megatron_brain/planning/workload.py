@@ -1,0 +1,340 @@
+"""What is computed (`Workload`) and how it is laid out over GPUs (`Layout`): what every estimate is a function of."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_brain.config.checks import data_parallel_size
+from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.training.run_length import steps_per_round
+
+Precision = Literal["fp32", "bf16", "fp8"]
+Recompute = Literal["none", "selective", "full"]
+Head = Literal["policy", "reward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the pieces of the model and of a batch are, and what is kept of a forward pass."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+
+    pipeline: int = 1
+    """Pipeline stages."""
+
+    virtual_pipeline: int = 1
+    """Model chunks of a pipeline stage; 1: not interleaved."""
+
+    data: int = 1
+    """Data-parallel replicas."""
+
+    context: int = 1
+    """Context-parallel size. Our runs have none: only published results are computed with it."""
+
+    sequence_parallel: bool = False
+    """Whether norms and the residual stream are split along the sequence over the tensor-parallel ranks."""
+
+    micro_batch_size: int = 1
+    """Samples of one forward-backward pass: packed sequences (sft), pairs (reward), groups (brain)."""
+
+    num_micro_batches: int = 1
+    """Micro-batches of one replica in one optimizer step."""
+
+    max_tokens_per_micro_batch: int | None = None
+    """Token budget that sizes micro-batches instead of a number of samples."""
+
+    packed_multiple: int = 1
+    """Micro-batches are padded to a multiple of this many tokens, besides the tensor-parallel size."""
+
+    recompute: Recompute = "none"
+    """What the backward pass computes again: nothing, the core attention, whole layers."""
+
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """How `full` chooses layers, as --recompute-method."""
+
+    recompute_num_layers: int = 1
+    """Layers of a recomputed chunk (uniform) or recomputed layers of a stage (block)."""
+
+    distributed_optimizer: bool = False
+    """Whether optimizer state is split over replicas."""
+
+    overlap_grad_reduce: bool = False
+    """Whether gradients are reduced during the backward pass."""
+
+    overlap_param_gather: bool = False
+    """Whether updated weights are gathered during the forward pass."""
+
+    gradient_accumulation_fusion: bool = False
+    """Whether weight gradients are added to the float32 buffer by the matrix product that makes them."""
+
+    overlap_tensor_comm: bool = False
+    """Whether tensor-parallel communication is overlapped with matrix products (Megatron-LM's --tp-comm-overlap). Our
+    runs have none: only published results are computed with it."""
+
+    sharded_weights: bool = False
+    """Fully sharded data parallelism. Our runs have none: only published results are computed with it."""
+
+    account_for_ends: bool = False
+    """Whether embedding and output layer count as one layer each when layers are dealt out to stages (Megatron-LM's
+    --account-for-embedding-in-pipeline-split, --account-for-loss-in-pipeline-split). Only in published results."""
+
+    @property
+    def world_size(self) -> int:
+        """GPUs."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks that the residual stream of a micro-batch is split over."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """`length` tokens that attend causally to themselves, and to the `prefix` tokens of another segment."""
+
+    length: int
+    prefix: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenModel:
+    """A model that scores but is not trained, on the policy's layout."""
+
+    name: str
+    """`prior`, `reward` or `baseline`."""
+
+    model: ModelConfig
+    head: Head
+    offloaded: bool = False
+    """In host memory while it does not score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One stage over one model, with lengths as they are taken for the estimate: all prompts and responses alike."""
+
+    stage: str
+    """A key of `STAGE_SECTIONS`."""
+
+    model: ModelConfig
+    """The model that trains (or that generates), its sizes resolved."""
+
+    prompt_length: int
+    """Tokens of a prompt; 0 in sft where every token of a record is predicted."""
+
+    response_length: int
+    """Tokens of a response, EOS included."""
+
+    samples_per_prompt: int = 1
+    """Responses of a group: 1 in sft, 2 in reward, n in brain and generate."""
+
+    seq_length: int | None = None
+    """Length that records are packed into (sft with packing); None: a sample is one group."""
+
+    global_batch_size: int = 1
+    """Samples of one optimizer step over all replicas."""
+
+    shared_prefix: bool = True
+    """Whether a prompt is computed once for all its responses."""
+
+    precision: Precision = "bf16"
+    """Of the linear maps of the layers; `fp8` is `bf16` everywhere else."""
+
+    fp8_param_gather: bool = False
+    """Weights of linear maps are kept and gathered in FP8 alone."""
+
+    bf16_layers: tuple[int, int] = (0, 0)
+    """Layers at the start and at the end that FP8 leaves out."""
+
+    two_pass: bool = False
+    """brain: a forward pass of its own for beta, then gradients known beforehand."""
+
+    prompts_per_round: int = 1
+    """brain: prompts sampled and scored before the policy trains on them."""
+
+    steps_per_round: int = 1
+    """brain: optimizer steps between refreshes of the proposal."""
+
+    samples_responses: bool = True
+    """brain: responses are drawn, not given or read from files."""
+
+    sampling_batch_size: int = 64
+    """Responses decoded at one time on one replica."""
+
+    frozen_models: tuple[FrozenModel, ...] = ()
+    """Prior, reward model, baseline."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has an optimizer."""
+        return "optimizer" in STAGE_SECTIONS[self.stage]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the stage draws responses."""
+        return self.stage in ("generate", "evaluate") or (self.stage == "brain" and self.samples_responses)
+
+    @property
+    def head(self) -> Head:
+        """Head of the model that trains."""
+        return "reward" if self.stage == "reward" else "policy"
+
+    @property
+    def known_gradient(self) -> bool:
+        """Whether log-probabilities are computed with a gradient known beforehand: three products instead of four."""
+        return self.stage == "sft" or self.two_pass
+
+    @property
+    def records_per_sample(self) -> int:
+        """Groups of a sample: more than one where records are packed."""
+        if self.seq_length is None:
+            return 1
+        return max(1, self.seq_length // (self.prompt_length + self.response_length))
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Segments of one sample, without padding."""
+        prompt, response, n = self.prompt_length, self.response_length, self.samples_per_prompt
+        if n > 1 and self.shared_prefix:
+            group = (Segment(length=prompt), *[Segment(length=response, prefix=prompt)] * n)
+        else:
+            group = (Segment(length=prompt + response),) * n
+        return group * self.records_per_sample
+
+    @functools.cached_property
+    def sample_tokens(self) -> int:
+        """Tokens of one sample as it is computed, padding to `seq_length` included."""
+        if self.seq_length is not None:
+            return self.seq_length
+        return sum(segment.length for segment in self.segments())
+
+    @property
+    def sample_targets(self) -> int:
+        """Positions of one sample whose next token's log-probability is computed: the response tokens."""
+        return self.records_per_sample * self.samples_per_prompt * self.response_length
+
+    @property
+    def responses(self) -> int:
+        """Responses of one sample."""
+        return self.records_per_sample * self.samples_per_prompt
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the global batch that throughput counts: each prompt once, however it is computed."""
+        if self.seq_length is not None:
+            return self.global_batch_size * self.seq_length
+        return self.global_batch_size * (self.prompt_length + self.samples_per_prompt * self.response_length)
+
+    def micro_batch_tokens(self, layout: Layout) -> int:
+        """Tokens of one micro-batch, padding included."""
+        tokens = self.sample_tokens * layout.micro_batch_size
+        if layout.max_tokens_per_micro_batch is not None:
+            tokens = min(tokens, layout.max_tokens_per_micro_batch)
+        unit = math.lcm(layout.tensor, layout.packed_multiple)
+        return -(-tokens // unit) * unit
+
+
+def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layout]:
+    """What a run computes, and its layout, from its configuration. Unknown lengths are the longest that are allowed.
+
+    Args:
+        config: with the model's sizes resolved, checked by `validate_layout`. The scoring models are taken to be of
+            the policy's sizes.
+        world_size: number of processes.
+    """
+    prompt, response = _lengths(config)
+    model, fp8 = config.model, config.fp8
+    packed = config.stage == "sft" and config.sft.packing
+    prompts = config.brain.prompts_per_round
+    workload = Workload(
+        stage=config.stage,
+        model=model,
+        prompt_length=prompt,
+        response_length=response,
+        samples_per_prompt=_samples_per_prompt(config),
+        seq_length=config.data.seq_length if packed else None,
+        global_batch_size=config.training.global_batch_size,
+        shared_prefix=config.training.shared_prefix,
+        precision="fp8" if fp8.fp8_format else "bf16" if model.bf16 else "fp32",
+        fp8_param_gather=fp8.fp8_param_gather,
+        bf16_layers=fp8.layers_in_bf16,
+        two_pass=config.brain.two_pass,
+        prompts_per_round=prompts,
+        steps_per_round=steps_per_round(config, prompts),
+        samples_responses=config.brain.responses == "sampled" and config.brain.rollout_data is None,
+        sampling_batch_size=config.sampling.sampling_batch_size,
+        frozen_models=_frozen_models(config),
+    )
+    return workload, _layout(config, workload, world_size)
+
+
+def _lengths(config: RunConfig) -> tuple[int, int]:
+    """Longest prompt and response that the settings allow together."""
+    total, prompt, response = config.data.seq_length, config.data.max_prompt_length, config.data.max_response_length
+    if "sampling" in STAGE_SECTIONS[config.stage] and config.brain.responses == "sampled":
+        response = config.sampling.max_new_tokens
+    if response is None:
+        response = total - (prompt or 0)
+    if prompt is None:
+        prompt = total - response
+    return prompt, response
+
+
+def _samples_per_prompt(config: RunConfig) -> int:
+    if config.stage in ("sft", "reward"):
+        return 1 if config.stage == "sft" else 2
+    given = config.stage == "brain" and config.brain.responses == "given"
+    return 2 if given else config.sampling.samples_per_prompt
+
+
+def _frozen_models(config: RunConfig) -> tuple[FrozenModel, ...]:
+    scoring, model = config.scoring, config.model
+    found = []
+    if config.stage in ("brain", "evaluate"):
+        found.append(FrozenModel(name="prior", model=model, head="policy", offloaded=scoring.offload_prior))
+        if scoring.reward_load is not None:
+            found.append(FrozenModel(name="reward", model=model, head="reward", offloaded=scoring.offload_reward))
+    if config.stage == "evaluate" and config.evaluate.baseline_load not in (None, scoring.prior_load):
+        found.append(FrozenModel(name="baseline", model=model, head="policy"))
+    return tuple(found)
+
+
+def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
+    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, config.model
+    data = data_parallel_size(config, world_size)
+    chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    layout = Layout(
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=stages,
+        virtual_pipeline=1 if chunk is None else model.num_layers // stages // chunk,
+        data=data,
+        sequence_parallel=parallel.sequence_parallel,
+        micro_batch_size=training.micro_batch_size,
+        num_micro_batches=max(1, training.global_batch_size // (training.micro_batch_size * data)),
+        packed_multiple=config.fp8.packed_multiple(parallel),
+        recompute=model.recompute_granularity or "none",
+        recompute_method=model.recompute_method or "uniform",
+        recompute_num_layers=model.recompute_num_layers or 1,
+        distributed_optimizer=optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+    )
+    budget = training.max_tokens_per_micro_batch
+    if budget is None:
+        return layout
+    # As many groups as the budget holds; a group that is larger takes several micro-batches.
+    mine = training.global_batch_size / data
+    unit = stages if layout.virtual_pipeline > 1 else 1
+    per_batch = max(1, budget // workload.sample_tokens)
+    cuts = max(1, -(-workload.sample_tokens // budget))
+    count = -int(-mine * cuts // per_batch)
+    return dataclasses.replace(
+        layout,
+        micro_batch_size=per_batch,
+        num_micro_batches=-(-count // unit) * unit,
+        max_tokens_per_micro_batch=budget,
+    )

@@ -1,0 +1,45 @@
+"""Training steps of the workload that a memory estimate is of."""
+
+import dataclasses
+
+from helpers.tiny_training import Training
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.data.groups import Group, PackedBatch, pack_groups
+from megatron_brain.planning.workload import Layout, Workload
+from megatron_brain.runtime.parallel import Parallel
+
+
+def train_steps(workload: Workload, layout: Layout, parallel: Parallel, *, steps: int = 2) -> None:
+    """Build the model and its optimizer, and train: in the second step there is optimizer state in the forward pass."""
+    sizes = dataclasses.asdict(workload.model) | {
+        "recompute_granularity": None if layout.recompute == "none" else layout.recompute
+    }
+    bf16, num_layers = workload.precision == "bf16", workload.model.num_layers
+    training = Training(
+        parallel,
+        head=workload.head,
+        layout=parallel_config(layout, num_layers),
+        distributed_optimizer=layout.distributed_optimizer,
+        batches=[_batch(workload) for _ in range(layout.num_micro_batches)],
+        **sizes | {"bf16": bf16},
+    )
+    for _ in range(steps):
+        training.step()
+
+
+def parallel_config(layout: Layout, num_layers: int) -> ParallelConfig:
+    """The layout as a run is told it."""
+    chunk = num_layers // layout.pipeline // layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
+    return ParallelConfig(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        num_layers_per_virtual_pipeline_stage=chunk,
+        sequence_parallel=layout.sequence_parallel,
+    )
+
+
+def _batch(workload: Workload) -> PackedBatch:
+    responses = ((2,) * workload.response_length,) * workload.samples_per_prompt
+    group = Group(prompt=(1,) * workload.prompt_length, responses=responses)
+    batch = pack_groups([group], shared_prefix=workload.shared_prefix)
+    return dataclasses.replace(batch, known_gradient=-batch.loss_mask.float()) if workload.known_gradient else batch
