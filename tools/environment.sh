@@ -2,8 +2,9 @@
 #
 #   source tools/environment.sh [extra ...]
 #
-# Reuses what is there. The versions are those of constraints-cpu.txt; PYTHON names the interpreter (default python3.11,
-# else python3).
+# Reuses what is there. PYTHON names the interpreter (default python3.11, else python3); the versions are those of
+# constraints-cpu-X.Y.txt for Python X.Y where there is such a file, else of constraints-cpu.txt.
+# shellcheck shell=bash
 
 venv=${VENV:-.venv}
 extras=$(IFS=,; echo "$*")
@@ -16,14 +17,20 @@ if [ ! -x "$venv/bin/python" ]; then
         exit 1
     }
 fi
+# shellcheck source=/dev/null # made above
 source "$venv/bin/activate"
+
+constraints=constraints-cpu-$(python -c 'import sys; print("{}.{}".format(*sys.version_info))').txt
+[ -e "$constraints" ] || constraints="constraints-cpu.txt"
 
 # What was installed is remembered by the text that decides it.
 for extra in "$@"; do
-    stamp="$venv/.installed-$extra-$(cat setup.py constraints-cpu.txt | sha256sum | cut -c1-16)"
+    stamp="$venv/.installed-$extra-$(cat setup.py tools/install.py "$constraints" | sha256sum | cut -c1-16)"
     if [ ! -e "$stamp" ]; then
         echo "installing megatron_brain[$extras]"
-        pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[$extras]"
+        # The part that a Docker image brings, then what the Dockerfile runs.
+        pip install --quiet --disable-pip-version-check -c "$constraints" torch
+        python tools/install.py --constraints "$constraints" --extras "$extras"
         for each in "$@"; do touch "$venv/.installed-$each-${stamp##*-}"; done
         break
     fi

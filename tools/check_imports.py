@@ -1,0 +1,30 @@
+"""Imports every module of megatron_brain and prints the versions of what it stands on; no GPU is needed."""
+
+import importlib
+import pkgutil
+from importlib.metadata import PackageNotFoundError, version
+
+import megatron_brain
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformers")
+
+
+def main() -> None:
+    """Raises what an import raises."""
+    names = [module.name for module in pkgutil.walk_packages(megatron_brain.__path__, "megatron_brain.")]
+    for name in names:
+        importlib.import_module(name)
+    print(f"{len(names)} modules of megatron_brain {megatron_brain.__version__} imported, with")
+    for package in PACKAGES:
+        print(f"  {package} {_version(package)}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    main()
