@@ -33,7 +33,11 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
-        _run_stage(config)
+        from megatron_brain.runtime import transformer_engine
+
+        # One that is installed and broken would break megatron-core, which what follows imports.
+        transformer_engine.problem()
+        (_dry_run if config.training.dry_run else _run_stage)(config)
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -53,6 +57,14 @@ def _run_stage(config: RunConfig) -> None:
         with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
             stage.main(run)
             parallel.stop()
+
+
+def _dry_run(config: RunConfig) -> None:
+    from megatron_brain.training import dry_run, dry_run_report
+
+    report = dry_run_report.render(dry_run.inspect(config))
+    if os.environ.get("RANK", "0") == "0":
+        print(report)
 
 
 def _usage(argv: Sequence[str]) -> str:

@@ -38,6 +38,10 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of initial weights, data order, dropout and sampling."""
 
+    dry_run: bool = False
+    """Resolve and check everything for the world size in WORLD_SIZE, print a report and stop: no GPU, no process group,
+    no weights. What is not on this machine is named."""
+
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)

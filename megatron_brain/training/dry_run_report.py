@@ -1,0 +1,259 @@
+"""The report of `--dry-run`, as text for people: titles, and under each a name and a value a line."""
+
+import dataclasses
+import math
+import os
+import textwrap
+
+from megatron_brain.config.fields import stage_fields
+from megatron_brain.config.run import RunConfig
+from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.planning.machine import GIB, MACHINES
+from megatron_brain.planning.memory import PARTS, estimate_memory
+from megatron_brain.planning.sizes import stage_parameters, total_parameters
+from megatron_brain.planning.workload import Layout, Workload, from_run_config
+from megatron_brain.training.dry_run import Findings
+
+Rows = list[tuple[str, str]]
+
+_WIDTH = 118
+
+
+def render(found: Findings) -> str:
+    """The whole report."""
+    config = found.config
+    workload, layout = from_run_config(config, found.world_size)
+    frozen = (dataclasses.replace(m, model=found.frozen.get(m.name, m.model)) for m in workload.frozen_models)
+    workload = dataclasses.replace(workload, frozen_models=tuple(frozen))
+    trains = workload.trains
+    sections: list[tuple[str, Rows]] = [
+        (f"{config.stage} on {found.world_size} processes: dry run, nothing was started", []),
+        ("Settings that differ from the defaults", _settings(config)),
+        ("Model", _model(workload, layout)),
+        ("Layout", _layout(layout)),
+        ("Batch", _batch(config, workload, layout) if trains else _answers(workload, layout)),
+        ("Memory per GPU, on the fullest (estimate)", _memory(config, workload, layout)),
+        ("Schedule", _schedule(found) if trains else _prompts(found)),
+        ("FP8", _fp8(config, workload)),
+        ("Checked", [("", line) for line in found.checked]),
+        ("Not looked at, not on this machine", [("", line) for line in found.absent]),
+    ]
+    return "\n".join(_section(title, rows) for title, rows in sections)
+
+
+def _section(title: str, rows: Rows) -> str:
+    lines = [title]
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, value in rows:
+        start = f"  {label:<{width}}  " if label else "  - "
+        lines += textwrap.wrap(
+            value,
+            _WIDTH,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _settings(config: RunConfig) -> Rows:
+    """Every setting but the sizes, which the model's section has."""
+    rows = []
+    for name, spec in stage_fields(config.stage).items():
+        value = getattr(getattr(config, spec.section), name)
+        if value != spec.default and name not in ARCHITECTURE_FIELDS and name != "dry_run":
+            rows.append((name, _text(value)))
+    return rows
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _model(workload: Workload, layout: Layout) -> Rows:
+    model = workload.model
+    sizes = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
+    fullest = max(stage_parameters(model, layout, stage, workload.head) for stage in range(layout.pipeline))
+    return [
+        *((name, _text(value)) for name, value in sizes.items()),
+        ("parameters", f"{total_parameters(model, workload.head):,} with the {workload.head} head"),
+        ("parameters per GPU", f"{fullest:,} on the fullest"),
+    ]
+
+
+def _layout(layout: Layout) -> Rows:
+    """Sizes, and the ranks of the first groups as megatron-core deals them out: tensor, then data, then pipeline."""
+    tensor, data, pipeline = layout.tensor, layout.data, layout.pipeline
+    rows = [
+        ("world", f"{layout.world_size} = tensor {tensor} x data {data} x pipeline {pipeline}"),
+        ("sequence parallel", "yes" if layout.sequence_parallel else "no"),
+        (
+            "chunks of a stage",
+            f"{layout.virtual_pipeline}, {'not ' if layout.virtual_pipeline == 1 else ''}interleaved",
+        ),
+        ("first tensor group", _ranks(range(tensor))),
+        ("first data group", _ranks(range(0, tensor * data, tensor))),
+        ("first pipeline group", _ranks(range(0, layout.world_size, tensor * data))),
+    ]
+    gpus = _gpus_per_node(layout.world_size)
+    groups = [_ranks(range(start, min(start + tensor, gpus))) for start in range(0, gpus, tensor)]
+    shared = "; ".join(groups) if tensor > 1 else "none"
+    rows.append(("GPUs that share a layer", f"{shared} of the {gpus} of a node"))
+    if gpus % tensor:
+        rows.append(
+            ("warning", f"tensor-parallel groups of {tensor} do not stay on nodes of {gpus} GPUs, where NVLink ends")
+        )
+    return rows
+
+
+def _gpus_per_node(world_size: int) -> int:
+    """As the launcher says, else eight."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE", "8")), world_size)
+
+
+def _ranks(ranks: range) -> str:
+    shown = [str(rank) for rank in ranks]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:7], "...", shown[-1]])
+
+
+def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
+    sample = {"sft": "sequences" if config.sft.packing else "records", "reward": "pairs", "brain": "groups"}
+    unit, batch = sample[config.stage], workload.global_batch_size
+    if layout.max_tokens_per_micro_batch is None:
+        rows = [
+            (
+                "global batch",
+                f"{batch} {unit} = micro-batch {layout.micro_batch_size} x data {layout.data} x "
+                f"{layout.num_micro_batches} micro-batches",
+            ),
+            ("per replica and step", f"{batch // layout.data} {unit}"),
+        ]
+    else:
+        longer = "a longer group is cut in parts" if config.stage == "brain" else f"longer {unit} are refused"
+        rows = [
+            ("global batch", f"{batch} {unit} over {layout.data} replicas, by length"),
+            ("micro-batch", f"at most {layout.max_tokens_per_micro_batch:,} tokens; {longer}"),
+            ("micro-batches", f"about {layout.num_micro_batches} per replica, were all {unit} as long as allowed"),
+        ]
+    each = workload.sample_tokens
+    rows.append(("tokens of a step", f"at most {batch * each:,}: {batch} {unit} of at most {each:,}"))
+    if config.stage == "brain":
+        rows += _round(config, workload, layout)
+    rows.append(("pipeline bubble", _bubble(layout)))
+    return rows
+
+
+def _round(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
+    n, prompts = workload.samples_per_prompt, workload.prompts_per_round
+    if config.brain.rollout_data is not None:
+        return [("round", "one rollout file")]
+    rows = [
+        ("responses of a group", str(n)),
+        ("round", f"{prompts} groups, {prompts * n} responses, {workload.steps_per_round} steps"),
+    ]
+    if workload.samples_responses:
+        mine = math.ceil(prompts / layout.data) * n
+        rows += [
+            ("sampled on a replica", f"{mine} responses a round, at most {workload.sampling_batch_size} at one time"),
+            ("tokens sampled a round", f"at most {prompts * n * workload.response_length:,}"),
+        ]
+    return rows
+
+
+def _bubble(layout: Layout) -> str:
+    """Share of a step in which a pipeline stage waits (Narayanan et al. 2021, arXiv 2104.04473, section 2.2)."""
+    waits = layout.pipeline - 1
+    if not waits:
+        return "none"
+    work = layout.num_micro_batches * layout.virtual_pipeline
+    return f"{waits / (work + waits):.1%} of a step: {waits} of {work} + {waits} slots"
+
+
+def _answers(workload: Workload, layout: Layout) -> Rows:
+    return [
+        ("responses of a prompt", str(workload.samples_per_prompt)),
+        ("decoded at one time", f"at most {workload.sampling_batch_size} responses on each of {layout.data} replicas"),
+    ]
+
+
+def _memory(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
+    # Wherever it is chosen at the start, the GPUs of a cluster have Transformer Engine.
+    impl = "local" if config.model.transformer_impl == "local" else "transformer_engine"
+    memory, there = estimate_memory(workload, layout, impl=impl), MACHINES["h100"].memory_bytes
+    parts = {name: getattr(memory, name) for name in PARTS}
+    rows = [(name.replace("_", " "), _gib(size)) for name, size in parts.items() if size]
+    rows += [
+        ("total", f"{_gib(memory.total)} of the {there / GIB:.0f} GiB of an H100"),
+        ("at its most", f"in {memory.phase}, on pipeline stage {memory.stage}"),
+        ("not counted", "the CUDA context, NCCL's buffers, fragmentation"),
+    ]
+    if memory.total > there:
+        rows.append(("warning", "this does not fit an H100"))
+    return rows
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _schedule(found: Findings) -> Rows:
+    config = found.config
+    checkpoint, optimizer, total = config.checkpoint, config.optimizer, found.train_iters
+    rows = [
+        ("iterations", _iterations(found)),
+        ("learning rate", f"{optimizer.lr:g}, {optimizer.lr_decay_style} to {optimizer.min_lr:g}"),
+        ("warm-up", f"{optimizer.lr_warmup_iters} iterations"),
+        ("decay", f"over {optimizer.lr_decay_iters or total or 'all'} iterations"),
+        ("saves", _every(checkpoint.save_interval, total) if checkpoint.save else "none: --save is not set"),
+    ]
+    if config.stage in ("sft", "reward"):
+        interval = config.training.eval_interval
+        rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
+    elif total is not None and found.steps_per_round is not None:
+        rows.append(("rounds", str(math.ceil(total / found.steps_per_round))))
+    if found.resuming:
+        rows.append(("goes on after", f"iteration {found.start_from.iteration}"))
+    return rows
+
+
+def _iterations(found: Findings) -> str:
+    """Steps of the run and how that is known."""
+    training, total = found.config.training, found.train_iters
+    epochs = f"{training.train_epochs or 1.0:g} epoch{'' if (training.train_epochs or 1.0) == 1 else 's'}"
+    if training.train_iters is not None:
+        return f"{total}: --train-iters"
+    if total is None:
+        return f"not known: {epochs} of records that are not known here"
+    if found.config.stage != "brain":
+        return f"{total}: {epochs} of {found.num_samples} samples"
+    return f"{total}: {found.num_rounds} rounds of {found.steps_per_round} steps"
+
+
+def _every(interval: int | None, total: int | None, *, before: int = 0) -> str:
+    """When something is done at intervals and after the last iteration, and how often, counting `before` the first."""
+    when = f"every {interval} iterations and after the last" if interval else "after the last iteration"
+    if before:
+        when += ", and before the first"
+    if total is None:
+        return when
+    return f"{when}: {(math.ceil(total / interval) if interval else 1) + before}"
+
+
+def _prompts(found: Findings) -> Rows:
+    return [("prompts", "not known: not on this machine" if found.num_samples is None else str(found.num_samples))]
+
+
+def _fp8(config: RunConfig, workload: Workload) -> Rows:
+    fp8, (start, end) = config.fp8, workload.bf16_layers
+    if fp8.fp8_format is None:
+        return [("format", "none: no FP8")]
+    return [
+        ("format", fp8.fp8_format + (", emulated" if fp8.fp8_emulate else "")),
+        ("recipe", fp8.fp8_recipe),
+        (
+            "layers in bf16",
+            f"the first {start} and the last {end} of {config.model.num_layers}" if start or end else "none",
+        ),
+        ("weights in FP8 alone", "yes" if fp8.fp8_param_gather else "no"),
+    ]

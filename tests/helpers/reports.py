@@ -1,0 +1,15 @@
+"""The report of --dry-run, read back."""
+
+import re
+
+
+def read_report(text: str) -> dict[str, dict[str, str] | str]:
+    """{section: {name: value}}; a section that is a list is one text."""
+    sections: dict[str, dict[str, str] | str] = {}
+    for block in text.strip().split("\n\n"):
+        title, *lines = block.splitlines()
+        if any(line.startswith("  - ") for line in lines):
+            sections[title] = " ".join(line.strip() for line in lines)
+        else:
+            sections[title] = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in lines)
+    return sections
