@@ -1,5 +1,6 @@
 """Post-training of megatron-core GPT models: supervised fine-tuning, reward models and BRAIn."""
 
+import logging
 import warnings
 
 __version__ = "0.1.0"
@@ -9,3 +10,6 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
 warnings.filterwarnings("ignore", message="full scope is deprecated", module="megatron.core")
 warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+warnings.filterwarnings("ignore", message="MimoModelConfig is experimental")
+# One warning, of every GPTModel: megatron-core 0.19 calls the class deprecated.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

@@ -28,6 +28,8 @@ SUBJECTS = {
     "logprobs": "log-probabilities of response tokens without whole logits",
     "convert": "conversion of a large model in and out, against a copy of the same files",
     "checkpoint": "what a save in the background takes from training, against a synchronous one",
+    "fp8": "what FP8 does to log-probabilities, importance weights and the gradient of BRAIn",
+    "memory": "the planner's estimate of memory against the measured peak of training steps",
 }
 """Modules of tools/benchmarks, each with `add_arguments(parser)` and `run(args) -> dict`."""
 

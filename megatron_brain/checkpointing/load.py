@@ -8,6 +8,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_brain.checkpointing.folders import CheckpointInfo
 from megatron_brain.checkpointing.state import (
+    fp8_boxes,
     model_boxes,
     optimizer_boxes,
     random_boxes,
@@ -16,6 +17,8 @@ from megatron_brain.checkpointing.state import (
 )
 from megatron_brain.checkpointing.storage import read_boxes
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8_weights import written
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.runtime.random_state import random_state, set_random_state
@@ -33,11 +36,17 @@ def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -
     """
     if head == "policy" and info.head == "reward":
         raise ConfigError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
+    with written(chunks):
+        _read_weights(info, chunks, head=head)
+
+
+def _read_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -> None:
     boxes = model_boxes(chunks)
     if head == "reward" and info.head == "policy":
         # It keeps its own new head.
         boxes = [box for box in boxes if box.key != _REWARD_HEAD]
-    read_boxes(boxes, info.path)
+    # Scales that remember: what they stand for is in the weights.
+    read_boxes(boxes, info.path, if_alike=[fp8_boxes(chunks)])
     zero_vocabulary_padding(chunks)
 
 
@@ -52,7 +61,8 @@ def load_training_state(
     """Load weights, optimizer, schedule and random states, to go on as if never stopped.
 
     The optimizer's state is loaded into the optimizer there is, distributed or not, whichever wrote it. The learning
-    rate and its schedule stay those of this run; only the position comes from the checkpoint.
+    rate and its schedule stay those of this run; only the position comes from the checkpoint. Another precision of FP8
+    is allowed, and said.
 
     Raises:
         ConfigError: the checkpoint was saved without its optimizer, or in another precision.
@@ -68,9 +78,11 @@ def load_training_state(
             f"{info.path} was trained with bf16={info.bf16}, this run has bf16={bf16}: resume in the same precision, "
             "or add --finetune to start from its weights"
         )
-    boxes, generators = model_boxes(chunks) + optimizer_boxes(optimizer, chunks), random_state()
+    boxes, generators, scales = optimizer_boxes(optimizer, chunks), random_state(), fp8_boxes(chunks)
     # Another layout has another shape of them, another device other generators.
-    same_generators = read_boxes(boxes, info.path, if_alike=random_boxes(generators, parallel))
+    if_alike = [random_boxes(generators, parallel), scales]
+    with written(chunks):
+        same_generators, same_scales = read_boxes(model_boxes(chunks) + boxes, info.path, if_alike=if_alike)
     if same_generators:
         set_random_state(generators)
     else:
@@ -78,6 +90,16 @@ def load_training_state(
             "saved at layout %s or on another device: random states, which only dropout uses, are those of a new run",
             info.layout,
         )
+    before, now = info.trainer_state.get("fp8", "no FP8"), fp8_state.summary(chunks)
+    if before != now:
+        log.warning("%s was trained with %s, this run goes on with %s", info.path, before, now)
+    if scales and not same_scales:
+        log.warning(
+            "%s has no FP8 scales for --fp8-recipe delayed with this --fp8-amax-history-len: those of weights come "
+            "from the weights, the others begin anew",
+            info.path,
+        )
+        fp8_state.scale_weights(chunks, parallel.groups.tp)
     zero_vocabulary_padding(chunks)
     set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
     scheduler.load_state_dict(info.trainer_state["scheduler"])

@@ -16,12 +16,19 @@ from megatron_brain.checkpointing import folders
 from megatron_brain.checkpointing.boxes import Box, share_of
 from megatron_brain.checkpointing.folders import CheckpointInfo
 from megatron_brain.checkpointing.index import DATA_FILES, read_index
-from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes, optimizer_steps, random_boxes
+from megatron_brain.checkpointing.state import (
+    fp8_boxes,
+    optimizer_boxes,
+    optimizer_steps,
+    random_boxes,
+    stored_weights,
+)
 from megatron_brain.checkpointing.storage import CheckpointError, write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.files import sync_tree
+from megatron_brain.models import fp8_state
 from megatron_brain.models.architecture import architecture
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime.parallel import Parallel
@@ -126,7 +133,7 @@ class CheckpointSaver:
             log.warning("waiting for the checkpoint before, which is still being written: saves follow too fast")
         self.wait()
         boxes = self._boxes(chunks, state)
-        info = self._info(iteration, state)
+        info = self._info(iteration, chunks, state)
         records = list(state.records)
         if not self._config.checkpoint.async_save:
             self._write(boxes, info, records)
@@ -170,17 +177,22 @@ class CheckpointSaver:
 
     def _boxes(self, chunks: Sequence[Chunk], state: TrainingState) -> list[Box]:
         """What this rank writes. What all data-parallel replicas have is divided among them."""
-        shared, own = model_boxes(chunks), []
+        shared, own = stored_weights(state.optimizer, chunks)
+        shared += fp8_boxes(chunks)
         if state.optimizer is not None:
             distributed = self._config.optimizer.use_distributed_optimizer
             (own if distributed else shared).extend(optimizer_boxes(state.optimizer, chunks))
             own += random_boxes(random_state(), self._parallel)
         return own + share_of(shared, self._parallel.dp_rank, self._parallel.dp_size)
 
-    def _info(self, iteration: int, state: TrainingState) -> CheckpointInfo:
+    def _info(self, iteration: int, chunks: Sequence[Chunk], state: TrainingState) -> CheckpointInfo:
         trainer = dict(state.trainer)
         if state.optimizer is not None:
-            trainer |= {"optimizer_steps": optimizer_steps(state.optimizer), "scheduler": state.scheduler.state_dict()}
+            trainer |= {
+                "optimizer_steps": optimizer_steps(state.optimizer),
+                "scheduler": state.scheduler.state_dict(),
+                "fp8": fp8_state.summary(chunks),
+            }
         return CheckpointInfo(
             path=folders.iteration_dir(self.root, iteration),
             iteration=iteration,

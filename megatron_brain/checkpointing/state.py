@@ -12,16 +12,19 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, range_boxes
+from megatron_brain.models.fp8_state import scales
+from megatron_brain.models.fp8_weights import outlined
 from megatron_brain.models.initialize import VOCABULARY_WEIGHTS, sharded_tensors
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 
-NOT_WEIGHTS = ("optimizer.", "random.")
+NOT_WEIGHTS = ("optimizer.", "random.", "fp8.")
 """How names begin of what is no weight of the model."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -40,7 +43,7 @@ class _Block:
 
 
 def model_boxes(chunks: Sequence[Chunk]) -> list[Box]:
-    """The weights of this rank's chunks, written through."""
+    """The weights of this rank's chunks, written through. Weights in FP8 alone are not: see `models.fp8_weights`."""
     return [
         Box(key=block.key, shape=block.shape, offset=block.offset, data=block.data)
         for chunk in chunks
@@ -62,19 +65,31 @@ def optimizer_boxes(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> li
 
     Moments that are not there yet, before the first update, are made as zeros.
     """
-    boxes = []
     _make_moments(optimizer)
-    blocks_by_parameter = [found for chunk in chunks for found in _blocks_by_parameter(chunk)]
-    for part in _parts(optimizer):
-        owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
-        for parameter, blocks in blocks_by_parameter:
-            main, start, end = _held(part, parameter)
-            if id(main) not in owned:
-                continue
-            for name, flat in _states(part, parameter, main):
-                for block in blocks:
-                    boxes += _cut(block, f"optimizer.{name}.{block.key}", flat, start, end)
-    return boxes
+    return [
+        box
+        for held in _held_weights(optimizer, chunks)
+        for name, flat in _states(held.part, held.parameter, held.main)
+        for block in held.blocks
+        for box in _cut(block, f"optimizer.{name}.{block.key}", flat, held.start, held.end)
+    ]
+
+
+def stored_weights(optimizer: MegatronOptimizer | None, chunks: Sequence[Chunk]) -> tuple[list[Box], list[Box]]:
+    """The weights of this rank's chunks as they are stored: those that all data-parallel replicas have, and those that
+    are in FP8 alone, as far as this rank's optimizer has what they were rounded from."""
+    with outlined(chunks):
+        shared = [box for box in model_boxes(chunks) if not box.data.is_meta]
+    if not any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters()):
+        return shared, []
+    assert optimizer is not None, "weights in FP8 alone are saved from the optimizer"
+    return shared, [
+        box
+        for held in _held_weights(optimizer, chunks)
+        if is_float8tensor(held.parameter)
+        for block in held.blocks
+        for box in _cut(block, block.key, held.main.detach().to(held.parameter.dtype).view(-1), held.start, held.end)
+    ]
 
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
@@ -111,6 +126,17 @@ def random_boxes(state: dict[str, Tensor], parallel: Parallel) -> list[Box]:
     ]
 
 
+def fp8_boxes(chunks: Sequence[Chunk]) -> list[Box]:
+    """Scales of FP8 and the maxima they follow from, where they outlive a step, written through.
+
+    All tensor- and data-parallel ranks hold the same, so they are those of any layout.
+    """
+    return [
+        Box(key=f"fp8.{name}", shape=tuple(values.shape), offset=(0,) * values.dim(), data=values)
+        for name, values in scales(chunks).items()
+    ]
+
+
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     # A part without parameters, as of a pipeline stage without them, has no optimizer inside.
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
@@ -132,6 +158,29 @@ def _make_moments(optimizer: MegatronOptimizer) -> None:
     if empty:
         # torch's Adam makes its state only where there is none of it: the count must be there too.
         set_optimizer_steps(optimizer, optimizer_steps(optimizer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldWeight:
+    """A parameter with its blocks, and the tensor `main` that `part` updates for its flat elements [start, end)."""
+
+    part: MegatronOptimizer
+    parameter: Tensor
+    blocks: list[_Block]
+    main: Tensor
+    start: int
+    end: int
+
+
+def _held_weights(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> Iterator[_HeldWeight]:
+    """What the optimizer's parts on this rank update."""
+    blocks_by_parameter = [found for chunk in chunks for found in _blocks_by_parameter(chunk)]
+    for part in _parts(optimizer):
+        owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
+        for parameter, blocks in blocks_by_parameter:
+            main, start, end = _held(part, parameter)
+            if id(main) in owned:
+                yield _HeldWeight(part=part, parameter=parameter, blocks=blocks, main=main, start=start, end=end)
 
 
 def _blocks(chunk: Chunk) -> list[_Block]:
@@ -159,20 +208,27 @@ def _name(sharded: ShardedTensor) -> str:
 
 def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Tensor, list[_Block]]]:
     """Each parameter with the blocks that lie in it, told by their place in memory."""
-    parameters = sorted(
-        {id(p): p for p in chunk.parameters() if p.requires_grad}.values(), key=lambda parameter: parameter.data_ptr()
-    )
-    starts = [parameter.data_ptr() for parameter in parameters]
+    with outlined([chunk]) as outlines:
+        trained = {id(p): p for p in chunk.parameters() if p.requires_grad}.values()
+        parameters = sorted(trained, key=_place)
+        blocks = _blocks(chunk)
+    starts = [_place(parameter) for parameter in parameters]
     found: dict[int, list[_Block]] = {i: [] for i in range(len(parameters))}
-    for block in _blocks(chunk):
-        index = bisect.bisect_right(starts, block.data.data_ptr()) - 1
+    for block in blocks:
+        memory, first = _place(block.data)
+        index = bisect.bisect_right(starts, (memory, first)) - 1
         parameter = parameters[index]
-        start = (block.data.data_ptr() - starts[index]) // parameter.element_size()
-        inside = start >= 0 and start + block.data.numel() <= parameter.numel() and block.data.is_contiguous()
-        assert inside, f"{block.key} does not lie in one piece inside of a parameter"
+        start = first - starts[index][1]
+        inside = memory == starts[index][0] and start + block.data.numel() <= parameter.numel()
+        assert inside and block.data.is_contiguous(), f"{block.key} does not lie in one piece inside of a parameter"
         found[index].append(_Block(block.key, block.shape, block.offset, block.size, block.data, start))
     for index, parameter in enumerate(parameters):
-        yield parameter, found[index]
+        yield outlines.get(id(parameter), parameter), found[index]
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Which memory a tensor is in, also where it has none yet, and its first element there."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _held(part: MegatronOptimizer, parameter: Tensor) -> tuple[Tensor | None, int, int]:

@@ -130,25 +130,25 @@ def read_part(part: Part, index: Index) -> Tensor:
     return values
 
 
-def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Box] = ()) -> bool:
+def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequence[Box]] = ()) -> list[bool]:
     """Fill the boxes, whatever boxes they were written in. All ranks call it.
 
     Args:
-        if_alike: boxes to fill too if the checkpoint has tensors of all their names and shapes.
+        if_alike: sets of boxes, each to be filled too if the checkpoint has tensors of all its names and shapes.
 
     Returns:
-        whether those were filled.
+        Which of those were filled.
 
     Raises:
         ConfigError: on all ranks, where one finds that the checkpoint lacks a tensor or has it in another shape, or
             that it is damaged.
         CheckpointError: on all ranks, where its files cannot be read, or ranks read different folders.
     """
-    wanted, index, problem, alike = list(boxes), None, None, False
+    wanted, index, problem, alike = list(boxes), None, None, []
     try:
         index = read_index(folder)
-        alike = all(index.shape(box.key) == box.shape for box in if_alike)
-        wanted += if_alike if alike else ()
+        alike = [all(index.shape(box.key) == box.shape for box in some) for some in if_alike]
+        wanted += [box for some in itertools.compress(if_alike, alike) for box in some]
         _check_wanted(wanted, index)
     except ConfigError as error:
         problem = str(error)

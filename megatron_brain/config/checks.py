@@ -5,6 +5,7 @@ be in --hf-model or in a checkpoint) and before `init_process_group`, so that an
 """
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 
@@ -22,6 +23,7 @@ def require(config: RunConfig) -> None:
         _check_training(config)
     if config.stage in ("brain", "generate", "evaluate"):
         _check_response_length(config)
+    require_fp8(config)
 
 
 def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> None:
@@ -38,6 +40,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> N
     _check_tensor_parallel(config, world_size, model)
     _check_pipeline_parallel(config, world_size, model)
     _check_world_size(config, world_size)
+    validate_fp8_sizes(config, model)
     if model.max_position_embeddings is not None and config.data.seq_length > model.longest_sequence[0]:
         limit, setting = model.longest_sequence
         raise ConfigError(

@@ -1,7 +1,11 @@
 """FP8 in the linear maps of the layers."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron_brain.config.parallel import ParallelConfig
 
 
 @dataclass(kw_only=True)
@@ -16,7 +20,7 @@ class Fp8Config:
     (blockwise; mxfp8, which H100 lacks), or by --fp8-quantizer-factory (custom)."""
 
     fp8_quantizer_factory: str | None = None
-    """Function `package.module.function` that makes the quantizers of --fp8-recipe custom."""
+    """Function `package.module.function` that makes the quantizers of --fp8-recipe custom, formats included."""
 
     fp8_margin: int = 0
     """Scales of --fp8-recipe delayed are lowered by 2 to this power."""
@@ -27,11 +31,9 @@ class Fp8Config:
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
     """What --fp8-recipe delayed makes of them; default: max."""
 
-    fp8_wgrad: bool = True
-    """Compute weight gradients in FP8 too; off needs --fp8-recipe delayed."""
-
     fp8_param_gather: bool = False
-    """Keep the weights of linear maps in FP8 alone and gather them so; needs --use-distributed-optimizer."""
+    """Keep the weights of linear maps in FP8 alone and gather them so; needs --use-distributed-optimizer. Layers that
+    --first-last-layers-bf16 leaves out keep theirs in bf16."""
 
     first_last_layers_bf16: bool = False
     """Leave the first and last layers out of FP8; not with --fp8-recipe delayed."""
@@ -44,3 +46,103 @@ class Fp8Config:
 
     fp8_emulate: bool = False
     """Round as FP8 would, in plain PyTorch on the local layers, with --fp8-recipe tensorwise: slow, for research."""
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether linear maps run in FP8 on the device: on, and not emulated."""
+        return self.fp8_format is not None and not self.fp8_emulate
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Rows that a GEMM in FP8 is given are a multiple of this; 1 where no FP8 kernel is called.
+
+        Of megatron-core's `get_fp8_align_size` (16, mxfp8 32), and the 128 rows of a block of --fp8-recipe blockwise.
+        With sequence parallelism it is the rows of one process.
+        """
+        if not self.uses_kernels:
+            return 1
+        return {"mxfp8": 32, "blockwise": 128}.get(self.fp8_recipe, 16)
+
+    def packed_multiple(self, parallel: ParallelConfig) -> int:
+        """Lengths of packed sequences are multiples of this: each process gets whole rows, as its GEMMs take them."""
+        rows, processes = self.sequence_multiple, parallel.tensor_model_parallel_size
+        return rows * processes if parallel.sequence_parallel else math.lcm(rows, processes)
+
+    @property
+    def layers_in_bf16(self) -> tuple[int, int]:
+        """Layers that are left out of FP8 at the start and at the end."""
+        if not self.first_last_layers_bf16:
+            return 0, 0
+        counts = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+        return tuple(1 if count is None else count for count in counts)
+
+    def __post_init__(self) -> None:
+        if self.fp8_format is None:
+            for field in dataclasses.fields(self):
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(
+                        f"{self._told(field.name)} does nothing without fp8_format: add --fp8-format hybrid, or drop it"
+                    )
+            return
+        self._check_recipe()
+        self._check_layers_in_bf16()
+        if self.fp8_emulate and self.fp8_recipe != "tensorwise":
+            raise ValueError(
+                f"fp8_emulate=true needs fp8_recipe=tensorwise, it is {self.fp8_recipe}: other recipes are not emulated"
+            )
+        if self.fp8_param_gather and self.fp8_emulate:
+            raise ValueError("fp8_param_gather=true: an emulation has no weights in FP8; drop fp8_param_gather")
+        if self.fp8_param_gather and self.fp8_recipe not in ("tensorwise", "blockwise"):
+            raise ValueError(
+                f"fp8_param_gather=true is for fp8_recipe=tensorwise or blockwise, it is {self.fp8_recipe}: drop "
+                "fp8_param_gather, or use one of those"
+            )
+
+    def _check_recipe(self) -> None:
+        """Settings that other recipes would not read."""
+        for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+            if getattr(self, name) not in (0, None) and self.fp8_recipe != "delayed":
+                raise ValueError(
+                    f"{self._told(name)} is read by fp8_recipe=delayed alone, it is {self.fp8_recipe}: drop {name}"
+                )
+        if self.fp8_margin < 0:
+            raise ValueError(f"fp8_margin={self.fp8_margin}: a scale above what fits overflows; use 0 or more")
+        if self.fp8_amax_history_len is not None and self.fp8_amax_history_len < 1:
+            raise ValueError(f"fp8_amax_history_len={self.fp8_amax_history_len}: must be at least 1")
+        factory = self.fp8_quantizer_factory
+        if (factory is not None) != (self.fp8_recipe == "custom"):
+            cure = "add --fp8-quantizer-factory package.module.function" if factory is None else "drop it"
+            raise ValueError(
+                f"fp8_quantizer_factory={factory} and fp8_recipe={self.fp8_recipe}: a factory goes with custom alone, "
+                f"which needs one; {cure}"
+            )
+        if factory is not None and not ("." in factory and all(part.isidentifier() for part in factory.split("."))):
+            raise ValueError(f"fp8_quantizer_factory={factory!r}: expected package.module.function")
+        if factory is not None and self.fp8_format != "hybrid":
+            raise ValueError(
+                f"fp8_format={self.fp8_format} is not told to the factory of fp8_recipe=custom, which chooses formats "
+                "itself: use --fp8-format hybrid"
+            )
+
+    def _check_layers_in_bf16(self) -> None:
+        counts = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and not self.first_last_layers_bf16:
+                raise ValueError(f"{name}={value} needs first_last_layers_bf16: add it, or drop {name}")
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value}: must not be negative")
+        if not self.first_last_layers_bf16:
+            return
+        if self.fp8_recipe == "delayed":
+            raise ValueError(
+                "first_last_layers_bf16=true: fp8_recipe=delayed updates the scales of all layers at once and leaves "
+                "none out; use another --fp8-recipe"
+            )
+        if self.layers_in_bf16 == (0, 0):
+            raise ValueError(f"first_last_layers_bf16=true leaves out no layer: raise {' or '.join(counts)}")
+
+    def _told(self, name: str) -> str:
+        """`name=value` as it is written."""
+        value = getattr(self, name)
+        return f"{name}={str(value).lower() if isinstance(value, bool) else value}"

@@ -142,10 +142,18 @@ class _Builder:
         return segment
 
     def add_padding(self, length: int) -> None:
-        # At position 0 throughout: padding may be longer than any sequence the model has positions for.
-        self.segments.append(Segment(start=len(self.tokens), length=length))
-        self.tokens += [0] * length
-        self.positions += [0] * length
+        whole = [segment for segment in self.segments if not segment.prefix_length]
+        if not whole:
+            # At position 0 throughout: it may be longer than any sequence that the model has positions for.
+            self.segments.append(Segment(start=0, length=length))
+            self.tokens, self.positions = [0] * length, [0] * length
+            return
+        # Repeats the start of a sequence that is there: what the model makes of it is there too. So padding never holds
+        # the largest magnitude of an activation, by which FP8 scales all of them.
+        longest = max(whole, key=lambda segment: segment.length)
+        start = self.tokens[longest.start : longest.start + longest.length]
+        for place in range(0, length, len(start)):
+            self.add_segment(start[: length - place], first_position=0)
 
     def add_group(self, group: Group, *, shared_prefix: bool) -> None:
         prompt = self.add_segment(group.prompt, first_position=0) if shared_prefix else None

@@ -15,6 +15,7 @@ from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, Prefill
 from megatron_brain.generation.choose import choose_tokens, draw_uniforms
 from megatron_brain.generation.pipeline import trunk_forward
 from megatron_brain.logprobs import local_logits
+from megatron_brain.models import fp8_state
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.runtime.parallel import Parallel
 
@@ -26,7 +27,7 @@ class Sampler:
 
     All ranks of a replica call `generate` with the same arguments and get the same samples. A sample's draws depend
     on the seed, the key of its prompt and its number alone, so (rounding aside) neither the layout nor the prompts
-    it is batched with change it.
+    it is batched with change it. A model that trains in FP8 samples in bf16: docs/fp8.md says why.
 
     Args:
         chunks: this rank's policy, as `build_model` returns it (not wrapped for data parallelism).
@@ -76,7 +77,7 @@ class Sampler:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         at_once = max(1, self.sampling.sampling_batch_size // samples_per_prompt)
         results: list[list[Sample]] = [[] for _ in prompts]
-        with _evaluating(self.chunks):
+        with _evaluating(self.chunks), fp8_state.switched_off(self.chunks):
             for start in range(0, len(order), at_once):
                 batch = order[start : start + at_once]
                 samples = self._generate_batch(

@@ -35,7 +35,8 @@ ARCHITECTURE_FIELDS = (
 )
 """What a checkpoint fixes; every other field of ModelConfig is a choice of the run."""
 
-_REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+"""What a model cannot do without; the other sizes have a default."""
 
 _DEFAULTS = {
     "max_position_embeddings": 2048,
@@ -81,7 +82,7 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
             )
         sizes[name] = value
-    missing = [name for name in _REQUIRED if sizes[name] is None]
+    missing = [name for name in REQUIRED_SIZES if sizes[name] is None]
     if missing:
         raise ValueError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
     return dataclasses.replace(requested, **_with_defaults(sizes))

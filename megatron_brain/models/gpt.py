@@ -30,13 +30,19 @@ class _PackedGPT(GPTModel):
     true_vocab_size: int
     logprob_chunk_size: int
     longest_sequence: tuple[int, str]
+    packed_multiple: int
 
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
         """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         if self.position_embedding_type == "rope":
-            frequencies = self.rotary_pos_emb.inv_freq
-            layout = Rotated.by_positions(layout, position_ids[0], frequencies, self.config.kv_channels)
+            layout = Rotated.by_positions(
+                layout,
+                position_ids[0],
+                self.rotary_pos_emb.inv_freq,
+                self.config.kv_channels,
+                dtype=self.config.params_dtype,
+            )
         return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=layout)
 
     def _check_lengths(self, groups: Sequence[Group]) -> None:

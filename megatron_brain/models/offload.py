@@ -5,11 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_brain.models.fp8_state import forget_weights
+
 
 class HostWeights:
     """Takes the weights of a frozen model off its device and lends them back.
 
-    While the weights are away the parameters are empty, so using the model is an error rather than a silent zero.
+    While the weights are away the parameters are empty, so using the model is an error rather than a silent zero, and
+    Transformer Engine's copies of them in FP8 are gone.
     Host memory is pinned where the device is CUDA; there this has not been run.
 
     Args:
@@ -20,6 +23,7 @@ class HostWeights:
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self._modules = list(modules)
         self._parameters = [parameter for module in modules for parameter in module.parameters()]
         if any(parameter.requires_grad for parameter in self._parameters):
             raise ValueError("only weights that are not trained can be offloaded")
@@ -40,6 +44,8 @@ class HostWeights:
     def _leave(self) -> None:
         for parameter in self._parameters:
             parameter.data = parameter.data.new_empty(0)
+        # They would stay on the device, and stand in for the weights unnoticed.
+        forget_weights(self._modules)
 
 
 def _to_host(weight: torch.Tensor) -> torch.Tensor:

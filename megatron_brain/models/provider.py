@@ -3,18 +3,26 @@
 from typing import Literal
 
 import torch
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
+from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.models import fp8_weights
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
+from megatron_brain.models.fp8_emulation import emulated_format
+from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.gpt import PolicyModel, RewardModel
 from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel
 from megatron_brain.models.norm import NORMS
 from megatron_brain.models.rotary import scale_frequencies
-from megatron_brain.models.specs import choose_transformer_impl, layer_spec
+from megatron_brain.models.specs import choose_transformer_impl, layer_spec, requested_impl
+from megatron_brain.runtime import transformer_engine
 from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
 
 Head = Literal["policy", "reward"]
@@ -50,11 +58,11 @@ def transformer_config(
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
         perform_initialization=False,
-        use_cpu_initialization=True,
+        # Kernels of the device round weights to FP8.
+        use_cpu_initialization=not (fp8 is not None and fp8.fp8_param_gather),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         bf16=model.bf16,
         params_dtype=dtype,
@@ -74,25 +82,42 @@ def transformer_config(
 
 def _fp8_settings(fp8: Fp8Config | None) -> dict:
     """FP8 under megatron-core's names; an emulation is no FP8 to it."""
-    if fp8 is None or fp8.fp8_format is None or fp8.fp8_emulate:
+    if fp8 is None or not fp8.uses_kernels:
         return {}
+    start, end = fp8.layers_in_bf16
     return {
         "fp8": fp8.fp8_format,
         "fp8_recipe": fp8.fp8_recipe,
         "fp8_quantizer_factory": fp8.fp8_quantizer_factory,
+        "fp8_param": fp8.fp8_param_gather,
         "fp8_margin": fp8.fp8_margin,
         "fp8_amax_history_len": fp8.fp8_amax_history_len or 1024,
         "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo or "max",
-        "fp8_wgrad": fp8.fp8_wgrad,
-        "fp8_param": fp8.fp8_param_gather,
         "first_last_layers_bf16": fp8.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": _or_one(fp8.num_layers_at_start_in_bf16),
-        "num_layers_at_end_in_bf16": _or_one(fp8.num_layers_at_end_in_bf16),
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
     }
 
 
-def _or_one(count: int | None) -> int:
-    return 1 if count is None else count
+def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
+    """The layers, the device and Transformer Engine can do what the recipe asks for.
+
+    Raises:
+        ConfigError: naming what cannot be.
+    """
+    if impl != "transformer_engine":
+        raise ConfigError(
+            f"fp8_format={fp8.fp8_format} needs the layers of transformer_engine, and these are the {impl} ones "
+            f"({reason}): drop it, or add --fp8-emulate to study the rounding"
+        )
+    validate_fp8_device(fp8, transformer_engine.capability(device), transformer_engine.cuda_version())
+    try:
+        get_fp8_recipe(config)
+    except Exception as error:  # Of the factory's import, too, which is the user's code.
+        raise ConfigError(
+            f"fp8_recipe={fp8.fp8_recipe}: Transformer Engine {transformer_engine.version()} makes no such recipe "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def build_model(
@@ -112,20 +137,28 @@ def build_model(
         seed: seeds random weights, which depend on it alone and not on the layout; None leaves zeros, for weights
             that are going to be loaded.
         fp8: FP8 of the layers' linear maps; None: none.
+
+    Raises:
+        ConfigError: the implementation or the FP8 recipe that was asked for cannot run here.
     """
     config = transformer_config(model, parallel_config, fp8)
-    impl, _ = choose_transformer_impl(model.transformer_impl, parallel.device)
+    config.gradient_accumulation_fusion, _ = gradient_accumulation_fusion(parallel.device)
+    impl, reason = choose_transformer_impl(requested_impl(model, fp8), parallel.device)
+    if config.fp8:
+        _check_fp8(fp8, config, impl, reason, parallel.device)
     vp_size = config.virtual_pipeline_model_parallel_size
     chunks = [
-        _build_chunk(model, config, parallel, head=head, impl=impl, vp_stage=vp_stage)
+        _build_chunk(model, config, parallel, head=head, impl=impl, fp8=fp8, vp_stage=vp_stage)
         for vp_stage in (range(vp_size) if vp_size else [None])
     ]
     for chunk in chunks:
+        chunk.packed_multiple = (fp8 or Fp8Config()).packed_multiple(parallel_config)
         mark_tensor_parallel(chunk)
-        if seed is None:
-            _zero_weights(chunk)
-        else:
-            initialize_weights(chunk, model, seed=seed)
+        with fp8_weights.written([chunk]):
+            if seed is None:
+                _zero_weights(chunk)
+            else:
+                initialize_weights(chunk, model, seed=seed)
         # Weights that were made without memory, to be filled later, stay so.
         if not any(parameter.is_meta for parameter in chunk.parameters()):
             chunk.to(parallel.device)
@@ -139,14 +172,19 @@ def _build_chunk(
     *,
     head: Head,
     impl: str,
+    fp8: Fp8Config | None,
     vp_stage: int | None,
 ) -> Chunk:
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
-    spec = layer_spec(impl, model)
     if impl == "local":
         # A block spec of our own, because the default one ends in a norm that refuses sequence parallelism.
-        layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=parallel.pp_rank)
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=NORMS[model.normalization])
+        place = {"vp_stage": vp_stage, "pp_rank": parallel.pp_rank}
+        first, count = get_transformer_layer_offset(config, **place), get_num_layers_to_build(config, **place)
+        formats = [emulated_format(fp8, layer, model.num_layers) for layer in range(first, first + count)]
+        layers = [layer_spec(impl, model, emulated_format=each) for each in formats]
+        spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=NORMS[model.normalization])
+    else:
+        spec = layer_spec(impl, model)
     chunk = (PolicyModel if head == "policy" else RewardModel)(
         config=config,
         transformer_layer_spec=spec,

@@ -32,8 +32,8 @@ class Rotated(PackedSeqParams):
     """A layout, and the rotation of queries and keys by their positions that comes before its attention.
 
     megatron-core would rotate too, in about three times as many passes over memory, and take cosine and sine anew in
-    every layer. cos: `[T, 1, dim]` float32, 1 for the channels that are not rotated; sin: `[T, 1, r]` float32, of the
-    first r channels, which are.
+    every layer. cos: `[T, 1, dim]`, 1 for the channels that are not rotated; sin: `[T, 1, r]`, of the first r
+    channels, which are. In the dtype of queries and keys they are kept for the backward pass once, not in every layer.
     """
 
     layout: PackedSeqParams = field(kw_only=True)
@@ -41,11 +41,23 @@ class Rotated(PackedSeqParams):
     sin: Tensor = field(kw_only=True)
 
     @classmethod
-    def by_positions(cls, layout: PackedSeqParams, positions: Tensor, frequencies: Tensor, dim: int) -> "Rotated":
-        """The layout with the rotation of each token by its own position `[T]`, at frequencies `[r/2]`, before it."""
+    def by_positions(
+        cls,
+        layout: PackedSeqParams,
+        positions: Tensor,
+        frequencies: Tensor,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Rotated":
+        """The layout with the rotation of each token by its own position `[T]`, at frequencies `[r/2]`, before it.
+
+        `dtype` is that of queries and keys; angles are computed in float32.
+        """
         angles = positions[:, None, None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
-        return cls(layout=layout, cos=F.pad(angles.cos(), (0, dim - angles.size(-1)), value=1.0), sin=angles.sin())
+        cos = F.pad(angles.cos(), (0, dim - angles.size(-1)), value=1.0)
+        return cls(layout=layout, cos=cos.to(dtype), sin=angles.sin().to(dtype))
 
     def rotate(self, tensor: Tensor) -> Tensor:
         """Queries or keys `[T, heads, dim]`, rotated: channel i of the first half of r with channel i of the second."""

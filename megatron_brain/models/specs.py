@@ -1,8 +1,5 @@
 """Layer specs: megatron-core modules (`local`) or Transformer Engine ones, with the parts that we bring ourselves."""
 
-import functools
-import importlib.util
-
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -10,32 +7,58 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.models.activation import activation_module
 from megatron_brain.models.attention import CoreAttention
+from megatron_brain.models.fp8_emulation import emulate_fp8
 from megatron_brain.models.norm import NORMS, RMSNorm
 from megatron_brain.models.parallel_residual import ParallelResidualLayer
 from megatron_brain.models.te_attention import TransformerEngineAttention
+from megatron_brain.runtime import transformer_engine
+from megatron_brain.runtime.megatron_versions import mlp_submodules
+
+_LEAST_CAPABILITY = (8, 0)
+"""Of a device that Transformer Engine has kernels for (Ampere)."""
+
+
+def requested_impl(model: ModelConfig, fp8: Fp8Config | None) -> str:
+    """--transformer-impl, of which `auto` leaves no choice where FP8 is emulated."""
+    return "local" if fp8 is not None and fp8.fp8_emulate else model.transformer_impl
 
 
 def choose_transformer_impl(requested: str, device: torch.device) -> tuple[str, str]:
     """Resolve `auto`. Returns the implementation and why it was taken.
 
     Raises:
-        ValueError: Transformer Engine was asked for and cannot run here.
+        ConfigError: Transformer Engine was asked for and cannot run here.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    usable = installed and device.type == "cuda"
-    missing = "there is no CUDA device" if installed else "transformer_engine is not installed"
-    if requested == "transformer_engine" and not usable:
-        raise ValueError(f"--transformer-impl transformer_engine: {missing}; use local, or pip install .[gpu]")
-    if requested == "auto":
-        return ("transformer_engine", "installed, on CUDA") if usable else ("local", missing)
-    return requested, "asked for"
+    if requested == "local":
+        return "local", "asked for"
+    missing = transformer_engine.problem() or _problem_of_device(device)
+    if missing is None:
+        return "transformer_engine", f"version {transformer_engine.version()}"
+    if requested == "transformer_engine":
+        raise ConfigError(f"transformer_impl=transformer_engine: {missing}; {transformer_engine.CURE}")
+    return "local", missing
 
 
-def layer_spec(transformer_impl: str, model: ModelConfig) -> ModuleSpec:
-    """Spec of one decoder layer. The transformer_engine one has not been run on a GPU."""
+def _problem_of_device(device: torch.device) -> str | None:
+    found = transformer_engine.capability(device)
+    if found is None:
+        return "there is no CUDA device"
+    if found < _LEAST_CAPABILITY:
+        return f"the device has compute capability {found[0]}.{found[1]}, Transformer Engine needs 8.0"
+    return None
+
+
+def layer_spec(transformer_impl: str, model: ModelConfig, *, emulated_format: str | None = None) -> ModuleSpec:
+    """Spec of one decoder layer. The transformer_engine one has not been run on a GPU.
+
+    Args:
+        emulated_format: FP8 format that the linear maps of a `local` layer emulate; None: none.
+    """
     if transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
         spec.submodules.self_attention.submodules.core_attention = TransformerEngineAttention
@@ -43,10 +66,9 @@ def layer_spec(transformer_impl: str, model: ModelConfig) -> ModuleSpec:
         spec = _local_spec(model)
     if model.use_parallel_residual:
         spec.module = ParallelResidualLayer
-    mlp = spec.submodules.mlp
-    # A ModuleSpec in megatron-core 0.16, a partial in 0.19.
-    submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
-    submodules.activation_func = activation_module(model)
+    mlp_submodules(spec).activation_func = activation_module(model)
+    if emulated_format is not None:
+        emulate_fp8(spec, emulated_format)
     return spec
 
 

@@ -215,7 +215,7 @@ def _join_world(timeout: datetime.timedelta) -> torch.device:
     backend = "nccl" if cuda else "gloo"
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # Restarted by torchrun: its store still has the addresses of the processes before, which gloo would connect to.
-        # The agents of several nodes count restarts separately; docs/operations.md has what helps there.
+        # The agents of several nodes count restarts separately; docs/clusters.md has what helps there.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

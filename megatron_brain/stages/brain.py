@@ -19,6 +19,7 @@ from megatron_brain.stages.rounds import Round, RoundMaker
 from megatron_brain.stages.samples import check_unchanged, fixed_settings
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
+from megatron_brain.training.run_length import steps_per_round
 from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer
 
@@ -49,8 +50,7 @@ class BrainStage:
         self.shared_prefix = config.training.shared_prefix
         self._maker = RoundMaker(run)
         self._proposal = self._maker.proposal
-        per_round = max(1, self._proposal.groups_per_round // config.training.global_batch_size)
-        self.steps_per_round = config.brain.refresh_interval or per_round
+        self.steps_per_round = steps_per_round(config, self._proposal.groups_per_round)
         epochs = config.training.train_epochs or 1.0
         self.train_iters = config.training.train_iters or self._proposal.rounds(epochs) * self.steps_per_round
         self._round: Round | None = None

@@ -49,11 +49,14 @@ class Placement:
         training: batch sizes and seed.
         parallel: the layout.
         interleaved: the pipeline schedule needs whole rounds of micro-batches.
+        round_to: what lengths of packed sequences are multiples of.
     """
 
-    def __init__(self, training: TrainingConfig, parallel: Parallel, *, interleaved: bool) -> None:
+    def __init__(
+        self, training: TrainingConfig, parallel: Parallel, *, interleaved: bool, round_to: int | None = None
+    ) -> None:
         self._training, self._parallel = training, parallel
-        self._interleaved = interleaved
+        self._interleaved, self._round_to = interleaved, round_to or parallel.tp_size
 
     @property
     def _budget(self) -> int | None:
@@ -119,6 +122,7 @@ class Placement:
             self._training,
             self._parallel,
             interleaved=self._interleaved,
+            round_to=self._round_to,
             step=number,
             splittable=True,
         )
@@ -134,6 +138,7 @@ def plan_step(
     parallel: Parallel,
     *,
     interleaved: bool,
+    round_to: int,
     step: int,
     splittable: bool,
 ) -> list[MicroBatch]:
@@ -142,6 +147,7 @@ def plan_step(
     Args:
         groups: of the whole global batch, the same on every rank.
         interleaved: the pipeline schedule needs whole rounds of micro-batches.
+        round_to: what lengths of packed sequences are multiples of.
         step: number of the step, which with the seed decides ties.
         splittable: whether a group that does not fit may be cut.
     """
@@ -152,7 +158,7 @@ def plan_step(
         seed=training.seed + step,
         shared_prefix=training.shared_prefix,
         splittable=splittable,
-        round_to=parallel.tp_size,
+        round_to=round_to,
         count_multiple_of=parallel.pp_size if interleaved else 1,
         labels=[group.record_id for group in groups],
     )[parallel.dp_rank]

@@ -6,7 +6,6 @@ drawn from becomes known.
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -20,6 +19,7 @@ from megatron_brain.stages.placement import Placement
 from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rollout_files
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
+from megatron_brain.training.run_length import rounds
 from megatron_brain.training.trainer import Trainer
 
 
@@ -68,7 +68,7 @@ class Samples:
 
     def rounds(self, epochs: float) -> int:
         """Rounds of so many passes over the prompts, rounded up."""
-        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
+        return rounds(epochs, self.num_prompts, self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Draw this replica's samples of a round."""
@@ -132,7 +132,7 @@ class GivenPairs:
 
     def rounds(self, epochs: float) -> int:
         """Rounds of so many passes over the pairs, rounded up."""
-        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
+        return rounds(epochs, self.num_prompts, self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """This replica's pairs of a round."""

@@ -53,6 +53,7 @@ class RoundMaker:
             run.config.training,
             run.parallel,
             interleaved=run.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+            round_to=run.config.fp8.packed_multiple(run.config.parallel),
         )
         self.proposal = open_proposal(run, self._placement, self.prior)
 
@@ -102,7 +103,7 @@ class RoundMaker:
         proposal = self.proposal
         if proposal.temperature is not None:
             # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
-            if proposal.from_prior:
+            if proposal.from_prior and not self._policy_is_prior(number):
                 with self.prior.loaded() as chunks:
                     self._fill("log_proposal", steps, chunks, "policy", proposal.temperature)
             else:

@@ -1,7 +1,6 @@
 """What stages that train on a fixed set of samples have in common."""
 
 import logging
-import math
 from collections.abc import Sequence
 
 from megatron_brain.config.errors import ConfigError
@@ -11,6 +10,7 @@ from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.models.provider import Head
 from megatron_brain.stages.placement import plan_step
 from megatron_brain.training.run import Run
+from megatron_brain.training.run_length import iterations
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
 
@@ -32,8 +32,7 @@ class SampledStage:
         self.shared_prefix = settings.shared_prefix
         self._train, self._valid = train, valid
         self._order = SampleOrder(len(train), seed=settings.seed)
-        epochs = settings.train_epochs or 1.0
-        self.train_iters = settings.train_iters or math.ceil(epochs * len(train) / settings.global_batch_size)
+        self.train_iters = iterations(settings, len(train))
         self._fixed = {**fixed_settings(run.config), "num_samples": len(train)}
         log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
 
@@ -55,6 +54,7 @@ class SampledStage:
             trainer.config.training,
             trainer.parallel,
             interleaved=trainer.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+            round_to=trainer.config.fp8.packed_multiple(trainer.config.parallel),
             step=trainer.iteration,
             splittable=False,
         )

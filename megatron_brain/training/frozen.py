@@ -3,11 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_brain.checkpointing import read_info
+from megatron_brain.checkpointing import CheckpointInfo, read_info
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.models.offload import HostWeights
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.training.run import Run
+
+
+def read_frozen_info(name: str, directory: str, head: Head) -> CheckpointInfo:
+    """What the checkpoint of --NAME-load says of itself.
+
+    Raises:
+        ConfigError: there is none, or it holds another kind of model.
+    """
+    info = read_info(directory)
+    if info.head != head:
+        raise ConfigError(f"--{name}-load: {info.path} holds a {info.head} model, a {head} model is needed here")
+    return info
 
 
 class FrozenModel:
@@ -37,11 +49,7 @@ class FrozenModel:
         """Take another checkpoint, before the first use."""
         assert self._chunks is None, "the model is loaded already"
         if directory is not None:
-            info = read_info(directory)
-            if info.head != self._head:
-                raise ConfigError(
-                    f"--{self._name}-load: {info.path} holds a {info.head} model, a {self._head} model is needed here"
-                )
+            info = read_frozen_info(self._name, directory, self._head)
             directory = str(info.path.resolve())
             self._run.in_use.add(info.path.resolve())
         self.path = directory

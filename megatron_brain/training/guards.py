@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import PackedBatch
+from megatron_brain.runtime.megatron_versions import grads_for_norm
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.runtime.random_state import random_state, set_random_state
 from megatron_brain.training.report import LossOutput
@@ -260,9 +261,7 @@ def _global_grad_norm(optimizer: MegatronOptimizer, device: torch.device, *, dou
     """`optimizer.get_grad_norm()`, made NaN on all ranks that share the norm if one of them doubts."""
     grads = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        # Under the second name in megatron-core 0.16.
-        get = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
-        grads += get()
+        grads += grads_for_norm(part)
     if doubt:
         grads.append(torch.full((1,), torch.nan, device=device))
     return float(get_grad_norm_fp32(grads, grad_stats_parallel_group=optimizer.get_grad_stats_parallel_group()))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -27,6 +28,7 @@ def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Para
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.use_distributed_optimizer,
         bucket_size=settings.ddp_bucket_size,
+        fp8_param_gather=config.fp8.fp8_param_gather,
     )
     wrapped = [
         DistributedDataParallel(
@@ -78,6 +80,10 @@ def finish_param_gather(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Complete the weights that --overlap-param-gather leaves in shards after an update. All ranks call it."""
     for chunk in wrapped:
         chunk.start_param_sync(force_sync=True)
+    # megatron-core leaves this out where a gather is forced: in FP8 the backward pass reads a transposed copy.
+    rounded = [parameter for chunk in wrapped for parameter in chunk.parameters() if is_float8tensor(parameter)]
+    if rounded:
+        post_all_gather_processing(rounded)
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
@@ -107,6 +113,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         config=MegatronOptimizerConfig(
             optimizer="adam",
+            fp8_recipe=config.fp8.fp8_recipe if config.fp8.fp8_param_gather else None,
             lr=settings.lr,
             min_lr=settings.min_lr,
             weight_decay=settings.weight_decay,

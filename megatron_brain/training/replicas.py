@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_brain.models.fp8_weights import in_full
 from megatron_brain.models.parameter_names import global_parameters
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
@@ -42,7 +43,7 @@ def check_replicas(chunks: Sequence[Chunk], parallel: Parallel) -> None:
 
 def bit_sum(weight: Tensor) -> Tensor:
     """Sum of the weight's elements read as integers, int64 modulo 2**64: any single flipped bit changes it."""
-    return weight.detach().view(_BITS[weight.element_size()]).sum(dtype=torch.int64)
+    return in_full(weight.detach()).view(_BITS[weight.element_size()]).sum(dtype=torch.int64)
 
 
 def _tied_embedding(chunks: Sequence[Chunk], parallel: Parallel) -> dict[str, nn.Parameter]:

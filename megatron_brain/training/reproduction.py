@@ -17,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
 from megatron_brain.files import write_whole
+from megatron_brain.models import fp8_state
 from megatron_brain.models.parameter_names import global_parameters
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import json_number
@@ -52,7 +53,7 @@ def run_alone(
     for chunk in wrapped:
         chunk.train()
     zero_gradients(wrapped)
-    with _without_reductions(wrapped):
+    with _without_reductions(wrapped), fp8_state.preserved(wrapped):
         reports = forward_backward(wrapped, [batch] * copies, loss_function, parallel)
     value = torch.zeros(1, dtype=torch.float64, device=parallel.device)
     if reports:

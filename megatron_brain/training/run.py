@@ -19,8 +19,11 @@ from megatron_brain.conversion import load_hf_weights, read_hf_architecture
 from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
+from megatron_brain.models.fp8_state import without_history
+from megatron_brain.models.fp8_weights import written
+from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import Chunk, Head, build_model
-from megatron_brain.models.specs import choose_transformer_impl
+from megatron_brain.models.specs import choose_transformer_impl, requested_impl
 from megatron_brain.runtime import parallel as runtime
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
@@ -51,9 +54,12 @@ class Run:
         model = self.config.model
         complete = self.start_from is not None and self.start_from.head == head
         seed = None if complete else self.config.training.seed
-        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=seed, fp8=self.config.fp8)
+        trains = "optimizer" in STAGE_SECTIONS[self.config.stage]
+        fp8 = self.config.fp8 if trains else without_history(self.config.fp8)
+        chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=seed, fp8=fp8)
         if self.start_from is None and model.hf_model is not None:
-            load_hf_weights(model.hf_model, chunks, model, head)
+            with written(chunks):
+                load_hf_weights(model.hf_model, chunks, model, head)
         elif self.start_from is None:
             log.warning("no --load and no --hf-model: training starts from random weights")
         return chunks
@@ -65,16 +71,11 @@ class Run:
             ValueError: the model's vocabulary is another one, or the layout does not fit it.
         """
         info = read_info(directory)
-        model = resolve(_without_sizes(self.config.model), info.architecture, str(info.path))
-        if model.vocab_size != self.config.model.vocab_size:
-            raise ValueError(
-                f"{info.path} has vocab_size={model.vocab_size}, the policy has {self.config.model.vocab_size}: "
-                "all models of a run share one tokenizer"
-            )
-        validate_layout(dataclasses.replace(self.config, model=model), self.parallel.world_size, model)
+        model = resolve_frozen(self.config, info, self.parallel.world_size)
         # Modules draw initial values that nobody uses: what a run draws must not depend on when a scorer is loaded.
+        fp8 = without_history(self.config.fp8)
         with torch.random.fork_rng(devices=[]):
-            chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None, fp8=self.config.fp8)
+            chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None, fp8=fp8)
         load_weights(info, chunks, head=head)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
@@ -103,24 +104,16 @@ def open_run(config: RunConfig) -> Run:
     Raises:
         ValueError: anything the user asked for that cannot be; nothing has been started by then.
     """
-    _set_up_logging()
-    start_from, resuming = _find_start(config)
-    generation_config = {}
-    if start_from is not None:
-        found, source = start_from.architecture, str(start_from.path)
-        generation_config = start_from.generation_config
-    elif config.model.hf_model is not None:
-        found, source = read_hf_architecture(config.model.hf_model), config.model.hf_model
-        generation_config = read_generation_config(config.model.hf_model)
-    else:
-        found, source = None, "the flags"
-    config = dataclasses.replace(config, model=resolve(config.model, found, source))
-    validate_layout(config, runtime.launched_world_size(), config.model)
-    tokenizer, config = _open_tokenizer(config, start_from)
-    check_fits(tokenizer, config.model.vocab_size)
+    set_up_logging()
+    start_from, resuming = find_start(config)
+    config, generation_config = resolve_model(config, start_from)
+    tokenizer, config = open_tokenizer(config, start_from)
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
-    impl, reason = choose_transformer_impl(config.model.transformer_impl, parallel.device)
+    impl, reason = choose_transformer_impl(requested_impl(config.model, config.fp8), parallel.device)
     log.info("transformer implementation: %s (%s)", impl, reason)
+    _check_same_layers(parallel, impl, reason)
+    fused, reason = gradient_accumulation_fusion(parallel.device)
+    log.info("gradient accumulation fusion: %s (%s)", "on" if fused else "off", reason)
     _check_same_start(parallel, start_from, resuming=resuming)
     return Run(
         config=config,
@@ -130,6 +123,14 @@ def open_run(config: RunConfig) -> Run:
         resuming=resuming,
         generation_config=generation_config,
     )
+
+
+def _check_same_layers(parallel: Parallel, impl: str, reason: str) -> None:
+    """Each rank has looked for itself, maybe on nodes where other things are installed."""
+    found = parallel.gather_over_world((impl, reason))
+    if len({chosen for chosen, _ in found}) > 1:
+        told = "; ".join(f"rank {rank}: {chosen} ({why})" for rank, (chosen, why) in enumerate(found))
+        raise RuntimeError(f"ranks would have different layers: {told}. Mend that, or use --transformer-impl local")
 
 
 def _check_same_start(parallel: Parallel, start_from: CheckpointInfo | None, *, resuming: bool) -> None:
@@ -143,22 +144,76 @@ def _check_same_start(parallel: Parallel, start_from: CheckpointInfo | None, *, 
         )
 
 
-def _find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
-    """The checkpoint to start from, and whether to resume it rather than take its weights alone."""
+def find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
+    """The checkpoint to start from, and whether to resume it rather than take its weights alone.
+
+    Raises:
+        ConfigError: --load names no checkpoint of ours, or one to resume that another stage wrote.
+    """
     checkpoint = config.checkpoint
     if checkpoint.auto_resume and has_checkpoint(checkpoint.save):
-        return read_info(checkpoint.save), True
-    if checkpoint.load is None:
+        info, resuming = read_info(checkpoint.save), True
+    elif checkpoint.load is None:
         return None, False
-    trains = "optimizer" in STAGE_SECTIONS[config.stage]
-    return read_info(checkpoint.load), trains and not checkpoint.finetune
+    else:
+        info = read_info(checkpoint.load)
+        resuming = "optimizer" in STAGE_SECTIONS[config.stage] and not checkpoint.finetune
+    if resuming and info.stage != config.stage:
+        raise ConfigError(
+            f"{info.path} is of the {info.stage} stage and cannot be resumed by {config.stage}: "
+            "add --finetune to start from its weights"
+        )
+    return info, resuming
 
 
-def _open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[Tokenizer, RunConfig]:
+def resolve_model(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[RunConfig, dict]:
+    """The run with its model's sizes known and its layout checked, and the generation_config.json that comes along.
+
+    Raises:
+        ValueError: sizes that are missing or contradict each other, or a layout that does not fit them.
+    """
+    generation_config = {}
+    if start_from is not None:
+        found, source = start_from.architecture, str(start_from.path)
+        generation_config = start_from.generation_config
+    elif config.model.hf_model is not None:
+        found, source = read_hf_architecture(config.model.hf_model), config.model.hf_model
+        generation_config = read_generation_config(config.model.hf_model)
+    else:
+        found, source = None, "the flags"
+    config = dataclasses.replace(config, model=resolve(config.model, found, source))
+    validate_layout(config, runtime.launched_world_size(), config.model)
+    return config, generation_config
+
+
+def resolve_frozen(config: RunConfig, info: CheckpointInfo, world_size: int) -> ModelConfig:
+    """Sizes of a model that only scores in a run whose own sizes are resolved.
+
+    Raises:
+        ConfigError: its vocabulary is another one, or the run's layout does not fit it.
+    """
+    model = resolve(_without_sizes(config.model), info.architecture, str(info.path))
+    if model.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"{info.path} has vocab_size={model.vocab_size}, the policy has {config.model.vocab_size}: "
+            "all models of a run share one tokenizer"
+        )
+    validate_layout(dataclasses.replace(config, model=model), world_size, model)
+    return model
+
+
+def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[Tokenizer, RunConfig]:
+    """The run's tokenizer, and its kind in the run's settings.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or the model has too few rows for it.
+    """
     kind, place = locate_tokenizer(config.tokenizer, start_from, config.model.hf_model)
     # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
     settings = dataclasses.replace(config.tokenizer, tokenizer_type=kind)
-    return build_tokenizer(kind, place), dataclasses.replace(config, tokenizer=settings)
+    tokenizer = build_tokenizer(kind, place)
+    check_fits(tokenizer, config.model.vocab_size)
+    return tokenizer, dataclasses.replace(config, tokenizer=settings)
 
 
 def locate_tokenizer(
@@ -182,7 +237,8 @@ def _without_sizes(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **dict.fromkeys(ARCHITECTURE_FIELDS))
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
+    """Messages of this package on rank 0, warnings of others."""
     level = logging.INFO if runtime.is_launch_writer() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_brain").setLevel(level)

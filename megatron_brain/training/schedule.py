@@ -1,5 +1,7 @@
 """Runs micro-batches through megatron-core's pipeline schedules, with or without the backward pass."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -8,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
+from megatron_brain.models import fp8_state
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.report import LossOutput
@@ -16,14 +19,14 @@ LossFunction = Callable[[Tensor, PackedBatch], LossOutput]
 
 
 def pack_micro_batches(
-    micro_batches: Sequence[Sequence[Group]], parallel: Parallel, *, shared_prefix: bool
+    micro_batches: Sequence[Sequence[Group]], parallel: Parallel, *, shared_prefix: bool, multiple_of: int = 1
 ) -> list[PackedBatch]:
     """Pack each micro-batch into one sequence; one without groups is all padding.
 
-    Lengths are multiples of the tensor-parallel size, over which sequences may be split. Pipeline stages exchange one
-    shape, so there all are padded to the longest.
+    Lengths are multiples of the tensor-parallel size, over which sequences may be split, and of `multiple_of`, the
+    model's `packed_multiple`. Pipeline stages exchange one shape, so there all are padded to the longest.
     """
-    unit = parallel.tp_size
+    unit = math.lcm(parallel.tp_size, multiple_of)
     lengths = [
         max(unit, packed_length(groups, shared_prefix=shared_prefix, multiple_of=unit)) for groups in micro_batches
     ]
@@ -54,7 +57,8 @@ def forward_backward(
         result = loss_function(output, batch)
         # Three values: megatron-core divides the summed gradient by the count over the global batch.
         count = torch.tensor(result.count, dtype=torch.int, device=output.device)
-        return result.loss_sum, count, result
+        # A report with a graph would hold the micro-batch's pipeline input and its gradient until the step ends.
+        return result.loss_sum, count, dataclasses.replace(result, loss_sum=result.loss_sum.detach())
 
     return _run(chunks, batches, loss_and_count, parallel, forward_only=forward_only)
 
@@ -106,13 +110,14 @@ def _run(
 
     iterators = [iter(batches) for _ in chunks]
     one = len(chunks) == 1
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if one else iterators,
-        model=chunks[0] if one else list(chunks),
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.size(1),
-        micro_batch_size=1,
-        **options,
-    )
+    with fp8_state.preserved(chunks) if options["forward_only"] else fp8_state.one_step(chunks):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if one else iterators,
+            model=chunks[0] if one else list(chunks),
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.size(1),
+            micro_batch_size=1,
+            **options,
+        )
     return results[:count]

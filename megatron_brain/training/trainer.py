@@ -17,8 +17,8 @@ from megatron_brain.checkpointing import (
     read_info,
     read_records,
 )
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.models import fp8_state
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime import signals
 from megatron_brain.training.guards import StepGuard
@@ -31,6 +31,7 @@ from megatron_brain.training.optimizer import (
 from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
+from megatron_brain.training.run_length import check_warmup
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,7 @@ class Trainer:
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
-        warmup = self.config.optimizer.lr_warmup_iters
-        if warmup and warmup >= stage.train_iters:
-            raise ConfigError(f"lr_warmup_iters={warmup} must be less than the run's {stage.train_iters} iterations")
+        check_warmup(self.config, stage.train_iters)
         self._chunks = run.build_model(stage.head)
         self._weights_in_shards = False
         self.iteration = 0
@@ -91,6 +90,7 @@ class Trainer:
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
             load_weights(run.start_from, self._chunks, head=stage.head)
+        fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
         self.guard = StepGuard(self.config, self.parallel, self.wrapped, self.optimizer)
@@ -153,12 +153,18 @@ class Trainer:
             FloatingPointError: on all ranks, where the guard stops the run; the weights are untouched.
             RuntimeError: on all ranks, where replicas' weights differ.
         """
-        batches = pack_micro_batches(micro_batches, self.parallel, shared_prefix=self.stage.shared_prefix)
+        batches = pack_micro_batches(
+            micro_batches,
+            self.parallel,
+            shared_prefix=self.stage.shared_prefix,
+            multiple_of=self.config.fp8.packed_multiple(self.config.parallel),
+        )
         batches = self.stage.prepare(self, batches)
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        scales = fp8_state.save_scales(self._chunks)
         reports = forward_backward(self.wrapped, batches, self.stage.loss, self.parallel)
         self._weights_in_shards = False
         metrics = reduce_reports(
@@ -173,6 +179,9 @@ class Trainer:
             self.stage.before_update(self, metrics)
             clip_and_step(self.optimizer, verdict.grad_norm, self.config.optimizer.clip_grad)
             self._weights_in_shards = self.config.optimizer.overlap_param_gather
+            fp8_state.weights_changed(self._chunks)
+        else:
+            fp8_state.restore_scales(scales)
         self.scheduler.step(increment=1)
         self.iteration += 1
         if self.guard.compares_replicas_after(self.iteration):
@@ -303,11 +312,6 @@ class Trainer:
 
     def _resume(self) -> None:
         info = self.run.start_from
-        if info.stage != self.config.stage:
-            raise ConfigError(
-                f"{info.path} is of the {info.stage} stage and cannot be resumed by {self.config.stage}: "
-                "add --finetune to start from its weights"
-            )
         load_training_state(
             info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
         )

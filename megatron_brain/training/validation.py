@@ -35,7 +35,9 @@ def mean_loss(
     mine = range(parallel.dp_rank, len(samples), parallel.dp_size)
     reports: list[LossOutput] = []
     for window in _windows(samples, mine, micro_batch_size, shared_prefix=shared_prefix):
-        batches = pack_micro_batches(window, parallel, shared_prefix=shared_prefix)
+        batches = pack_micro_batches(
+            window, parallel, shared_prefix=shared_prefix, multiple_of=chunks[0].packed_multiple
+        )
         reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
@@ -65,7 +67,12 @@ def score_groups(
     """
     scored: list[list[Tensor]] = []
     for start in range(0, len(micro_batches), window):
-        batches = pack_micro_batches(micro_batches[start : start + window], parallel, shared_prefix=shared_prefix)
+        batches = pack_micro_batches(
+            micro_batches[start : start + window],
+            parallel,
+            shared_prefix=shared_prefix,
+            multiple_of=chunks[0].packed_multiple,
+        )
         batches = [dataclasses.replace(batch, temperature=temperature) for batch in batches]
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
             values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())

@@ -4,6 +4,7 @@ import torch
 
 from helpers.assets import SIZES
 from megatron_brain.checkpointing import CheckpointSaver, TrainingState, load_training_state
+from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.run import RunConfig
@@ -37,15 +38,18 @@ class Training:
         adam_eps=1e-8,
         layout=None,
         distributed_optimizer=False,
+        fp8=None,
+        batches=BATCHES,
         **sizes,
     ):
         model = resolve(ModelConfig(bf16=bf16, **SIZES | {"num_layers": 2} | sizes), None, "the test")
         self.config = RunConfig(stage="sft", model=model, parallel=layout or ParallelConfig())
+        self.config.fp8 = fp8 or Fp8Config()
         self.config.optimizer.lr = lr
         self.config.optimizer.adam_eps = adam_eps
         self.config.optimizer.use_distributed_optimizer = distributed_optimizer
-        self.parallel, self.head = parallel, head
-        self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed)
+        self.parallel, self.head, self.batches = parallel, head, batches
+        self.chunks = build_model(model, self.config.parallel, parallel, head=head, seed=seed, fp8=self.config.fp8)
         self.wrapped = wrap_for_training(self.chunks, self.config, parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, 10)
 
@@ -53,9 +57,12 @@ class Training:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        forward_backward(self.wrapped, BATCHES, lambda o, b: LossOutput(loss_sum=-o.sum(), count=5), self.parallel)
+        outputs = forward_backward(
+            self.wrapped, self.batches, lambda o, b: LossOutput(loss_sum=-o.sum(), count=5), self.parallel
+        )
         self.optimizer.step()
         self.scheduler.step(increment=1)
+        return sum(output.loss_sum.item() for output in outputs)
 
     def saver(self, root, **options):
         return CheckpointSaver(root, self.config, self.parallel, FakeTokenizer(), head=self.head, **options)

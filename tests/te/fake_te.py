@@ -2,8 +2,8 @@
 
 Transformer Engine is Python modules over a compiled extension. The extension is replaced by the few functions that a
 training step in float32 or bfloat16 calls, in plain torch, and torch.cuda says there is a device. So parameters, their
-names, layer construction, autograd functions and the fused Adam are Transformer Engine's own; kernels and FP8 are not
-tested.
+names, layer construction, autograd functions, recipes of FP8 and the fused Adam are Transformer Engine's own; kernels
+are not tested.
 """
 
 import enum
@@ -13,12 +13,12 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-# The two enumerations whose members Transformer Engine compares with its own.
+# The enumerations whose members Transformer Engine compares with its own, or takes for places in a list.
 _DTYPES = {
     "kByte": 0,
     "kInt32": 2,
@@ -34,11 +34,15 @@ _ATTENTIONS = {
     "NVTE_F16_arbitrary_seqlen": 1,
     "NVTE_FP8": 2,
 }
+_FP8_FORWARD = [f"GEMM{i}_{tensor}" for i in (1, 2, 3) for tensor in ("INPUT", "WEIGHT", "OUTPUT")]
+_FP8_BACKWARD = [f"GRAD_{tensor}{i}" for i in (1, 2, 3) for tensor in ("OUTPUT", "INPUT")]
 
 
 def import_without_extension() -> None:
     """Import Transformer Engine with the fake in place of its extension, before megatron-core looks for it."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    # Softmax in plain torch; its kernels are for longer sequences than ours mostly are.
+    os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     extension = _Extension("transformer_engine_torch")
     sys.modules["transformer_engine_torch"] = extension
     with warnings.catch_warnings():
@@ -46,10 +50,13 @@ def import_without_extension() -> None:
         warnings.simplefilter("ignore", RuntimeWarning)
         import transformer_engine.common
     transformer_engine.common.load_framework_extension = lambda framework: None
-    from transformer_engine.pytorch import cpp_extensions
+    from transformer_engine.pytorch import cpp_extensions, distributed
 
     # It takes over the extension's names with a star, which finds none.
     cpp_extensions.__getattr__ = functools.partial(getattr, extension)
+    # Recomputation of activations keeps the state of the device's generator.
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     for name in ("convert_thd_to_bshd", "convert_bshd_to_thd"):
         torch.library.register_kernel(f"te_kv_cache::{name}", "cpu", getattr(extension, name))
 
@@ -81,6 +88,8 @@ class _NotThere(type):
 class _Extension(types.ModuleType):
     DType = enum.IntEnum("DType", _DTYPES)
     NVTE_Fused_Attn_Backend = enum.IntEnum("NVTE_Fused_Attn_Backend", _ATTENTIONS)
+    FP8FwdTensors = enum.IntEnum("FP8FwdTensors", _FP8_FORWARD, start=0)
+    FP8BwdTensors = enum.IntEnum("FP8BwdTensors", _FP8_BACKWARD, start=0)
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -188,6 +197,11 @@ class _Extension(types.ModuleType):
         )
 
     @staticmethod
+    def bgrad_quantize(grad: Tensor, quantizer: Callable[[Tensor], object]) -> tuple[Tensor, object]:
+        """Gradient of the bias, and that of the output in the quantizer's format."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0), quantizer(grad)
+
+    @staticmethod
     def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, batch: int, max_length: int) -> Tensor:
         """Sequences laid end to end, `[t, h, d]`, to padded ones, `[b, s, h, d]`."""
         padded = tensor.new_zeros(batch, max_length, *tensor.shape[1:])
@@ -208,9 +222,13 @@ class _Extension(types.ModuleType):
         return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().view(1), None
 
     @staticmethod
-    def multi_tensor_scale(chunk_size: int, overflow: Tensor, lists: Sequence[list[Tensor]], scale: float) -> None:
+    def multi_tensor_scale(
+        chunk_size: int, overflow: Tensor, lists: Sequence[list[Tensor]], scale: float | Tensor
+    ) -> None:
         for source, target in zip(*lists, strict=True):
             target.copy_(source * scale)
+
+    multi_tensor_scale_tensor = multi_tensor_scale
 
     @staticmethod
     def multi_tensor_adam(

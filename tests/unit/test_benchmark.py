@@ -180,6 +180,7 @@ def test_mistakes_are_said_before_anything_is_measured(benchmark, capsys, monkey
         (["update", "--plot", "line.png", "--only", "update"], "add line to --only"),
         (["update", "--line-samples", "2,x,8"], "--line-samples 2,x,8: a line needs two different numbers"),
         (["update", *TINY, "--response-length", "4", "--response-spread", "4"], "a token in each"),
+        (["memory", "--only", "sft; nothing"], "no case 'nothing'; there are: sft; sft, bf16"),
     ):
         assert main(flags) == 2
         said = capsys.readouterr()

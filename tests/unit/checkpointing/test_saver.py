@@ -10,6 +10,7 @@ from helpers.tiny_training import Training, equal_weights
 
 from megatron_brain.checkpointing import CheckpointError, TrainingState, load_weights, read_info
 from megatron_brain.checkpointing import save as saving
+from megatron_brain.checkpointing.state import model_boxes
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_the_generation_config_of_the_model_before_is_kept(training, tmp_path):
 
 def test_the_memory_of_copies_is_used_again(training):
     copies = saving._HostCopies()
-    boxes = saving.model_boxes(training.chunks)
+    boxes = model_boxes(training.chunks)
     first = copies.take(boxes)
     with torch.no_grad():
         boxes[0].data.add_(1.0)

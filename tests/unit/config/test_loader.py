@@ -26,6 +26,8 @@ REQUIRED = {
     "evaluate": {"load": "ckpt", "prompts": "p.jsonl", "output": "o.json", "prior_load": "sft", "judge": "j.py:f"},
 }
 
+FP8 = {"fp8_format": "hybrid", "bf16": True}
+
 # Values other than the default where the generic choice below breaks a check, and what they need beside them.
 SPECIAL = {
     "num_layers_per_virtual_pipeline_stage": (2, {"pipeline_model_parallel_size": 2}),
@@ -54,10 +56,22 @@ SPECIAL = {
     "loss_spike_factor": (3.0, {}),
     "overlap_param_gather": (True, {"use_distributed_optimizer": True, "overlap_grad_reduce": True}),
     "ddp_bucket_size": (1000, {"overlap_grad_reduce": True}),
+    "fp8_format": ("e4m3", {"bf16": True}),
+    "fp8_recipe": ("delayed", FP8),
+    "fp8_quantizer_factory": ("package.module.function", {**FP8, "fp8_recipe": "custom"}),
+    "fp8_margin": (1, {**FP8, "fp8_recipe": "delayed"}),
+    "fp8_amax_history_len": (16, {**FP8, "fp8_recipe": "delayed"}),
+    "fp8_amax_compute_algo": ("most_recent", {**FP8, "fp8_recipe": "delayed"}),
+    "fp8_param_gather": (True, {**FP8, "use_distributed_optimizer": True}),
+    "first_last_layers_bf16": (True, FP8),
+    "num_layers_at_start_in_bf16": (2, {**FP8, "first_last_layers_bf16": True}),
+    "num_layers_at_end_in_bf16": (2, {**FP8, "first_last_layers_bf16": True}),
+    "fp8_emulate": (True, FP8),
 }
 
 # Sections are shared, yet these have one value in a stage.
 _FIXED = {("brain", "hidden_dropout"), ("brain", "attention_dropout")}
+_FIXED |= {("generate", "fp8_param_gather"), ("evaluate", "fp8_param_gather")}
 STAGE_AND_KEY = [(stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage) if (stage, key) not in _FIXED]
 
 

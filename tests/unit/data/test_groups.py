@@ -41,8 +41,8 @@ def test_shared_prefix_by_hand():
     batch = pack_groups([PAIR, LONE], shared_prefix=True, length=14)
     # prompt  resp 1  resp 2   lone, one piece      padding
     # 0 1 2   3 4     5 6 7    8 9 10 11            12 13
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 0, 0]]
-    assert batch.position_ids[0, :12].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3]
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 11, 12]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2, 3, 0, 1]]
     assert batch.segments == (
         Segment(start=0, length=3),
         Segment(start=3, length=2, prefix_start=0, prefix_length=3),
@@ -154,6 +154,30 @@ def test_padding_takes_no_positions_beyond_those_of_the_longest_group(padding):
     length = packed_length([PAIR, LONE], shared_prefix=True) + padding
     batch = pack_groups([PAIR, LONE], shared_prefix=True, length=length)
     assert batch.position_ids.max().item() == 5
+
+
+@given(groups=random_groups(), shared=st.booleans(), padding=st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_padding_repeats_the_start_of_a_sequence_that_is_there(groups, shared, padding):
+    """So it shows the model nothing new, and widens no scale of FP8."""
+    length = packed_length(groups, shared_prefix=shared)
+    batch = pack_groups(groups, shared_prefix=shared, length=length + padding)
+    tokens = batch.tokens[0].tolist()
+    pieces = [
+        (tokens[s.start : s.start + s.length], batch.position_ids[0, s.start : s.start + s.length].tolist(), s)
+        for s in batch.segments
+    ]
+    there = [ids for ids, _, segment in pieces if segment.start < length and not segment.prefix_length]
+    for ids, positions, segment in pieces:
+        if segment.start >= length:
+            assert segment.prefix_length == 0 and positions == list(range(len(ids)))
+            assert any(ids == sequence[: len(ids)] for sequence in there)
+
+
+def test_a_micro_batch_of_padding_alone_takes_one_position():
+    batch = pack_groups([], shared_prefix=True, length=5)
+    assert batch.segments == (Segment(start=0, length=5),)
+    assert batch.position_ids.tolist() == [[0] * 5]
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():

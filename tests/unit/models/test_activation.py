@@ -11,6 +11,7 @@ from megatron_brain.models import specs
 from megatron_brain.models.activation import GatedSilu
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model, transformer_config
+from megatron_brain.runtime.megatron_versions import mlp_submodules
 
 
 @pytest.fixture
@@ -53,4 +54,4 @@ def test_both_specs_have_it(single, monkeypatch):
     assert all(isinstance(layer.mlp.activation_func, GatedSilu) for layer in model.decoder.layers)
     monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", specs.get_gpt_layer_local_spec)
     model = resolve(ModelConfig(**SIZES), None, "")
-    assert specs.layer_spec("transformer_engine", model).submodules.mlp.submodules.activation_func is GatedSilu
+    assert mlp_submodules(specs.layer_spec("transformer_engine", model)).activation_func is GatedSilu

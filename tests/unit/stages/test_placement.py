@@ -103,3 +103,16 @@ def test_a_group_no_micro_batch_can_hold_is_named():
 def test_a_group_that_is_not_whole_on_a_replica_is_found():
     with pytest.raises(AssertionError, match="group 2 is not whole"):
         rollouts_in([[[Part(rollout(2), (0, 2), is_whole=False)]]])
+
+
+def test_a_token_budget_counts_tokens_as_they_are_padded():
+    """A micro-batch of 2 x 18 tokens would be 48 long."""
+    layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
+    settings = TrainingConfig(global_batch_size=2, max_tokens_per_micro_batch=40)
+    rollouts = [rollout(0), rollout(1)]
+    layout.gather_over_data_parallel = lambda item: [rollouts]
+    apart, together = (
+        indices(Placement(settings, layout, interleaved=False, round_to=round_to).steps(rollouts))
+        for round_to in (16, 1)
+    )
+    assert sorted(apart[0]) == [[0], [1]] and sorted(together[0][0]) == [0, 1]

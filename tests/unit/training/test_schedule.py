@@ -47,6 +47,10 @@ def test_micro_batches_are_padded_to_the_tensor_parallel_size_and_in_a_pipeline_
     piped = pack_micro_batches(MICRO_BATCHES, dataclasses.replace(single, tp_size=4, pp_size=2), shared_prefix=True)
     assert [batch.tokens.shape for batch in piped] == [(1, 12)] * 3
     assert pack_micro_batches([], single, shared_prefix=True) == []
+    in_fp8 = pack_micro_batches(
+        MICRO_BATCHES, dataclasses.replace(single, tp_size=3), shared_prefix=True, multiple_of=16
+    )
+    assert [batch.tokens.shape for batch in in_fp8] == [(1, 48)] * 3
 
 
 @pytest.mark.parametrize("head", ["policy", "reward"])

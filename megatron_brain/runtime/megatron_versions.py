@@ -1,0 +1,25 @@
+"""Where the versions of megatron-core that we support, 0.16 to 0.19, differ for us.
+
+What the older ones lack goes when support for them does: look for users of this module.
+"""
+
+import functools
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+
+def mlp_submodules(layer: ModuleSpec) -> MLPSubmodules:
+    """Submodules of the feed-forward layer in the spec of a layer, to change them in place."""
+    mlp = layer.submodules.mlp
+    # A ModuleSpec in 0.16, a partial in 0.19.
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
+def grads_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """This rank's gradients, each of which counts on one rank alone. The optimizer is none of several chained ones."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()  # Its name in 0.16.

@@ -1,0 +1,28 @@
+"""Emulated FP8 at every kind of layout."""
+
+import pytest
+
+from distributed.runs import expect_equal, random_start, train
+from distributed.world import LAYOUTS, Context, Layout, at
+
+_FLAGS = [
+    *("--fp8-format", "hybrid", "--fp8-emulate", "--first-last-layers-bf16", "--num-layers-at-start-in-bf16", "2"),
+    # In one micro-batch: padding to the length of others would be rounded with the rest, and widen its scale.
+    *("--global-batch-size", "4", "--micro-batch-size", "4"),
+]
+
+
+@at(lambda layout: layout.name in ("pp2", "tp2_sp"))
+def case_emulation(layout: Layout, context: Context) -> None:
+    """Stages leave the same layers out as one process does. Tensor-parallel ranks round shares, each with a scale of
+    its own, so they compute nearly the same; with sequence parallelism exactly what they do without."""
+    actual = train("sft", layout, context, *random_start(context), *_FLAGS)
+    expected = context.reference("fp8_emulation", actual)
+    if not layout.sp:
+        expect_equal(actual, expected)
+        return
+    without = next(each for each in LAYOUTS[layout.size] if (each.tp, each.sp) == (layout.tp, False))
+    expect_equal(actual, train("sft", without, context, *random_start(context), *_FLAGS))
+    for name, values in expected.items():
+        assert actual[name] != pytest.approx(values, rel=1e-6)
+        assert actual[name] == pytest.approx(values, rel=2e-2)

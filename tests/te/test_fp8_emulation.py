@@ -1,0 +1,54 @@
+"""The emulated FP8 layers compute what Transformer Engine's own reference of the recipe does.
+
+Left out unless TE_ON_CPU names a folder with Transformer Engine's Python, see test_checkpoints.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
+)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    tests = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, tests / "te" / "emulate_fp8.py"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(tests), str(tests.parent)])},
+        check=True,
+        timeout=300,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(result.stdout)
+
+
+def test_codes_scales_and_all_three_products_equal_the_reference_bit_for_bit(measured):
+    differing = dict(measured["products"])
+    assert differing.pop("cases") == 480
+    assert set(differing.values()) == {0}, differing
+
+
+def test_a_model_computes_what_transformer_engines_layers_do_with_the_reference(measured):
+    """Norms and attention add up in another order: a value at the edge between two FP8 numbers may round to the other
+    one. That is far less than what FP8 itself changes."""
+    reference, emulation, plain = (measured["model"][name] for name in ("reference", "emulation", "plain"))
+    assert reference["gradients"].keys() == emulation["gradients"].keys()
+    for name, values in [("logprobs", reference["logprobs"]), *reference["gradients"].items()]:
+        theirs = torch.tensor(values)
+        ours, without = (
+            torch.tensor(each["logprobs"] if name == "logprobs" else each["gradients"][name])
+            for each in (emulation, plain)
+        )
+        # Of the embedding, most is the output layer's, which is never in FP8.
+        least = 1e-4 if name == "logprobs" else 1e-2
+        assert (without - theirs).norm() > least * theirs.norm(), name
+        assert (ours - theirs).norm() < 1e-2 * (without - theirs).norm(), name

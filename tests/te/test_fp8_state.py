@@ -1,0 +1,47 @@
+"""What FP8 remembers from one pass to the next, with Transformer Engine's own layers and recipes on a CPU.
+
+Its Python runs in processes of its own over a fake of the compiled extension, as for test_checkpoints.py, which says
+what TE_ON_CPU has to be. The properties are the functions `case_*` of fp8_state.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
+)
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = TESTS / "te" / "fp8_state.py"
+CASES = re.findall(r"^def (case_\w+)", SCRIPT.read_text(), re.MULTILINE)
+LAYOUTS = {"one_process": 1, "tp2_sp": 2}
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """Tracebacks by layout, rank and case: the second world reads what the first has written."""
+    folder, found = tmp_path_factory.mktemp("fp8_state"), {}
+    for layout, processes in LAYOUTS.items():
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        subprocess.run(
+            [sys.executable, *(torchrun if processes > 1 else []), SCRIPT, folder],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(TESTS), str(TESTS.parent)])},
+            check=True,
+            timeout=900,
+        )
+        files = [folder / f"failures_{rank}.json" for rank in range(processes)]
+        found[layout] = [json.loads(file.read_text()) for file in files]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_fp8_state(failures, case, layout):
+    for rank, failed in enumerate(failures[layout]):
+        assert case not in failed, f"rank {rank}: {failed[case]}"

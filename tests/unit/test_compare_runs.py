@@ -1,0 +1,50 @@
+"""Metrics of runs side by side, by hand."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("compare_runs").main
+
+
+def write(path, losses):
+    lines = [{"iteration": i, "loss": loss, **({"round": i} if i % 2 else {})} for i, loss in enumerate(losses, 1)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_means_are_of_windows_of_steps_as_far_as_all_runs_have_come(compare, tmp_path, capsys):
+    one, other = write(tmp_path / "one", [4, 2, 1]), write(tmp_path / "other", [8, 6, 5, 100])
+    assert compare([f"a={one}", f"b={other}", "--metrics", "loss,round", "--window", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| metric | run | steps 1-2 | steps 3-3 |",
+        "| --- | --- | --- | --- |",
+        "| loss | a | 3 | 1 |",
+        "| loss | b | 7 | 5 |",
+        "| round | a | 1 | 3 |",
+        "| round | b | 1 | 3 |",
+    ]
+
+
+def test_the_figure_is_written(compare, tmp_path):
+    pytest.importorskip("matplotlib")
+    one = write(tmp_path / "one", [4, 2, 1])
+    assert compare([f"a={one}", "--metrics", "loss,round", "--plot", str(tmp_path / "new" / "figure.png")]) == 0
+    assert (tmp_path / "new" / "figure.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("run", "said"), [("one", "NAME=FILE"), ("a=missing", "NAME=FILE"), ("a={one}", "no step logged reward")]
+)
+def test_mistakes_are_told_in_a_line(compare, tmp_path, capsys, run, said):
+    one = write(tmp_path / "one", [4])
+    assert compare([run.format(one=one), "--metrics", "reward"]) == 2
+    assert said in capsys.readouterr().err

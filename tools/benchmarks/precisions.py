@@ -1,0 +1,104 @@
+"""The same weights in several precisions: scores, samples and gradients of each."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_brain.config.fp8 import Fp8Config
+from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.generation.sampler import Sampler
+from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.training.run import Run
+from megatron_brain.training.validation import score_groups
+
+
+def _fp8(fp8_format: str, *, ends: bool) -> Fp8Config:
+    return Fp8Config(fp8_format=fp8_format, fp8_emulate=True, first_last_layers_bf16=ends)
+
+
+PRECISIONS: dict[str, tuple[bool, Fp8Config]] = {
+    "fp32": (False, Fp8Config()),
+    "bf16": (True, Fp8Config()),
+    "hybrid": (True, _fp8("hybrid", ends=False)),
+    "hybrid_ends_bf16": (True, _fp8("hybrid", ends=True)),
+    "e4m3": (True, _fp8("e4m3", ends=False)),
+    "e4m3_ends_bf16": (True, _fp8("e4m3", ends=True)),
+}
+"""Whether --bf16 is on, and the FP8 settings."""
+
+SCORED = ("fp32", "bf16", "hybrid", "hybrid_ends_bf16")
+"""Forward, e4m3 is what hybrid is."""
+
+NO_TOKEN = -1
+"""An EOS that is never drawn: responses go on to the greatest length."""
+
+
+def run_in(run: Run, precision: str) -> Run:
+    """The run, computing in another precision."""
+    bf16, fp8 = PRECISIONS[precision]
+    model = dataclasses.replace(run.config.model, bf16=bf16)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model, fp8=fp8))
+
+
+class Model:
+    """A checkpoint in one precision, whose weights can be replaced by others."""
+
+    def __init__(self, run: Run, precision: str, directory: Path, head: Head) -> None:
+        self._run = run_in(run, precision)
+        self._head = head
+        (self.chunk,) = self._run.load_frozen(str(directory), head)
+
+    def weights(self) -> list[Tensor]:
+        """Copies, in bfloat16: every precision starts from the same numbers."""
+        return [parameter.detach().bfloat16().clone() for parameter in self.chunk.parameters()]
+
+    @torch.no_grad()
+    def take(self, weights: Sequence[Tensor]) -> None:
+        """Have these weights from now on."""
+        for parameter, weight in zip(self.chunk.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+
+    def scores(self, groups: Sequence[Group]) -> Tensor:
+        """Sequence log-probabilities or rewards `[groups, n]` float32, each group computed on its own."""
+        micro_batches = [[group] for group in groups]
+        scored = score_groups([self.chunk], micro_batches, self._run.parallel, head=self._head, shared_prefix=True)
+        return torch.stack([values for (values,) in scored])
+
+    def gradient(self, groups: Sequence[Group], slopes: Tensor) -> list[Tensor]:
+        """Gradient of `sum slopes * log-probabilities` `[groups, n]` in all weights, added up in float32."""
+        self.chunk.train().requires_grad_(True)
+        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.chunk.parameters()]
+        for group, each in zip(groups, slopes, strict=True):
+            batch = pack_groups([group], shared_prefix=True)
+            (each * batch.sum_per_response(self.chunk(batch))).sum().backward()
+            for total, parameter in zip(totals, self.chunk.parameters(), strict=True):
+                total += parameter.grad
+                parameter.grad = None
+        self.chunk.eval().requires_grad_(False)
+        return totals
+
+
+def draw(run: Run, chunk: Chunk, prompts: Sequence[tuple[int, ...]]) -> list[Group]:
+    """Groups of n responses of --max-new-tokens tokens each."""
+    sampler = Sampler([chunk], run.parallel, run.config.sampling, eos_id=NO_TOKEN)
+    samples = sampler.generate(
+        prompts,
+        samples_per_prompt=run.config.sampling.samples_per_prompt,
+        keys=range(len(prompts)),
+        seed=run.config.training.seed,
+    )
+    return [
+        Group(prompt=prompt, responses=tuple(sample.tokens for sample in drawn))
+        for prompt, drawn in zip(prompts, samples, strict=True)
+    ]
+
+
+def beginnings(groups: Sequence[Group], length: int) -> list[Group]:
+    """The groups with the first tokens of each response alone."""
+    return [
+        dataclasses.replace(group, responses=tuple(response[:length] for response in group.responses))
+        for group in groups
+    ]
