@@ -1,4 +1,4 @@
-# megatron_brain on NVIDIA's PyTorch image, whose PyTorch, Transformer Engine and Apex are built for each other.
+# megatron_brain on NVIDIA's PyTorch image, whose PyTorch and Transformer Engine are built for each other.
 # Never built by us: what was tested of it, and how to run it, is in docs/docker.md.
 #
 #   docker build --tag megatron_brain .

@@ -17,7 +17,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 NGC_MEGATRON_CORE = {"26.06-py3": "0.19.2", "25.11-py3": "0.16.1"}
-"""Tags of nvcr.io/nvidia/pytorch that we support, and the megatron-core whose release was tested on each of them."""
+"""Tags of nvcr.io/nvidia/pytorch that we support, and the megatron-core whose release names each for its development
+(docs/docker.md). The pairs were not run."""
 
 # Built for each other and for CUDA: one of them replaced by a package of the index breaks the rest.
 _COMPILED = re.compile(r"torch|torch(vision|audio|-tensorrt)|(pytorch-)?triton|transformer-engine.*|apex|flash-attn.*")

@@ -21,8 +21,10 @@ else
     rendezvous=(--standalone)
 fi
 
-# A signal that torchrun handles goes on to its workers, which save; what is left after the timeout is killed. It must
-# cover the longest step and a save. Both flags are those of torch 2.13.
+# A signal that torchrun handles goes on to its workers, which save; what is left after so many seconds is killed: it must
+# cover the longest step and a save. torchrun reads --shutdown-timeout from PET_SHUTDOWN_TIMEOUT and so on; a torch that is
+# too old for one of the two would refuse the flag, but passes over the variable.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-280}
 exec torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-0}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 280 \
     -m megatron_brain "$stage" --config "$config" "$@"

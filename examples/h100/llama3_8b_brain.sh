@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 runs=${RUNS:-runs/llama3_8b} data=${DATA:-data}
 # A stop waits for the round that is being sampled and scored: twenty minutes' notice instead of five.
-export SBATCH_ARGS="--signal=USR1@1200 ${SBATCH_ARGS:-}"
+export SBATCH_ARGS="--signal=USR1@1200 ${SBATCH_ARGS:-}" PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-1180}
 exec bash examples/h100/launch.sh 1 brain examples/h100/llama3_8b_brain.yaml \
     --load "$runs/sft" --finetune --reward-load "$runs/reward" --save "$runs/brain" --auto-resume \
     --rollout-dir "$runs/rollouts" --train-data "$data/prompts.jsonl" "$@"

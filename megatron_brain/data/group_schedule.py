@@ -94,7 +94,7 @@ def plan_groups(
         seed: of ties and order; pass another one each step.
         shared_prefix: whether a piece holds its prompt once rather than once per response.
         splittable: whether a group may be cut; no where the loss couples the responses (preference pairs).
-        round_to: a micro-batch is padded to a multiple of this (the tensor-parallel size).
+        round_to: a micro-batch is padded to a multiple of this (the tensor-parallel size, and what FP8 needs).
         count_multiple_of: micro-batches per replica are a multiple of this (the interleaved pipeline schedule).
         labels: names of the groups for error messages, one each.
 
