@@ -1,22 +1,29 @@
-"""Imports every module of megatron_brain and prints the versions of what it stands on; no GPU is needed."""
+"""Imports every module of megatron_brain and prints the versions of what it stands on; no GPU is needed.
+
+Transformer Engine may want the driver's libraries, which a machine that builds an image lacks: it is tried as a run
+tries it, and what is wrong is printed.
+"""
 
 import importlib
 import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 
 import megatron_brain
+from megatron_brain.runtime import transformer_engine
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformers")
 
 
 def main() -> None:
     """Raises what an import raises."""
+    problem = transformer_engine.problem()  # before anything imports megatron-core
     names = [module.name for module in pkgutil.walk_packages(megatron_brain.__path__, "megatron_brain.")]
     for name in names:
         importlib.import_module(name)
     print(f"{len(names)} modules of megatron_brain {megatron_brain.__version__} imported, with")
     for package in PACKAGES:
         print(f"  {package} {_version(package)}")
+    print(f"Transformer Engine here: {problem or 'can be imported'}")
 
 
 def _version(package: str) -> str:

@@ -33,12 +33,15 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     try:
         question = _question(args)
+        if args.json not in (None, "-"):
+            Path(args.json).touch()  # before the work
         plans, rejections = search(question)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json is not None:
-        text = json.dumps(as_json(question, args.model, plans, rejections), indent=2)
+        report = as_json(question, args.model, plans, rejections, reward_model=args.reward_model)
+        text = json.dumps(report, indent=2)
         if args.json == "-":
             print(text)
         else:
@@ -142,7 +145,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--top", type=_positive, default=10, help="layouts that the tables show")
     group.add_argument("--json", metavar="FILE", help="write all layouts and rejections; - is standard output alone")
     group.add_argument("--print-flags", action="store_true", help="print the flags of the fastest layout and no tables")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.json == "-" and args.print_flags:
+        parser.error("--json - and --print-flags both ask for standard output alone: give --json a file")
+    return args
 
 
 def _positive(text: str) -> int:

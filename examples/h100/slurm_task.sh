@@ -2,7 +2,8 @@
 # One rank under srun: slurm_task.sh STAGE CONFIG [--flag value ...]. Not run under Slurm, nor on a GPU.
 #
 # The run ends with 0 both when it is done and when it has saved because it was asked to stop. Here the second becomes 75
-# (EX_TEMPFAIL), so that launch_slurm.sbatch knows that there is more to do. Of the ranks' statuses srun gives the highest.
+# (EX_TEMPFAIL), so that launch_slurm.sbatch knows that there is more to do. So does the end of a run that was asked to stop
+# before it had begun: the signal itself ends it. Of the ranks' statuses srun gives the highest.
 set -uo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 
@@ -28,7 +29,9 @@ while [ "$status" -ge 128 ] && kill -0 "$run" 2> /dev/null; do
 done
 wait "$run"
 status=$?
-if $asked && [ "$status" = 0 ]; then
-    exit 75
+if $asked; then
+    case $status in
+        0 | $((128 + $(kill -l USR1))) | $((128 + $(kill -l TERM)))) exit 75 ;;
+    esac
 fi
 exit "$status"

@@ -48,8 +48,8 @@ class Shapes:
         # Less than 1 where a token budget cuts a sample.
         share = min(1.0, tokens / (workload.sample_tokens * layout.micro_batch_size))
         targets = math.ceil(workload.sample_targets * layout.micro_batch_size * share)
-        keys = sum(segment.prefix + segment.length for segment in workload.segments())
-        has_prefix = any(segment.prefix for segment in workload.segments())
+        keys = sum(segment.prefix + segment.length for segment in workload.segments)
+        has_prefix = any(segment.prefix for segment in workload.segments)
         return cls(
             model=model,
             element=FLOAT32 if workload.precision == "fp32" else 2,

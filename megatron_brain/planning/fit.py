@@ -42,7 +42,7 @@ def residuals(results: Sequence[Published], machine: Machine) -> dict[str, float
 def model_tflops(result: Published) -> float:
     """Published model FLOPs, in 10^12 per second and GPU."""
     workload = result.workload
-    per_token = model_flops(workload.model, workload.segments(), workload.sample_targets) / workload.sample_tokens
+    per_token = model_flops(workload.model, workload.segments, workload.sample_targets) / workload.sample_tokens
     return per_token * result.tokens_per_second / 1e12
 
 

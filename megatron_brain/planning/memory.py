@@ -5,6 +5,7 @@ gradient buffers and optimizer state are there in all of them. The estimate is o
 communication buffers of NCCL, and fragmentation. docs/planner.md says how it was measured, and what was not.
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 from megatron_brain.config.model import ModelConfig
@@ -118,12 +119,12 @@ class _Stage:
     def _ties_weights(self) -> bool:
         return not self.model.untie_embeddings_and_output_weights
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """Parameters on this rank."""
         return stage_parameters(self.model, self.layout, self.stage, self.workload.head)
 
-    @property
+    @functools.cached_property
     def shapes(self) -> Shapes:
         return Shapes.of(self.workload, self.layout, self.model, self.impl)
 

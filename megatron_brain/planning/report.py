@@ -80,16 +80,24 @@ def flags(settings: Settings) -> list[str]:
     return found
 
 
-def as_json(question: Question, name: str, plans: Sequence[Plan], rejections: Sequence[Rejection]) -> dict:
+def as_json(
+    question: Question,
+    name: str,
+    plans: Sequence[Plan],
+    rejections: Sequence[Rejection],
+    *,
+    reward_model: str | None = None,
+) -> dict:
     """The whole answer: every plan and every rejection. Sizes are bytes, times seconds.
 
     Args:
         name: of the model, as it was asked for.
+        reward_model: the name of the reward model; None: the policy's sizes.
     """
     asked = {key: value for key, value in vars(question).items() if key not in ("model", "machine", "reward_model")}
     return {
         "format": FORMAT,
-        "question": {"model": name, **asked},
+        "question": {"model": name, "reward_model": reward_model, **asked},
         "machine": asdict(question.machine),
         "layouts": [_plan_as_dict(plan) for plan in plans],
         "rejected": [

@@ -27,6 +27,16 @@ _BRAIN_FILES = {"reward_load": "REWARD"}
 _ROWS = 16  # of a matrix product in FP8, on each tensor-parallel rank
 _RECOMPUTE = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
+_ONLY_BRAIN = (
+    "samples_per_prompt",
+    "prompts_per_round",
+    "refresh_interval",
+    "sampling_batch_size",
+    "offload_prior",
+    "offload_reward",
+    "two_pass",
+    "reward_model",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +75,25 @@ class Question:
     """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
 
     def __post_init__(self) -> None:
+        if self.reserved_bytes < 0:
+            raise ConfigError(f"reserved_bytes={self.reserved_bytes} is negative: a GPU has no more memory than it has")
+        if self.stage != "brain":
+            self._refuse_settings_of_brain()
+        if self.reward_model is not None and self.reward_model.vocab_size != self.model.vocab_size:
+            raise ConfigError(
+                f"the reward model has vocab_size={self.reward_model.vocab_size}, the policy has "
+                f"{self.model.vocab_size}: all models of a run share one tokenizer"
+            )
         if self.prompt_length == 0 and (self.stage != "sft" or self.seq_length not in (None, self.response_length)):
             raise ConfigError(
                 "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage sft and "
                 "give their length as --response-length"
             )
+
+    def _refuse_settings_of_brain(self) -> None:
+        for name in _ONLY_BRAIN:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"{name}={getattr(self, name)} is for --stage brain, not {self.stage}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +152,12 @@ def run_config(question: Question, settings: Settings) -> RunConfig:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     require(config)
     validate_layout(config, question.gpus, config.model)
+    if question.reward_model is not None:
+        try:
+            of_reward = dataclasses.replace(config, model=question.reward_model)
+            validate_layout(of_reward, question.gpus, question.reward_model)
+        except ConfigError as error:
+            raise ConfigError(f"reward model, {error}") from None
     return config
 
 
@@ -138,9 +168,7 @@ def _plan(question: Question, settings: Settings) -> Plan:
         ConfigError: it cannot be run, or does not fit.
     """
     config = run_config(question, settings)
-    tensor, node = config.parallel.tensor_model_parallel_size, question.machine.gpus_per_node
-    if tensor > node:
-        raise ConfigError(f"tensor_model_parallel_size={tensor} exceeds the {node} GPUs of a node: use {node} or less")
+    _check_nodes(question, config.parallel.tensor_model_parallel_size)
     asked = from_run_config(config, question.gpus)
     workload, layout, phases = _that_fits(question, _with_reward_model(asked[0], question), asked[1])
     time = step_time(workload, layout, question.machine)
@@ -152,6 +180,14 @@ def _plan(question: Question, settings: Settings) -> Plan:
         time=time,
         tokens_per_second=workload.step_tokens / time.total / question.gpus,
     )
+
+
+def _check_nodes(question: Question, tensor: int) -> None:
+    """Tensor-parallel ranks are neighbours: a size that does not divide a node crosses to the next one."""
+    node = question.machine.gpus_per_node
+    if question.gpus > node and node % tensor:
+        cure = ", ".join(map(str, _divisors(node, at_most=node)))
+        raise ConfigError(f"tensor_model_parallel_size={tensor} crosses nodes of {node} GPUs: use one of {cure}")
 
 
 def _that_fits(question: Question, workload: Workload, layout: Layout) -> tuple[Workload, Layout, tuple[Memory, ...]]:
@@ -289,7 +325,9 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
 
 def _seq_length(question: Question, tensor: int) -> int:
     """The one asked for, or the longest sequence and so much that FP8 and sequence parallelism can split it."""
-    longest, unit = question.prompt_length + question.response_length, _ROWS * tensor
+    longest, unit = question.prompt_length + question.response_length, tensor
+    if question.precision == "fp8":
+        unit *= _ROWS
     return question.seq_length or -(-longest // unit) * unit
 
 

@@ -111,7 +111,7 @@ class PassTimer:
         self._local = self._tokens / layout.context
         # A token budget may cut a sample: attention and targets are cut with it.
         samples = min(layout.micro_batch_size, self._tokens / workload.sample_tokens)
-        self._attention_flops = attention_flops(self._model, workload.segments()) * samples / layout.context
+        self._attention_flops = attention_flops(self._model, workload.segments) * samples / layout.context
         self._targets = workload.sample_targets * samples / layout.context
 
     def forward(self, stage: int) -> StageSeconds:

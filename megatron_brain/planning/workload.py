@@ -196,6 +196,7 @@ class Workload:
             return 1
         return max(1, self.seq_length // (self.prompt_length + self.response_length))
 
+    @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Segments of one sample, without padding."""
         prompt, response, n = self.prompt_length, self.response_length, self.samples_per_prompt
@@ -210,7 +211,7 @@ class Workload:
         """Tokens of one sample as it is computed, padding to `seq_length` included."""
         if self.seq_length is not None:
             return self.seq_length
-        return sum(segment.length for segment in self.segments())
+        return sum(segment.length for segment in self.segments)
 
     @property
     def sample_targets(self) -> int:
@@ -224,10 +225,9 @@ class Workload:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of the global batch that throughput counts: each prompt once, however it is computed."""
-        if self.seq_length is not None:
-            return self.global_batch_size * self.seq_length
-        return self.global_batch_size * (self.prompt_length + self.samples_per_prompt * self.response_length)
+        """Tokens of the global batch that throughput counts: each prompt once, however it is computed, no padding."""
+        group = self.prompt_length + self.samples_per_prompt * self.response_length
+        return self.global_batch_size * self.records_per_sample * group
 
     def micro_batch_tokens(self, layout: Layout) -> int:
         """Tokens of one micro-batch, padding included."""

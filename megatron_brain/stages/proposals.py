@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.run import RunConfig
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.order import SampleOrder
 from megatron_brain.data.records import PreferenceReader, PromptReader
@@ -178,24 +179,33 @@ class RolloutFiles:
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Read this replica's rollouts of a round, from the first file again after the last."""
-        path = self._files[number % len(self._files)]
-        rollouts = read_rollouts(path)
-        for rollout in rollouts:
-            self._check_tokens(rollout, path)
-        batch = self._run.config.training.global_batch_size
-        if len(rollouts) % batch:
-            raise ConfigError(f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}")
+        rollouts = read_round(self._run.config, self._files[number % len(self._files)])
         return self._placement.deal([dataclasses.replace(rollout, index=i) for i, rollout in enumerate(rollouts)])
 
-    def _check_tokens(self, rollout: Rollout, path: str) -> None:
-        """Token ids another engine wrote are the model's, and leave no response over --seq-length."""
-        vocab_size, longest = self._run.config.model.vocab_size, self._run.config.data.seq_length
-        for response in rollout.responses:
-            tokens = (*rollout.prompt_tokens, *response.tokens)
-            wrong = [token for token in tokens if not 0 <= token < vocab_size]
-            if wrong:
-                raise ConfigError(f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}")
-            if len(tokens) > longest:
-                raise ConfigError(
-                    f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}"
-                )
+
+def read_round(config: RunConfig, path: str) -> list[Rollout]:
+    """All rollouts of a file.
+
+    Raises:
+        ConfigError: they do not fill whole batches, or are not for this model's vocabulary and --seq-length.
+    """
+    rollouts, batch = read_rollouts(path), config.training.global_batch_size
+    for rollout in rollouts:
+        _check_tokens(config, rollout, path)
+    if len(rollouts) % batch:
+        raise ConfigError(f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}")
+    return rollouts
+
+
+def _check_tokens(config: RunConfig, rollout: Rollout, path: str) -> None:
+    """Token ids another engine wrote are the model's, and leave no response over --seq-length."""
+    vocab_size, longest = config.model.vocab_size, config.data.seq_length
+    for response in rollout.responses:
+        tokens = (*rollout.prompt_tokens, *response.tokens)
+        wrong = [token for token in tokens if not 0 <= token < vocab_size]
+        if wrong:
+            raise ConfigError(f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}")
+        if len(tokens) > longest:
+            raise ConfigError(
+                f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}"
+            )

@@ -21,7 +21,8 @@ from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.models.architecture import REQUIRED_SIZES
 from megatron_brain.models.provider import Head
 from megatron_brain.runtime.parallel import launched_world_size
-from megatron_brain.stages.rollouts import read_rollouts, rollout_files
+from megatron_brain.stages.proposals import read_round
+from megatron_brain.stages.rollouts import rollout_files
 from megatron_brain.training.frozen import read_frozen_info
 from megatron_brain.training.run import find_start, open_tokenizer, resolve_frozen, resolve_model, set_up_logging
 from megatron_brain.training.run_length import check_warmup, iterations, rounds, steps_per_round
@@ -94,9 +95,11 @@ def _resolve_model(found: Findings) -> None:
     found.config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_model=model.hf_model))
     if found.start_from is not None:
         how = "to be resumed" if found.resuming else "weights to start from"
-        found.checked.append(f"{found.start_from.path}: {how}; the sizes are its own")
+        found.checked.append(f"{found.start_from.path}: {how}; the sizes are its own, the weights were not read")
     elif config.model.hf_model is not None:
-        found.checked.append(f"--hf-model {config.model.hf_model}: config.json; the sizes are its own")
+        found.checked.append(
+            f"--hf-model {config.model.hf_model}: config.json; the sizes are its own, the weights were not read"
+        )
     else:
         found.checked.append("the sizes are those of the configuration")
     found.checked.append(f"layout and batches divide over {found.world_size} processes")
@@ -148,7 +151,7 @@ def _check_frozen(found: Findings) -> None:
             continue
         info = read_frozen_info(name, directory, head)
         found.frozen[name] = resolve_frozen(found.config, info, found.world_size)
-        found.checked.append(f"{info.path}: a {head} model for this layout and vocabulary")
+        found.checked.append(f"{info.path}: a {head} model for this layout and vocabulary; the weights were not read")
     judge = found.config.evaluate.judge if "evaluate" in sections else None
     if judge is not None:
         found.is_here("--judge", judge.rpartition(":")[0], "the code of the judge")
@@ -201,9 +204,9 @@ def _read_rollouts(found: Findings, pattern: str) -> None:
         found.absent.append(f"--rollout-data {pattern}: rollouts, and how many rounds they are")
         return
     files = rollout_files(pattern)
-    groups = len(read_rollouts(files[0]))
-    found.num_rounds, found.steps_per_round = len(files), steps_per_round(found.config, groups)
-    found.checked.append(f"--rollout-data {pattern}: {len(files)} rounds; the first has {groups} groups")
+    groups = [len(read_round(found.config, file)) for file in files]
+    found.num_rounds, found.steps_per_round = len(files), steps_per_round(found.config, groups[0])
+    found.checked.append(f"--rollout-data {pattern}: {len(files)} rounds, {sum(groups)} groups in all")
 
 
 def _find_length(found: Findings) -> None:

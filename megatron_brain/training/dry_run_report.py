@@ -5,7 +5,9 @@ import math
 import os
 import textwrap
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import stage_fields
+from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
@@ -17,6 +19,9 @@ from megatron_brain.training.dry_run import Findings
 Rows = list[tuple[str, str]]
 
 _WIDTH = 118
+
+_H100 = (9, 0)
+"""Its compute capability. A dry run looks at no device and takes it for an H100, as for memory."""
 
 
 def render(found: Findings) -> str:
@@ -248,7 +253,7 @@ def _fp8(config: RunConfig, workload: Workload) -> Rows:
     fp8, (start, end) = config.fp8, workload.bf16_layers
     if fp8.fp8_format is None:
         return [("format", "none: no FP8")]
-    return [
+    rows = [
         ("format", fp8.fp8_format + (", emulated" if fp8.fp8_emulate else "")),
         ("recipe", fp8.fp8_recipe),
         (
@@ -257,3 +262,8 @@ def _fp8(config: RunConfig, workload: Workload) -> Rows:
         ),
         ("weights in FP8 alone", "yes" if fp8.fp8_param_gather else "no"),
     ]
+    try:
+        validate_fp8_device(fp8, _H100)
+    except ConfigError as error:
+        rows.append(("warning", f"not on an H100: {error}"))
+    return rows

@@ -96,6 +96,13 @@ def test_a_tensor_group_that_leaves_its_node_is_a_warning(dry_run, monkeypatch):
     assert "nodes of 6 GPUs" in dry_run(12, *argv, "--global-batch-size", "12")["Layout"]["warning"]
 
 
+def test_a_recipe_that_an_h100_lacks_is_a_warning(dry_run):
+    argv = sized("sft", "--bf16", "--hidden-size", "256", "--ffn-hidden-size", "512", "--fp8-format", "hybrid")
+    assert "warning" not in dry_run(1, *argv, "--fp8-recipe", "blockwise")["FP8"]
+    warning = dry_run(1, *argv, "--fp8-recipe", "mxfp8")["FP8"]["warning"]
+    assert "not on an H100: fp8_recipe=mxfp8 needs compute capability 10.0" in warning
+
+
 def test_batch_arithmetic_and_bubble_are_those_of_the_schedule(dry_run):
     layout = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
     batch = ["--global-batch-size", "48", "--micro-batch-size", "2", "--seq-length", "64"]
@@ -249,6 +256,23 @@ def test_what_a_dry_run_cannot_do_or_foresees_is_refused_with_a_cure(
     argv = ["sft", *flags, "--train-data", "sft.jsonl", "--no-packing", "--seq-length", "128", "--dry-run"]
     assert main(argv) == 2
     assert part in capsys.readouterr().err
+
+
+def test_all_files_of_rollouts_are_read_and_checked(dry_run, assets, tmp_path, capsys):
+    response = {"tokens": [3], "log_proposal": -1.0, "log_prior": -1.0, "reward": 0.5}
+    group = {"id": "a", "index": 0, "prompt_tokens": [1, 2], "responses": [response, response]}
+    argv = ["brain", "--load", f"{assets}/policy", "--finetune", "--seq-length", "128", "--global-batch-size", "4"]
+    argv += ["--rollout-data", f"{tmp_path}/*.jsonl"]
+    for name, groups in (("a", 8), ("b", 8)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(group) + "\n") * groups)
+    shown = dry_run(1, *argv)
+    assert shown["Schedule"]["iterations"] == "4: 2 rounds of 2 steps"
+    assert "2 rounds, 16 groups in all" in shown["Checked"]
+
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write(json.dumps(group) + "\n")
+    assert main([*argv, "--dry-run"]) == 2
+    assert "b.jsonl holds 9 groups, not a multiple of global_batch_size=4" in capsys.readouterr().err
 
 
 def test_a_prior_that_is_a_reward_model_is_refused(assets, monkeypatch, capsys, nothing_starts):

@@ -70,20 +70,21 @@ def test_every_precision_is_measured_on_a_tiny_model(tool, single, tmp_path, cap
 
 
 def test_errors_of_scores_by_hand(tool):
-    exact = {"prior": torch.tensor([[-3.0, -4.0]]), "reward": torch.zeros(1, 2)}
-    exact |= {"proposal": torch.tensor([[-3.0, -4.0]]), "moved 1": torch.tensor([[-3.0, -4.0 + math.log(3)]])}
-    # Errors of 1 and 3 nats: 1 below and above their mean. They are the same before and after the move.
-    other = {name: values + torch.tensor([[1.0, 3.0]]) for name, values in exact.items()}
+    exact = {"prior": torch.tensor([[-3.0, -4.0]] * 2), "reward": torch.zeros(2, 2)}
+    exact |= {"proposal": exact["prior"], "moved 1": torch.tensor([[-3.0, -4.0 + math.log(3)]] * 2)}
+    # Errors of 1 and 3 nats, 1 below and above their mean, and of 11 and 13. They are the same before and after.
+    other = {name: values + torch.tensor([[1.0, 3.0], [11.0, 13.0]]) for name, values in exact.items()}
     other["reward"] = exact["reward"]
     other["prior"] = exact["prior"]
     report = tool("benchmarks.fp8").compare({"fp32": exact, "bf16": exact, "hybrid": other}, [1], 1.0)
     hybrid = report["hybrid"]
-    assert hybrid["logprob_mean"] == 2.0
-    assert hybrid["logprob_std"] == hybrid["group_std"] == pytest.approx(math.sqrt(2))
+    assert hybrid["logprob_mean"] == 7.0
+    assert hybrid["logprob_std"] == pytest.approx(math.sqrt((36 + 16 + 16 + 36) / 3))
+    assert hybrid["group_std"] == pytest.approx(math.sqrt(2))
     assert hybrid["mixed"]["ratio_std"] == pytest.approx(math.sqrt(2))
-    assert hybrid["mixed"]["max_ratio"] == pytest.approx(math.exp(3))
+    assert hybrid["mixed"]["max_ratio"] == pytest.approx(math.exp(13))
     # beta is 1/4, 3/4 in both: what the two have in common has cancelled.
-    assert hybrid["moved 1"]["ratio_std"] == 0 == hybrid["moved 1"]["beta_tv"]
+    assert (hybrid["moved 1"]["ratio_std"], hybrid["moved 1"]["beta_tv"]) == pytest.approx((0, 0), abs=1e-6)
     assert hybrid["moved 1"]["ess_beta"] == pytest.approx(1 / (1 / 16 + 9 / 16))
     # alpha is softmax(-1, -3) instead of 1/2, 1/2.
     assert hybrid["alpha_tv"] == pytest.approx(1 / (1 + math.exp(-2)) - 0.5)

@@ -1,6 +1,6 @@
 """The planner's estimate of memory against the measured peak of real training steps on the CPU, layout by layout.
 
-    python tools/benchmark.py memory [--only NAME,NAME]
+    python tools/benchmark.py memory [--only 'NAME;NAME']
 
 Each case is a run of a stage as its command makes it, over as many processes as its layout takes (gloo), for two steps:
 in the second, optimizer state exists during forward and backward pass. What is compared is the most bytes of tensors

@@ -59,6 +59,8 @@ def test_json_alone_and_flags_alone(run):
     report = json.loads(run(f"{small} --json -")[1])
     assert report["question"]["model"] == "llama3.2-1b"
     assert run(f"{small} --print-flags")[1].split() == report["layouts"][0]["flags"]
+    with pytest.raises(SystemExit, match="2"):
+        run(f"{small} --json - --print-flags")
 
 
 def test_a_directory_of_a_hugging_face_model(tmp_path, run):
@@ -82,6 +84,8 @@ def test_a_directory_of_a_hugging_face_model(tmp_path, run):
     [
         ("--model llama3-7b --gpus 8", 2, "did you mean 'llama3-70b' or 'llama3-8b'"),
         ("--model llama3-70b --gpus 1", 1, "no layout fits"),
+        ("--model llama3-8b --gpus 8 --reserved-memory -60", 2, "no more memory than it has"),
+        ("--model llama3-8b --gpus 8 --json /no/such/folder/plan.json", 2, "/no/such/folder/plan.json"),
     ],
 )
 def test_mistakes_are_named(flags, expected, message, run):

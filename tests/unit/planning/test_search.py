@@ -15,6 +15,8 @@ from megatron_brain.planning.rounds import step_time
 from megatron_brain.planning.search import Question, search
 from megatron_brain.planning.workload import from_run_config
 
+NO_BRAIN = {"samples_per_prompt": 8}
+"""What a question of another stage leaves at its default."""
 LENGTHS = {"prompt_length": 128, "response_length": 128}
 FILES = ["--train-data", "d", "--load", "p", "--finetune", "--reward-load", "r"]
 
@@ -41,7 +43,7 @@ def test_every_reason_is_what_a_run_says(answer):
     _, rejections = answer
     compared = 0
     for rejection in rejections:
-        if rejection.kind.startswith(("memory on", "tensor_model_parallel_size=N exceeds the")):
+        if rejection.kind.startswith(("memory on", "tensor_model_parallel_size=N crosses nodes")):
             continue
         with pytest.raises(ConfigError) as error:
             validate_layout(as_run(question(), rejection.settings), 12, question().model)
@@ -81,7 +83,13 @@ def test_tensor_parallelism_stays_inside_of_a_node():
     node_of_four = dataclasses.replace(MACHINES["h100"], gpus_per_node=4)
     plans, rejections = search(question(machine=node_of_four, gpus=16, global_batch_size=16))
     assert max(plan.layout.tensor for plan in plans) == 4
-    assert any("exceeds the 4 GPUs of a node" in rejection.reason for rejection in rejections)
+    assert any("crosses nodes of 4 GPUs" in rejection.reason for rejection in rejections)
+
+
+def test_tensor_parallelism_does_not_straddle_nodes():
+    smollm = {"model": preset("smollm2-135m"), "global_batch_size": 24}
+    assert 3 in {plan.layout.tensor for plan in search(question(gpus=6, **smollm))[0]}
+    assert {plan.layout.tensor for plan in search(question(gpus=24, **smollm))[0]} == {1}
 
 
 def test_recomputation_and_fewer_samples_at_once_are_taken_only_where_memory_asks_for_them():
@@ -113,7 +121,7 @@ def test_what_does_not_fit_says_how_much_it_needs():
 @pytest.mark.parametrize("stage", ["sft", "reward", "brain"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_every_stage_and_precision_has_plans_that_a_run_accepts(stage, precision):
-    asked = question(stage=stage, precision=precision, gpus=8, prompt_length=129)
+    asked = question(stage=stage, precision=precision, gpus=8, prompt_length=129, **NO_BRAIN)
     plans, _ = search(asked)
     assert plans
     best = plans[0].settings
@@ -125,16 +133,44 @@ def test_every_stage_and_precision_has_plans_that_a_run_accepts(stage, precision
 
 
 def test_a_smaller_reward_model_costs_less():
-    small, same = (search(question(reward_model=model))[0][0] for model in (preset("smollm2-135m"), None))
+    half = dataclasses.replace(question().model, num_layers=8)
+    small, same = (search(question(reward_model=model))[0][0] for model in (half, None))
+    assert small.layout == same.layout
     assert small.time.scoring < same.time.scoring
     assert max(m.frozen_models for m in small.phases) < max(m.frozen_models for m in same.phases)
 
 
+def test_a_reward_model_of_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="vocab_size=49152, the policy has 128256"):
+        question(reward_model=preset("smollm2-135m"))
+
+
+def test_a_reward_model_that_a_layout_cannot_hold_is_refused():
+    plans, rejections = search(question(gpus=8, reward_model=preset("llama3.2-3b")))
+    assert {plan.layout.pipeline for plan in plans} == {1, 2, 4}, "28 layers"
+    assert any(r.reason.startswith("reward model, pipeline_model_parallel_size=8 ") for r in rejections)
+
+
+def test_padding_is_no_throughput():
+    """130 tokens take 144 on one GPU of FP8 and 256 on eight: in both as much is learned."""
+    plans, _ = search(question(stage="sft", gpus=8, precision="fp8", prompt_length=100, response_length=30, **NO_BRAIN))
+    assert {plan.workload.seq_length for plan in plans} >= {144, 256}
+    assert {round(plan.tokens_per_second * plan.time.total * 8 / 24) for plan in plans} == {130}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"two_pass": True}, {"samples_per_prompt": 4}, {"reward_model": preset("llama3-8b")}]
+)
+def test_settings_of_brain_are_refused_by_other_stages(wrong):
+    with pytest.raises(ConfigError, match="is for --stage brain, not sft"):
+        question(**{"stage": "sft", **NO_BRAIN, **wrong})
+
+
 def test_sequences_without_prompts_are_of_sft_alone():
-    assert search(question(stage="sft", prompt_length=0))[0]
+    assert search(question(stage="sft", prompt_length=0, **NO_BRAIN))[0]
     for wrong in ({"stage": "brain"}, {"stage": "sft", "seq_length": 4096}):
         with pytest.raises(ConfigError, match="prompt_length=0"):
-            question(prompt_length=0, **wrong)
+            question(prompt_length=0, **NO_BRAIN, **wrong)
 
 
 def test_json_report_keeps_its_keys(answer):

@@ -117,5 +117,5 @@ def test_model_flops_of_llama_3_70b_by_hand():
     workload = Workload(stage="sft", model=model, prompt_length=0, response_length=8192, seq_length=8192)
     parameters = 80 * (8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672) + 8192 * 128256
     attention = 3 * 80 * 4 * 8192 * 8193 / 2
-    per_token = sizes.model_flops(model, workload.segments(), workload.sample_targets) / 8192
+    per_token = sizes.model_flops(model, workload.segments, workload.sample_targets) / 8192
     assert per_token == 6 * parameters + attention

@@ -31,7 +31,7 @@ def test_compute_of_one_gpu_is_the_models_operations():
     time = training_time(workload, Layout(num_micro_batches=6), ideal_machine(bf16_flops=1.0))
     # Attention's backward pass computes the scores again: 2.5 times the forward pass, where the model needs 2.
     again = 4 * 0.5 * 4 * 55 * 8
-    expected = 6 * (model_flops(workload.model, workload.segments(), 10) + again)
+    expected = 6 * (model_flops(workload.model, workload.segments, 10) + again)
     assert time.compute == time.total == expected
 
 

@@ -28,7 +28,7 @@ def test_a_sample_has_the_tokens_targets_and_segments_of_a_packed_group(stage, r
     batch = pack_groups([Group(prompt=(1,) * 5, responses=((2,) * 4,) * responses)], shared_prefix=shared)
     assert workload.sample_tokens == batch.tokens.numel()
     assert workload.sample_targets == batch.targets.numel()
-    assert [(s.length, s.prefix) for s in workload.segments()] == [(s.length, s.prefix_length) for s in batch.segments]
+    assert [(s.length, s.prefix) for s in workload.segments] == [(s.length, s.prefix_length) for s in batch.segments]
     assert workload.step_tokens == 8 * (5 + responses * 4)
 
 
@@ -36,7 +36,7 @@ def test_packed_sft_fills_sequences_with_whole_records():
     workload, _ = of_run("sft", seq_length=100, max_prompt_length=20, max_response_length=10)
     assert workload.records_per_sample == 3
     assert (workload.sample_tokens, workload.sample_targets) == (100, 30)
-    assert workload.step_tokens == 8 * 100
+    assert workload.step_tokens == 8 * 3 * 30, "padding is no throughput"
     single, _ = of_run("sft", seq_length=100, max_prompt_length=20, max_response_length=10, packing=False)
     assert (single.sample_tokens, single.sample_targets) == (30, 10)
 

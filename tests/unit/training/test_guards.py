@@ -1,5 +1,6 @@
 """Steps with numbers that are not finite or stand out: what is applied, skipped, told, kept and replayed."""
 
+import contextlib
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from helpers.assets import size_flags, write_assets
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.models import fp8_state
 from megatron_brain.stages.sft import SFTStage
 from megatron_brain.training import guards
 from megatron_brain.training import trainer as trainer_module
@@ -125,6 +127,26 @@ def test_a_skipped_step_moves_the_position_and_nothing_else(make, extra, monkeyp
     after = step(trainer)
     assert after["lr"] == pytest.approx(1e-2 * 2 / 20) and after["skipped_steps"] == 1
     assert not same(state(trainer), before)
+
+
+def test_a_skipped_step_moves_no_scales_of_fp8(make, monkeypatch):
+    # Layers that keep scales need kernels. This scale moves where theirs do: after every pass with gradients.
+    scale = torch.ones(1)
+
+    @contextlib.contextmanager
+    def one_step(chunks):
+        yield
+        scale.mul_(2)
+
+    monkeypatch.setattr(fp8_state, "scales", lambda chunks: {"decoder.layers.0.mlp.linear_fc1.forward.scale": scale})
+    monkeypatch.setattr(fp8_state, "one_step", one_step)
+    trainer = make("--on-nan", "skip")
+    scale_losses(trainer, [1.0, math.nan, 1.0])
+    seen = []
+    for _ in range(3):
+        step(trainer)
+        seen.append(scale.item())
+    assert seen == [2.0, 2.0, 4.0]
 
 
 def test_a_step_that_is_not_finite_stops_the_run_by_default_with_untouched_weights(make):
