@@ -6,7 +6,7 @@ import re
 def read_report(text: str) -> dict[str, dict[str, str] | str]:
     """{section: {name: value}}; a section that is a list is one text."""
     sections: dict[str, dict[str, str] | str] = {}
-    for block in text.strip().split("\n\n"):
+    for block in re.sub(r"\n {3,}", " ", text).strip().split("\n\n"):  # Long values go on in further lines.
         title, *lines = block.splitlines()
         if any(line.startswith("  - ") for line in lines):
             sections[title] = " ".join(line.strip() for line in lines)
