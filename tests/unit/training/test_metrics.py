@@ -8,9 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_brain.training import metrics as metrics_module
 from megatron_brain.training.metrics import MetricsLogger
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_order(monkeypatch):
+    """Event files are read in the order of their names, which end in a count over the process: of two made within a
+    second, number 10 would come before number 9."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def make_logger(directory, *, resume_step=None, terminal=False, **options):
