@@ -99,12 +99,22 @@ def _fp8_settings(fp8: Fp8Config | None) -> dict:
     }
 
 
-def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
-    """The layers, the device and Transformer Engine can do what the recipe asks for.
+def choose_layers(
+    model: ModelConfig, parallel_config: ParallelConfig, fp8: Fp8Config | None, device: torch.device
+) -> tuple[str, str]:
+    """The implementation of the layers on a device, and why; needs no process groups.
 
     Raises:
-        ConfigError: naming what cannot be.
+        ConfigError: the implementation or the FP8 recipe that was asked for cannot run there.
     """
+    impl, reason = choose_transformer_impl(requested_impl(model, fp8), device)
+    if fp8 is not None and fp8.uses_kernels:
+        _check_fp8(fp8, transformer_config(model, parallel_config, fp8), impl, reason, device)
+    return impl, reason
+
+
+def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
+    """The layers, the device and Transformer Engine can do what the recipe asks for, or ConfigError."""
     if impl != "transformer_engine":
         raise ConfigError(
             f"fp8_format={fp8.fp8_format} needs the layers of transformer_engine, and these are the {impl} ones "
@@ -143,9 +153,7 @@ def build_model(
     """
     config = transformer_config(model, parallel_config, fp8)
     config.gradient_accumulation_fusion, _ = gradient_accumulation_fusion(parallel.device)
-    impl, reason = choose_transformer_impl(requested_impl(model, fp8), parallel.device)
-    if config.fp8:
-        _check_fp8(fp8, config, impl, reason, parallel.device)
+    impl, _ = choose_layers(model, parallel_config, fp8, parallel.device)
     vp_size = config.virtual_pipeline_model_parallel_size
     chunks = [
         _build_chunk(model, config, parallel, head=head, impl=impl, fp8=fp8, vp_stage=vp_stage)

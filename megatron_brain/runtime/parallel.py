@@ -108,6 +108,13 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_device() -> torch.device:
+    """The device of this process, known before any process group exists."""
+    if cpu_backend.needs_cpu_backend():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def is_launch_writer() -> bool:
     """Whether this is global rank 0, known before any process group exists."""
     return os.environ.get("RANK", "0") == "0"
@@ -206,8 +213,8 @@ def virtual_pipeline_size(config: ParallelConfig, num_layers: int | None) -> int
 
 
 def _join_world(timeout: datetime.timedelta) -> torch.device:
-    cuda = not cpu_backend.needs_cpu_backend()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = launched_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if dist.is_initialized():

@@ -46,7 +46,8 @@ def run_alone(
 ) -> MicroBatchResult:
     """Forward and backward of one micro-batch, without any reduction over replicas. All ranks of the replica call it.
 
-    The weights stay what they are; the gradients are zero afterwards.
+    The weights stay what they are; the gradients are zero afterwards. With --fp8-recipe delayed, scales are those that
+    the step has left, and the maxima of the pass are reduced and forgotten.
     """
     # The interleaved schedule takes whole rounds of the pipeline.
     copies = parallel.pp_size if len(wrapped) > 1 else 1

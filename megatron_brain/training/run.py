@@ -22,8 +22,7 @@ from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 from megatron_brain.models.fp8_state import without_history
 from megatron_brain.models.fp8_weights import written
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
-from megatron_brain.models.provider import Chunk, Head, build_model
-from megatron_brain.models.specs import choose_transformer_impl, requested_impl
+from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
@@ -108,8 +107,8 @@ def open_run(config: RunConfig) -> Run:
     start_from, resuming = find_start(config)
     config, generation_config = resolve_model(config, start_from)
     tokenizer, config = open_tokenizer(config, start_from)
+    impl, reason = choose_layers(config.model, config.parallel, config.fp8, runtime.launched_device())
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
-    impl, reason = choose_transformer_impl(requested_impl(config.model, config.fp8), parallel.device)
     log.info("transformer implementation: %s (%s)", impl, reason)
     _check_same_layers(parallel, impl, reason)
     fused, reason = gradient_accumulation_fusion(parallel.device)
