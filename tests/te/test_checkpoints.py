@@ -8,22 +8,17 @@ fake_te.py); this process runs without it. The tests are left out unless TE_ON_C
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES
+from helpers.te_process import needs_te, run_with_te
 from helpers.tiny_training import BATCHES, Training
 
 from megatron_brain.checkpointing import read_info
 from megatron_brain.checkpointing.storage import read_tensors
 
-pytestmark = pytest.mark.skipif(
-    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
-)
+pytestmark = needs_te
 
 CASES = {
     "policy": {},
@@ -51,7 +46,7 @@ def trained(single, tmp_path_factory, request):
         for _ in range(2):
             training.step()
         save(training, root / name / "local")
-    train_with_transformer_engine(root, processes=LAYOUTS[request.param])
+    run_with_te("train.py", root, json.dumps(CASES), processes=LAYOUTS[request.param])
     for name, options in CASES.items():
         resumed = Training(single, transformer_impl="local", seed=99, **options)
         resumed.resume(read_info(root / name / "te" / "iter_0000002"))
@@ -65,17 +60,6 @@ def trained(single, tmp_path_factory, request):
 def save(training, folder):
     training.save(folder, 2)
     (folder / "outputs.json").write_text(json.dumps(training.chunks[0](BATCHES[0]).tolist()))
-
-
-def train_with_transformer_engine(root, processes):
-    tests = Path(__file__).parents[1]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), tests / "te" / "train.py", root, json.dumps(CASES)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(tests), str(tests.parent)])},
-        check=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(params=CASES)

@@ -4,30 +4,18 @@ Left out unless TE_ON_CPU names a folder with Transformer Engine's Python, see t
 """
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.te_process import needs_te, run_with_te
 
-pytestmark = pytest.mark.skipif(
-    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
-)
+pytestmark = needs_te
 
 
 @pytest.fixture(scope="module")
 def measured():
-    tests = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, tests / "te" / "emulate_fp8.py"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(tests), str(tests.parent)])},
-        check=True,
-        timeout=300,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    result = run_with_te("emulate_fp8.py", stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout)
 
 

@@ -5,21 +5,15 @@ what TE_ON_CPU has to be. The properties are the functions `case_*` of fp8_state
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.te_process import needs_te, run_with_te
 
-pytestmark = pytest.mark.skipif(
-    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
-)
+pytestmark = needs_te
 
-TESTS = Path(__file__).parents[1]
-SCRIPT = TESTS / "te" / "fp8_state.py"
-CASES = re.findall(r"^def (case_\w+)", SCRIPT.read_text(), re.MULTILINE)
+CASES = re.findall(r"^def (case_\w+)", Path(__file__).with_name("fp8_state.py").read_text(), re.MULTILINE)
 LAYOUTS = {"one_process": 1, "tp2_sp": 2}
 
 
@@ -28,13 +22,7 @@ def failures(tmp_path_factory):
     """Tracebacks by layout, rank and case: the second world reads what the first has written."""
     folder, found = tmp_path_factory.mktemp("fp8_state"), {}
     for layout, processes in LAYOUTS.items():
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        subprocess.run(
-            [sys.executable, *(torchrun if processes > 1 else []), SCRIPT, folder],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(TESTS), str(TESTS.parent)])},
-            check=True,
-            timeout=900,
-        )
+        run_with_te("fp8_state.py", folder, processes=processes, timeout=900)
         files = [folder / f"failures_{rank}.json" for rank in range(processes)]
         found[layout] = [json.loads(file.read_text()) for file in files]
     return found

@@ -5,17 +5,12 @@ what TE_ON_CPU has to be. FP8 is that of Transformer Engine's reference quantize
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from helpers.architectures import ARCHITECTURES
+from helpers.te_process import needs_te, run_with_te
 
-pytestmark = pytest.mark.skipif(
-    "TE_ON_CPU" not in os.environ, reason="TE_ON_CPU names no folder with Transformer Engine's Python"
-)
+pytestmark = needs_te
 
 REFERENCE = {
     "fp8_recipe": "custom",
@@ -41,14 +36,7 @@ LAYOUTS = {"one_process": 1, "tp2_sp": 2}
 def found(tmp_path_factory, request):
     """What train_fp8.py has written."""
     processes, file = LAYOUTS[request.param], tmp_path_factory.mktemp("fp8") / "found.json"
-    tests = Path(__file__).parents[1]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), tests / "te" / "train_fp8.py", file, json.dumps(CASES)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["TE_ON_CPU"], str(tests), str(tests.parent)])},
-        check=True,
-        timeout=300,
-    )
+    run_with_te("train_fp8.py", file, json.dumps(CASES), processes=processes)
     return json.loads(file.read_text())
 
 
