@@ -157,7 +157,7 @@ class Trainer:
             micro_batches,
             self.parallel,
             shared_prefix=self.stage.shared_prefix,
-            multiple_of=self.config.fp8.packed_multiple(self.config.parallel),
+            multiple_of=self._chunks[0].packed_multiple,
         )
         batches = self.stage.prepare(self, batches)
         for chunk in self.wrapped:
