@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import RunConfig
@@ -24,7 +25,7 @@ Settings = dict[str, object]
 
 _FILES = {"load": "POLICY", "finetune": True, "train_data": "DATA"}
 _BRAIN_FILES = {"reward_load": "REWARD"}
-_ROWS = 16  # of a matrix product in FP8, on each tensor-parallel rank
+_FP8 = {"fp8_format": "hybrid"}
 _RECOMPUTE = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
 _ONLY_BRAIN = (
@@ -315,7 +316,7 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
     if question.precision != "fp32":
         settings["bf16"] = True
     if question.precision == "fp8":
-        settings |= {"fp8_format": "hybrid", "transformer_impl": "transformer_engine"}
+        settings |= {**_FP8, "transformer_impl": "transformer_engine"}
     if replicas > 1:
         settings["overlap_grad_reduce"] = True
     if replicas > 1 and question.distributed_optimizer:
@@ -327,7 +328,7 @@ def _seq_length(question: Question, tensor: int) -> int:
     """The one asked for, or the longest sequence and so much that FP8 and sequence parallelism can split it."""
     longest, unit = question.prompt_length + question.response_length, tensor
     if question.precision == "fp8":
-        unit *= _ROWS
+        unit *= Fp8Config(**_FP8).sequence_multiple
     return question.seq_length or -(-longest // unit) * unit
 
 
