@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
         question = _question(args)
         if args.json not in (None, "-"):
             Path(args.json).touch()  # before the work
-        plans, rejections = search(question)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    plans, rejections = search(question)
     if args.json is not None:
         report = as_json(question, args.model, plans, rejections, reward_model=args.reward_model)
         text = json.dumps(report, indent=2)

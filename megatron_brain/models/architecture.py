@@ -100,3 +100,9 @@ def _with_defaults(sizes: dict) -> dict:
         "kv_channels": sizes["hidden_size"] // sizes["num_attention_heads"],
     }
     return {name: defaults.get(name) if value is None else value for name, value in sizes.items()}
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
+    """Vocabulary size rounded up so that every tensor-parallel rank holds the same number of rows."""
+    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-model.vocab_size // multiple) * multiple

@@ -15,6 +15,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models import fp8_weights
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
+from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.fp8_emulation import emulated_format
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.gpt import PolicyModel, RewardModel
@@ -222,9 +223,3 @@ def _build_chunk(
 def _zero_weights(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         parameter.zero_()
-
-
-def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
-    """Vocabulary size rounded up so that every tensor-parallel rank holds the same number of rows."""
-    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
-    return -(-model.vocab_size // multiple) * multiple

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.planning.sizes import padded_vocab_size
+from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.workload import Head, Layout, Workload
 
 TransformerImpl = Literal["local", "transformer_engine"]
@@ -282,13 +282,13 @@ def _logprob_workspace(shapes: Shapes, *, known_gradient: bool) -> tuple[int, in
     weight = shapes.head_weight * element
     chunk, rows = shapes.model.logprob_chunk_size, shapes.rows
     if known_gradient:
-        positions = max(1, chunk // rows)
+        positions, _ = logit_block(shapes.targets, rows, chunk, known_gradient=True)
         buffer = min(positions, shapes.targets) * rows * entry
         # Several blocks of low precision are summed in float32.
         summed = shapes.head_weight * FLOAT32 if shapes.targets > positions and _lower(shapes) else 0
         grads = summed + max(shapes.added(min(_PRODUCT_BYTES, weight)), weight) if summed else weight
         return 2 * selected + buffer + grads, selected + weight, selected + weight
-    positions, ids = _block(shapes.targets, rows, chunk)
+    positions, ids = logit_block(shapes.targets, rows, chunk, known_gradient=False)
     buffer = positions * ids * entry
     stays = positions * ids * FLOAT32 if positions == shapes.targets and ids == rows else 0
     grads = shapes.targets * shapes.model.hidden_size * FLOAT32 + weight
@@ -301,7 +301,7 @@ def _logprob_workspace(shapes: Shapes, *, known_gradient: bool) -> tuple[int, in
 
 def scoring_workspace(shapes: Shapes) -> int:
     """Log-probabilities without gradients: the selected states and the buffer of logits."""
-    positions, ids = _block(shapes.targets, shapes.rows, shapes.model.logprob_chunk_size)
+    positions, ids = logit_block(shapes.targets, shapes.rows, shapes.model.logprob_chunk_size, known_gradient=False)
     selected = shapes.targets * shapes.model.hidden_size * shapes.element
     return selected + positions * ids * (FLOAT32 + _lower(shapes))
 
@@ -311,8 +311,10 @@ def _lower(shapes: Shapes) -> int:
     return 0 if shapes.element == FLOAT32 else shapes.element
 
 
-def _block(targets: int, rows: int, chunk: int) -> tuple[int, int]:
-    """Positions and ids of a block of logits, as `logprobs.py` chooses them."""
+def logit_block(targets: int, rows: int, chunk: int, *, known_gradient: bool) -> tuple[int, int]:
+    """Positions and ids of a block of logits, as `logprobs.py` chooses them: all ids where the gradient is known."""
+    if known_gradient:
+        return max(1, chunk // rows), rows
     positions = max(1, min(targets, max(math.isqrt(chunk), chunk // max(1, rows))))
     return positions, min(rows, max(1, chunk // positions))
 

@@ -27,9 +27,10 @@ def tensor_volume(workload: Workload, layout: Layout, tokens: float) -> float:
 def tensor_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
     """One gather, or one reduce-scatter, of the residual stream of `tokens` over tensor-parallel ranks.
 
-    A layer gathers before qkv and fc1 and reduce-scatters after projection and fc2: 4 forward. Backward the same in
-    reverse, and the two inputs that are stored in parts are gathered again, behind a product: 4 and 2. Without sequence
-    parallelism an all-reduce, which is as much as both, stands for each pair: 4 and 4.
+    A layer gathers before qkv and fc1 and reduce-scatters after projection and fc2: 4 forward. Backward it gathers the
+    gradients of the two outputs, 2; behind matrix products it gathers the inputs of qkv and fc1 again, which are stored
+    in parts, and reduce-scatters their gradients: 4. Without sequence parallelism an all-reduce, which is as much as a
+    gather and a reduce-scatter, stands for them: 4 forward, and behind products 4 backward.
     """
     return machine.link_seconds(tensor_volume(workload, layout, tokens), size=layout.tensor, stride=1)
 
@@ -39,8 +40,7 @@ def pipeline_seconds(workload: Workload, layout: Layout, machine: Machine, token
     if layout.pipeline == 1:
         return 0.0
     volume = tokens / layout.sequence_shards * workload.model.hidden_size * bytes_per_value(workload)
-    # Stages are as far apart as a stage has ranks.
-    return machine.link_seconds(volume, size=2, stride=layout.world_size // layout.pipeline)
+    return machine.hop_seconds(volume, world_size=layout.world_size)
 
 
 def context_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:

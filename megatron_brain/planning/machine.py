@@ -59,6 +59,12 @@ class Machine:
         """A GPU of a ring over `size` ranks that are `stride` apart sends `volume` bytes."""
         return volume / (self.group_bandwidth(size, stride) * self.efficiency)
 
+    def hop_seconds(self, volume: float, *, world_size: int) -> float:
+        """A GPU sends `volume` bytes to the next pipeline stage. In a world of several nodes some stage is on another
+        one than the next, and all keep its pace."""
+        bandwidth = self.node_bandwidth if world_size <= self.gpus_per_node else self.network_bandwidth
+        return volume / (bandwidth * self.efficiency)
+
     def group_bandwidth(self, size: int, stride: int) -> float:
         """Bandwidth of a GPU in a ring over `size` ranks that are `stride` apart.
 

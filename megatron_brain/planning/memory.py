@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass, fields
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.activations import (
     FLOAT32,
     HeadMemory,
@@ -26,8 +27,8 @@ from megatron_brain.planning.schedule import pipeline_steps
 from megatron_brain.planning.sizes import (
     embedding_parameters,
     linear_layers,
+    linear_weights,
     output_parameters,
-    padded_vocab_size,
     stage_layers,
     stage_parameters,
 )
@@ -163,7 +164,7 @@ class _Stage:
         weights //= self._weight_shards
         if self.workload.precision != "fp8" or self.impl != "transformer_engine":
             return weights
-        maps = sum(linear.weights for linear in linear_layers(model)) // self.layout.tensor
+        maps = linear_weights(model) // self.layout.tensor
         in_fp8 = maps * self._fp8_layers(range(stage_layers(model, self.layout, self.stage)))
         copies = in_fp8 * (2 if trained else 1)
         return weights + copies - (in_fp8 * element if trained and self.workload.fp8_param_gather else 0)

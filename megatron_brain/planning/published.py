@@ -5,14 +5,17 @@ https://docs.nvidia.com/nemo-framework/user-guide/latest/performance/performance
 
 The tables give sizes, layout and throughput. Assumed beyond them, alike for all: tensor-parallel communication is
 overlapped with matrix products (the public recipes name configurations for it), weight gradients are added in the
-product that makes them, nothing is computed again, every token is predicted and attends to its whole sequence. The
-126 layers of llama3.1-405b fill 64 chunks only if embedding and output layer count as one layer each.
+product that makes them, nothing is computed again, logits are whole, every token is predicted and attends to its whole
+sequence. The 126 layers of llama3.1-405b fill 64 chunks only if embedding and output layer count as one layer each.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_brain.planning.presets import preset
 from megatron_brain.planning.workload import Layout, Workload
+
+_ALL_LOGITS = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ def _result(
         name=name,
         workload=Workload(
             stage="sft",
-            model=preset(model),
+            model=dataclasses.replace(preset(model), logprob_chunk_size=_ALL_LOGITS),
             prompt_length=0,
             response_length=length,
             seq_length=length,

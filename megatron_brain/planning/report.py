@@ -11,6 +11,7 @@ from megatron_brain.planning.machine import GIB
 from megatron_brain.planning.memory import PARTS
 from megatron_brain.planning.search import Plan, Question, Rejection, Settings
 from megatron_brain.planning.time import StepTime
+from megatron_brain.planning.workload import Layout
 
 FORMAT = 1
 """Version of the JSON report; it grows when a key changes its meaning or goes."""
@@ -37,7 +38,9 @@ def memory_table(plans: Sequence[Plan], question: Question) -> Table:
     for place, plan in enumerate(plans, 1):
         largest, peak = _largest(plan), plan.memory
         parts = (f"{largest[name] / GIB:.1f}" for name in names)
-        table.add_row(str(place), _layout(plan), plan.layout.recompute, *parts, f"{peak.total / GIB:.1f}", peak.phase)
+        table.add_row(
+            str(place), layout_name(plan.layout), plan.layout.recompute, *parts, f"{peak.total / GIB:.1f}", peak.phase
+        )
     return table
 
 
@@ -49,7 +52,9 @@ def time_table(plans: Sequence[Plan]) -> Table:
         table.add_column(heading, justify="left" if heading == "layout" else "right", no_wrap=True)
     for place, plan in enumerate(plans, 1):
         parts = (f"{getattr(plan.time, name):.2f}" for name in names)
-        table.add_row(str(place), _layout(plan), *parts, f"{plan.time.total:.2f}", f"{plan.tokens_per_second:,.0f}")
+        table.add_row(
+            str(place), layout_name(plan.layout), *parts, f"{plan.time.total:.2f}", f"{plan.tokens_per_second:,.0f}"
+        )
     return table
 
 
@@ -119,15 +124,15 @@ def _plan_as_dict(plan: Plan) -> dict:
     }
 
 
+def layout_name(layout: Layout) -> str:
+    """Sizes of a layout in a few letters."""
+    chunks = f" VPP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+    return f"TP{layout.tensor} PP{layout.pipeline}{chunks} DP{layout.data} MBS{layout.micro_batch_size}"
+
+
 def _largest(plan: Plan) -> dict[str, int]:
     """Each part in the phase and stage where it is largest."""
     return {name: max(getattr(memory, name) for memory in plan.phases) for name in PARTS}
-
-
-def _layout(plan: Plan) -> str:
-    layout = plan.layout
-    chunks = f" VPP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
-    return f"TP{layout.tensor} PP{layout.pipeline}{chunks} DP{layout.data} MBS{layout.micro_batch_size}"
 
 
 def _short(settings: Settings) -> str:

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.communication import pipeline_seconds, ring_share, tensor_seconds
 from megatron_brain.planning.machine import Machine
-from megatron_brain.planning.sizes import padded_vocab_size, stage_parameters
+from megatron_brain.planning.sizes import stage_parameters
 from megatron_brain.planning.time import PassTimer, StepTime, forward_seconds, linear_seconds, training_time
 from megatron_brain.planning.traffic import (
     CHOICE_BYTES,
+    SCORE_BYTES,
     bytes_per_value,
     cache_bytes_per_value,
     key_value_width,
@@ -63,13 +65,13 @@ def token_seconds(workload: Workload, layout: Layout, machine: Machine, prompts:
 
 def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
     """One layer's attention of a token to the cache: a prompt's keys and values are read once for all its responses.
-    Products are float32."""
+    Scores and products are float32."""
     model, rows = workload.model, prompts * workload.samples_per_prompt
     own = workload.response_length / 2
     stored = prompts * workload.prompt_length + rows * own
-    size = stored * key_value_width(model, layout.tensor) * cache_bytes_per_value(workload)
-    pairs = rows * (workload.prompt_length + own)
-    flops = 4 * pairs * model.num_attention_heads * model.kv_channels / layout.tensor
+    scores = rows * (workload.prompt_length + own) * model.num_attention_heads / layout.tensor
+    size = stored * key_value_width(model, layout.tensor) * cache_bytes_per_value(workload) + scores * SCORE_BYTES
+    flops = 4 * scores * model.kv_channels
     return max(machine.memory_seconds(size), machine.compute_seconds(flops, "fp32"))
 
 

@@ -2,7 +2,7 @@
 
     python -m megatron_brain.planning.scaling docs/scaling.md
 
-rewrites the parts of the file between markers; a test compares them with the planner.
+rewrites the parts of the file between markers. A test compares one of them with the planner.
 """
 
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
+from megatron_brain.planning.report import layout_name
 from megatron_brain.planning.search import Plan, Question, search
 
 _PROMPT, _RESPONSE, _SAMPLES = 512, 128, 16
@@ -124,12 +125,11 @@ _COST_COLUMNS = ("layout", "sampling s", "scoring s", "update s", "GPU-seconds a
 
 
 def _cost_row(name: str, plan: Plan) -> list[str]:
-    layout, time = plan.layout, plan.time
+    time = plan.time
     update = time.total - time.sampling - time.scoring
-    chunks = f" VPP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
     return [
         name,
-        f"TP{layout.tensor} PP{layout.pipeline}{chunks} DP{layout.data} MBS{layout.micro_batch_size}",
+        layout_name(plan.layout),
         f"{time.sampling:.2f}",
         f"{time.scoring:.2f}",
         f"{update:.2f}",

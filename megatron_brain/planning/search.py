@@ -85,6 +85,16 @@ class Question:
                 f"the reward model has vocab_size={self.reward_model.vocab_size}, the policy has "
                 f"{self.model.vocab_size}: all models of a run share one tokenizer"
             )
+        if self.seq_length is not None and self.stage != "sft":
+            raise ConfigError(
+                f"seq_length={self.seq_length} packs records of --stage sft, not {self.stage}: leave it out"
+            )
+        record = self.prompt_length + self.response_length
+        if self.seq_length is not None and self.seq_length < record:
+            raise ConfigError(
+                f"seq_length={self.seq_length} holds no record of prompt_length={self.prompt_length} + response_length="
+                f"{self.response_length}: use {record} or more"
+            )
         if self.prompt_length == 0 and (self.stage != "sft" or self.seq_length not in (None, self.response_length)):
             raise ConfigError(
                 "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage sft and "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.workload import Head, Layout, Segment
 
 
@@ -50,12 +51,6 @@ def linear_layers(model: ModelConfig) -> tuple[Linear, ...]:
 def linear_weights(model: ModelConfig) -> int:
     """Entries of all matrices of one layer: what FP8 applies to."""
     return sum(linear.weights for linear in linear_layers(model))
-
-
-def padded_vocab_size(model: ModelConfig, tensor: int) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
-    multiple = model.make_vocab_size_divisible_by * tensor
-    return -(-model.vocab_size // multiple) * multiple
 
 
 def norm_parameters(model: ModelConfig) -> int:

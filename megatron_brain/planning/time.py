@@ -1,7 +1,10 @@
 """Seconds of one optimizer step: a roofline with one fitted number, `Machine.efficiency` (docs/planner.md)."""
 
+import math
 from dataclasses import dataclass, fields
 
+from megatron_brain.models.architecture import padded_vocab_size
+from megatron_brain.planning.activations import logit_block
 from megatron_brain.planning.communication import (
     context_seconds,
     data_seconds,
@@ -13,7 +16,6 @@ from megatron_brain.planning.machine import Machine
 from megatron_brain.planning.sizes import (
     attention_flops,
     linear_flops,
-    padded_vocab_size,
     stage_layers,
     stage_parameters,
 )
@@ -21,6 +23,8 @@ from megatron_brain.planning.traffic import (
     LOGIT_AGAIN_BYTES,
     LOGIT_FORWARD_BYTES,
     LOGIT_GRADIENT_BYTES,
+    PRODUCT_BYTES,
+    SUM_BYTES,
     gradient_bytes,
     layer_backward_bytes,
     layer_forward_bytes,
@@ -136,9 +140,11 @@ class PassTimer:
     def head_training(self) -> float:
         """Log-probabilities and their gradient: three products where the gradient is known beforehand or one block
         holds all logits, otherwise four."""
-        once = self.workload.known_gradient or self._logits() <= self._model.logprob_chunk_size
+        known = self.workload.known_gradient
+        once = known or self._logits() <= self._model.logprob_chunk_size
         again = 0 if once else LOGIT_AGAIN_BYTES
-        return self._head(products=3 if once else 4, traffic=LOGIT_FORWARD_BYTES + LOGIT_GRADIENT_BYTES + again)
+        seconds = self._head(products=3 if once else 4, traffic=LOGIT_FORWARD_BYTES + LOGIT_GRADIENT_BYTES + again)
+        return seconds + self.machine.memory_seconds(self._sums_of_blocks(known_gradient=known))
 
     def sends(self, busy: StageSeconds, *, passes: int) -> float:
         """What a micro-batch's chunks wait for their neighbours' output: all of it in a plain pipeline, what is longer
@@ -159,6 +165,20 @@ class PassTimer:
     def _logits(self) -> float:
         """Logits of one micro-batch on one rank."""
         return self._targets * padded_vocab_size(self._model, self.layout.tensor) / self.layout.tensor
+
+    def _sums_of_blocks(self, *, known_gradient: bool) -> float:
+        """Bytes of adding up the gradients that blocks of logits give: the weight's over blocks of positions, that of
+        hidden states over blocks of ids."""
+        rows, targets = padded_vocab_size(self._model, self.layout.tensor) // self.layout.tensor, self._targets
+        if self._head_kind == "reward" or targets == 0:
+            return 0.0
+        positions, ids = logit_block(
+            math.ceil(targets), rows, self._model.logprob_chunk_size, known_gradient=known_gradient
+        )
+        of_positions, of_ids = math.ceil(targets / positions), math.ceil(rows / ids)
+        added = SUM_BYTES + (0 if self._dense == "fp32" else PRODUCT_BYTES)
+        sums = (of_positions > 1) * of_positions * rows + (of_ids > 1) * of_ids * targets
+        return sums * self._model.hidden_size * added
 
     def _head(self, *, products: int, traffic: int) -> float:
         if self._head_kind == "reward":
@@ -192,11 +212,11 @@ class PassTimer:
         linear, attention = 2 * self._linear(), _ATTENTION_BACKWARD * self._attention()
         traffic = self._local * layer_backward_bytes(self.workload, self.layout)
         traffic += gradient_bytes(self.workload, self.layout)
-        hidden = 2 if self.layout.sequence_parallel else 0
+        waited, hidden = (2, 4) if self.layout.sequence_parallel else (0, 4)
         return StageSeconds(
             compute=linear + attention + self.machine.memory_seconds(traffic),
             # Keys and values again, and their gradients.
-            communication=self._tensor(volumes=4, hidden=hidden, behind=linear)
+            communication=self._tensor(volumes=waited, hidden=hidden, behind=linear)
             + self._context(passes=2, behind=attention),
         )
 
@@ -220,7 +240,10 @@ class PassTimer:
         """Layers of a stage whose forward pass is computed again."""
         if self.layout.recompute != "full":
             return 0
-        return layers if self.layout.recompute_method == "uniform" else min(layers, self.layout.recompute_num_layers)
+        if self.layout.recompute_method == "uniform":
+            return layers
+        chunks = self.layout.virtual_pipeline
+        return chunks * min(layers // chunks, self.layout.recompute_num_layers)
 
 
 def training_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:

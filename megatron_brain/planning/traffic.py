@@ -11,9 +11,15 @@ LOGIT_FORWARD_BYTES = 32
 LOGIT_GRADIENT_BYTES = 18
 # Computing a block again for the backward pass: product, copy, subtraction, exponential.
 LOGIT_AGAIN_BYTES = 24
-# One choice of a token from a logit (generation/choose.py): gathered (8), scaled and normalised in place (24), summed
-# and searched in float64 (16).
-CHOICE_BYTES = 48
+# Adding an entry of a product to a sum in float32; one of low precision is written and read before.
+SUM_BYTES = 8
+PRODUCT_BYTES = 4
+# One choice of a token from a logit (generation/choose.py): gathered and put in order (12), read for the maximum (4),
+# which is subtracted, scaled and exponentiated in place (24), summed in blocks (4).
+CHOICE_BYTES = 44
+# One score of a query head in a token round (generation/cache.py): written (4), joined with the others (8), read and
+# written by the softmax (8), read by the product with the values (4).
+SCORE_BYTES = 24
 
 # One parameter in AdamW's update: gradient read for the norm, clipped and read again (4 + 8 + 4), weight and two
 # moments read and written in float32 (24).

@@ -57,7 +57,7 @@ class Layout:
     """How `full` chooses layers, as --recompute-method."""
 
     recompute_num_layers: int = 1
-    """Layers of a recomputed chunk (uniform) or recomputed layers of a stage (block)."""
+    """Layers that are recomputed together (uniform), or recomputed layers of a model chunk (block)."""
 
     distributed_optimizer: bool = False
     """Whether optimizer state is split over replicas."""
@@ -275,13 +275,12 @@ def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layou
 def _lengths(config: RunConfig) -> tuple[int, int]:
     """Longest prompt and response that the settings allow together."""
     total, prompt, response = config.data.seq_length, config.data.max_prompt_length, config.data.max_response_length
-    if "sampling" in STAGE_SECTIONS[config.stage] and config.brain.responses == "sampled":
+    drawn = config.brain.responses == "sampled" and config.brain.rollout_data is None
+    if "sampling" in STAGE_SECTIONS[config.stage] and drawn:
         response = config.sampling.max_new_tokens
     if response is None:
         response = total - (prompt or 0)
-    if prompt is None:
-        prompt = total - response
-    return prompt, response
+    return total - response if prompt is None else min(prompt, total - response), response
 
 
 def _samples_per_prompt(config: RunConfig) -> int:

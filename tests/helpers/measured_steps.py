@@ -11,9 +11,12 @@ from megatron_brain.runtime.parallel import Parallel
 
 def train_steps(workload: Workload, layout: Layout, parallel: Parallel, *, steps: int = 2) -> None:
     """Build the model and its optimizer, and train: in the second step there is optimizer state in the forward pass."""
-    sizes = dataclasses.asdict(workload.model) | {
-        "recompute_granularity": None if layout.recompute == "none" else layout.recompute
+    recompute = {
+        "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
+        "recompute_method": layout.recompute_method if layout.recompute == "full" else None,
+        "recompute_num_layers": layout.recompute_num_layers if layout.recompute == "full" else None,
     }
+    sizes = dataclasses.asdict(workload.model) | recompute
     bf16, num_layers = workload.precision == "bf16", workload.model.num_layers
     training = Training(
         parallel,

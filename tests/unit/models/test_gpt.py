@@ -12,9 +12,9 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.generation.sampler import Sampler
-from megatron_brain.models.architecture import resolve
+from megatron_brain.models.architecture import padded_vocab_size, resolve
 from megatron_brain.models.attention import PackedLayout
-from megatron_brain.models.provider import build_model, padded_vocab_size
+from megatron_brain.models.provider import build_model
 
 GROUPS = [
     Group(prompt=(1, 2, 3, 4), responses=((5, 6, 7), (8, 9), (10,))),

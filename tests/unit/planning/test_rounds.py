@@ -25,12 +25,14 @@ def brain(**changes):
 
 
 def test_a_token_reads_weights_and_cache_once_by_hand():
-    """3 prompts with 2 responses: 6 rows, a cache of 3 x 6 + 6 x 2 tokens of 2 x 4 numbers, of 10 bytes of traffic."""
+    """3 prompts with 2 responses: 6 rows, a cache of 3 x 6 + 6 x 2 tokens of 2 x 4 numbers, of 10 bytes of traffic;
+    each row has a score of each of 2 heads with 6 + 2 tokens, of 24 bytes."""
     workload = brain()
     seconds = token_seconds(workload, Layout(), ideal_machine(memory_bandwidth=1.0), prompts=3)
     linear = 2 * (LINEAR + 6 * (INPUTS + OUTPUTS))
     cache = (3 * 6 + 6 * 2) * 8 * 10
-    assert seconds == 4 * (linear + cache + 6 * layer_forward_bytes(workload, Layout()))
+    scores = 6 * (6 + 2) * 2 * 24
+    assert seconds == 4 * (linear + cache + scores + 6 * layer_forward_bytes(workload, Layout()))
 
 
 def test_a_prompts_cache_is_read_once_for_all_its_responses():
@@ -38,7 +40,8 @@ def test_a_prompts_cache_is_read_once_for_all_its_responses():
 
     def longer_prompt_costs(samples):
         short, long = brain(samples_per_prompt=samples), brain(samples_per_prompt=samples, prompt_length=1006)
-        return token_seconds(long, Layout(), machine, 3) - token_seconds(short, Layout(), machine, 3)
+        scores = 4 * 3 * samples * 1000 * 2 * 24
+        return token_seconds(long, Layout(), machine, 3) - token_seconds(short, Layout(), machine, 3) - scores
 
     assert longer_prompt_costs(16) == longer_prompt_costs(2) == 4 * 3 * 1000 * 8 * 10
 

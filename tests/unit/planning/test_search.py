@@ -7,6 +7,7 @@ import pytest
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict, load_config
+from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import estimate_memory
 from megatron_brain.planning.presets import preset
@@ -34,9 +35,8 @@ def answer():
 def as_run(asked, settings):
     """The configuration of a run with these flags, its sizes resolved."""
     config = load_config(asked.stage, [*flags(settings), *FILES])
-    sizes = {name: value for name, value in vars(asked.model).items() if name not in ("bf16", "recompute_granularity")}
-    model = dataclasses.replace(config.model, **{n: v for n, v in sizes.items() if n != "transformer_impl"})
-    return dataclasses.replace(config, model=model)
+    sizes = {name: getattr(asked.model, name) for name in ARCHITECTURE_FIELDS}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
 
 
 def test_every_reason_is_what_a_run_says(answer):
@@ -156,6 +156,20 @@ def test_padding_is_no_throughput():
     plans, _ = search(question(stage="sft", gpus=8, precision="fp8", prompt_length=100, response_length=30, **NO_BRAIN))
     assert {plan.workload.seq_length for plan in plans} >= {144, 256}
     assert {round(plan.tokens_per_second * plan.time.total * 8 / 24) for plan in plans} == {130}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": "reward", "seq_length": 512}, "packs records of --stage sft, not reward"),
+        ({"stage": "brain", "seq_length": 512}, "packs records of --stage sft, not brain"),
+        ({"stage": "sft", "seq_length": 255}, "holds no record .*: use 256 or more"),
+    ],
+)
+def test_a_length_that_records_are_not_packed_into_is_refused(changes, said):
+    of_brain = {} if changes["stage"] == "brain" else {"samples_per_prompt": 8}
+    with pytest.raises(ConfigError, match=said):
+        question(**changes, **of_brain)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.data.groups import Group, pack_groups
-from megatron_brain.models.architecture import resolve
-from megatron_brain.models.provider import build_model, padded_vocab_size
+from megatron_brain.models.architecture import padded_vocab_size, resolve
+from megatron_brain.models.provider import build_model
 from megatron_brain.planning import sizes
 from megatron_brain.planning.presets import PRESETS, preset
 from megatron_brain.planning.workload import Layout, Segment, Workload
@@ -68,14 +68,9 @@ def test_shares_of_ranks_add_up_to_the_model(tensor, untied):
     shares = sum(sizes.stage_parameters(model, layout, stage) for stage in range(4))
     hidden, layers = model.hidden_size, model.num_layers
     whole_on_each = layers * (2 * 2 * hidden + 2 * hidden) + 2 * hidden + model.max_position_embeddings * hidden
-    padded = sizes.padded_vocab_size(model, tensor)
+    padded = padded_vocab_size(model, tensor)
     unique = sizes.total_parameters(model) - whole_on_each - model.vocab_size * hidden * (2 if untied else 1)
     assert tensor * (shares - whole_on_each) == unique + 2 * padded * hidden
-
-
-def test_padding_of_the_vocabulary_is_the_models():
-    for tensor in (1, 2, 3, 8):
-        assert sizes.padded_vocab_size(tiny(), tensor) == padded_vocab_size(tiny(), tensor)
 
 
 @pytest.mark.parametrize("architecture", [{}, *ARCHITECTURES.values()], ids=["llama", *ARCHITECTURES])
@@ -91,7 +86,7 @@ def test_operations_of_a_pass_are_those_that_torch_counts(single, architecture):
     tokens, targets = batch.tokens.numel(), batch.targets.numel()
     layers = 3 * model.num_layers * sizes.linear_flops(model, tokens)
     # Rows that pad the vocabulary are never read.
-    head = 3 * sizes.head_flops(model, targets) * model.vocab_size / sizes.padded_vocab_size(model, 1)
+    head = 3 * sizes.head_flops(model, targets) * model.vocab_size / padded_vocab_size(model, 1)
     assert counted == layers + head
 
 

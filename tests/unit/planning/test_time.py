@@ -7,6 +7,7 @@ from helpers.planning import RATES, ideal_machine, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_brain.planning.activations import logit_block
 from megatron_brain.planning.communication import ring_share, tensor_volume
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
@@ -22,8 +23,8 @@ LINEAR = 8 * (8 + 2 * 4) + 8 * 8 + 3 * 8 * 16
 
 def pretraining(**changes):
     """Sequences of 10 tokens, all of them predicted."""
-    sizes = {"model": small_model(), "prompt_length": 0, "response_length": 10, "seq_length": 10}
-    return Workload(stage="sft", **sizes | changes)
+    sizes = {"stage": "sft", "model": small_model(), "prompt_length": 0, "response_length": 10, "seq_length": 10}
+    return Workload(**sizes | changes)
 
 
 def test_compute_of_one_gpu_is_the_models_operations():
@@ -53,6 +54,15 @@ def test_fp8_is_for_linear_maps_alone():
         ({"recompute": "selective"}, 4 * 4 * 55 * 8),
         ({"recompute": "full"}, 4 * (2 * 10 * LINEAR + 4 * 55 * 8)),
         ({"recompute": "full", "recompute_method": "block", "recompute_num_layers": 3}, 3 * (20 * LINEAR + 220 * 8)),
+        # Of each of two chunks of two layers.
+        (
+            {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 3, "virtual_pipeline": 2},
+            4 * (20 * LINEAR + 220 * 8),
+        ),
+        (
+            {"recompute": "full", "recompute_method": "block", "recompute_num_layers": 1, "virtual_pipeline": 2},
+            2 * (20 * LINEAR + 220 * 8),
+        ),
     ],
 )
 def test_recomputation_adds_what_it_computes_again(recompute, again):
@@ -76,6 +86,29 @@ def test_head_takes_three_products_four_or_one_more(two_pass, chunk, products):
     assert times[0] - times[1] == products * 2 * 8 * 8 * 16
 
 
+def test_gradients_of_blocks_of_logits_are_added_up():
+    """10 positions, 32 ids, hidden size 8. Blocks of 2 whole rows add the weight's gradient 5 times, known beforehand;
+    computed again, blocks of 8 positions and 8 ids add it twice, and that of the hidden states 4 times."""
+    machine = ideal_machine(memory_bandwidth=1.0)
+
+    def more(chunk: int, again: int, **changes) -> float:
+        whole, cut = (
+            training_time(pretraining(model=small_model(logprob_chunk_size=size), **changes), Layout(), machine).compute
+            for size in (10**9, chunk)
+        )
+        return cut - whole - again * 10 * 32
+
+    assert more(64, 0) == 5 * 32 * 8 * (8 + 4)
+    assert more(64, 0, precision="fp32") == 5 * 32 * 8 * 8
+    group = {"stage": "brain", "seq_length": None}
+    assert _block_of(64) == (8, 8)
+    assert more(64, 24, **group) == (2 * 32 + 4 * 10) * 8 * (8 + 4)
+
+
+def _block_of(chunk: int) -> tuple[int, int]:
+    return logit_block(10, 32, chunk, known_gradient=False)
+
+
 def test_a_shared_prefix_computes_a_prompt_once():
     group = {"prompt_length": 100, "response_length": 10, "samples_per_prompt": 4}
     machine = ideal_machine(bf16_flops=1.0)
@@ -89,10 +122,10 @@ def test_a_shared_prefix_computes_a_prompt_once():
     assert copied - shared == 4 * (3 * 2 * 300 * LINEAR + 3.5 * 4 * saved_pairs * 8)
 
 
-@pytest.mark.parametrize(("sequence_parallel", "of_a_layer"), [(True, 4 + 4 + 2), (False, 4 + 4)])
+@pytest.mark.parametrize(("sequence_parallel", "of_a_layer"), [(True, 4 + 2 + 4), (False, 4 + 4)])
 def test_tensor_parallel_communication_by_hand(sequence_parallel, of_a_layer):
     """A rank of 4 sends 3/4 of 12 tokens (10 and padding) x 8 channels x 2 bytes in a gather or reduce-scatter. With
-    sequence parallelism two inputs are gathered again in the backward pass, which no product hides here."""
+    sequence parallelism two inputs are gathered again in the backward pass. No product hides any of it here."""
     layout = Layout(tensor=4, sequence_parallel=sequence_parallel)
     assert tensor_volume(pretraining(), layout, 12) == 144
     time = training_time(pretraining(), layout, ideal_machine(node_bandwidth=1.0))
@@ -100,10 +133,13 @@ def test_tensor_parallel_communication_by_hand(sequence_parallel, of_a_layer):
     assert time.tensor_communication == 144 * (4 * of_a_layer + ends)
 
 
-def test_overlapped_gathers_cost_nothing_behind_longer_products():
-    layout = Layout(tensor=4, sequence_parallel=True)
+@pytest.mark.parametrize(("sequence_parallel", "of_a_layer"), [(True, 4 + 2), (False, 4)])
+def test_what_goes_on_behind_longer_products_costs_nothing(sequence_parallel, of_a_layer):
+    """Of the backward pass only the gradients of the two outputs are waited for, which are whole without sequence
+    parallelism."""
+    layout = Layout(tensor=4, sequence_parallel=sequence_parallel)
     time = training_time(pretraining(), layout, ideal_machine(node_bandwidth=1.0, bf16_flops=1.0))
-    assert time.tensor_communication == 144 * (4 * 8 + 2 * 2)
+    assert time.tensor_communication == 144 * (4 * of_a_layer + 2 * 2)
 
 
 def test_pipeline_sends_hidden_states_and_their_gradients_by_hand():
@@ -126,6 +162,15 @@ def test_data_parallel_communication_by_hand(layout, bytes_per_parameter):
     workload = pretraining(global_batch_size=12)
     time = training_time(workload, Layout(data=4, num_micro_batches=3, **layout), ideal_machine(node_bandwidth=1.0))
     assert time.data_communication == 0.75 * bytes_per_parameter * stage_parameters(workload.model, Layout(), 0)
+
+
+@pytest.mark.parametrize(("data", "bandwidth"), [(1, 450), (2, 450), (4, 50)])
+def test_stages_go_at_the_pace_of_the_hop_that_leaves_a_node(data, bandwidth):
+    """On 4 and 8 GPUs of a node, and on 16: most hops stay in a node of 8 then, and do not help."""
+    machine = ideal_machine(node_bandwidth=450.0, network_bandwidth=50.0)
+    layout = Layout(pipeline=4, data=data, num_micro_batches=4)
+    time = training_time(pretraining(global_batch_size=4 * data), layout, machine)
+    assert time.pipeline_communication == pytest.approx(4 * 2 * 10 * 8 * 2 / bandwidth)
 
 
 def test_overlapped_reduction_costs_what_is_longer_than_a_micro_batch():

@@ -48,6 +48,16 @@ def test_lengths_that_are_not_set_are_the_longest_allowed():
     assert (workload.prompt_length, workload.response_length, workload.sample_targets) == (0, 100, 100)
 
 
+def test_lengths_are_never_longer_together_than_a_sequence():
+    workload, _ = of_run("reward", seq_length=100, max_prompt_length=80, max_response_length=60)
+    assert (workload.prompt_length, workload.response_length) == (40, 60)
+
+
+def test_responses_that_are_read_from_files_are_not_limited_by_what_would_be_drawn():
+    workload, _ = of_run("brain", seq_length=100, max_prompt_length=40, max_new_tokens=10, rollout_data="r")
+    assert (workload.prompt_length, workload.response_length) == (40, 60)
+
+
 def test_layout_of_a_run():
     workload, layout = of_run(
         "brain",
