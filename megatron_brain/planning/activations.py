@@ -54,10 +54,10 @@ class Shapes:
             model=model,
             element=FLOAT32 if workload.precision == "fp32" else 2,
             impl=impl,
-            tokens=tokens // layout.context,
+            tokens=tokens,
             shard=tokens // layout.sequence_shards,
-            targets=targets // layout.context,
-            key_tokens=math.ceil(keys * layout.micro_batch_size * share) if has_prefix else tokens // layout.context,
+            targets=targets,
+            key_tokens=math.ceil(keys * layout.micro_batch_size * share) if has_prefix else tokens,
             tensor=layout.tensor,
         )
 

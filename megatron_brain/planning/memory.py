@@ -89,6 +89,8 @@ def stage_memory(
     workload: Workload, layout: Layout, stage: int, *, impl: TransformerImpl = "transformer_engine"
 ) -> list[Memory]:
     """Memory of the ranks of one pipeline stage, phase by phase."""
+    ours = layout.context == 1 and not layout.sharded_weights and not layout.account_for_ends
+    assert ours, f"memory of layouts that our runs cannot have is not known: {layout}"
     return _Stage(workload, layout, stage, impl).phases()
 
 
@@ -150,7 +152,7 @@ class _Stage:
             phase=phase,
             stage=self.stage,
             weights=self._weights(self.model, self.workload.head, trained=True),
-            gradients=self.parameters * FLOAT32 // self._weight_shards if trains else 0,
+            gradients=self.parameters * FLOAT32 if trains else 0,
             optimizer=self._optimizer() if trains else 0,
             frozen_models=sum(self._weights(m.model, m.head, trained=False) for m in frozen),
             **parts,
@@ -161,7 +163,6 @@ class _Stage:
         gradients to compute; with --fp8-param-gather these are all there is."""
         element = self.shapes.element
         weights = stage_parameters(model, self.layout, self.stage, head) * element
-        weights //= self._weight_shards
         if self.workload.precision != "fp8" or self.impl != "transformer_engine":
             return weights
         maps = linear_weights(model) // self.layout.tensor
@@ -169,14 +170,10 @@ class _Stage:
         copies = in_fp8 * (2 if trained else 1)
         return weights + copies - (in_fp8 * element if trained and self.workload.fp8_param_gather else 0)
 
-    @property
-    def _weight_shards(self) -> int:
-        return self.layout.data if self.layout.sharded_weights else 1
-
     def _optimizer(self) -> int:
         """Two moments, and a float32 copy of weights that are not float32 themselves."""
         copies = 0 if self.workload.precision == "fp32" else FLOAT32
-        shards = self.layout.data if self.layout.distributed_optimizer or self.layout.sharded_weights else 1
+        shards = self.layout.data if self.layout.distributed_optimizer else 1
         return -(-self.parameters // shards) * (2 * FLOAT32 + copies)
 
     def _update(self) -> Memory:
@@ -260,12 +257,9 @@ class _Stage:
         return kept, max(kept, again * shapes.hidden + self._layer(first, with_input=False) + shapes.hidden)
 
     def _places(self, chunk: int) -> range:
-        """Places of a chunk's layers among those of this stage. Where layers do not divide, the chunks with embedding
-        and output layer have fewer."""
-        chunks, layers = self.layout.virtual_pipeline, stage_layers(self.model, self.layout, self.stage)
-        each = -(-layers // chunks)
-        missing = each * chunks - layers if self.is_first else 0
-        return range(max(0, chunk * each - missing), min(layers, (chunk + 1) * each - missing))
+        """Places of a chunk's layers among those of this stage."""
+        each = stage_layers(self.model, self.layout, self.stage) // self.layout.virtual_pipeline
+        return range(chunk * each, (chunk + 1) * each)
 
     def _layer(self, place: int, *, with_input: bool = True) -> int:
         """What the layer at a place of this stage keeps."""
