@@ -14,7 +14,6 @@ Inputs are never modified. Sums are in float32, in float64 for float64 inputs; m
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_brain.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
+
 DEFAULT_CHUNK_SIZE = 2**25
 
 # The residual allowed of an incoming gradient, relative to its norm: a hundred roundings of float32.
 _PROMISE_TOLERANCE = 1e-5
-
-# Entries of a matrix product of low precision that exist before they are added in float32.
-_PRODUCT_SIZE = 2**21
 
 
 class TokenScores(NamedTuple):
@@ -148,7 +146,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head):
-        shape = _block_shape(len(targets), head)
+        shape = block_shape(len(targets), head.size, head.chunk_size)
         logits = _LogitBlocks(hidden, weight, head, shape)
         softmax = _SoftmaxSums(targets, logits, head)
         block = None
@@ -206,7 +204,7 @@ class _GradientKnown(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, known, head):
         # Every rank must take the same steps, however many of its ids are padding.
-        shape = (max(1, head.chunk_size // weight.size(0)), weight.size(0))
+        shape = positions_of_whole_rows(weight.size(0), head.chunk_size), weight.size(0)
         logits = _LogitBlocks(hidden, weight, head, shape)
         softmax = _SoftmaxSums(targets, logits, head)
         slopes = known.to(logits.dtype) / head.temperature
@@ -347,13 +345,6 @@ class _SoftmaxSums:
         return logprobs, entropy, is_top1
 
 
-def _block_shape(positions: int, head: _Head) -> tuple[int, int]:
-    """Positions and ids of a block: square where it can be, since the matrix products are fastest then."""
-    most_positions = max(math.isqrt(head.chunk_size), head.chunk_size // max(1, head.size))
-    block_positions = max(1, min(positions, most_positions))
-    return block_positions, max(1, head.chunk_size // block_positions)
-
-
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -389,7 +380,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=0.0 if first else 1.0)
         return
-    for rows in _slices(total.size(0), max(1, _PRODUCT_SIZE // total.size(1))):
+    for rows in _slices(total.size(0), max(1, PRODUCT_SIZE // total.size(1))):
         if first:
             total[rows] = left[rows] @ right
         else:

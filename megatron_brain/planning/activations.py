@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.workload import Head, Layout, Workload
 
@@ -17,8 +18,6 @@ TransformerImpl = Literal["local", "transformer_engine"]
 
 FLOAT32 = 4
 _INT64 = 8
-_PRODUCT_BYTES = 2 * 2**21
-"""Matrix products of low precision that logprobs.py adds in float32 pass through this much memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,26 +281,26 @@ def _logprob_workspace(shapes: Shapes, *, known_gradient: bool) -> tuple[int, in
     weight = shapes.head_weight * element
     chunk, rows = shapes.model.logprob_chunk_size, shapes.rows
     if known_gradient:
-        positions, _ = logit_block(shapes.targets, rows, chunk, known_gradient=True)
+        positions = positions_of_whole_rows(rows, chunk)
         buffer = min(positions, shapes.targets) * rows * entry
         # Several blocks of low precision are summed in float32.
         summed = shapes.head_weight * FLOAT32 if shapes.targets > positions and _lower(shapes) else 0
-        grads = summed + max(shapes.added(min(_PRODUCT_BYTES, weight)), weight) if summed else weight
+        grads = summed + max(shapes.added(min(2 * PRODUCT_SIZE, weight)), weight) if summed else weight
         return 2 * selected + buffer + grads, selected + weight, selected + weight
-    positions, ids = logit_block(shapes.targets, rows, chunk, known_gradient=False)
+    positions, ids = block_shape(shapes.targets, rows, chunk)
     buffer = positions * ids * entry
     stays = positions * ids * FLOAT32 if positions == shapes.targets and ids == rows else 0
     grads = shapes.targets * shapes.model.hidden_size * FLOAT32 + weight
     if _lower(shapes):
         summed = ids * shapes.model.hidden_size if shapes.targets > positions else 0
         product = max(selected, summed * element)
-        grads += summed * FLOAT32 + shapes.added(min(_PRODUCT_BYTES, product))
+        grads += summed * FLOAT32 + shapes.added(min(2 * PRODUCT_SIZE, product))
     return selected + buffer, selected + stays, selected + buffer + grads
 
 
 def scoring_workspace(shapes: Shapes) -> int:
     """Log-probabilities without gradients: the selected states and the buffer of logits."""
-    positions, ids = logit_block(shapes.targets, shapes.rows, shapes.model.logprob_chunk_size, known_gradient=False)
+    positions, ids = block_shape(shapes.targets, shapes.rows, shapes.model.logprob_chunk_size)
     selected = shapes.targets * shapes.model.hidden_size * shapes.element
     return selected + positions * ids * (FLOAT32 + _lower(shapes))
 
@@ -309,14 +308,6 @@ def scoring_workspace(shapes: Shapes) -> int:
 def _lower(shapes: Shapes) -> int:
     """Bytes of an entry of logits before they are made float32; 0 where they are float32 from the start."""
     return 0 if shapes.element == FLOAT32 else shapes.element
-
-
-def logit_block(targets: int, rows: int, chunk: int, *, known_gradient: bool) -> tuple[int, int]:
-    """Positions and ids of a block of logits, as `logprobs.py` chooses them: all ids where the gradient is known."""
-    if known_gradient:
-        return max(1, chunk // rows), rows
-    positions = max(1, min(targets, max(math.isqrt(chunk), chunk // max(1, rows))))
-    return positions, min(rows, max(1, chunk // positions))
 
 
 def embedding_backward(shapes: Shapes, *, tied: bool) -> int:

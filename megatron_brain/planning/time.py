@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+from megatron_brain.logit_blocks import block_shape, positions_of_whole_rows
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.activations import logit_block
 from megatron_brain.planning.communication import (
     context_seconds,
     data_seconds,
@@ -172,9 +172,11 @@ class PassTimer:
         rows, targets = padded_vocab_size(self._model, self.layout.tensor) // self.layout.tensor, self._targets
         if self._head_kind == "reward" or targets == 0:
             return 0.0
-        positions, ids = logit_block(
-            math.ceil(targets), rows, self._model.logprob_chunk_size, known_gradient=known_gradient
-        )
+        chunk = self._model.logprob_chunk_size
+        if known_gradient:
+            positions, ids = positions_of_whole_rows(rows, chunk), rows
+        else:
+            positions, ids = block_shape(math.ceil(targets), rows, chunk)
         of_positions, of_ids = math.ceil(targets / positions), math.ceil(rows / ids)
         added = SUM_BYTES + (0 if self._dense == "fp32" else PRODUCT_BYTES)
         sums = (of_positions > 1) * of_positions * rows + (of_ids > 1) * of_ids * targets

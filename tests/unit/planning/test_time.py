@@ -7,7 +7,7 @@ from helpers.planning import RATES, ideal_machine, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_brain.planning.activations import logit_block
+from megatron_brain.logit_blocks import block_shape
 from megatron_brain.planning.communication import ring_share, tensor_volume
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
@@ -101,12 +101,8 @@ def test_gradients_of_blocks_of_logits_are_added_up():
     assert more(64, 0) == 5 * 32 * 8 * (8 + 4)
     assert more(64, 0, precision="fp32") == 5 * 32 * 8 * 8
     group = {"stage": "brain", "seq_length": None}
-    assert _block_of(64) == (8, 8)
+    assert block_shape(10, 32, 64) == (8, 8)
     assert more(64, 24, **group) == (2 * 32 + 4 * 10) * 8 * (8 + 4)
-
-
-def _block_of(chunk: int) -> tuple[int, int]:
-    return logit_block(10, 32, chunk, known_gradient=False)
 
 
 def test_a_shared_prefix_computes_a_prompt_once():
