@@ -32,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        if args.window < 1:
+            raise ConfigError(f"--window {args.window}: must be at least 1")
         runs, metrics = read_runs(args.runs), args.metrics.split(",")
         print(table(runs, metrics, args.window))
     except ConfigError as error:
@@ -46,14 +48,19 @@ def read_runs(named: Sequence[str]) -> Runs:
     """Read `NAME=FILE` each.
 
     Raises:
-        ConfigError: no name, no such file, or nothing in it.
+        ConfigError: no name or one twice, no such file, nothing in it, or a line that is not whole.
     """
     runs = {}
     for each in named:
         name, _, file = each.partition("=")
         if not file or not Path(file).is_file():
             raise ConfigError(f"{each}: expected NAME=FILE with the metrics.jsonl of a run")
-        lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        if name in runs:
+            raise ConfigError(f"{each}: there is another run of the name {name}")
+        try:
+            lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file} has a line that is not whole ({error}): a run may be writing it") from None
         if not lines:
             raise ConfigError(f"{file} holds no metrics")
         runs[name] = lines
@@ -66,9 +73,11 @@ def values(lines: Sequence[dict], metric: str) -> tuple[list[int], list[float]]:
     Raises:
         ConfigError: none did.
     """
-    found = [(line["iteration"], line[metric]) for line in lines if metric in line]
+    # Numbers that are not finite are written as text.
+    found = [(line["iteration"], float(line[metric])) for line in lines if metric in line]
     if not found:
-        raise ConfigError(f"no step logged {metric}; there are {', '.join(sorted(lines[-1]))}")
+        there = sorted({key for line in lines for key in line})
+        raise ConfigError(f"no step logged {metric}; there are {', '.join(there)}")
     iterations, logged = zip(*found, strict=True)
     return list(iterations), list(logged)
 

@@ -1,4 +1,4 @@
-"""Emulated FP8 at every kind of layout."""
+"""Emulated FP8 in pipelines and with tensor parallelism."""
 
 import pytest
 
@@ -12,7 +12,7 @@ _FLAGS = [
 ]
 
 
-@at(lambda layout: layout.name in ("pp2", "tp2_sp"))
+@at(lambda layout: layout.name in ("pp2", "pp2_interleaved", "tp2_sp"))
 def case_emulation(layout: Layout, context: Context) -> None:
     """Stages leave the same layers out as one process does. Tensor-parallel ranks round shares, each with a scale of
     its own, so they compute nearly the same; with sequence parallelism exactly what they do without."""

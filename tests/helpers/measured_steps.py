@@ -17,7 +17,7 @@ def train_steps(workload: Workload, layout: Layout, parallel: Parallel, *, steps
         "recompute_num_layers": layout.recompute_num_layers if layout.recompute == "full" else None,
     }
     sizes = dataclasses.asdict(workload.model) | recompute
-    bf16, num_layers = workload.precision == "bf16", workload.model.num_layers
+    bf16, num_layers = {"fp32": False, "bf16": True}[workload.precision], workload.model.num_layers
     training = Training(
         parallel,
         head=workload.head,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
+FP8 = ["--load", "nowhere", "--prior-load", "nowhere", "--prompts", "nowhere"]
 TINY = [
     *("--layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "48", "--heads", "4", "--key-value-heads", "2"),
     *("--vocab-size", "330", "--threads", "1", "--pairs", "2"),
@@ -180,6 +181,12 @@ def test_mistakes_are_said_before_anything_is_measured(benchmark, capsys, monkey
         (["update", "--plot", "line.png", "--only", "update"], "add line to --only"),
         (["update", "--line-samples", "2,x,8"], "--line-samples 2,x,8: a line needs two different numbers"),
         (["update", *TINY, "--response-length", "4", "--response-spread", "4"], "a token in each"),
+        (["fp8", *FP8, "--lengths", "16,x"], "--lengths 16,x: expected numbers"),
+        (["fp8", *FP8, "--lengths", "0"], "--lengths 0: 0 is too small"),
+        (["fp8", *FP8, "--lengths", "32", "--gradient-lengths", "16"], "16 is not in --lengths 32"),
+        (["fp8", *FP8, "--samples", "1"], "--samples 1: must be at least 2"),
+        (["fp8", *FP8, "--reward-temperature", "0"], "--reward-temperature 0.0: must be greater than 0"),
+        (["fp8", *FP8], "nowhere"),
         (["memory", "--only", "sft; nothing"], "no case 'nothing'; there are: sft; sft, bf16"),
     ):
         assert main(flags) == 2

@@ -34,6 +34,18 @@ def test_means_are_of_windows_of_steps_as_far_as_all_runs_have_come(compare, tmp
     ]
 
 
+def test_numbers_that_are_not_finite_are_shown(compare, tmp_path, capsys):
+    run = write(tmp_path / "run", [4, "Infinity", "NaN"])
+    assert compare([f"a={run}", "--metrics", "loss", "--window", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| loss | a | 4 | inf | nan |"
+
+
+def test_a_figure_without_matplotlib_is_refused(compare, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert compare([f"a={write(tmp_path / 'run', [4])}", "--plot", "figure.png"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 def test_the_figure_is_written(compare, tmp_path):
     pytest.importorskip("matplotlib")
     one = write(tmp_path / "one", [4, 2, 1])
@@ -42,9 +54,18 @@ def test_the_figure_is_written(compare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "said"), [("one", "NAME=FILE"), ("a=missing", "NAME=FILE"), ("a={one}", "no step logged reward")]
+    ("flags", "said"),
+    [
+        (["one"], "NAME=FILE"),
+        (["a=missing"], "NAME=FILE"),
+        (["a={one}"], "no step logged reward"),
+        (["a={one}", "a={one}"], "another run of the name a"),
+        (["a={one}", "--window", "0"], "--window 0"),
+        (["a={torn}"], "a line that is not whole"),
+    ],
 )
-def test_mistakes_are_told_in_a_line(compare, tmp_path, capsys, run, said):
-    one = write(tmp_path / "one", [4])
-    assert compare([run.format(one=one), "--metrics", "reward"]) == 2
+def test_mistakes_are_told_in_a_line(compare, tmp_path, capsys, flags, said):
+    places = {"one": write(tmp_path / "one", [4]), "torn": str(tmp_path / "torn")}
+    (tmp_path / "torn").write_text('{"iteration": 1, "re')
+    assert compare([*(flag.format(**places) for flag in flags), "--metrics", "reward"]) == 2
     assert said in capsys.readouterr().err

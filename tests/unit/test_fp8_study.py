@@ -66,7 +66,34 @@ def test_every_precision_is_measured_on_a_tiny_model(tool, single, tmp_path, cap
     assert list(gradient) == ["bf16", "hybrid", "hybrid_ends_bf16", "e4m3", "e4m3_ends_bf16"]
     assert 0.999 < gradient["bf16"]["backward"]["cosine"] < 1
     assert gradient["hybrid"]["backward"]["cosine"] < gradient["e4m3"]["backward"]["cosine"] < 0.999
+    assert gradient["hybrid"]["whole"] != gradient["hybrid"]["backward"]
     assert "| 16 | hybrid |" in said.err
+
+
+def test_a_policy_is_no_reward_model(tool, single, tmp_path, capsys):
+    write_assets(tmp_path)
+    policy = checkpoint(tmp_path / "policy", tmp_path, single, seed=1)
+    flags = {"load": policy, "prior-load": policy, "reward-load": policy, "prompts": tmp_path / "prompts.jsonl"}
+    flags |= {"lengths": 4, "groups": 1, "max-prompt-length": 40, "threads": 1}
+    assert tool("benchmark").main(["fp8", *(f"--{name}={value}" for name, value in flags.items())]) == 2
+    assert "--reward-load" in capsys.readouterr().err
+
+
+def test_all_weights_are_rounded_to_bfloat16(tool, single, tmp_path):
+    write_assets(tmp_path)
+    reward = checkpoint(tmp_path / "reward", tmp_path, single, seed=1, head="reward")
+    settings = {"load": str(reward), "prompts": "x", "output": "x"}
+    settings |= {"tokenizer_model": str(tmp_path / "tokenizer"), "seq_length": 32, "max_new_tokens": 4}
+    precisions, fp8 = tool("benchmarks.precisions"), tool("benchmarks.fp8")
+    run = fp8.open_run(fp8.config_from_dict("generate", settings, "the test"))
+    model = precisions.Model(run, "fp32", "reward", reward, "reward")
+    for weight in model.chunk.parameters():
+        assert weight.dtype == torch.float32 and torch.equal(weight, weight.bfloat16().float())
+
+
+def test_gradients_are_compared_by_hand(tool):
+    found = tool("benchmarks.fp8")._compared([torch.tensor([0.0, 2.0])], [torch.tensor([1.0, 1.0])])
+    assert found == {"cosine": pytest.approx(math.sqrt(0.5)), "norm_ratio": pytest.approx(math.sqrt(2))}
 
 
 def test_errors_of_scores_by_hand(tool):

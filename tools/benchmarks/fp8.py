@@ -8,9 +8,9 @@ alone. The proposal draws responses of the greatest length in bf16, on past thei
 beginnings. Every precision scores the same groups, FP8 in emulation (docs/fp8_numerics.md). Errors are differences from
 float32, in nats of whole sequences:
 
-- logprob_std: of log q'. group_std: the same less the group's mean, which cancels in alpha and beta.
-- of log q - log q', for each distance moved: ratio_std, the error less the group's mean, `true` what the ratio itself
-  varies by; ess_beta, and beta_tv, half the sum of |beta - beta of float32|.
+- logprob_mean, logprob_std: of log q'. group_std: less the group's mean, which cancels in alpha and beta.
+- of log q - log q', for each distance moved: ratio_std, the error less the group's mean, true_ratio_std what the ratio
+  itself varies by; max_ratio; ess_beta, and beta_tv, half the sum of |beta - beta of float32|.
 - mixed: log q' of the precision - log q' of bf16, for which the truth is 0: a policy in FP8 on a proposal in bf16.
 - alpha_tv, ess_alpha, and reward_std, the error of rewards.
 - gradient, at the last distance moved: cosine with float32's and ratio of the norms, with weights alpha - beta of the
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples", type=int, default=8, help="responses n of a prompt [%(default)s]")
     data.add_argument("--groups", type=int, default=8, help="prompts at most [%(default)s]")
     data.add_argument("--tokens", type=int, default=8192, help="response tokens at most at a length [%(default)s]")
-    data.add_argument("--gradient-lengths", default="16,64,256", help="those with gradients [%(default)s]")
+    data.add_argument("--gradient-lengths", help="those of them with gradients [of 16, 64 and 256 those that are]")
     data.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
 
@@ -72,9 +72,13 @@ def run(args: argparse.Namespace) -> dict:
     """
     torch.set_num_threads(args.threads)
     lengths, moved = _numbers(args.lengths, int, "--lengths"), _numbers(args.moved, float, "--moved")
-    with_gradient = _numbers(args.gradient_lengths, int, "--gradient-lengths") if args.gradient_lengths else []
-    opened = _open(args, max(lengths))
-    prompts = [prompt.tokens for prompt in read_prompts(opened)]
+    with_gradient = _gradient_lengths(args.gradient_lengths, lengths)
+    _check(args)
+    try:
+        opened = _open(args, max(lengths))
+        prompts = [prompt.tokens for prompt in read_prompts(opened)]
+    except ValueError as error:  # What a start says of a user's mistake.
+        raise ConfigError(str(error)) from error
     study = _Study(opened, args, moved)
     groups = study.draw(prompts)
     report: dict = {"groups": len(groups), "samples": args.samples, "lengths": {}}
@@ -101,6 +105,29 @@ def _numbers(text: str, kind: type, flag: str) -> list:
     return values
 
 
+def _gradient_lengths(text: str | None, lengths: Sequence[int]) -> list[int]:
+    if text is None:
+        return [length for length in (16, 64, 256) if length in lengths]
+    asked = _numbers(text, int, "--gradient-lengths")
+    for length in asked:
+        if length not in lengths:
+            raise ConfigError(f"--gradient-lengths {text}: {length} is not in --lengths {','.join(map(str, lengths))}")
+    return asked
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag, value, least in (
+        ("--samples", args.samples, 2),
+        ("--groups", args.groups, 1),
+        ("--tokens", args.tokens, 1),
+        ("--threads", args.threads, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} {value}: must be at least {least}")
+    if args.reward_temperature <= 0:
+        raise ConfigError(f"--reward-temperature {args.reward_temperature}: must be greater than 0")
+
+
 def _open(args: argparse.Namespace, longest: int) -> Run:
     settings = {
         "load": str(args.load),
@@ -122,11 +149,13 @@ def _open(args: argparse.Namespace, longest: int) -> Run:
 
 
 class _Study:
-    """The models in every precision, one at a time: each is built where it is needed."""
+    """The models in every precision, all of them there until the end."""
 
     def __init__(self, run: Run, args: argparse.Namespace, moved: Sequence[float]) -> None:
         self._run, self._args = run, args
-        prior, proposal = (Model(run, "bf16", place, "policy").weights() for place in (args.prior_load, args.load))
+        self._policies = {name: Model(run, name, "policy", args.load, "policy") for name in PRECISIONS}
+        prior = Model(run, "bf16", "prior", args.prior_load, "policy").weights()
+        proposal = self._policies["bf16"].weights()
         self._weights = {"prior": prior, "proposal": proposal}
         for distance in moved:
             self._weights[_moved(distance)] = [
@@ -134,10 +163,9 @@ class _Study:
                 for origin, there in zip(prior, proposal, strict=True)
             ]
         self._at = _moved(moved[-1])
-        self._policies = {name: Model(run, name, args.load, "policy") for name in PRECISIONS}
         self._rewards = {}
         if args.reward_load:
-            self._rewards = {name: Model(run, name, args.reward_load, "reward") for name in SCORED}
+            self._rewards = {name: Model(run, name, "reward", args.reward_load, "reward") for name in SCORED}
 
     def draw(self, prompts: Sequence[tuple[int, ...]]) -> list[Group]:
         return draw(self._run, self._policies["bf16"].chunk, prompts)

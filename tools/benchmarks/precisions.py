@@ -11,6 +11,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.training.frozen import read_frozen_info
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
 
@@ -44,12 +45,18 @@ def run_in(run: Run, precision: str) -> Run:
 
 
 class Model:
-    """A checkpoint in one precision, whose weights can be replaced by others."""
+    """The checkpoint of --NAME-load in one precision, its weights rounded to bfloat16; they can be replaced by others.
 
-    def __init__(self, run: Run, precision: str, directory: Path, head: Head) -> None:
+    Raises:
+        ConfigError: there is none, or it holds another kind of model.
+    """
+
+    def __init__(self, run: Run, precision: str, name: str, directory: Path, head: Head) -> None:
         self._run = run_in(run, precision)
         self._head = head
-        (self.chunk,) = self._run.load_frozen(str(directory), head)
+        info = read_frozen_info(name, str(directory), head)
+        (self.chunk,) = self._run.load_frozen(str(info.path), head)
+        self.take(self.weights())
 
     def weights(self) -> list[Tensor]:
         """Copies, in bfloat16: every precision starts from the same numbers."""
@@ -72,8 +79,8 @@ class Model:
         self.chunk.train().requires_grad_(True)
         totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.chunk.parameters()]
         for group, each in zip(groups, slopes, strict=True):
-            batch = pack_groups([group], shared_prefix=True)
-            (each * batch.sum_per_response(self.chunk(batch))).sum().backward()
+            batch = pack_groups([group], shared_prefix=True).to(self._run.parallel.device)
+            (each.to(batch.tokens.device) * batch.sum_per_response(self.chunk(batch))).sum().backward()
             for total, parameter in zip(totals, self.chunk.parameters(), strict=True):
                 total += parameter.grad
                 parameter.grad = None

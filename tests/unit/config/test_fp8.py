@@ -9,6 +9,7 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.loader import config_from_dict, load_config
+from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.run import STAGE_SECTIONS
 
 START = {
@@ -288,3 +289,20 @@ def test_layers_in_bf16_are_one_at_either_end_unless_said_otherwise():
     assert on.layers_in_bf16 == (1, 1)
     assert dataclasses.replace(on, num_layers_at_start_in_bf16=0).layers_in_bf16 == (0, 1)
     assert recipe("tensorwise").layers_in_bf16 == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tensor_parallel", "sequence_parallel", "expected"),
+    [
+        (None, 3, False, 3),
+        ("tensorwise", 1, False, 16),
+        ("tensorwise", 4, False, 16),
+        ("tensorwise", 3, False, 48),
+        ("tensorwise", 4, True, 64),
+        ("blockwise", 2, True, 256),
+    ],
+)
+def test_every_process_gets_as_many_rows_as_its_products_take(recipe, tensor_parallel, sequence_parallel, expected):
+    fp8 = Fp8Config() if recipe is None else Fp8Config(fp8_format="e4m3", fp8_recipe=recipe)
+    layout = ParallelConfig(tensor_model_parallel_size=tensor_parallel, sequence_parallel=sequence_parallel)
+    assert fp8.packed_multiple(layout) == expected

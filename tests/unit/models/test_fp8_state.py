@@ -8,7 +8,6 @@ from megatron.core.enums import Fp8Recipe
 from torch import nn
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models import fp8_state
 from megatron_brain.models.offload import HostWeights
 
@@ -110,20 +109,3 @@ def test_models_that_are_not_trained_take_their_scales_from_each_tensor_itself()
     gathered = Fp8Config(fp8_format="hybrid", fp8_param_gather=True)
     assert fp8_state.without_history(gathered) == Fp8Config(fp8_format="hybrid")
     assert fp8_state.without_history(Fp8Config()) == Fp8Config()
-
-
-@pytest.mark.parametrize(
-    ("recipe", "tensor_parallel", "sequence_parallel", "expected"),
-    [
-        (None, 3, False, 3),
-        ("tensorwise", 1, False, 16),
-        ("tensorwise", 4, False, 16),
-        ("tensorwise", 3, False, 48),
-        ("tensorwise", 4, True, 64),
-        ("blockwise", 2, True, 256),
-    ],
-)
-def test_every_process_gets_as_many_rows_as_its_products_take(recipe, tensor_parallel, sequence_parallel, expected):
-    fp8 = Fp8Config() if recipe is None else Fp8Config(fp8_format="e4m3", fp8_recipe=recipe)
-    layout = ParallelConfig(tensor_model_parallel_size=tensor_parallel, sequence_parallel=sequence_parallel)
-    assert fp8.packed_multiple(layout) == expected

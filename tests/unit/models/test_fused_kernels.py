@@ -45,7 +45,8 @@ def test_it_is_on_where_there_are_cuda_and_the_extension(extension):
     assert gradient_accumulation_fusion(CPU) == (False, "there is no CUDA device")
 
 
-def test_it_is_off_without_the_extension():
+def test_it_is_off_without_the_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, EXTENSION, None)  # An import of it raises ModuleNotFoundError.
     assert gradient_accumulation_fusion(GPU) == (False, f"Apex's {EXTENSION} is not installed")
 
 
