@@ -7,8 +7,7 @@ from distributed.world import LAYOUTS, Context, Layout, at
 
 _FLAGS = [
     *("--fp8-format", "hybrid", "--fp8-emulate", "--first-last-layers-bf16", "--num-layers-at-start-in-bf16", "2"),
-    # In one micro-batch: padding to the length of others would be rounded with the rest, and widen its scale.
-    *("--global-batch-size", "4", "--micro-batch-size", "4"),
+    *("--global-batch-size", "8", "--micro-batch-size", "4"),
 ]
 
 
