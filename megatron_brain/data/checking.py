@@ -234,7 +234,7 @@ class RecordChecker:
         fallback = sum(token in self._kinds.byte_fallback for token in ids)
         if fallback > _MUCH_FALLBACK * len(ids):
             yield "byte fallback", f"{fallback} of {len(ids)} tokens are single bytes: the tokenizer lacks its script"
-        if draft.kind == "text" and not isinstance(self._reader, PromptReader) and not self._kinds.joins_with_space:
+        if draft.kind == "text" and not isinstance(self._reader, PromptReader):
             hints = (missing_space(draft.prompt, response) for response in draft.responses)
             if (hint := next(filter(None, hints), None)) is not None:
                 yield hint

@@ -10,11 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_brain.data import chat
+from megatron_brain.data import conversations
+from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
+from megatron_brain.data.conversations import Messages
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.data.turns import encode_all_turns
 
 _LARGEST = sys.float_info.max
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
+_MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
 
 
 @dataclass(kw_only=True)
@@ -35,16 +42,24 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
     """Draft of a response to learn; with `multi_turn_loss` in ids, and with a mask that counts every assistant turn.
 
     Raises:
-        ValueError: naming the place and the cure.
+        RecordError: naming the place and the cure.
     """
+    _refuse_unsupported(record, where)
+    if record.get("label") is False:
+        raise RecordError(
+            where,
+            "unsupported field",
+            "field 'label' is false: the completion is one not to learn (unpaired preferences); remove the record",
+        )
     if "messages" not in record:
         prompt, (response,), kind = _prompt_and_answers(tokenizer, record, ["completion"], where)
         return Draft(where=where, prompt=prompt, responses=[response], kind=kind)
-    messages, tools = chat.check_messages(record["messages"], "messages", where), record.get("tools")
+    chat = _chat(tokenizer, record, conversations.check_messages(record["messages"], "messages", where), where)
     if multi_turn_loss:
-        prompt, response, mask = chat.encode_all_turns(tokenizer, messages, where, tools)
+        prompt, response, mask = encode_all_turns(chat)
         return Draft(where=where, prompt=prompt, responses=[response], kind="ids", loss_mask=mask)
-    prompt, response = chat.render_last_turn(tokenizer, messages, where, tools)
+    prompt, response = render_last_turn(chat)
+    _require_weight(chat.messages[-1], "messages", where)
     return Draft(where=where, prompt=prompt, responses=[response], kind="chat")
 
 
@@ -52,8 +67,9 @@ def draft_preference(tokenizer: Tokenizer, record: Mapping[str, Any], where: str
     """Draft of the responses (chosen, rejected) to a prompt, and of the margin between them.
 
     Raises:
-        ValueError: naming the place and the cure.
+        RecordError: naming the place and the cure.
     """
+    _refuse_unsupported(record, where)
     prompt, responses, kind = _prompt_and_answers(tokenizer, record, ["chosen", "rejected"], where)
     return Draft(where=where, prompt=prompt, responses=responses, kind=kind, margin=_margin(record, where))
 
@@ -62,34 +78,63 @@ def draft_prompt(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) ->
     """Draft of a prompt alone, with the text of the response people wrote where the record holds one.
 
     Raises:
-        ValueError: naming the place and the cure.
+        RecordError: naming the place and the cure.
     """
+    _refuse_unsupported(record, where)
     record_id = where if record.get("id") is None else str(record["id"])
-    key = "completion" if record.get("completion") is not None else "chosen"
-    answer = record.get(key)
-    if record.get("messages") is not None:
-        prompt = chat.check_messages(record["messages"], "messages", where)
-        if prompt[-1]["role"] == "assistant":
-            prompt, answer = prompt[:-1], prompt[-1:]
-    elif record.get("prompt") is None and record.get("rejected") is not None:
-        pair = [_field(record, key, where) for key in ("chosen", "rejected")]
-        if chat.is_messages(pair[0]):
-            chosen, rejected = (chat.check_messages(value, "chosen", where) for value in pair)
-            prompt, answer, _ = chat.split_shared_messages(chosen, rejected, where)
-        else:
-            prompt, answer, _ = _split_dialogues(*pair, where)
-    else:
-        prompt = _field(record, "prompt", where)
-    kind: Literal["text", "chat"] = "text"
-    if chat.is_messages(prompt):
-        messages = chat.check_messages(prompt, "prompt", where)
-        prompt, kind = chat.render_prompt(tokenizer, messages, where, record.get("tools")), "chat"
-    if chat.is_messages(answer):
-        answer = chat.answer_text(chat.check_messages(answer, key, where))
+    prompt, answer, key = _prompt_and_reference(record, where)
+    if not conversations.is_messages(prompt):
+        if conversations.is_messages(answer):
+            answer = conversations.answer_text(conversations.check_messages(answer, key, where))
+        if answer is not None:
+            _check_text(answer, key, where)
+        text = _check_text(prompt, "prompt", where)
+        return Draft(where=where, prompt=text, reference=answer, record_id=record_id)
+    messages = conversations.check_messages(prompt, "prompt", where)
+    chat = _chat(tokenizer, record, messages, where)
+    if conversations.is_messages(answer):
+        answer = _reference_text(tokenizer, record, messages, conversations.check_messages(answer, key, where), where)
     if answer is not None:
         _check_text(answer, key, where)
-    text = _check_text(prompt, "prompt", where)
-    return Draft(where=where, prompt=text, kind=kind, reference=answer, record_id=record_id)
+    return Draft(where=where, prompt=render_prompt(chat), kind="chat", reference=answer, record_id=record_id)
+
+
+def _prompt_and_reference(record: Mapping[str, Any], where: str) -> tuple[Any, Any, str]:
+    """Prompt, the response people wrote or None, and the field that this stands in; each a text or messages."""
+    key = "completion" if record.get("completion") is not None else "chosen"
+    if record.get("messages") is not None:
+        messages = conversations.check_messages(record["messages"], "messages", where)
+        if messages[-1]["role"] == "assistant":
+            return messages[:-1], messages[-1:], "messages"
+        return messages, record.get(key), key
+    if record.get("prompt") is None and record.get("rejected") is not None:
+        pair = [_field(record, name, where) for name in ("chosen", "rejected")]
+        if conversations.is_messages(pair[0]):
+            chosen, rejected = (conversations.check_messages(value, "chosen", where) for value in pair)
+            return *conversations.split_shared_messages(chosen, rejected, where)[:2], key
+        return *_split_dialogues(*pair, where)[:2], key
+    return _field(record, "prompt", where), record.get(key), key
+
+
+def _reference_text(
+    tokenizer: Tokenizer, record: Mapping[str, Any], prompt: Messages, answer: Messages, where: str
+) -> str | None:
+    """What the assistant says as a text, as sampled responses are: with the calls and thoughts that a template writes.
+
+    None where the template does not go with the message, which a prompt to sample for does not need.
+    """
+    if answer[-1].keys() <= {"role", "content", "weight"}:
+        return conversations.answer_text(answer)
+    try:
+        _, response = render_last_turn(_chat(tokenizer, record, [*prompt, *answer], where))
+    except RecordError:
+        return None
+    return tokenizer.decode_response(tokenizer.encode_response(response, chat=True)).strip() or None
+
+
+def _chat(tokenizer: Tokenizer, record: Mapping[str, Any], messages: Messages, where: str) -> Chat:
+    tools = conversations.check_tools(record, where)
+    return Chat(tokenizer, messages, where, tools, conversations.check_template_kwargs(record, where))
 
 
 def _prompt_and_answers(
@@ -99,7 +144,7 @@ def _prompt_and_answers(
     answers = [_field(record, key, where) for key in keys]
     implicit = keys == ["chosen", "rejected"] and record.get("prompt") is None
     prompt = "" if implicit else _field(record, "prompt", where)
-    kinds = {chat.is_messages(value) for value in ([] if implicit else [prompt]) + answers}
+    kinds = {conversations.is_messages(value) for value in ([] if implicit else [prompt]) + answers}
     if len(kinds) > 1:
         raise RecordError(
             where,
@@ -113,12 +158,12 @@ def _prompt_and_answers(
         for key, text in zip(keys, answers, strict=True):
             _check_text(text, key, where)
         return _check_text(prompt, "prompt", where), answers, "text"
-    conversations = [chat.check_messages(value, key, where) for key, value in zip(keys, answers, strict=True)]
+    checked = [conversations.check_messages(value, key, where) for key, value in zip(keys, answers, strict=True)]
     if implicit:
-        messages, *conversations = chat.split_shared_messages(*conversations, where)
+        messages, *checked = conversations.split_shared_messages(*checked, where)
     else:
-        messages = chat.check_messages(prompt, "prompt", where)
-    for key, answer in zip(keys, conversations, strict=True):
+        messages = conversations.check_messages(prompt, "prompt", where)
+    for key, answer in zip(keys, checked, strict=True):
         if len(answer) != 1:
             raise RecordError(
                 where,
@@ -126,23 +171,53 @@ def _prompt_and_answers(
                 f"{key!r} must be the one assistant message that answers the prompt, not {len(answer)} "
                 "messages; give longer conversations as 'messages'",
             )
-    tools = record.get("tools")
-    turns = [chat.render_last_turn(tokenizer, messages + answer, where, tools) for answer in conversations]
+    turns = [render_last_turn(_chat(tokenizer, record, messages + answer, where)) for answer in checked]
+    for key, answer in zip(keys, checked, strict=True):
+        _require_weight(answer[-1], key, where)
     return turns[0][0], [response for _, response in turns], "chat"
 
 
+def _require_weight(message: Mapping[str, Any], key: str, where: str) -> None:
+    """Raise where the answer to learn says that it is not to be learned."""
+    if not conversations.weight_of(message):
+        raise RecordError(
+            where,
+            "nothing to learn",
+            f"the answer in {key!r} has weight 0: nothing is learned; remove the record, or train on all turns "
+            "(--multi-turn-loss)",
+        )
+
+
+def _refuse_unsupported(record: Mapping[str, Any], where: str) -> None:
+    """Raise where a field that would change what is learned is not supported."""
+    is_chat = any(isinstance(record.get(name), list) for name in ("messages", "prompt", "chosen", "completion"))
+    cures = {
+        **dict.fromkeys(_MEDIA, "only texts are read; remove it"),
+        **dict.fromkeys(_WEIGHTS, "all records count alike; remove it, or give 'weight': 0 or 1 on assistant messages"),
+        **dict.fromkeys(_MASKS, "give messages with 'weight': 0 or 1 and --multi-turn-loss"),
+        **(dict.fromkeys(("functions", "function_call"), "give the functions as 'tools'") if is_chat else {}),
+        **({"system": "give it as the first message, with the role system"} if is_chat else {}),
+    }
+    for name, cure in cures.items():
+        value = record.get(name)
+        changes = value not in (None, 1) if name in _WEIGHTS else bool(value)
+        if changes:
+            raise RecordError(where, "unsupported field", f"field {name!r} is not supported: {cure}")
+
+
 def _split_dialogues(chosen: Any, rejected: Any, where: str) -> tuple[str, str, str]:
-    return chat.split_shared_dialogue(
+    return conversations.split_shared_dialogue(
         _check_text(chosen, "chosen", where), _check_text(rejected, "rejected", where), where
     )
 
 
 def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
     if record.get(key) is None:
-        state = "is null" if key in record else "is missing"
+        present = [name for name, value in record.items() if value is not None]
         raise RecordError(
-            where, "missing field", f"field {key!r} {state}; the record has {', '.join(record) or 'no fields'}"
+            where, "missing field", f"field {key!r} is missing or null; the record has {', '.join(present) or 'no fields'}"
         )
+    conversations.refuse_text_of_messages(record[key], key, where)
     return record[key]
 
 

@@ -28,6 +28,7 @@ from megatron_brain.data.lengths import (
 )
 from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.data.tokenizer.base import Before
 
 _BATCH = 1000
 
@@ -127,7 +128,12 @@ class RecordReader(ABC, Generic[Item]):
                 responses = [response for draft in batch for response in draft.responses]
                 if kind != "ids":
                     prompts = self.tokenizer.encode_prompts(prompts, chat=kind == "chat")
-                    responses = self.tokenizer.encode_responses(responses, chat=kind == "chat")
+                    before = [
+                        Before(draft.prompt, ids[-1] if ids else None)
+                        for draft, ids in zip(batch, prompts, strict=True)
+                        for _ in draft.responses
+                    ]
+                    responses = self.tokenizer.encode_responses(responses, before, chat=kind == "chat")
                 of_record = iter(responses)
                 for draft, prompt in zip(batch, prompts, strict=True):
                     ids = [tuple(response) for response in islice(of_record, len(draft.responses))]

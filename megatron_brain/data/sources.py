@@ -1,32 +1,44 @@
-"""Sources of records: files, saved data sets and hub data sets, each record with the place it came from."""
+"""Sources of records: files, saved data sets and hub data sets, each record with the place it came from.
+
+What is null is not there: a table has a column, and a struct a field, for whatever any of its rows has. So a record is
+the same whatever it was read from.
+"""
 
 from __future__ import annotations
 
 import glob
-import json
+import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from megatron_brain.data import json_values, tables
 from megatron_brain.data.errors import RecordError
 
 Record = tuple[str, dict[str, Any]]
 """Place of the record (``file:line``, ``file[row]`` or ``name[split][row]``) and its fields."""
 
 RawRecord = tuple[str, Any]
-"""Place of the record and what stands there: a line of JSON as bytes, not looked into yet, or the fields."""
+"""Place of the record and what stands there: a line of JSON as bytes, not looked into yet, or the fields, or the
+RecordError of a row that cannot be read."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*(.?)")
+"""The first character of JSON."""
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Endings of compressed files, and Arrow's names of the compressions."""
 
 
 def load_records(source: str, split: str | None = None, limit: int | None = None) -> list[Record]:
     """The records of a source.
 
     Args:
-        source: a .jsonl, .json, .parquet or .arrow file, a glob of such files (read in the order of their names),
-            a folder that `datasets.save_to_disk` wrote, or the hub name of a data set.
+        source: a .jsonl or .json file (also compressed: .jsonl.gz, .jsonl.zst), a .parquet or .arrow file, a glob of
+            such files (read in the order of their names), a folder that `datasets.save_to_disk` wrote, or the hub name
+            of a data set.
         split: which split of a saved `DatasetDict` or hub data set; other sources have none and ignore it.
         limit: read only the first so many records.
 
@@ -46,26 +58,32 @@ def raw_records(source: str, split: str | None = None) -> Iterator[RawRecord]:
         ValueError: nothing there, or a file that cannot be read.
     """
     if Path(source).is_dir():
-        return _read_saved(source, split)
+        return tables.read_saved(source, split)
     if paths := _paths(source):
         return chain.from_iterable(map(_read_file, paths))
-    if _HUB_NAME.fullmatch(source) and Path(source).suffix not in _READERS:
-        return _read_hub(source, split)
+    if _HUB_NAME.fullmatch(source) and not is_record_file(source):
+        return tables.read_hub(source, split)
     raise ValueError(f"{source}: no such file (looked for {Path(source).absolute()})")
 
 
 def parse_record(where: str, raw: Any) -> dict[str, Any]:
-    """The fields of a raw record.
+    """The fields of a raw record, without those that are null, at any depth.
 
     Raises:
-        RecordError: it is no JSON, or no JSON object.
+        RecordError: it is no text, no JSON, or no JSON object.
     """
-    value = _parse_json(raw, where) if isinstance(raw, bytes) else raw
+    if isinstance(raw, RecordError):
+        raise raw
+    value = raw
+    if isinstance(raw, bytes):
+        value = json_values.decode(raw, where)
+        if b"\\u" in raw:
+            json_values.require_text(value, where)
     if not isinstance(value, dict):
         raise RecordError(
             where, "no JSON object", f"must be a JSON object with named fields, not {type(value).__name__}"
         )
-    return value
+    return json_values.without_nulls(value)
 
 
 def source_files(source: str) -> list[Path]:
@@ -75,122 +93,78 @@ def source_files(source: str) -> list[Path]:
     return _paths(source)
 
 
+def is_record_file(path: str | Path) -> bool:
+    """Whether a name ends as the names of files with records do."""
+    return _reader_of(Path(path)) is not None
+
+
 def _paths(source: str) -> list[Path]:
     return [Path(source)] if Path(source).is_file() else [Path(path) for path in sorted(glob.glob(source))]
 
 
 def _read_file(path: Path) -> Iterator[RawRecord]:
-    if path.suffix not in _READERS:
-        raise ValueError(f"{path}: unknown kind of file; must be one of {', '.join(_READERS)}")
+    reader = _reader_of(path)
+    if reader is None:
+        compressed = [f".jsonl{ending}" for ending in _COMPRESSIONS]
+        raise ValueError(f"{path}: unknown kind of file; must be one of {', '.join([*_READERS, *compressed])}")
     empty = True
-    for record in _READERS[path.suffix](path):
+    for record in reader(path):
         empty = False
         yield record
     if empty:
         raise ValueError(f"{path}: the file is empty")
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read bytes from, unpacked where its name says that it is compressed."""
+    try:
+        if path.suffix not in _COMPRESSIONS:
+            with path.open("rb") as file:
+                yield file
+            return
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as unpacked:
+            yield io.BufferedReader(unpacked)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
-    with path.open("rb") as file:  # bytes: only "\n" ends a line, and bad UTF-8 is reported with its line
+    with _opened(path) as file:  # bytes: only "\n" ends a line, and bad UTF-8 is reported with its line
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", line
 
 
 def _read_json(path: Path) -> Iterator[RawRecord]:
-    with path.open("rb") as file:
-        is_array = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    with _opened(path) as file:
+        start = file.read(4096)
+        is_array = _FIRST.match(start)[1] == b"["
+        data = start + file.read() if is_array else b""
     if not is_array:
         yield from _read_jsonl(path)
         return
-    for row, value in enumerate(_parse_json(path.read_bytes(), str(path))):
-        yield f"{path}[{row}]", value
-
-
-def _parse_json(data: bytes, where: str) -> Any:
-    try:
-        value = json.loads(data)
-        if b"\\u" in data:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise RecordError(where, "invalid JSON", f"not valid JSON: {error}") from error
-    return value
-
-
-def _read_parquet(path: Path) -> Iterator[RawRecord]:
-    import pyarrow.parquet
-
-    return _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches())
-
-
-def _read_arrow(path: Path) -> Iterator[RawRecord]:
-    import pyarrow
-
-    def batches() -> Iterable:
-        with path.open("rb") as file:
-            is_file_format = file.read(6) == b"ARROW1"
-        source = pyarrow.memory_map(str(path))
-        if not is_file_format:
-            return pyarrow.ipc.open_stream(source)
-        reader = pyarrow.ipc.open_file(source)
-        return map(reader.get_batch, range(reader.num_record_batches))
-
-    return _read_batches(path, batches)
-
-
-def _read_batches(path: Path, open_batches: Callable[[], Iterable]) -> Iterator[RawRecord]:
-    import pyarrow
-
-    try:
-        rows = chain.from_iterable(batch.to_pylist() for batch in open_batches())
-        for row, record in enumerate(rows):
-            yield f"{path}[{row}]", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+    for row, value in enumerate(json_values.decode(data, str(path))):
+        where = f"{path}[{row}]"
+        try:
+            yield where, json_values.require_text(value, where)
+        except RecordError as error:
+            yield where, error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+    ".parquet": tables.read_parquet,
+    ".arrow": tables.read_arrow,
 }
-RECORD_SUFFIXES = tuple(_READERS)
-"""Endings of the files that hold records."""
 
 
-def _read_saved(source: str, split: str | None) -> Iterator[RawRecord]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source}: a folder that datasets.save_to_disk did not write ({error}); "
-            f"for a folder of files give a glob such as {source.rstrip('/')}/*.jsonl"
-        ) from error
-    return _rows(source, loaded, split)
-
-
-def _read_hub(source: str, split: str | None) -> Iterator[RawRecord]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{source}: no such file (looked for {Path(source).absolute()}), "
-            f"and not a data set that can be loaded from the hub ({type(error).__name__}: {error})"
-        ) from error
-    return _rows(source, loaded, split)
-
-
-def _rows(source: str, loaded: Any, split: str | None) -> Iterator[RawRecord]:
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`."""
-    if isinstance(loaded, dict):
-        if split is None and len(loaded) == 1:
-            split = next(iter(loaded))
-        if split not in loaded:
-            raise ValueError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
-        source, loaded = f"{source}[{split}]", loaded[split]
-    return ((f"{source}[{row}]", record) for row, record in enumerate(loaded))
+def _reader_of(path: Path) -> Callable[[Path], Iterator[RawRecord]] | None:
+    """What reads files of such a name. Tables compress by themselves."""
+    if path.suffix not in _COMPRESSIONS:
+        return _READERS.get(path.suffix)
+    inner = Path(path.stem).suffix
+    return _READERS[inner] if inner in (".jsonl", ".json") else None

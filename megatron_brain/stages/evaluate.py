@@ -12,6 +12,7 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.chat import encode_answer
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
+from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.files import write_whole
 from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
@@ -79,7 +80,7 @@ def load_judge(name: str) -> Judge:
 def _row(run: Run, prompt: Prompt, drawn: dict[str, Sample]) -> dict:
     row = {"id": prompt.record_id, "prompt": prompt.text, "reference": prompt.reference}
     for name, sample in drawn.items():
-        row[name] = run.tokenizer.decode(sample.tokens)
+        row[name] = run.tokenizer.decode_response(sample.tokens)
         row[f"length/{name}"] = len(sample.tokens)
         row[f"unfinished/{name}"] = float(not sample.finished)
     return row
@@ -111,7 +112,13 @@ def _add_rewards(
     for k, prompt in enumerate(prompts):
         responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
         if prompt.reference is not None:
-            ids = encode_answer(run.tokenizer, prompt.reference, chat=prompt.chat, where=prompt.record_id)
+            ids = encode_answer(
+                run.tokenizer,
+                prompt.reference,
+                chat=prompt.chat,
+                before=Before(prompt.text, prompt.tokens[-1]),
+                where=prompt.record_id,
+            )
             responses.append(tuple(ids))
         groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
     shared_prefix = run.config.training.shared_prefix

@@ -27,7 +27,7 @@ def main(run: Run) -> None:
                 "id": prompts[i].record_id,
                 "prompt": prompts[i].text,
                 "reference": prompts[i].reference,
-                "responses": [run.tokenizer.decode(sample.tokens) for sample in drawn],
+                "responses": [run.tokenizer.decode_response(sample.tokens) for sample in drawn],
                 "finished": [sample.finished for sample in drawn],
                 "logprobs": [sample.logprob for sample in drawn],
             },

@@ -93,7 +93,7 @@ class Samples:
                 responses=[
                     Response(
                         tokens=sample.tokens,
-                        text=run.tokenizer.decode(sample.tokens),
+                        text=run.tokenizer.decode_response(sample.tokens),
                         finished=sample.finished,
                         sampler_logprob=sample.logprob,
                         log_proposal=sample.logprob if self.temperature is None else None,
@@ -150,7 +150,7 @@ class GivenPairs:
                     responses=[
                         Response(
                             tokens=tokens,
-                            text=self._tokenizer.decode(tokens),
+                            text=self._tokenizer.decode_response(tokens),
                             finished=tokens[-1] == self._tokenizer.eos_id,
                             reward=reward,
                         )

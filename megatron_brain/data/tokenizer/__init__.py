@@ -1,8 +1,10 @@
 """Tokenizers: Hugging Face directories and SentencePiece model files behind one class.
 
 `base.py` what all do, and the one rule of BOS and EOS; `huggingface.py` and `sentencepiece.py` the two kinds;
-`export.py` and `sentencepiece_fast.py` what `AutoTokenizer` reads; `fingerprint.py` whether two are the same;
-`kinds.py` which tokens are out of the ordinary; `training.py` a new one.
+`chat_template.py` renders chats; `own_file.py` takes the tokenizer of tokenizer.json; `word_mark.py` texts that go on
+after others; `export.py` and `sentencepiece_fast.py` what `AutoTokenizer` reads; `fingerprint.py` whether two are the
+same; `kinds.py` which tokens are out of the ordinary; `awkward_texts.py` texts to compare two with; `training.py` a new
+one.
 """
 
 from __future__ import annotations
@@ -28,20 +30,25 @@ TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
 }
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Tokenizer:
-    """The tokenizer of ``--tokenizer-type`` and ``--tokenizer-model``.
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | Path, chat_template: str | Path | None = None
+) -> Tokenizer:
+    """The tokenizer of ``--tokenizer-type``, ``--tokenizer-model`` and ``--chat-template``.
 
     Args:
         tokenizer_type: a key of ``TOKENIZER_TYPES`` (Megatron-LM's names).
         tokenizer_model: directory or hub name (HuggingFaceTokenizer), or ``.model`` file (SentencePieceTokenizer);
             or a directory that :meth:`Tokenizer.save` wrote.
+        chat_template: file of a Jinja template in place of the tokenizer's own ones.
 
     Raises:
-        ValueError: unknown type, unreadable model, or a tokenizer without EOS.
+        ValueError: unknown type, unreadable model or template, a tokenizer without EOS, or one that renders no chats
+            where a template is given.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise ValueError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
-    return TOKENIZER_TYPES[tokenizer_type](str(tokenizer_model))
+    template = None if chat_template is None else str(chat_template)
+    return TOKENIZER_TYPES[tokenizer_type](str(tokenizer_model), template)
 
 
 def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:

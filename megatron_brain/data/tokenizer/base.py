@@ -6,7 +6,9 @@ The rule lives here and nowhere else:
 - a response is ``encode(text) + [EOS]``;
 - prompt and response are tokenised apart and then joined, so that SFT, reward model, sampling and
   scoring see the same ids on both sides of the boundary (a merge across it would be an id sequence
-  that sampling after that prompt can never continue).
+  that sampling after that prompt can never continue);
+- a response goes on in the text: a tokenizer that puts a word mark before every text puts none before a
+  response, unless the joined text would have one there too.
 
 A text that a chat template has rendered (``chat=True``) already holds its special tokens.
 """
@@ -15,8 +17,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Before:
+    """What precedes a text that goes on: its text and its last id."""
+
+    text: str
+    last_id: int | None
+
+
+PLAIN_TEXT = Before("a", None)
+"""Some text that ends in a letter."""
 
 
 class Tokenizer(ABC):
@@ -30,7 +46,9 @@ class Tokenizer(ABC):
         eos_id: id that ends every complete response.
         pad_id: a valid id other than ``eos_id``. No mask may be derived from it.
         special_ids: ids of special tokens, which only a chat template writes into a text.
-        chat_template: the Jinja template of chat records, or None.
+        special_texts: their texts.
+        chat_templates: the Jinja templates of chat records by name; "default" is that of records without tools.
+        template_time: what templates that write a date take for now, the same for a whole run.
     """
 
     tokenizer_type: str
@@ -40,7 +58,14 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     special_ids: frozenset[int] = frozenset()
-    chat_template: str | None = None
+    special_texts: frozenset[str] = frozenset()
+    chat_templates: Mapping[str, str] = {}
+    template_time: datetime
+
+    @property
+    def uses_clock(self) -> bool:
+        """Whether a chat template writes the date or the time."""
+        return any("strftime_now" in template for template in self.chat_templates.values())
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
@@ -55,6 +80,21 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids. Special tokens and ids that have no token (padded vocabulary) are left out."""
+
+    def encode_continuations(
+        self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of texts that each go on after another one, without the word mark of a beginning.
+
+        Args:
+            texts, parse_special: as :meth:`encode_batch` has them.
+            before: what precedes each text.
+        """
+        return self.encode_batch(texts, parse_special=parse_special)
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        """Text of a response: what follows the text of its prompt, a space at its beginning included."""
+        return self.decode(ids)
 
     @abstractmethod
     def save(self, directory: str | Path) -> None:
@@ -84,9 +124,9 @@ class Tokenizer(ABC):
         """Token ids of one prompt: see :meth:`encode_prompts`."""
         return self.encode_prompts([text], chat=chat)[0]
 
-    def encode_response(self, text: str, *, chat: bool = False) -> list[int]:
+    def encode_response(self, text: str, *, chat: bool = False, before: Before = PLAIN_TEXT) -> list[int]:
         """Token ids of one response, ending in EOS: see :meth:`encode_responses`."""
-        return self.encode_responses([text], chat=chat)[0]
+        return self.encode_responses([text], [before], chat=chat)[0]
 
     def encode_prompts(self, texts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
         """Token ids of prompts. A plain one starts with BOS where ``adds_bos``; a chat template writes its own."""
@@ -95,29 +135,47 @@ class Tokenizer(ABC):
             return [[self.bos_id, *ids] for ids in batch]
         return batch
 
-    def encode_responses(self, texts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
+    def encode_responses(
+        self, texts: Sequence[str], before: Sequence[Before] | None = None, *, chat: bool = False
+    ) -> list[list[int]]:
         """Token ids of complete responses, each ending in exactly one EOS.
 
         A rendered assistant turn (``chat=True``) often ends in EOS and a line break: the line break is cut,
         since sampling stops at EOS. Where the template ends a turn with another special token, EOS follows that.
+
+        Args:
+            texts: the responses.
+            before: the prompt of each; without, prompts that end in plain text.
         """
-        batch = self.encode_batch(texts, parse_special=chat)
+        before = [PLAIN_TEXT] * len(texts) if before is None else before
+        batch = self.encode_continuations(texts, before, parse_special=chat)
         if chat:
             return [self.close_turn(ids) for ids in batch]
         return [[*ids, self.eos_id] for ids in batch]
 
-    def close_turn(self, ids: Sequence[int]) -> list[int]:
-        """A rendered assistant turn with one EOS: in place of its own, else behind the special token that ends it.
+    def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Token ids of consecutive pieces of one rendered chat: no token reaches from one piece into the next."""
+        first, *rest = pieces
+        encoded = self.encode_batch([first], parse_special=True)
+        for text in rest:
+            last = next((ids[-1] for ids in reversed(encoded) if ids), None)
+            encoded += self.encode_continuations([text], [Before(pieces[len(encoded) - 1], last)], parse_special=True)
+        return encoded
 
-        White space after either is left out; behind a turn that ends in neither, EOS just follows.
+    def close_turn(self, ids: Sequence[int]) -> list[int]:
+        """A rendered assistant turn with one EOS, whatever closes it.
+
+        Of the special tokens and white space at its end, the first EOS ends it; where there is none, EOS follows the
+        last special token. White space before that EOS is left out behind a special token, and is text otherwise.
         """
-        end = self.turn_length(ids)
-        if not end or ids[end - 1] not in self.special_ids:
-            return [*ids, self.eos_id]
-        if ids[end - 1] == self.eos_id:
-            # Some templates end the turn with a token of its own and the conversation with EOS.
-            before = self._without_space(ids[: end - 1])
-            end = before if before and ids[before - 1] in self.special_ids else end - 1
+        closing = len(ids)
+        while closing and (ids[closing - 1] in self.special_ids or self.is_space(ids[closing - 1])):
+            closing -= 1
+        ends = [place for place in range(closing, len(ids)) if ids[place] == self.eos_id]
+        if not ends:
+            return [*ids[: self.turn_length(ids)], self.eos_id]
+        before = self._without_space(ids[: ends[0]])
+        end = before if before and ids[before - 1] in self.special_ids else ends[0]
         return [*ids[:end], self.eos_id]
 
     def turn_length(self, ids: Sequence[int]) -> int:
@@ -137,27 +195,47 @@ class Tokenizer(ABC):
         return token not in self.special_ids and not self.decode([token]).strip()
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: list | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The messages as the chat template writes them.
 
+        Args:
+            messages: `{"role", "content", ...}` each; arguments of tool calls are objects.
+            add_generation_prompt: whether the opening of an assistant turn follows.
+            tools: JSON schemas of functions.
+            template_kwargs: further variables of the template, such as `enable_thinking`.
+
         Raises:
             ValueError: the tokenizer has no chat template.
+            TemplateRefusal: the template does not take the messages.
         """
         raise ValueError(self._no_chat_template())
 
     def render_chat_marked(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: list | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The messages as the chat template writes them, and where in that ``{% generation %}`` blocks start and end.
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            as :meth:`render_chat`.
         """
         raise ValueError(self._no_chat_template())
 
+    def marks_turns(self, tools: list | None = None) -> bool:
+        """Whether the template of such records has ``{% generation %}`` blocks."""
+        return False
+
     def _no_chat_template(self) -> str:
         return (
-            f"{self.tokenizer_type} has no chat template: use a HuggingFaceTokenizer whose directory has one "
-            "(chat_template.jinja), or plain {'prompt', 'completion'} records"
+            f"{self.tokenizer_type} has no chat template: give --chat-template FILE, use a HuggingFaceTokenizer whose "
+            "directory has one (chat_template.jinja), or plain {'prompt', 'completion'} records"
         )

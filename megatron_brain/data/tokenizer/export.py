@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS, where_differing
 from megatron_brain.data.tokenizer.base import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-AWKWARD_TEXTS = [
-    "",
-    " ",
-    "    ",
-    "\n",
-    "\r\n",
-    "\t",
-    "a",
-    " a",
-    "   a",
-    "a ",
-    "a   ",
-    "a  b   c",
-    "a\nb\n\n c\n",
-    "tab\there\t",
-    "line\r\nend\r\n",
-    "\u2581 \u2581a\u2581",
-    "The quick brown fox jumps over the lazy dog, 1,234.50 times; didn't it?",
-    "UPPER lower Mixed 0123456789 !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
-    "def f(x):\n    return {'a': x ** 2}  # comment\n",
-    "naïve café Åström straße ½ ﬁne ﬃ № ™",
-    "\u6f22\u5b57\u304b\u306a\u3000\uff21\uff22\uff23\uff11 \ud55c\uad6d\uc5b4 \u4f60\u597d",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u043f\u0440\u0438\u0432\u0435\u0442",
-    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0e44\u0e17\u0e22",
-    "e\u0301 n\u0303 o\u0308",
-    "\U0001f642 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f",
-    "zero\u200bwidth\u200cjoin\u200der\ufeff soft\u00adhyphen no\u00a0break",
-    "nul\u0000 bell\u0007 escape\u001b",
-    "\ufffd\U0010ffff\ue000",
-    "aaaaaaaaaaaaaaaaa =========== ((((((( ........",
-    "a" * 5_000,
-    " ".join(f"word{i} some more text, {i * 7};" for i in range(500)),
-]
-"""Texts that every exported tokenizer must encode and decode as its source does."""
-
 
 def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
     """Settings of tokenizer_config.json that ``save_pretrained`` leaves open.
@@ -101,8 +66,8 @@ def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
 def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> str | None:
     for text, ours, theirs in _differences(exported, tokenizer, AWKWARD_TEXTS):
         return (
-            f"turns {text[:80]!r} into {_where_differing(theirs, ours)}, training and sampling here have "
-            f"{_where_differing(ours, theirs)}"
+            f"turns {text[:80]!r} into {where_differing(theirs, ours)}, training and sampling here have "
+            f"{where_differing(ours, theirs)}"
         )
     for text in AWKWARD_TEXTS:
         ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
@@ -121,8 +86,8 @@ def warn_of_differences(directory: str | Path, tokenizer: Tokenizer, texts: Iter
             "%s: AutoTokenizer turns %r into %s, training and sampling here have %s; %s",
             directory,
             text[:80],
-            _where_differing(theirs, ours),
-            _where_differing(ours, theirs),
+            where_differing(theirs, ours),
+            where_differing(ours, theirs),
             cure,
         )
 
@@ -141,12 +106,3 @@ def _differences(
         theirs = exported(text, split_special_tokens=True, verbose=False)["input_ids"]
         if ours != theirs:
             yield text, ours, theirs
-
-
-def _where_differing(ids: Sequence[int], other: Sequence[int]) -> str:
-    """The ids, of many those from where they differ."""
-    if max(len(ids), len(other)) <= 20:
-        return str(ids)
-    shorter = min(len(ids), len(other))
-    start = next((i for i in range(shorter) if ids[i] != other[i]), shorter)
-    return f"{ids[start : start + 8]}... from token {start}"

@@ -15,7 +15,7 @@ _OTHER_KEYS = {"padding", "truncation"}
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Hexadecimal digest, the same for a tokenizer and for what is read back after `Tokenizer.save`."""
     digest = hashlib.blake2b(digest_size=16)
-    rules = ("tokenizer_type", "vocab_size", "bos_id", "adds_bos", "eos_id", "chat_template")
+    rules = ("tokenizer_type", "vocab_size", "bos_id", "adds_bos", "eos_id", "chat_templates")
     digest.update(repr([getattr(tokenizer, name) for name in rules]).encode())
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)

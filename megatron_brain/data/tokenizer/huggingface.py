@@ -5,51 +5,61 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
-from megatron_brain.data.tokenizer.base import Tokenizer
+from megatron_brain.data.tokenizer.base import Before, Tokenizer
+from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusal, marks_turns, read_template
 from megatron_brain.data.tokenizer.export import check_exported, finish_config
+from megatron_brain.data.tokenizer.own_file import read_tokenizer
+from megatron_brain.data.tokenizer.word_mark import begins_word, without_word_mark
 
 logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LETTER = "a"
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A directory or hub name that ``transformers.AutoTokenizer`` reads. Code of the directory is never run."""
+    """A directory or hub name that ``transformers.AutoTokenizer`` reads. Code of the directory is never run.
+
+    Args:
+        tokenizer_model: directory or hub name.
+        chat_template: file of a Jinja template that replaces the tokenizer's own ones.
+
+    Raises:
+        ValueError: there is no tokenizer, it has no EOS, or its files contradict each other.
+    """
 
     tokenizer_type = "HuggingFaceTokenizer"
 
-    def __init__(self, tokenizer_model: str) -> None:
-        from transformers import AutoTokenizer
-
+    def __init__(self, tokenizer_model: str, chat_template: str | None = None) -> None:
         if not Path(tokenizer_model).exists() and not _HUB_NAME.fullmatch(tokenizer_model):
             place = Path(tokenizer_model).absolute()
             raise ValueError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
-        try:
-            self.hf = AutoTokenizer.from_pretrained(tokenizer_model, trust_remote_code=False)
-        except Exception as error:  # the library's readers raise many unrelated types for a bad directory
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"--tokenizer-model {tokenizer_model}: AutoTokenizer cannot read it ({reason}); "
-                "give a directory with tokenizer.json and tokenizer_config.json, or a hub name that can be reached"
-            ) from error
+        self.hf = read_tokenizer(tokenizer_model)
         if self.hf.eos_token_id is None:
             raise ValueError(
                 f"--tokenizer-model {tokenizer_model}: no EOS token, so no response could end; "
                 "set eos_token in tokenizer_config.json"
             )
+        if chat_template is not None:
+            self.hf.chat_template = read_template(chat_template)
         self.eos_id = self.hf.eos_token_id
         self.bos_id = self.hf.bos_token_id
         self.adds_bos = self.bos_id is not None and self.hf("a")["input_ids"][:1] == [self.bos_id]
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
-        templates = self.hf.chat_template
-        self.chat_template = templates.get("default") if isinstance(templates, dict) else templates
-        added = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
-        self.special_ids = frozenset(added | set(self.hf.all_special_ids))
+        added = self.hf.added_tokens_decoder
+        self._added_ids = frozenset(added)
+        self.special_ids = frozenset({i for i, token in added.items() if token.special} | set(self.hf.all_special_ids))
+        self.special_texts = frozenset(self.hf.convert_ids_to_tokens(sorted(self.special_ids)))
+        self._chats = ChatRenderer(self.hf)
+        self.chat_templates = self._chats.templates
+        backend = getattr(self.hf, "backend_tokenizer", None)
+        self._unmarked = None if backend is None else without_word_mark(backend)
+        self._marks_after_added = self._unmarked is not None and self._finds_mark_after_added()
+        self._cuts_spaces = self._unmarked is not None and self._finds_spaces_cut()
         self.pad_id = self._choose_pad()
         self._warn_of_other_end_of_turn()
         if self.eos_id in self.encode(self.hf.eos_token):
@@ -58,6 +68,35 @@ class HuggingFaceTokenizer(Tokenizer):
                 tokenizer_model,
                 self.hf.eos_token,
             )
+
+    @property
+    def template_time(self) -> datetime:
+        return self._chats.time
+
+    @template_time.setter
+    def template_time(self, time: datetime) -> None:
+        self._chats.time = time
+
+    def _finds_mark_after_added(self) -> bool:
+        """Whether a word mark is put behind added tokens too, not only where a text begins."""
+        [joined], [alone] = (
+            self.encode_batch([text], parse_special=True) for text in (self.hf.eos_token + _LETTER, _LETTER)
+        )
+        return joined[1:] == alone
+
+    def _finds_spaces_cut(self) -> bool:
+        """Whether white space at the beginning of a text is left out."""
+        return self._unmarked.encode(" a", add_special_tokens=False).ids == self._unmarked.encode(
+            "a", add_special_tokens=False
+        ).ids
+
+    def _has_mark(self, text: str, before: Before) -> bool:
+        """Whether a text that goes on has a word mark all the same: behind an added token, or for a space that is cut
+        from its beginning or from the end of what precedes it."""
+        if self._marks_after_added and before.last_id in self._added_ids:
+            return True
+        space = before.text[-1:] if before.text[-1:].isspace() else ""
+        return self._cuts_spaces and begins_word(self._unmarked.normalizer.normalize_str(f"{_LETTER}{space}{text}"))
 
     def _choose_pad(self) -> int:
         """The tokenizer's pad id, or another valid id where it is missing or EOS.
@@ -81,12 +120,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _warn_of_other_end_of_turn(self) -> None:
         """Say where the template ends turns with another token than EOS, the only one that sampling stops at."""
-        if self.chat_template is None:
+        if not self.chat_templates:
             return
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except (TemplateRefusal, ValueError):
             return  # It takes other messages than these; what is wrong with a record is said there.
         [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
         end = next((i for i in ids if i in self.special_ids), self.eos_id)
@@ -114,9 +153,27 @@ class HuggingFaceTokenizer(Tokenizer):
             verbose=False,
         )["input_ids"]
 
+    def encode_continuations(
+        self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
+    ) -> list[list[int]]:
+        if self._unmarked is None or not texts:
+            return self.encode_batch(texts, parse_special=parse_special)
+        self._unmarked.encode_special_tokens = not parse_special
+        encoded = [encoding.ids for encoding in self._unmarked.encode_batch(list(texts), add_special_tokens=False)]
+        marked = [i for i, (text, last) in enumerate(zip(texts, before, strict=True)) if self._has_mark(text, last)]
+        for i, ids in zip(marked, self.encode_batch([texts[i] for i in marked], parse_special=parse_special)):
+            encoded[i] = ids
+        return encoded
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        if self._unmarked is None:
+            return self.decode(ids)
+        letter = self.encode(_LETTER)
+        return self.decode([*letter, *ids]).removeprefix(self.decode(letter))
 
     def save(self, directory: str | Path) -> None:
         self.hf.save_pretrained(str(directory))
@@ -134,31 +191,30 @@ class HuggingFaceTokenizer(Tokenizer):
         check_exported(directory, self)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: list | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        if self.chat_template is None:
+        if not self.chat_templates:
             raise ValueError(self._no_chat_template())
-        return self.hf.apply_chat_template(
-            list(messages),
-            tools=tools,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+        text, _ = self._chats.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
         )
+        return text
 
     def render_chat_marked(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: list | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self.chat_template is None:
+        if not self.chat_templates:
             raise ValueError(self._no_chat_template())
-        # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
-        [text], [spans] = render_jinja_template(
-            conversations=[list(messages)],
-            tools=tools,
-            chat_template=self.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.hf.special_tokens_map,
-        )
-        return text, [tuple(span) for span in spans]
+        return self._chats.render(messages, tools=tools, template_kwargs=template_kwargs, marked=True)
+
+    def marks_turns(self, tools: list | None = None) -> bool:
+        return bool(self.chat_templates) and marks_turns(self._chats.template_for(tools))

@@ -18,19 +18,15 @@ class TokenKinds:
     """Ids of single bytes, where they stand in for characters that the vocabulary lacks."""
     special: frozenset[str]
     """Texts of the special tokens."""
-    joins_with_space: bool
-    """Whether a response is read with a space before it, as many SentencePiece models do."""
 
 
 def token_kinds(tokenizer: Tokenizer) -> TokenKinds:
     """The kinds of tokens of a tokenizer."""
     unknown, byte_fallback, special = _of_library(tokenizer)
-    joined = tokenizer.decode([*tokenizer.encode("a"), *tokenizer.encode("b")])
     return TokenKinds(
         unknown=unknown,
         byte_fallback=frozenset(byte_fallback),
         special=frozenset(special),
-        joins_with_space=joined.strip() == "a b",
     )
 
 

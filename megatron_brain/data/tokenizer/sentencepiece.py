@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from megatron_brain.data.tokenizer.base import Tokenizer
+from megatron_brain.data.tokenizer.base import Before, Tokenizer
 from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_differences
+from megatron_brain.data.tokenizer.word_mark import begins_word
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +28,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     tokenizer_type = "SentencePieceTokenizer"
 
-    def __init__(self, tokenizer_model: str) -> None:
+    def __init__(self, tokenizer_model: str, chat_template: str | None = None) -> None:
         import sentencepiece
+
+        if chat_template is not None:
+            raise ValueError(
+                f"--chat-template {chat_template}: a SentencePieceTokenizer renders no chats; use a HuggingFaceTokenizer, "
+                "which tools/train_tokenizer.py and the export write beside it"
+            )
 
         self.path = Path(tokenizer_model)
         if self.path.is_dir():
@@ -42,6 +52,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
         self.adds_bos = self.bos_id is not None
         self.vocab_size = self.sp.get_piece_size()
+        self._unmarked, self._folds_spaces = _without_word_mark(self.sp)
         self.pad_id = self.sp.pad_id()
         if self.pad_id < 0 or self.pad_id == self.eos_id:
             self.pad_id = self.sp.unk_id()
@@ -52,8 +63,34 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(self._no_chat_template())
         return self.sp.encode(list(texts), out_type=int)
 
+    def encode_continuations(
+        self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
+    ) -> list[list[int]]:
+        if self._unmarked is None or parse_special:
+            return self.encode_batch(texts, parse_special=parse_special)
+        return [
+            (self.sp if self._begins_word(text, last.text) else self._unmarked).encode(text, out_type=int)
+            for text, last in zip(texts, before, strict=True)
+        ]
+
+    def _begins_word(self, text: str, before: str) -> bool:
+        """Whether a word mark stands before a text in the joined text, where the tokenizer folds white space.
+
+        Then the mark of a beginning takes the place of the space that was cut from the end of one text or from the
+        beginning of the other.
+        """
+        if not self._folds_spaces:
+            return False
+        return begins_word(self.sp.normalize(f"a{before[-1:] if before[-1:].isspace() else ''}{text}"))
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+
+    def decode_response(self, ids: Sequence[int]) -> str:
+        if self._unmarked is None:
+            return self.decode(ids)
+        letter = self.encode("a")
+        return self.decode([*letter, *ids]).removeprefix(self.decode(letter))
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory) / SENTENCEPIECE_FILE
@@ -85,3 +122,17 @@ class SentencePieceTokenizer(Tokenizer):
         self.save(directory)
         check_exported(directory, self)
         warn_of_differences(directory, self, doubtful_texts(model), f"texts of this kind differ, others do not; {CURE}")
+
+
+def _without_word_mark(sp: SentencePieceProcessor) -> tuple[SentencePieceProcessor | None, bool]:
+    """The same model without the mark that it puts before every text, None where it puts none; and whether it folds
+    white space."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(sp.serialized_model_proto())
+    spec = model.normalizer_spec
+    if not spec.add_dummy_prefix or model.trainer_spec.treat_whitespace_as_suffix:
+        return None, False
+    spec.add_dummy_prefix = False
+    return SentencePieceProcessor(model_proto=model.SerializeToString()), spec.remove_extra_whitespaces

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_brain.data.sources import RECORD_SUFFIXES, parse_record, raw_records
+from megatron_brain.data.sources import is_record_file, parse_record, raw_records
 from megatron_brain.data.tokenizer import SentencePieceTokenizer
 
 _TEXT_FIELDS = ("text", "prompt", "completion", "chosen", "rejected", "messages")
@@ -147,7 +147,7 @@ def corpus_lines(inputs: Sequence[str]) -> Iterator[str]:
         is_file = Path(source).is_file()
         paths = [source] if is_file or Path(source).is_dir() else sorted(glob.glob(source)) or [source]
         for path in paths:
-            texts = _plain(path) if Path(path).is_file() and Path(path).suffix not in RECORD_SUFFIXES else _texts(path)
+            texts = _plain(path) if Path(path).is_file() and not is_record_file(path) else _texts(path)
             for text in texts:
                 yield from (line.rstrip("\r") for line in text.split("\n") if line.strip())
 

@@ -1,0 +1,287 @@
+"""Conversations as records hold them, checked and in one form, whatever spelling they came in.
+
+Messages are a list of ``{"role": ..., "content": ...}``. OpenAI's format, tables and data sets spell the same thing in
+several ways: contents in parts, objects as JSON text, empty lists where there is nothing. `where` in every function is
+the place of the record, for error messages.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_brain.data.errors import RecordError
+from megatron_brain.data.json_values import require_text, without_nulls
+
+Messages = list[dict[str, Any]]
+
+DIALOGUE_CUE = "\n\nAssistant:"
+"""What precedes each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that templates know for what was thought before the answer."""
+
+_MASKS = ("train", "trainable", "training", "train_detail", "loss", "loss_mask", "mask", "masked", "weights")
+"""Fields by which other formats say which messages are learned."""
+
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "documents")
+"""Variables of a template that are not the record's to set."""
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a field holds a chat (a list) and not a text."""
+    return isinstance(value, list)
+
+
+def check_messages(messages: Any, key: str, where: str) -> Messages:
+    """The messages in one form: contents as one text each, objects as objects, nothing that is null or empty.
+
+    Contents may be lists of parts, which are joined: a template that writes texts would write the list as Python does.
+    The list itself, `tool_calls` and the arguments of calls may be JSON text. `weight` is 0 or 1.
+
+    Raises:
+        RecordError: not a list of one or more objects with a text role and a text; a field that says which messages
+            are learned in a way that is not supported. Names `where` and `key`.
+    """
+    messages = _from_json(messages, list, repr(key), where)
+    if not is_messages(messages) or not messages:
+        raise RecordError(
+            where, "bad messages", f"{key!r} must be a list of one or more messages {{'role', 'content'}}"
+        )
+    return [_check_message(message, f"{key}[{index}]", where) for index, message in enumerate(messages)]
+
+
+def check_tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """The functions that a record's ``tools`` describe, as objects; None where there are none.
+
+    The field, a tool and the parameters of one may be JSON text.
+
+    Raises:
+        RecordError: it is no list of objects.
+    """
+    tools = _from_json(record.get("tools"), list, "field 'tools'", where, blank=list)
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise RecordError(where, "bad tools", f"field 'tools' must be a list of objects, not {short(tools)}")
+    return [_check_tool(tool, f"tools[{index}]", where) for index, tool in enumerate(tools)]
+
+
+def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Variables that a record gives to the chat template, TRL's ``chat_template_kwargs``; {} where there are none.
+
+    Raises:
+        RecordError: it is no object, or sets what the record's other fields do.
+    """
+    name = "chat_template_kwargs"
+    kwargs = _from_json(record.get(name), dict, f"field {name!r}", where, blank=dict)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise RecordError(where, "wrong type", f"field {name!r} must be an object, not {short(kwargs)}")
+    if taken := [key for key in _OWN_VARIABLES if key in kwargs]:
+        raise RecordError(where, "unsupported field", f"field {name!r} sets {taken[0]!r}, which is no setting; remove it")
+    return kwargs
+
+
+def answer_text(messages: Messages) -> str:
+    """Text of the last message."""
+    return messages[-1].get("content", "")
+
+
+def is_said(message: Mapping[str, Any]) -> bool:
+    """Whether there is anything in an assistant's message: a text, or a call of a tool."""
+    return bool(message.get("tool_calls") or message.get("content", "").strip())
+
+
+def weight_of(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message is to be learned: its `weight` is 1, or not given."""
+    return bool(message.get("weight", 1))
+
+
+def thoughts_of(message: Mapping[str, Any]) -> list[str]:
+    """What was thought before the answer, as separate fields tell it."""
+    return [message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()]
+
+
+def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
+    """Tools or calls of tools, without the wrapper ``{"type": "function", "function": ...}`` where there is one."""
+    for tool in tools or ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict):
+            yield function
+
+
+def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected completion of two conversations that share their beginning.
+
+    Raises:
+        RecordError: they do not differ in exactly their last message.
+    """
+    if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+        raise RecordError(
+            where,
+            "no shared prompt",
+            "without a 'prompt', 'chosen' and 'rejected' must be conversations that share every message "
+            "but the last; give the shared messages as 'prompt'",
+        )
+    return chosen[:-1], chosen[-1:], rejected[-1:]
+
+
+def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected answer of two plain-text dialogues (the format of Anthropic/hh-rlhf).
+
+    The prompt ends with the last ``"\\n\\nAssistant:"`` that both share.
+
+    Raises:
+        RecordError: they share none.
+    """
+    shared = os.path.commonprefix([chosen, rejected])
+    end = shared.rfind(DIALOGUE_CUE) + len(DIALOGUE_CUE)
+    if end < len(DIALOGUE_CUE):
+        raise RecordError(
+            where,
+            "no shared prompt",
+            f"no 'prompt', and 'chosen' and 'rejected' do not share a beginning that ends with "
+            f"{DIALOGUE_CUE!r}; give the prompt as its own field",
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def refuse_text_of_messages(value: Any, key: str, where: str) -> None:
+    """Raise RecordError where a text is the JSON of messages: it would be learned with its braces and quotes."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return
+    if all(isinstance(message, dict) and "role" in message for message in found):
+        raise RecordError(
+            where, "JSON as text", f"field {key!r} is the JSON text of messages: give the list itself, not its text"
+        )
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RecordError(where, "bad messages", f"{place} must be an object with a text 'role', not {short(message)}")
+    place = f"{place} ({message['role']})"
+    _check_fields(message, place, where)
+    plain = {name: value for name, value in message.items() if value is not None}
+    calls = _from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
+    if calls:
+        if not isinstance(calls, list):
+            raise RecordError(
+                where, "bad messages", f"{place}: 'tool_calls' must be a list of objects, not {short(calls)}"
+            )
+        plain["tool_calls"] = [
+            _check_call(call, f"{place}: tool_calls[{index}]", where) for index, call in enumerate(calls)
+        ]
+    content = plain.get("content")
+    if content is None and not calls:
+        raise RecordError(where, "bad messages", f"{place} has no 'content'")
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        plain["content"] = "".join(part["text"] for part in content)
+    elif not isinstance(content, str | None):
+        raise RecordError(
+            where,
+            "bad messages",
+            f"{place}: 'content' must be a text, or a list of {{'type': 'text', 'text': ...}}, not {short(content)}",
+        )
+    return plain
+
+
+def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:
+    """Fields that say what is learned, and fields of other types than a template expects."""
+    cure = "give 'weight': 0 or 1 on assistant messages"
+    if masks := [name for name in _MASKS if message.get(name) is not None]:
+        raise RecordError(where, "unsupported field", f"{place} has {masks[0]!r}, which is not supported: {cure}")
+    if message.get("function_call") is not None:
+        raise RecordError(
+            where, "unsupported field", f"{place} has 'function_call', which is not supported: give it in 'tool_calls'"
+        )
+    weight = message.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise RecordError(
+            where, "unsupported field", f"{place} has weight {short(weight)}; only 0 and 1 are supported: {cure}"
+        )
+    if weight and message["role"] != "assistant":
+        raise RecordError(
+            where, "unsupported field", f"{place} has weight 1, and only what the assistant says is learned: {cure}"
+        )
+    for name in (*THOUGHTS, "name", "refusal"):
+        if not isinstance(message.get(name), str | None):
+            raise RecordError(where, "bad messages", f"{place}: {name!r} must be a text, not {short(message[name])}")
+
+
+def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
+    """A call of a tool with its arguments as an object."""
+    call = _from_json(call, dict, place, where)
+    if not isinstance(call, dict):
+        raise RecordError(where, "bad messages", f"{place} must be an object, not {short(call)}")
+    if "function" in call:
+        return {**call, "function": _check_call(call["function"], f"{place}.function", where)}
+    if not isinstance(call.get("name"), str):
+        raise RecordError(where, "bad messages", f"{place} has no text 'name', the function that is called")
+    if "arguments" not in call:
+        return call
+    arguments = _from_json(call["arguments"], dict, f"{place}.arguments", where, blank=dict)
+    if not isinstance(arguments, dict):
+        raise RecordError(
+            where,
+            "bad messages",
+            f"{place}.arguments must be an object, or the JSON text of one, not {short(call['arguments'])}",
+        )
+    return {**call, "arguments": arguments}
+
+
+def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:
+    """A tool with its parameters as an object."""
+    tool = _from_json(tool, dict, place, where)
+    if not isinstance(tool, dict):
+        raise RecordError(where, "bad tools", f"{place} must be an object, not {short(tool)}")
+    if "function" in tool:
+        return {**tool, "function": _check_tool(tool["function"], f"{place}.function", where)}
+    if "parameters" not in tool:
+        return tool
+    parameters = _from_json(tool["parameters"], dict, f"{place}.parameters", where, blank=dict)
+    if not isinstance(parameters, dict):
+        raise RecordError(where, "bad tools", f"{place}.parameters must be an object, not {short(parameters)}")
+    return {**tool, "parameters": parameters}
+
+
+def _from_json(value: Any, kind: type, what: str, where: str, *, blank: type | None = None) -> Any:
+    """The value; where it is a text, the list or object that the text is the JSON of.
+
+    Args:
+        kind: what the text must stand for.
+        blank: makes the value of a text of nothing but white space.
+
+    Raises:
+        RecordError: the text is no JSON, or of something else.
+    """
+    if not isinstance(value, str):
+        return value
+    if blank is not None and not value.strip():
+        return blank()
+    named = {list: "a list", dict: "an object"}[kind]
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            where, "JSON as text", f"{what} must be {named}, and is a text that is no JSON ({error}): {short(value)}"
+        ) from error
+    if found is None and blank is not None:
+        return blank()
+    if not isinstance(found, kind):
+        raise RecordError(where, "JSON as text", f"{what} must be {named}, and is the JSON text of {short(found)}")
+    require_text(found, where)
+    return without_nulls(found)

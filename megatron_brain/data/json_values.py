@@ -1,0 +1,53 @@
+"""JSON values of records: read strictly, and without what is null."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_brain.data.errors import RecordError
+
+_BOM = b"\xef\xbb\xbf"
+_TEXT_CURE = "write the file as UTF-8, where an emoji is one character and not two surrogates"
+
+
+def decode(data: bytes, where: str) -> Any:
+    """The value that UTF-8 text of JSON stands for. Its escapes may make half of a surrogate pair.
+
+    Raises:
+        RecordError: it is no UTF-8 or no JSON.
+    """
+    try:
+        # json.loads itself would take surrogates and other encodings from bytes.
+        return json.loads(data.removeprefix(_BOM).decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = f"byte {error.start}" if line == 1 else f"line {line}"
+        raise RecordError(where, "not UTF-8", f"not UTF-8 text ({error.reason} at {place}): {_TEXT_CURE}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(where, "invalid JSON", f"not valid JSON: {error}") from error
+
+
+def require_text(value: Any, where: str) -> Any:
+    """The value, unless it holds half of a surrogate pair, as an escape such as \\ud83d makes one.
+
+    Raises:
+        RecordError: it does.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.start + 1])
+        raise RecordError(
+            where, "not UTF-8", f"{half} is half of a character ({error.reason}): {_TEXT_CURE}"
+        ) from error
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON value without the fields of its objects that are null. The members of lists stay what they are."""
+    if isinstance(value, dict):
+        return {key: without_nulls(member) for key, member in value.items() if member is not None}
+    if isinstance(value, list):
+        return [without_nulls(member) for member in value]
+    return value

@@ -1,0 +1,203 @@
+"""What a chat template leaves out of a conversation.
+
+A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the words
+of a message somewhere in the text proves nothing: the same words may stand elsewhere. So what does not stand at its very
+place is asked for in another way: the conversation is rendered once more with every word replaced by one that stands
+nowhere else, and each of those must be there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megatron_brain.data.conversations import THOUGHTS, called_functions, short
+from megatron_brain.data.errors import RecordError
+
+if TYPE_CHECKING:
+    from megatron_brain.data.chat import Chat
+
+_CURE = "use a template that keeps it (--chat-template FILE), or remove it from the record"
+_SPOKEN = ("content", *THOUGHTS, "refusal")
+"""Fields of a message that hold what was said."""
+_NAMED_BY_CALL = ("tool", "function", "ipython")
+"""Roles whose `name` is that of a function, which the call before has named."""
+# Tags and switches, by which templates tell the parts of a text, and words.
+_TAG = r"<[^<>\s][^<>\n]{0,60}>|\[/?[A-Z_]+\]|(?<![\w/])/\w+"
+_TAG_OR_WORD = re.compile(rf"({_TAG})|\w+")
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a rendered text."""
+
+    start: int
+    end: int
+
+
+def require_written(
+    chat: Chat, text: str, learned: Mapping[int, Span], *, count: int, add_generation_prompt: bool = False
+) -> None:
+    """Raise where a template leaves out what somebody said. Earlier answers that are not learned may lose something.
+
+    Args:
+        chat: the conversation.
+        text: its first `count` messages as the template writes them.
+        learned: where in the text the messages of the assistant stand that are learned, by their place in the chat.
+        count, add_generation_prompt: how the text was rendered.
+
+    Raises:
+        RecordError: something is left out; names it.
+    """
+    messages = chat.messages[:count]
+    doubtful = [index for index, span in learned.items() if not _stands_in(messages[index], text, span)]
+    for index in doubtful:
+        if (part := _missing_part(messages[index], text, learned[index])) is not None:
+            raise _left_out(chat, index, part)
+    doubtful += _not_found(messages, text)
+    if not doubtful:
+        return
+    for with_calls in (True, False):
+        probe = _Probe(with_calls)
+        replaced = [probe.replace(message, index) for index, message in enumerate(messages)]
+        try:
+            written = chat.render(replaced, add_generation_prompt=add_generation_prompt)
+        except RecordError:
+            continue  # The template looks into the calls; those it writes it was found to write above.
+        for word in probe.words:
+            if word.index in doubtful and word.stand_in not in written:
+                raise _left_out(chat, word.index, word.part)
+        return
+
+
+def require_tools(chat: Chat, text: str, without: str) -> None:
+    """Raise where a template leaves out the tools.
+
+    Args:
+        chat: a conversation with tools.
+        text, without: messages of it as the template writes them with the tools and without.
+
+    Raises:
+        RecordError: it does; names one.
+    """
+    names = [function.get("name") for function in called_functions(chat.tools)]
+    left_out = names if text == without else [name for name in names if isinstance(name, str) and name not in text]
+    if left_out:
+        raise RecordError(
+            chat.where,
+            "chat template",
+            f"the chat template leaves out the tool {left_out[0]!r}: use a template that writes 'tools' "
+            "(--chat-template FILE), or remove the field",
+        )
+
+
+def _left_out(chat: Chat, index: int, part: str) -> RecordError:
+    role = chat.messages[index]["role"]
+    if role != "assistant":
+        message = f"the chat template leaves out some of the {role}'s message, {short(part)}: {_CURE}"
+    else:
+        message = (
+            f"the chat template leaves out some of what the assistant wrote, {short(part)}: {_CURE}; earlier turns may "
+            "lose text without --multi-turn-loss"
+        )
+    return RecordError(chat.where, "chat template", message)
+
+
+def _stands_in(message: Mapping[str, Any], text: str, span: Span) -> bool:
+    """Whether a message is a content and nothing more, and its turn begins with that."""
+    plain = message.keys() <= {"role", "content", "weight"}
+    return plain and text[span.start : span.end].lstrip().startswith(message["content"].strip())
+
+
+def _not_found(messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
+    """Messages of others than the assistant that do not stand in the text, one behind the other."""
+    end, missing = 0, []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            continue
+        content = message.get("content", "").strip()
+        place = text.find(content, end)
+        if place < 0 or ("name" in message and message["role"] not in _NAMED_BY_CALL):
+            missing.append(index)
+        else:
+            end = place + len(content)
+    return missing
+
+
+def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | None:
+    """What of a message does not stand in its turn, whatever the white space and the tags between its words are."""
+    turn = "".join(text[span.start : span.end].split())
+    for name in _SPOKEN:
+        position = 0
+        for piece in _between_tags(message.get(name, "")):
+            place = turn.find(piece, position)
+            if place < 0:
+                return message[name]
+            position = place + len(piece)
+    names = (function["name"] for function in called_functions(message.get("tool_calls")))
+    return next((name for name in names if name not in turn), None)
+
+
+def _between_tags(text: str) -> Iterator[str]:
+    """What stands between the tags of a text, without white space."""
+    pieces = ("".join(piece.split()) for piece in re.split(_TAG, text))
+    return (piece for piece in pieces if piece)
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A word that stands in for another one."""
+
+    stand_in: str
+    index: int
+    """Of the message it stands in."""
+    part: str
+    """Of the message, for an error message."""
+
+
+class _Probe:
+    """Replaces the words of messages by such that stand nowhere else; the words of calls too, if `with_calls`."""
+
+    def __init__(self, with_calls: bool) -> None:
+        self.words: list[_Word] = []
+        self._with_calls = with_calls
+
+    def replace(self, message: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The message with its words replaced."""
+        spoken = [name for name in _SPOKEN if message.get(name)]
+        if message.get("name") and message["role"] not in _NAMED_BY_CALL:
+            spoken.append("name")
+        replaced = {**message, **{name: self._in_text(message[name], index) for name in spoken}}
+        if self._with_calls and message.get("tool_calls"):
+            replaced["tool_calls"] = [self._in_call(call, index) for call in message["tool_calls"]]
+        return replaced
+
+    def _in_text(self, text: str, index: int) -> str:
+        return _TAG_OR_WORD.sub(lambda match: match[1] or self._new(index, text), text)
+
+    def _in_call(self, call: Mapping[str, Any], index: int) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": self._in_call(call["function"], index)}
+        replaced = {**call, "name": self._new(index, call["name"])}
+        if "arguments" in call:
+            replaced["arguments"] = self._in_value(call["arguments"], index)
+        return replaced
+
+    def _in_value(self, value: Any, index: int) -> Any:
+        """An argument with its texts and numbers replaced; its names are the function's."""
+        if isinstance(value, dict):
+            return {name: self._in_value(member, index) for name, member in value.items()}
+        if isinstance(value, list):
+            return [self._in_value(member, index) for member in value]
+        if isinstance(value, str):
+            return self._in_text(value, index)
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        number = 7_310_000_000 + len(self.words)
+        self.words.append(_Word(str(number), index, str(value)))
+        return number
+
+    def _new(self, index: int, part: str) -> str:
+        self.words.append(_Word(f"zq{len(self.words):06d}x", index, part))
+        return self.words[-1].stand_in

@@ -1,0 +1,191 @@
+"""Rows of Arrow tables and of `datasets` data sets, as the JSON values that they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_brain.data.errors import RecordError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+Row = tuple[str, Any]
+"""Place of a row, and its fields, or the RecordError of one that cannot be read."""
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Rows of a parquet file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import pyarrow.parquet
+
+    return _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches())
+
+
+def read_arrow(path: Path) -> Iterator[Row]:
+    """Rows of an Arrow file, in the stream or the file format.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import pyarrow
+
+    def batches() -> Iterable[pyarrow.RecordBatch]:
+        with path.open("rb") as file:
+            is_file_format = file.read(6) == b"ARROW1"
+        source = pyarrow.memory_map(str(path))
+        if not is_file_format:
+            return pyarrow.ipc.open_stream(source)
+        reader = pyarrow.ipc.open_file(source)
+        return map(reader.get_batch, range(reader.num_record_batches))
+
+    return _read_batches(path, batches)
+
+
+def read_saved(source: str, split: str | None) -> Iterator[Row]:
+    """Rows of a folder that `datasets.save_to_disk` wrote, of one split where it has several.
+
+    Raises:
+        ValueError: it is no such folder, or has no such split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source}: a folder that datasets.save_to_disk did not write ({error}); "
+            f"for a folder of files give a glob such as {source.rstrip('/')}/*.jsonl"
+        ) from error
+    return _read_split(source, loaded, split)
+
+
+def read_hub(source: str, split: str | None) -> Iterator[Row]:
+    """Rows of a hub data set, of one split where it has several.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{source}: no such file (looked for {Path(source).absolute()}), "
+            f"and not a data set that can be loaded from the hub ({type(error).__name__}: {error})"
+        ) from error
+    return _read_split(source, loaded, split)
+
+
+def _read_split(source: str, loaded: Any, split: str | None) -> Iterator[Row]:
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`."""
+    if isinstance(loaded, dict):
+        if split is None and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            raise ValueError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
+        source, loaded = f"{source}[{split}]", loaded[split]
+    return _read_data_set(source, loaded)
+
+
+def _read_data_set(source: str, data: datasets.Dataset) -> Iterator[Row]:
+    rows = enumerate(data)
+    done = 0
+    try:
+        for row, record in rows:
+            yield f"{source}[{row}]", record
+            done = row + 1
+        return
+    except UnicodeDecodeError:
+        pass  # in one of the next rows, which are read one by one to tell in which
+    for row in range(done, len(data)):
+        where = f"{source}[{row}]"
+        try:
+            yield where, data[row]
+        except UnicodeDecodeError as error:
+            yield where, _no_text(where, "a field", error)
+
+
+def _read_batches(path: Path, open_batches: Callable[[], Iterable[pyarrow.RecordBatch]]) -> Iterator[Row]:
+    import pyarrow
+
+    first = 0
+    try:
+        for batch in open_batches():
+            yield from _rows_of(batch, path, first)
+            first += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _rows_of(batch: pyarrow.RecordBatch, path: Path, first: int) -> Iterator[Row]:
+    """Rows of a batch, the first of which is row `first` of the file."""
+    names = batch.schema.names
+    try:
+        columns = [_values(column) for column in batch.columns]
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        for row in range(batch.num_rows):
+            where = f"{path}[{first + row}]"
+            yield where, _row_or_error(batch.slice(row, 1), where)
+        return
+    for row, values in enumerate(zip(*columns, strict=True)):
+        yield f"{path}[{first + row}]", dict(zip(names, values, strict=True))
+
+
+def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | RecordError:
+    fields = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            [fields[name]] = _values(column)
+        except UnicodeDecodeError as error:
+            return _no_text(where, f"field {name!r}", error)
+        except json.JSONDecodeError as error:
+            return RecordError(where, "invalid JSON", f"field {name!r} is of Arrow's JSON type and no JSON: {error}")
+    return fields
+
+
+def _no_text(where: str, field: str, error: UnicodeDecodeError) -> RecordError:
+    return RecordError(
+        where, "not UTF-8", f"{field} is not UTF-8 text ({error.reason} at byte {error.start}): write the table anew"
+    )
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """The values of a column. Maps become objects, and texts of Arrow's JSON type what they say."""
+    values = column.to_pylist(maps_as_pydicts="strict")
+    return [_from_json(value, column.type) for value in values] if _holds_json(column.type) else values
+
+
+def _holds_json(kind: pyarrow.DataType) -> bool:
+    """Whether values of Arrow's JSON type are part of values of a type."""
+    return _is_json(kind) or any(_holds_json(kind.field(place).type) for place in range(kind.num_fields))
+
+
+def _is_json(kind: pyarrow.DataType) -> bool:
+    # `datasets` stores its Json feature as this type.
+    return getattr(kind, "extension_name", None) == "arrow.json"
+
+
+def _from_json(value: Any, kind: pyarrow.DataType) -> Any:
+    """A value of `to_pylist` with its texts of Arrow's JSON type parsed."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if _is_json(kind):
+        return json.loads(value)
+    if isinstance(value, list):
+        return [_from_json(member, kind.value_type) for member in value]
+    if pyarrow.types.is_map(kind):
+        return {key: _from_json(member, kind.item_type) for key, member in value.items()}
+    if isinstance(value, dict):
+        inner = {kind.field(place).name: kind.field(place).type for place in range(kind.num_fields)}
+        return {key: _from_json(member, inner[key]) for key, member in value.items()}
+    return value

@@ -1,0 +1,193 @@
+"""Chat templates of Hugging Face tokenizers: which one a record gets, and how messages are handed to it.
+
+Templates differ in what they expect. Most write `message.content` as a text, those of multimodal models go through its
+parts; most write the arguments of a tool call with `tojson`, a few expect them as JSON text already. What a template
+expects is found by rendering a message of our own, so a record reads the same under any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+Marks = list[tuple[int, int]]
+"""Starts and ends, in characters, of what ``{% generation %}`` blocks have written."""
+
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
+_WORD = "zqxword"
+
+
+class TemplateRefusal(Exception):
+    """A chat template does not take some messages: it raised an error, of its own or for want of what it expected."""
+
+
+def read_template(path: str) -> str:
+    """The Jinja template in a file.
+
+    Raises:
+        ValueError: there is none, or it is no UTF-8 or no Jinja.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        _compile_jinja_template(template)
+    except OSError as error:
+        raise ValueError(f"--chat-template {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"--chat-template {path}: not a Jinja template (line {error.lineno}: {error})") from error
+    if not template.strip():
+        raise ValueError(f"--chat-template {path}: the file is empty")
+    return template
+
+
+def marks_turns(template: str) -> bool:
+    """Whether a template has ``{% generation %}`` blocks."""
+    return _GENERATION_BLOCK.search(template) is not None
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """What a template expects."""
+
+    parts: bool = False
+    """Contents as lists of parts instead of texts."""
+    text_arguments: bool = False
+    """Arguments of tool calls as JSON text instead of objects."""
+
+    def spell(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as the template expects it."""
+        spelled = dict(message)
+        if self.parts and isinstance(message.get("content"), str):
+            spelled["content"] = [{"type": "text", "text": message["content"]}]
+        if self.text_arguments and message.get("tool_calls"):
+            spelled["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        return spelled
+
+
+class ChatRenderer:
+    """Renders chats by the templates of a tokenizer.
+
+    Args:
+        hf: the tokenizer; its `chat_template` is looked at now, and its special tokens whenever a chat is rendered.
+    """
+
+    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
+        self._hf = hf
+        self.time = datetime.now()
+        found = hf.chat_template
+        self.templates: dict[str, str] = {} if found is None else found if isinstance(found, dict) else {"default": found}
+        self._dialect = functools.cache(self._find_dialect)
+
+    def template_for(self, tools: list | None) -> str:
+        """The template of records with or without tools, chosen as transformers does.
+
+        Raises:
+            ValueError: there is no default among several templates.
+        """
+        if tools is not None and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        if "default" not in self.templates:
+            raise ValueError(
+                f"the tokenizer has the chat templates {', '.join(self.templates)} and none called default: give one "
+                "with --chat-template FILE"
+            )
+        return self.templates["default"]
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        marked: bool = False,
+    ) -> tuple[str, Marks]:
+        """Text of the messages, and where its generation blocks are if it is to be `marked`.
+
+        Raises:
+            TemplateRefusal: the template does not take the messages.
+            ValueError: there is no template for them.
+        """
+        template = self.template_for(tools)
+        spell = self._dialect(template).spell
+        return self._render(
+            template,
+            [spell(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            template_kwargs=template_kwargs or {},
+            marked=marked,
+        )
+
+    def _render(
+        self,
+        template: str,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        marked: bool = False,
+    ) -> tuple[str, Marks]:
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+        try:
+            # Kept by the library, which renders the same object. It takes no function as an argument.
+            _compile_jinja_template(template).globals["strftime_now"] = self.time.strftime
+            # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
+            [text], marks = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marked,
+                **{**self._hf.special_tokens_map, **(template_kwargs or {})},
+            )
+        except Exception as error:  # whatever the template's expressions raise
+            raise TemplateRefusal(f"{error}" or type(error).__name__) from error
+        return text, [tuple(span) for span in marks[0]] if marked else []
+
+    def _find_dialect(self, template: str) -> _Dialect:
+        plain, parts = _Dialect(), _Dialect(parts=True)
+        user = {"role": "user", "content": _WORD}
+        spoken = self._writes(template, [user], plain) or not self._writes(template, [user], parts)
+        dialect = plain if spoken else parts
+        arguments = {_WORD: _WORD}
+        call = {"id": "callzqxw0", "type": "function", "function": {"name": "call", "arguments": arguments}}
+        calling = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        if self._writes(template, calling, dialect, but_not=repr(arguments)):
+            return dialect
+        as_text = _Dialect(parts=dialect.parts, text_arguments=True)
+        return as_text if self._writes(template, calling, as_text, wanted=json.dumps(arguments)) else dialect
+
+    def _writes(
+        self, template: str, messages: Messages, dialect: _Dialect, *, wanted: str = _WORD, but_not: str | None = None
+    ) -> bool:
+        """Whether the template takes messages in a dialect, and writes some text and not another."""
+        try:
+            text, _ = self._render(template, [dialect.spell(message) for message in messages])
+        except TemplateRefusal:
+            return False
+        return wanted in text and (but_not is None or but_not not in text)
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as JSON text, with or without the wrapper `{"type": "function", ...}`."""
+    if "function" in call:
+        return {**call, "function": _with_text_arguments(call["function"])}
+    return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} if "arguments" in call else {**call}

@@ -1,0 +1,94 @@
+"""The tokenizer of a folder is the one its tokenizer.json describes, whatever class transformers takes for it.
+
+Since version 5, AutoTokenizer builds some tokenizers from their class or from the model type of config.json, with only
+the vocabulary of the file. Where that gives other ids than the file, the model was not trained with them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS, where_differing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_FILE = "tokenizer.json"
+_SPECIAL_TOKENS_TRIED = 64
+_DIGITS = ("0", "7 1650", "2026-11-30", "12345678901234567890", "3.14159e-05", "a1b22c333")
+
+
+def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub name.
+
+    Raises:
+        ValueError: it cannot be read, the folder holds none, or nothing gives the ids of its tokenizer.json.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        chosen = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        file = _own_file(place)
+        own = None if file is None else Tokenizer.from_file(file)
+    except Exception as error:  # the library's readers raise many unrelated types for a bad folder
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"--tokenizer-model {place}: AutoTokenizer cannot read it ({reason}); "
+            "give a directory with tokenizer.json and tokenizer_config.json, or a hub name that can be reached"
+        ) from error
+    if not set(chosen.get_vocab().values()) - set(chosen.added_tokens_decoder):
+        raise ValueError(
+            f"--tokenizer-model {place}: there is no tokenizer in it, or one without a vocabulary: copy the files of "
+            "the model's tokenizer there (tokenizer.json, tokenizer_config.json), or name another folder"
+        )
+    if own is None or (problem := _difference(chosen, own)) is None:
+        return chosen
+    plain = PreTrainedTokenizerFast.from_pretrained(place)
+    what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {problem}"
+    if (still := _difference(plain, own)) is not None:
+        raise ValueError(f"{what}; without its class, transformers {still}; repair tokenizer_config.json")
+    log.warning(
+        "%s. The file's ids are taken: the class of tokenizer_config.json, or the model_type of config.json, stands for "
+        "another tokenizer",
+        what,
+    )
+    return plain
+
+
+def _own_file(place: str) -> str | None:
+    from transformers.utils import cached_file
+
+    if Path(place).is_dir():
+        path = Path(place) / _FILE
+        return str(path) if path.is_file() else None
+    return cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False)
+
+
+def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
+    """In words, the first text that has other ids than in the file."""
+    for literal in (False, True):
+        own.encode_special_tokens = literal
+        for text in _probes(own):
+            theirs = hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+            ours = own.encode(text, add_special_tokens=False).ids
+            if theirs != ours:
+                return (
+                    f"turns {text[:60]!r} into {where_differing(theirs, ours)}, and {_FILE} into "
+                    f"{where_differing(ours, theirs)}"
+                )
+    return None
+
+
+def _probes(own: Tokenizer) -> Iterator[str]:
+    yield from _DIGITS
+    yield from AWKWARD_TEXTS
+    added = [token.content for token in own.get_added_tokens_decoder().values()]
+    for token in added[:_SPECIAL_TOKENS_TRIED]:
+        yield f"a{token} b{token}\n{token}{token}c"

@@ -1,0 +1,235 @@
+"""Every turn of the assistant in a chat: where it stands in the text, and the chat as ids with a mask for the loss.
+
+A turn begins where sampling begins it: behind the messages before it and the template's generation prompt. It ends where
+the next message begins. Two ways lead there:
+
+- *Growing conversations*, with any template: where the text of the messages so far with the generation prompt begins the
+  text of the whole conversation, and the text with the answer does too, the turn is what the second adds to the first.
+- *Marks*: what the template wraps in ``{% generation %} ... {% endgeneration %}``. They are used where there are any, and
+  must agree with the first way wherever that is exact.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, pairwise
+
+from megatron_brain.data.chat import Chat, require_answer, require_begins
+from megatron_brain.data.conversations import short, weight_of
+from megatron_brain.data.errors import RecordError
+from megatron_brain.data.omissions import Span, require_written
+from megatron_brain.data.tokenizer import Tokenizer
+
+_MARK_CURE = (
+    "wrap what the assistant writes, its end-of-turn token included, in {% generation %} ... {% endgeneration %} "
+    "in the chat template (--chat-template FILE), or train on the last turn only (without --multi-turn-loss)"
+)
+_KIND = "unmarked assistant turns"
+
+
+def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
+    """A conversation as ids for a loss on every assistant turn whose `weight` is not 0.
+
+    Returns:
+        prompt ids (up to the first assistant token), response ids (the rest, ending with EOS), and for each
+        response token whether it is learned.
+
+    Raises:
+        RecordError: the turns cannot be told, the template leaves out some of what is learned, or nothing is.
+    """
+    require_answer(chat)
+    text, turns = locate_turns(chat)
+    learned = {index: span for index, span in turns.items() if weight_of(chat.messages[index])}
+    if not learned:
+        raise RecordError(
+            chat.where, "nothing to learn", "every assistant message has weight 0: nothing is learned; remove the record"
+        )
+    require_written(chat, text, learned, count=len(chat.messages))
+    tokenizer = chat.tokenizer
+    # Each piece apart, as sampling has them: no token reaches across the beginning of a turn.
+    cuts = [0, *chain.from_iterable(turns.values()), len(text)]
+    prompt, *pieces, tail = tokenizer.encode_pieces([text[a:b] for a, b in pairwise(cuts)])
+    if any(rest[:1] == [tokenizer.eos_id] for rest in pieces[1::2]) or _ends_unmarked(tokenizer, tail):
+        raise _not_marked(chat, "leaves the end-of-turn token unmarked")
+    mask: list[bool] = []
+    for place, piece in enumerate(pieces):
+        is_learned = place % 2 == 0 and list(turns)[place // 2] in learned
+        length = tokenizer.turn_length(piece) if is_learned else 0
+        mask += [True] * length + [False] * (len(piece) - length)
+    response = tokenizer.close_turn(list(chain.from_iterable(pieces)))
+    return prompt, response, [*mask[: len(response) - 1], list(turns)[-1] in learned]
+
+
+def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
+    """The text of a conversation, and where the assistant's messages stand in it, by their places in the chat.
+
+    Raises:
+        RecordError: they cannot be told, or the template's marks are wrong.
+    """
+    indices = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if indices[0] == 0:
+        raise RecordError(
+            chat.where, "bad messages", "the conversation has nothing before the assistant's first turn"
+        )
+    if not chat.tokenizer.marks_turns(chat.tools):
+        text = chat.closed(len(chat.messages))
+        return text, _grown(chat, text, indices)
+    text, marks = chat.marked()
+    turns = _marked(chat, text, indices, marks)
+    try:
+        grown = _grown(chat, text, indices)
+    except RecordError:
+        return text, turns  # The text of a turn depends on what follows it.
+    for index in indices:
+        _require_same(chat, text, index, turns[index], grown[index])
+    return text, turns
+
+
+def _grown(chat: Chat, text: str, indices: Sequence[int]) -> dict[int, Span]:
+    """The turns by the texts of growing conversations."""
+    turns: dict[int, Span] = {}
+    end = 0
+    for index in indices:
+        prompt = chat.opened(index)
+        require_begins(chat, prompt, text, f"the assistant's turn messages[{index}]")
+        start = len(prompt)
+        if start < end:
+            raise _differs(chat, index, text[start:end], "")
+        end = len(text) if index == len(chat.messages) - 1 else _end_of_turn(chat, text, index, start)
+        turns[index] = Span(start, end)
+    return turns
+
+
+def _end_of_turn(chat: Chat, text: str, index: int, start: int) -> int:
+    """Where a turn ends that is not the last.
+
+    A template may close a conversation otherwise than a turn: by EOS behind it, or by another token in place of the one
+    that ends a turn. So special tokens and white space at the very end need not be the same.
+    """
+    alone = chat.closed(index + 1)
+    if len(alone) >= start and text.startswith(alone):
+        return len(alone)
+    special = chat.tokenizer.special_texts
+    end = start + len(_without_closing(alone[start:], special))
+    if end < start or not text.startswith(alone[:end]):
+        raise _differs(chat, index, alone, text)
+    has_ended, place = False, end
+    for token in _closing_tokens(alone[end:], special):
+        if not text.startswith(token, place):
+            break
+        place += len(token)
+        has_ended |= token in special
+    if has_ended or not alone[end:].strip():
+        return place
+    other = next(_closing_tokens(text[end:].lstrip(), special), "")
+    if other not in special:
+        raise _differs(chat, index, alone, text)
+    return text.index(other, end) + len(other)
+
+
+def _without_closing(text: str, special: Collection[str]) -> str:
+    """A text without the special tokens and the white space at its end."""
+    while True:
+        text = text.rstrip()
+        found = next((each for each in special if text.endswith(each)), None)
+        if found is None:
+            return text
+        text = text.removesuffix(found)
+
+
+def _closing_tokens(text: str, special: Collection[str]) -> Iterator[str]:
+    """Special tokens and runs of white space that a text begins with, one by one."""
+    alternatives = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    token = re.compile(rf"{alternatives}|\s+" if special else r"\s+")
+    place = 0
+    while match := token.match(text, place):
+        yield match[0]
+        place = match.end()
+
+
+def _differs(chat: Chat, index: int, alone: str, text: str) -> RecordError:
+    same = len(os.path.commonprefix([alone, text]))
+    return RecordError(
+        chat.where,
+        _KIND,
+        f"the chat template writes the assistant's turn messages[{index}] otherwise once the conversation goes on: "
+        f"...{short(alone[same:])} at its end and ...{short(text[same:])} inside, so its tokens cannot be told; {_MARK_CURE}",
+    )
+
+
+def _marked(chat: Chat, text: str, indices: Sequence[int], marks: Sequence[Span]) -> dict[int, Span]:
+    """The turns by the template's marks, which may begin inside of the generation prompt."""
+    spans = _merge_adjoining(marks)
+    if len(spans) != len(indices):
+        raise _not_marked(chat, f"marks {len(spans)} of {len(indices)} assistant turns")
+    prompt, without = chat.opened(indices[0]), chat.closed(indices[0])
+    opening = prompt[len(os.path.commonprefix([prompt, without])) :]
+    return {
+        index: Span(_begin_of_turn(chat, text, index, span, opening), span.end)
+        for index, span in zip(indices, spans, strict=True)
+    }
+
+
+def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) -> int:
+    """Where sampling begins a turn, which its marks must contain.
+
+    Args:
+        opening: the generation prompt alone.
+    """
+    prompt = chat.opened(index)
+    if text.startswith(prompt):
+        begin, earliest = len(prompt), len(os.path.commonprefix([prompt, chat.closed(index)]))
+    else:
+        # Earlier turns are written otherwise by now; the generation prompt is the same.
+        ends = [end for end in range(span.start, span.start + len(opening) + 1) if text.endswith(opening, 0, end)]
+        if not ends:
+            raise _not_marked(chat, f"does not mark every turn from the end of its generation prompt on, {short(opening)}")
+        begin, earliest = ends[0], ends[0] - len(opening)
+    turn = f"the assistant's turn messages[{index}]"
+    if span.start > begin:
+        raise _not_marked(chat, f"leaves the beginning of {turn} unmarked, {short(text[begin : span.start])}")
+    if span.start < earliest:
+        raise _not_marked(chat, f"marks what precedes {turn}, {short(text[span.start : earliest])}")
+    return begin
+
+
+def _merge_adjoining(blocks: Sequence[Span]) -> list[Span]:
+    """Starts and ends of what is marked; a turn may be written by several blocks, one behind the other."""
+    spans: list[Span] = []
+    for start, end in blocks:
+        if spans and spans[-1].end == start:
+            spans[-1] = Span(spans[-1].start, end)
+        elif start < end:
+            spans.append(Span(start, end))
+    return spans
+
+
+def _require_same(chat: Chat, text: str, index: int, marked: Span, grown: Span) -> None:
+    """Raise where the marks and the growing conversations tell another end of a turn, white space apart.
+
+    Behind the last turn may stand what closes the conversation, which no mark holds.
+    """
+    is_last, special = index == len(chat.messages) - 1, chat.tokenizer.special_texts
+    ours, theirs = (
+        _without_closing(turn, special) if is_last else turn.rstrip()
+        for turn in (text[span.start : span.end] for span in (marked, grown))
+    )
+    if ours == theirs:
+        return
+    turn = f"the assistant's turn messages[{index}]"
+    if theirs.startswith(ours):
+        raise _not_marked(chat, f"leaves the end-of-turn token unmarked, or more: {short(theirs[len(ours) :])} of {turn}")
+    raise _not_marked(chat, f"marks what follows {turn}: {short(ours[len(theirs) :])}")
+
+
+def _not_marked(chat: Chat, state: str) -> RecordError:
+    return RecordError(chat.where, _KIND, f"the chat template {state}; {_MARK_CURE}")
+
+
+def _ends_unmarked(tokenizer: Tokenizer, tail: Sequence[int]) -> bool:
+    """Whether anything but white space, and EOS at the very end, follows what the template marks."""
+    if tail[-1:] == [tokenizer.eos_id]:
+        tail = tail[:-1]
+    return not all(map(tokenizer.is_space, tail))
