@@ -171,8 +171,9 @@ def require_begins(chat: Chat, prompt: str, whole: str, turn: str = "the respons
         "chat template",
         f"the chat template renders the prompt as ...{prompt[same:][:60]!r} where the whole conversation "
         f"has ...{whole[same:][:60]!r}, so {turn} cannot be cut out; use a chat template whose text for "
-        "[messages so far + generation prompt] begins the text of the whole conversation (--chat-template FILE), or give "
-        "{'prompt', 'completion'} texts",
+        "[messages so far + generation prompt] begins the text of the whole conversation (--chat-template FILE), set a "
+        "switch of the template ('chat_template_kwargs': {'enable_thinking': false} in the record, where it has that "
+        "one), or give {'prompt', 'completion'} texts",
     )
 
 

@@ -82,7 +82,9 @@ def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, An
     if not isinstance(kwargs, dict):
         raise RecordError(where, "wrong type", f"field {name!r} must be an object, not {short(kwargs)}")
     if taken := [key for key in _OWN_VARIABLES if key in kwargs]:
-        raise RecordError(where, "unsupported field", f"field {name!r} sets {taken[0]!r}, which is no setting; remove it")
+        raise RecordError(
+            where, "unsupported field", f"field {name!r} sets {taken[0]!r}, which is no setting; remove it"
+        )
     return kwargs
 
 
@@ -175,7 +177,7 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
         raise RecordError(where, "bad messages", f"{place} must be an object with a text 'role', not {short(message)}")
     place = f"{place} ({message['role']})"
     _check_fields(message, place, where)
-    plain = {name: value for name, value in message.items() if value is not None}
+    plain = without_nulls(message)
     calls = _from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
     if calls:
         if not isinstance(calls, list):
@@ -188,7 +190,9 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
     content = plain.get("content")
     if content is None and not calls:
         raise RecordError(where, "bad messages", f"{place} has no 'content'")
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
         plain["content"] = "".join(part["text"] for part in content)
     elif not isinstance(content, str | None):
         raise RecordError(
@@ -248,6 +252,7 @@ def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:
     tool = _from_json(tool, dict, place, where)
     if not isinstance(tool, dict):
         raise RecordError(where, "bad tools", f"{place} must be an object, not {short(tool)}")
+    tool = without_nulls(tool)
     if "function" in tool:
         return {**tool, "function": _check_tool(tool["function"], f"{place}.function", where)}
     if "parameters" not in tool:

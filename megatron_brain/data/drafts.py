@@ -215,7 +215,9 @@ def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
     if record.get(key) is None:
         present = [name for name, value in record.items() if value is not None]
         raise RecordError(
-            where, "missing field", f"field {key!r} is missing or null; the record has {', '.join(present) or 'no fields'}"
+            where,
+            "missing field",
+            f"field {key!r} is missing; the record has {', '.join(present) or 'no fields'}",
         )
     conversations.refuse_text_of_messages(record[key], key, where)
     return record[key]

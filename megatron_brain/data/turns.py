@@ -44,7 +44,9 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
     learned = {index: span for index, span in turns.items() if weight_of(chat.messages[index])}
     if not learned:
         raise RecordError(
-            chat.where, "nothing to learn", "every assistant message has weight 0: nothing is learned; remove the record"
+            chat.where,
+            "nothing to learn",
+            "every assistant message has weight 0: nothing is learned; remove the record",
         )
     require_written(chat, text, learned, count=len(chat.messages))
     tokenizer = chat.tokenizer
@@ -70,9 +72,7 @@ def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
     """
     indices = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if indices[0] == 0:
-        raise RecordError(
-            chat.where, "bad messages", "the conversation has nothing before the assistant's first turn"
-        )
+        raise RecordError(chat.where, "bad messages", "the conversation has nothing before the assistant's first turn")
     if not chat.tokenizer.marks_turns(chat.tools):
         text = chat.closed(len(chat.messages))
         return text, _grown(chat, text, indices)
@@ -90,16 +90,31 @@ def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
 def _grown(chat: Chat, text: str, indices: Sequence[int]) -> dict[int, Span]:
     """The turns by the texts of growing conversations."""
     turns: dict[int, Span] = {}
-    end = 0
+    opening, end = _generation_prompt(chat, indices[0]), 0
     for index in indices:
         prompt = chat.opened(index)
         require_begins(chat, prompt, text, f"the assistant's turn messages[{index}]")
         start = len(prompt)
         if start < end:
             raise _differs(chat, index, text[start:end], "")
+        if opening.strip() and text.startswith(opening, start):
+            raise RecordError(
+                chat.where,
+                _KIND,
+                f"the chat template writes {short(opening)} inside of the assistant's turn messages[{index}], where it is "
+                "the generation prompt of other turns: without it behind the messages before, sampling would begin "
+                "elsewhere; use a template that opens every turn alike (--chat-template FILE), or train on the last "
+                "turn only (without --multi-turn-loss)",
+            )
         end = len(text) if index == len(chat.messages) - 1 else _end_of_turn(chat, text, index, start)
         turns[index] = Span(start, end)
     return turns
+
+
+def _generation_prompt(chat: Chat, count: int) -> str:
+    """What the template adds to the first `count` messages to open an assistant turn."""
+    prompt = chat.opened(count)
+    return prompt[len(os.path.commonprefix([prompt, chat.closed(count)])) :]
 
 
 def _end_of_turn(chat: Chat, text: str, index: int, start: int) -> int:
@@ -164,8 +179,7 @@ def _marked(chat: Chat, text: str, indices: Sequence[int], marks: Sequence[Span]
     spans = _merge_adjoining(marks)
     if len(spans) != len(indices):
         raise _not_marked(chat, f"marks {len(spans)} of {len(indices)} assistant turns")
-    prompt, without = chat.opened(indices[0]), chat.closed(indices[0])
-    opening = prompt[len(os.path.commonprefix([prompt, without])) :]
+    opening = _generation_prompt(chat, indices[0])
     return {
         index: Span(_begin_of_turn(chat, text, index, span, opening), span.end)
         for index, span in zip(indices, spans, strict=True)
@@ -185,7 +199,9 @@ def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) 
         # Earlier turns are written otherwise by now; the generation prompt is the same.
         ends = [end for end in range(span.start, span.start + len(opening) + 1) if text.endswith(opening, 0, end)]
         if not ends:
-            raise _not_marked(chat, f"does not mark every turn from the end of its generation prompt on, {short(opening)}")
+            raise _not_marked(
+                chat, f"does not mark every turn from the end of its generation prompt on, {short(opening)}"
+            )
         begin, earliest = ends[0], ends[0] - len(opening)
     turn = f"the assistant's turn messages[{index}]"
     if span.start > begin:
@@ -220,7 +236,9 @@ def _require_same(chat: Chat, text: str, index: int, marked: Span, grown: Span) 
         return
     turn = f"the assistant's turn messages[{index}]"
     if theirs.startswith(ours):
-        raise _not_marked(chat, f"leaves the end-of-turn token unmarked, or more: {short(theirs[len(ours) :])} of {turn}")
+        raise _not_marked(
+            chat, f"leaves the end-of-turn token unmarked, or more: {short(theirs[len(ours) :])} of {turn}"
+        )
     raise _not_marked(chat, f"marks what follows {turn}: {short(ours[len(theirs) :])}")
 
 

@@ -90,7 +90,9 @@ class ChatRenderer:
         self._hf = hf
         self.time = datetime.now()
         found = hf.chat_template
-        self.templates: dict[str, str] = {} if found is None else found if isinstance(found, dict) else {"default": found}
+        self.templates: dict[str, str] = (
+            {} if found is None else found if isinstance(found, dict) else {"default": found}
+        )
         self._dialect = functools.cache(self._find_dialect)
 
     def template_for(self, tools: list | None) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
 def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
     """Settings of tokenizer_config.json that ``save_pretrained`` leaves open.
 

@@ -86,9 +86,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _finds_spaces_cut(self) -> bool:
         """Whether white space at the beginning of a text is left out."""
-        return self._unmarked.encode(" a", add_special_tokens=False).ids == self._unmarked.encode(
-            "a", add_special_tokens=False
-        ).ids
+        return (
+            self._unmarked.encode(" a", add_special_tokens=False).ids
+            == self._unmarked.encode("a", add_special_tokens=False).ids
+        )
 
     def _has_mark(self, text: str, before: Before) -> bool:
         """Whether a text that goes on has a word mark all the same: behind an added token, or for a space that is cut

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 from helpers.tiny_tokenizers import CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
 
-from megatron_brain.data import chat
+from megatron_brain.data.chat import Chat, render_last_turn
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_brain.data.turns import encode_all_turns
 
 QUESTION = {"role": "user", "content": "hello world"}
 DIALOGUE = [
@@ -91,7 +92,7 @@ def expected_turn(tokenizer, shape, text):
 
 def test_the_last_turn_is_its_text_its_end_of_turn_token_and_eos(shape, tmp_path):
     tokenizer = make(tmp_path, shape)
-    prompt, response = chat.render_last_turn(tokenizer, DIALOGUE, "x")
+    prompt, response = render_last_turn(Chat(tokenizer, DIALOGUE, "x"))
     ids = tokenizer.encode_response(response, chat=True)
     assert ids == expected_turn(tokenizer, shape, "a short summary")
     assert prompt.count("<s>") == shape.template.count("bos_token")
@@ -100,14 +101,14 @@ def test_the_last_turn_is_its_text_its_end_of_turn_token_and_eos(shape, tmp_path
 
 def test_all_turns_are_exactly_the_assistants_and_one_turn_is_the_same_either_way(shape, tmp_path):
     tokenizer = make(tmp_path, shape)
-    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE, "x")
+    prompt, response, mask = encode_all_turns(Chat(tokenizer, DIALOGUE, "x"))
     learned = [i for i, m in zip(response, mask, strict=True) if m]
     first = expected_turn(tokenizer, shape, "how are you?")
     if tokenizer.encode_batch([shape.turn], parse_special=True)[0][-1] != tokenizer.eos_id:
         first = first[:-1]  # EOS ends the whole conversation only
     assert learned == first + expected_turn(tokenizer, shape, "a short summary")
-    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE[:2], "x")
-    texts = chat.render_last_turn(tokenizer, DIALOGUE[:2], "x")
+    prompt, response, mask = encode_all_turns(Chat(tokenizer, DIALOGUE[:2], "x"))
+    texts = render_last_turn(Chat(tokenizer, DIALOGUE[:2], "x"))
     assert prompt == tokenizer.encode_prompt(texts[0], chat=True)
     assert response == tokenizer.encode_response(texts[1], chat=True)
     assert all(mask)
@@ -116,18 +117,18 @@ def test_all_turns_are_exactly_the_assistants_and_one_turn_is_the_same_either_wa
 def test_system_messages_and_tools_are_prompt_or_refused_at_the_record(shape, tmp_path):
     tokenizer = make(tmp_path, shape)
     messages = [{"role": "system", "content": "numbers"}, *DIALOGUE]
-    for function in (chat.render_last_turn, chat.encode_all_turns):
+    for function in (render_last_turn, encode_all_turns):
         if not shape.system:
             with pytest.raises(ValueError, match="d.jsonl:3: the chat template refuses these messages"):
-                function(tokenizer, messages, "d.jsonl:3")
+                function(Chat(tokenizer, messages, "d.jsonl:3"))
             continue
-        prompt = function(tokenizer, messages, "x")[0]
+        prompt = function(Chat(tokenizer, messages, "x"))[0]
         text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         assert "numbers" in text
     if shape.template is LLAMA3:
         tools = [{"name": "search"}]
-        assert '"search"' in chat.render_last_turn(tokenizer, DIALOGUE, "x", tools)[0]
-        assert '"search"' in tokenizer.decode(chat.encode_all_turns(tokenizer, DIALOGUE, "x", tools)[0])
+        assert '"search"' in render_last_turn(Chat(tokenizer, DIALOGUE, "x", tools))[0]
+        assert '"search"' in tokenizer.decode(encode_all_turns(Chat(tokenizer, DIALOGUE, "x", tools))[0])
 
 
 def test_an_end_of_turn_token_that_is_not_marked_is_refused(shape, tmp_path):
@@ -139,61 +140,69 @@ def test_an_end_of_turn_token_that_is_not_marked_is_refused(shape, tmp_path):
     template = shape.template.replace(written + "{% endgeneration %}", rest + "{% endgeneration %}" + moved)
     assert template != shape.template
     with pytest.raises(ValueError, match="d.jsonl:3: .*leaves the end-of-turn token unmarked.*{% generation %}"):
-        chat.encode_all_turns(make(tmp_path, shape, template), DIALOGUE, "d.jsonl:3")
+        encode_all_turns(Chat(make(tmp_path, shape, template), DIALOGUE, "d.jsonl:3"))
 
 
 def test_a_template_that_marks_everything_is_refused(shape, tmp_path):
     bare = shape.template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     template = "<pad>{% generation %}" + bare + "{% endgeneration %}"
     tokenizer = make(tmp_path, shape, template)
-    with pytest.raises(ValueError, match="d.jsonl:3: .*marks what precedes the assistant's first turn"):
-        chat.encode_all_turns(tokenizer, DIALOGUE[:2], "d.jsonl:3")
+    with pytest.raises(ValueError, match="d.jsonl:3: .*marks what precedes the assistant's turn messages.1."):
+        encode_all_turns(Chat(tokenizer, DIALOGUE[:2], "d.jsonl:3"))
     with pytest.raises(ValueError, match="d.jsonl:3: .*marks 1 of 2 assistant turns"):
-        chat.encode_all_turns(tokenizer, DIALOGUE, "d.jsonl:3")
+        encode_all_turns(Chat(tokenizer, DIALOGUE, "d.jsonl:3"))
 
 
 @pytest.mark.parametrize(
-    ("marked", "message"),
+    ("user_end", "marked", "message"),
     [
-        ("{% generation %}<|im_start|>assistant\n", "marks what precedes the assistant's first turn.*im_start"),
-        ("<|im_start|>assistant\n{{ m['content'][:3] }}{% generation %}", "leaves the beginning.*unmarked, 'how'"),
+        (
+            "{% generation %}<|im_end|>{% endgeneration %}",
+            "{% generation %}<|im_start|>assistant\n",
+            "marks what precedes the assistant's turn messages.1., '<.im_end.>'",
+        ),
+        (
+            "<|im_end|>",
+            "<|im_start|>assistant\n{{ m['content'][:3] }}{% generation %}",
+            "leaves the beginning of the assistant's turn messages.1. unmarked, 'how'",
+        ),
     ],
 )
-def test_marks_that_do_not_begin_where_sampling_does_are_refused(tmp_path, marked, message):
+def test_marks_that_do_not_begin_where_sampling_does_are_refused(tmp_path, user_end, marked, message):
     template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>user\n{{ m['content'] }}<|im_end|>{% else %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>user\n{{ m['content'] }}"
+        + user_end
+        + "{% else %}"
         + marked
         + "{{ m['content'] }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(ValueError, match=f"d.jsonl:3: .*{message}"):
-        chat.encode_all_turns(make(tmp_path, SHAPES["chatml"], template), DIALOGUE, "d.jsonl:3")
+        encode_all_turns(Chat(make(tmp_path, SHAPES["chatml"], template), DIALOGUE, "d.jsonl:3"))
 
 
-def test_a_later_turn_that_is_marked_with_its_header_is_refused(tmp_path):
+def test_a_header_that_is_marked_is_not_learned(tmp_path):
+    """Sampling begins behind it: it is the generation prompt. Templates of gpt-oss and Qwen 2.5 are marked like that."""
     header = "<|im_start|>{{ m['role'] }}\n"
-    late = CHATML_MARKED.replace(header, "").replace("{% generation %}", "{% generation %}" + header)
-    late = late.replace("{% else %}", "{% else %}" + header)
-    template = "{% if messages | length > 2 and not add_generation_prompt %}"
-    first = "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\n{% generation %}how are you?<|im_end|>"
-    template += first + "{% endgeneration %}\n" + late.replace("in messages", "in messages[2:]")
-    tokenizer = make(tmp_path, SHAPES["chatml"], template + "{% else %}" + CHATML_MARKED + "{% endif %}")
-    with pytest.raises(ValueError, match="d.jsonl:3: .*does not mark every turn from the end of its generation prompt"):
-        chat.encode_all_turns(tokenizer, DIALOGUE, "d.jsonl:3")
+    for place, begins in enumerate(["{% generation %}" + header, header[:-1] + "{% generation %}{{ '\n' }}"]):
+        template = CHATML_MARKED.replace(header, "").replace("{% else %}", "{% else %}" + header)
+        tokenizer = make(tmp_path / str(place), SHAPES["chatml"], template.replace("{% generation %}", begins))
+        whole = make(tmp_path / f"{place}whole", SHAPES["chatml"])
+        assert encode_all_turns(Chat(tokenizer, DIALOGUE, "x")) == encode_all_turns(Chat(whole, DIALOGUE, "x"))
 
 
 def test_blocks_that_adjoin_are_one_turn(tmp_path):
     end = "{% endgeneration %}{% generation %}<|im_end|>"
     tokenizer = make(tmp_path, SHAPES["chatml"], CHATML_MARKED.replace("<|im_end|>{% endg", end + "{% endg"))
     whole = make(tmp_path / "whole", SHAPES["chatml"])
-    assert chat.encode_all_turns(tokenizer, DIALOGUE, "x") == chat.encode_all_turns(whole, DIALOGUE, "x")
+    assert encode_all_turns(Chat(tokenizer, DIALOGUE, "x")) == encode_all_turns(Chat(whole, DIALOGUE, "x"))
 
 
 def test_white_space_that_is_marked_behind_the_end_of_turn_token_is_not_learned(tmp_path):
     end = "<|im_end|>{% endgeneration %}"
     template = CHATML_MARKED.replace(end, end.replace("{%", "{{ '\n' }}{%"))
     tokenizer = make(tmp_path, SHAPES["chatml"], template)
-    _, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE, "x")
+    _, response, mask = encode_all_turns(Chat(tokenizer, DIALOGUE, "x"))
     learned = [i for i, m in zip(response, mask, strict=True) if m]
     turns = [expected_turn(tokenizer, SHAPES["chatml"], DIALOGUE[i]["content"]) for i in (1, 3)]
     assert learned == turns[0] + turns[1]
@@ -202,12 +211,12 @@ def test_white_space_that_is_marked_behind_the_end_of_turn_token_is_not_learned(
 def test_tools_their_calls_and_thoughts_that_the_template_does_not_write_are_refused(tmp_path):
     tokenizer = make(tmp_path, SHAPES["chatml"])
     search = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
-    for function in (chat.render_last_turn, chat.encode_all_turns):
+    for function in (render_last_turn, encode_all_turns):
         for field, message in ({"tool_calls": [search]}, "search"), ({"reasoning_content": "numbers"}, "numbers"):
             with pytest.raises(ValueError, match=f"d.jsonl:3: .*leaves out some of what the assistant.*{message}"):
-                function(tokenizer, [QUESTION, DIALOGUE[1] | field], "d.jsonl:3")
+                function(Chat(tokenizer, [QUESTION, DIALOGUE[1] | field], "d.jsonl:3"))
         with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out the tool 'search'"):
-            function(tokenizer, DIALOGUE, "d.jsonl:3", [search])
+            function(Chat(tokenizer, DIALOGUE, "d.jsonl:3", [search]))
 
 
 def test_a_sentencepiece_prefix_gives_one_eos_and_the_same_turn_either_way(tmp_path):
@@ -221,8 +230,8 @@ def test_a_sentencepiece_prefix_gives_one_eos_and_the_same_turn_either_way(tmp_p
     SentencePieceTokenizer(train_sentencepiece(tmp_path, **settings)).export(tmp_path / "hf", "policy")
     (tmp_path / "hf" / "chat_template.jinja").write_text(template)
     tokenizer = HuggingFaceTokenizer(str(tmp_path / "hf"))
-    prompt, response, mask = chat.encode_all_turns(tokenizer, DIALOGUE[:2], "x")
-    texts = chat.render_last_turn(tokenizer, DIALOGUE[:2], "x")
+    prompt, response, mask = encode_all_turns(Chat(tokenizer, DIALOGUE[:2], "x"))
+    texts = render_last_turn(Chat(tokenizer, DIALOGUE[:2], "x"))
     assert response == tokenizer.encode_response(texts[1], chat=True) == tokenizer.encode_response("how are you?")
     assert prompt == tokenizer.encode_prompt(texts[0], chat=True) and all(mask)
 
@@ -238,20 +247,20 @@ def test_thinking_that_the_template_drops_is_never_dropped_silently(tmp_path):
     ]
     shape = SHAPES["chatml"]
     earlier = make(tmp_path / "a", shape, CHATML_MARKED.replace("m['content']", keep_last))
-    prompt, response = chat.render_last_turn(earlier, thinking, "x")
+    prompt, response = render_last_turn(Chat(earlier, thinking, "x"))
     assert "numbers" not in prompt and response == "<think>strings</think>a short summary<|im_end|>"
     with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*numbers.*--multi-turn-loss"):
-        chat.encode_all_turns(earlier, thinking, "d.jsonl:3")
+        encode_all_turns(Chat(earlier, thinking, "d.jsonl:3"))
     everywhere = make(tmp_path / "b", shape, CHATML_MARKED.replace("m['content']", drop_all))
     with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*strings"):
-        chat.render_last_turn(everywhere, thinking, "d.jsonl:3")
+        render_last_turn(Chat(everywhere, thinking, "d.jsonl:3"))
 
 
 def test_thinking_that_the_generation_prompt_opens_is_learned_from_there_on(tmp_path):
     template = CHATML_MARKED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     tokenizer = make(tmp_path, SHAPES["chatml"], template)
     thinking = [QUESTION, {"role": "assistant", "content": "<think>\nnumbers\n</think>\nfine!"}]
-    prompt, response = chat.render_last_turn(tokenizer, thinking, "x")
+    prompt, response = render_last_turn(Chat(tokenizer, thinking, "x"))
     assert prompt.endswith("<think>\n") and response == "numbers\n</think>\nfine!<|im_end|>"
 
 

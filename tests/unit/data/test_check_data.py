@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data import checking
@@ -20,7 +21,7 @@ FINE = {"prompt": "hello\nTL;DR:", "completion": " fast"}
 LINES = {
     FINE["prompt"]: (FINE, None),
     "cut": ('{"prompt": "p", ', "invalid JSON"),
-    "half a surrogate": (r'{"prompt": "\ud800", "completion": " c"}', "invalid JSON"),
+    "half a surrogate": (r'{"prompt": "\ud800", "completion": " c"}', "not UTF-8"),
     "list": (["p"], "no JSON object"),
     "missing": ({"prompt": "p", "text": "t"}, "missing field"),
     "null": ({"prompt": None, "completion": " c"}, "missing field"),
@@ -133,10 +134,16 @@ def test_validation_records_that_are_trained_on_are_found(hf, tmp_path):
 
 
 def test_a_template_that_cannot_mark_turns_is_an_error_of_every_conversation(hf, hf_marked, tmp_path):
-    path = write(tmp_path / "chats.jsonl", [{"messages": [USER, GOOD]}, {"messages": [USER, GOOD, USER, GOOD]}])
-    report = check([path], [], settings(hf, multi_turn_loss=True))
+    path = write(tmp_path / "chats.jsonl", [{"messages": [USER, GOOD] * 2}, {"messages": [USER, GOOD] * 3}])
+    short_marks = write_hf_tokenizer(
+        tmp_path / "short",
+        eos_token="<|im_end|>",
+        chat_template=CHATML_MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+    )
+    report = check([path], [], settings(hf, multi_turn_loss=True, place=short_marks))
     assert {("unmarked assistant turns", line, True) for line in (1, 2)} <= problems(report)
     assert not problems(check([path], [], settings(hf_marked, multi_turn_loss=True)))
+    assert not problems(check([path], [], settings(hf, multi_turn_loss=True)))
 
 
 def test_characters_the_vocabulary_lacks_and_empty_responses_are_told(sp, sp_file, tmp_path):
@@ -152,7 +159,7 @@ def test_characters_the_vocabulary_lacks_and_empty_responses_are_told(sp, sp_fil
 def test_a_source_that_cannot_be_read_is_an_error_and_the_others_are_checked(broken, hf, tmp_path):
     (tmp_path / "damaged.parquet").write_text("no parquet")
     report = check([str(tmp_path / "damaged.parquet"), broken], [], settings(hf))
-    assert "damaged.parquet: cannot be read as parquet" in str(report) and report.counts[True, "invalid JSON"] == 2
+    assert "damaged.parquet: cannot be read as parquet" in str(report) and report.counts[True, "not UTF-8"] == 1
 
 
 def test_contents_that_are_no_text_are_errors_of_their_record(hf, tmp_path):
@@ -162,7 +169,7 @@ def test_contents_that_are_no_text_are_errors_of_their_record(hf, tmp_path):
     path = write(tmp_path / "d.jsonl", records)
     found = problems(check([path], [], settings(hf)))
     assert {found for found in found if found[0] == "bad messages"} == {("bad messages", n, True) for n in range(1, 5)}
-    assert ("chat template", 5, True) in found, "tools must be a list"
+    assert ("bad tools", 5, True) in found
 
 
 def test_exit_statuses_tell_errors_warnings_and_mistakes_apart(hf_dir, tmp_path, capsys):

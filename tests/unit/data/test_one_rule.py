@@ -71,16 +71,19 @@ def test_a_plain_record_has_one_encoding_everywhere(kind, tmp_path, monkeypatch)
         {"prompt": PROMPT, "chosen": ANSWER, "rejected": WORSE},
     )
     seen, hf, prompt = walk(tokenizer, tmp_path, monkeypatch, sft=sft, pair=pair)
-    # By hand, of nothing but the exported tokenizer: BOS + text, text + EOS.
+    # By hand, of nothing but the exported tokenizer: BOS + text, what the joined text has behind it + EOS.
     literal = {"add_special_tokens": False, "split_special_tokens": True}
     bos = [] if kind == "hf" else [hf.bos_token_id]
     prompt_ids = (*bos, *hf(PROMPT, **literal)["input_ids"])
-    expected = (prompt_ids, (*hf(ANSWER, **literal)["input_ids"], hf.eos_token_id))
+    joined = (*bos, *hf(PROMPT + ANSWER, **literal)["input_ids"])
+    assert joined[: len(prompt_ids)] == prompt_ids
+    expected = (prompt_ids, (*joined[len(prompt_ids) :], hf.eos_token_id))
     assert seen == dict.fromkeys(("sft", "reward", "sampling", "evaluate"), expected)
     assert tuple(hf(PROMPT)["input_ids"]) == prompt_ids
     assert expected[1].count(hf.eos_token_id) == 1
     assert (prompt.text, prompt.reference) == (PROMPT, ANSWER)
-    assert tokenizer.decode(expected[1]) == hf.decode(expected[1], skip_special_tokens=True) == ANSWER
+    assert tokenizer.decode_response(expected[1]) == ANSWER
+    assert hf.decode([*prompt_ids, *expected[1]], skip_special_tokens=True) == PROMPT + ANSWER
 
 
 @pytest.mark.parametrize("kind", ["hf", "hf_bos"])

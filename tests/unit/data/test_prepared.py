@@ -177,7 +177,7 @@ def test_a_saved_tokenizer_keeps_its_fingerprint_and_another_has_another(name, r
 
 def test_chat_template_and_merge_rules_are_part_of_the_fingerprint(hf, tmp_path):
     hf.save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(hf.chat_template + " ")
+    (tmp_path / "chat_template.jinja").write_text(hf.chat_templates["default"] + " ")
     assert tokenizer_fingerprint(HuggingFaceTokenizer(str(tmp_path))) != tokenizer_fingerprint(hf)
     hf.save(tmp_path)
     assert tokenizer_fingerprint(HuggingFaceTokenizer(str(tmp_path))) == tokenizer_fingerprint(hf)

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_brain.config.data import DataConfig
-from megatron_brain.data import chat
+from megatron_brain.data.chat import Chat, render_prompt
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 
 ROOMY = DataConfig(seq_length=512)
@@ -36,7 +36,7 @@ def test_sft_group_is_encoded_prompt_then_encoded_response(any_tokenizer):
 
 def test_both_chat_formats_give_the_same_group(hf):
     groups, _ = sft_groups(at({"messages": [USER, GOOD]}, {"prompt": [USER], "completion": [GOOD]}), hf, ROOMY)
-    rendered = chat.render_prompt(hf, [USER], "")
+    rendered = render_prompt(Chat(hf, [USER], ""))
     assert groups[0].prompt == groups[1].prompt == tuple(hf.encode_prompt(rendered, chat=True))
     assert groups[0].responses == groups[1].responses == (tuple(hf.encode_response("a short summary")),)
 
@@ -116,7 +116,7 @@ def test_prompts_come_from_every_format(hf):
     ]
     prompts, report = prompt_groups(at(*records), hf, ROOMY)
     assert {p.tokens for p in prompts} == {tuple(hf.encode_prompt(prompts[0].text, chat=True))}
-    assert prompts[0].text == chat.render_prompt(hf, [USER], "")
+    assert prompts[0].text == render_prompt(Chat(hf, [USER], ""))
     assert [p.reference for p in prompts] == ["a short summary", None] + ["a short summary"] * 3 + [None]
     assert prompts[0].record_id == "d.jsonl:1" and report.duplicates == 5
 
@@ -173,7 +173,7 @@ def test_truncated_conversations_still_start_with_a_token_to_learn(hf_marked):
         ({"prompt": "p", "text": "t"}, "'completion' is missing; the record has prompt, text"),
         ({"text": "t"}, "is missing; the record has text"),
         ({}, "no fields"),
-        ({"prompt": None, "completion": "c"}, "'prompt' is null"),
+        ({"prompt": None, "completion": "c"}, "'prompt' is missing"),
         ({"prompt": "", "completion": "c"}, "'prompt' is empty"),
         ({"prompt": "p", "completion": " \n"}, "'completion' is empty"),
         ({"prompt": "p", "completion": 3}, "'completion' must be a text"),

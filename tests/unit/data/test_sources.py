@@ -92,7 +92,8 @@ def test_a_name_that_is_neither_file_nor_hub_data_set_says_where_it_looked(monke
     [
         (b'{"prompt": ', "not valid JSON"),
         (b'["prompt"]', "must be a JSON object with named fields, not list"),
-        (b'{"prompt": "\xff"}', "not valid JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8 text .invalid start byte at byte 12.: write the file as UTF-8"),
+        (b'{"prompt": "\xed\xa0\xbd"}', "not UTF-8 text"),
         (rb'{"prompt": "\ud800"}', "surrogates not allowed"),
     ],
 )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, build_tokenizer, check_fits
+from megatron_brain.data.tokenizer.base import PLAIN_TEXT
 
 TEXTS = [*LINES, "", " ", "\n\nTL;DR:", " café ☃ 漢字", "tab\there"]
 
@@ -23,7 +24,8 @@ def test_a_prompt_starts_with_bos_exactly_where_the_tokenizer_adds_it_by_itself(
 def test_a_response_ends_in_exactly_one_eos_and_never_starts_with_bos(any_tokenizer):
     for text in TEXTS:
         ids = any_tokenizer.encode_response(text)
-        assert ids == [*any_tokenizer.encode(text), any_tokenizer.eos_id]
+        [joined] = any_tokenizer.encode_continuations([text], [PLAIN_TEXT])
+        assert ids == [*joined, any_tokenizer.eos_id]
         assert ids.count(any_tokenizer.eos_id) == 1
         assert any_tokenizer.bos_id not in ids
 
@@ -93,7 +95,7 @@ def test_saved_tokenizer_reads_back_the_same(any_tokenizer, tmp_path):
     any_tokenizer.save(tmp_path / "copy")
     again = build_tokenizer(any_tokenizer.tokenizer_type, tmp_path / "copy")
     assert again.encode_prompts(TEXTS) == any_tokenizer.encode_prompts(TEXTS)
-    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "adds_bos", "chat_template"):
+    for name in ("vocab_size", "bos_id", "eos_id", "pad_id", "adds_bos", "chat_templates"):
         assert getattr(again, name) == getattr(any_tokenizer, name)
 
 
