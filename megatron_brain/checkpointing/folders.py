@@ -23,8 +23,12 @@ log = logging.getLogger(__name__)
 LATEST = "latest_checkpointed_iteration.txt"
 INFO = "megatron_brain.json"
 RECORDS = "records"
-FORMAT = 3
+FORMAT = 4
+_READABLE = (3, FORMAT)
+"""Formats that are read; what format 3 does not have gets its default."""
 
+_ADDED = {"template_date": ""}
+"""What format 4 has and format 3 has not."""
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -49,6 +53,8 @@ class CheckpointInfo:
     """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
     generation_config: dict = field(default_factory=dict)
     """generation_config.json of the Hugging Face model it comes from, to be exported again; {} if there is none."""
+    template_date: str = ""
+    """What chat templates that write the date took for now, ISO 8601; "" where none does."""
     format: int = field(default=FORMAT)
 
     @property
@@ -102,9 +108,11 @@ def read_info(directory: str | Path) -> CheckpointInfo:
         values = json.loads((path / INFO).read_text())
     except ValueError as error:
         raise ConfigError(f"{path / INFO} is not JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("format", 1) != FORMAT:
+    if not isinstance(values, dict) or values.get("format", 1) not in _READABLE:
         found = values.get("format", 1) if isinstance(values, dict) else "unknown"
         raise ConfigError(f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}")
+    if values["format"] < FORMAT:
+        values = {**_ADDED, **values}
     kinds = {field.name: field.type for field in dataclasses.fields(CheckpointInfo) if field.name != "path"}
     if values.keys() != kinds.keys():
         differing = ", ".join(sorted(values.keys() ^ kinds.keys()))

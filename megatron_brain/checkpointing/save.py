@@ -206,6 +206,7 @@ class CheckpointSaver:
             bf16=self._config.model.bf16,
             layout=self._parallel.layout,
             generation_config=self._generation_config,
+            template_date=self._config.tokenizer.template_date or "",
         )
 
     def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.config.template_date import parse_date
+
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
@@ -13,6 +15,17 @@ class TokenizerConfig:
 
     tokenizer_model: str | None = None
     """Directory, hub name or .model file; default: the loaded checkpoint's or --hf-model's tokenizer."""
+
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template; checkpoints and exports keep it."""
+
+    template_date: str | None = None
+    """What chat templates that write the date take for now, such as 2026-11-30 or 2026-11-30T12:00; default: that of
+    the checkpoint the run starts from, else the time of the start. A run keeps it."""
+
+    def __post_init__(self) -> None:
+        if self.template_date is not None:
+            parse_date(self.template_date)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from megatron_brain.data.errors import RecordError
 from megatron_brain.data.omissions import Span, require_tools, require_written
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
-from megatron_brain.data.tokenizer.chat_template import TemplateRefusal
+from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError
 
 
 class Chat:
@@ -96,7 +96,7 @@ class Chat:
         said = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
         try:
             return render(said, template_kwargs=self._kwargs, **settings)
-        except TemplateRefusal as error:
+        except TemplateRefusalError as error:
             raise RecordError(
                 self.where, "chat template", f"the chat template refuses these messages: {error}"
             ) from error

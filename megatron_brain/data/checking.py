@@ -18,6 +18,7 @@ from itertools import islice
 
 import numpy
 
+from megatron_brain.config.template_date import now
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.lengths import Ids, ReadReport
 from megatron_brain.data.prepared.info import refuse_prepared
@@ -98,6 +99,8 @@ def check(
     Raises:
         ValueError: a source that is not there, or is prepared data.
     """
+    if reading.template_date is None:
+        reading = dataclasses.replace(reading, template_date=now())  # for all processes the same
     opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()

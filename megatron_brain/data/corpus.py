@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from megatron_brain.data.contents import Contents
 from megatron_brain.data.groups import Group
 from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.prepared.read import PreparedItems, open_prepared
-from megatron_brain.data.records import Item, RecordReader, read_records
+from megatron_brain.data.records import Item, PreferencePair, Prompt, RecordReader, read_records
 from megatron_brain.data.sources import load_records
 
 log = logging.getLogger(__name__)
@@ -28,9 +30,18 @@ class OnDemand(Sequence[Made]):
         return self._make(range(self._length)[index])
 
 
+@dataclass(frozen=True)
+class Corpus(Generic[Item]):
+    """The items of a source."""
+
+    items: Sequence[Item]
+    contents: Contents
+    """Their fingerprint."""
+
+
 def read_corpus(
     source: str, reader: RecordReader[Item], *, split: str | None = None, limit: int | None = None
-) -> Sequence[Item]:
+) -> Corpus[Item]:
     """The items of a source, made of raw records at once or of prepared data on demand.
 
     Args:
@@ -46,10 +57,15 @@ def read_corpus(
     if prefix is None:
         items, report = read_records(reader, load_records(source, split, limit))
         log.info("%s: %s", source, report)
-        return items
-    items, report = open_prepared(prefix, reader, limit=limit)
+        return Corpus(items, reader.contents(list(map(reader.hash, items))))
+    items, report, contents = open_prepared(prefix, reader, limit=limit)
     log.info("%s: prepared: %s; %d used", source, report, len(items))
-    return items
+    return Corpus(items, contents)
+
+
+def place_of(item: Group | PreferencePair | Prompt) -> str:
+    """Place of the record an item was made of, or its id."""
+    return item.group.record_id if isinstance(item, PreferencePair) else item.record_id
 
 
 def num_tokens(groups: Sequence[Group]) -> list[int]:

@@ -1,9 +1,9 @@
 """What a chat template leaves out of a conversation.
 
-A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the words
-of a message somewhere in the text proves nothing: the same words may stand elsewhere. So what does not stand at its very
-place is asked for in another way: the conversation is rendered once more with every word replaced by one that stands
-nowhere else, and each of those must be there.
+A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the
+words of a message somewhere in the text proves nothing: the same words may stand elsewhere. So what does not stand at
+its very place is asked for in another way: the conversation is rendered once more with every word replaced by one that
+stands nowhere else, and each of those must be there.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from megatron_brain.config.data import DataConfig, TokenizerConfig
 from megatron_brain.config.fields import section_fields
 from megatron_brain.config.stages import SamplingConfig
+from megatron_brain.config.template_date import parse_date
 from megatron_brain.data.records import PreferenceReader, PromptReader, RecordReader, SFTReader
 from megatron_brain.data.tokenizer import TOKENIZER_TYPES, build_tokenizer
 
 STAGES = ("sft", "reward", "brain")
+_TEMPLATES = ("chat_template", "template_date")
 _LIMITS = ("seq_length", "max_prompt_length", "max_response_length", "overlong")
 
 
@@ -24,6 +26,10 @@ class ReadingSettings:
     """Directory, hub name or file of the tokenizer."""
     limits: DataConfig
     """Length limits and the overlong rule."""
+    chat_template: str | None = None
+    """File of a template that replaces the tokenizer's."""
+    template_date: str | None = None
+    """What chat templates take for now; None: the time when the tokenizer is loaded."""
     multi_turn_loss: bool = False
     """sft: the loss counts every assistant turn."""
     max_new_tokens: int = SamplingConfig().max_new_tokens
@@ -35,7 +41,9 @@ class ReadingSettings:
         Raises:
             ValueError: no such tokenizer, or limits that leave no room.
         """
-        tokenizer = build_tokenizer(self.tokenizer_type, self.tokenizer_model)
+        tokenizer = build_tokenizer(self.tokenizer_type, self.tokenizer_model, self.chat_template)
+        if self.template_date is not None:
+            tokenizer.template_time = parse_date(self.template_date)
         if self.stage == "sft":
             return SFTReader(tokenizer, self.limits, multi_turn_loss=self.multi_turn_loss)
         if self.stage == "reward":
@@ -56,6 +64,9 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-model", help="directory, hub name or .model file")
     group.add_argument("--load", help="checkpoint whose tokenizer to use")
     group.add_argument("--hf-model", help="Hugging Face directory whose tokenizer to use")
+    for spec in section_fields("tokenizer"):
+        if spec.name in _TEMPLATES:
+            group.add_argument(spec.flag, help=spec.help)
     group = parser.add_argument_group("limits, as the stage is given them")
     for spec in section_fields("data"):
         if spec.name in _LIMITS:
@@ -80,13 +91,20 @@ def reading_settings(args: argparse.Namespace) -> ReadingSettings:
     from megatron_brain.checkpointing import read_info
     from megatron_brain.training.run import locate_tokenizer
 
-    asked = TokenizerConfig(tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model)
-    kind, place = locate_tokenizer(asked, read_info(args.load) if args.load else None, args.hf_model)
+    asked = TokenizerConfig(
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=args.tokenizer_model,
+        **{name: getattr(args, name) for name in _TEMPLATES},
+    )
+    checkpoint = read_info(args.load) if args.load else None
+    kind, place = locate_tokenizer(asked, checkpoint, args.hf_model)
     return ReadingSettings(
         stage=args.stage,
         tokenizer_type=kind,
         tokenizer_model=place,
         limits=DataConfig(**{name: getattr(args, name) for name in _LIMITS}),
+        chat_template=asked.chat_template,
+        template_date=asked.template_date or (checkpoint.template_date if checkpoint else "") or None,
         multi_turn_loss=args.multi_turn_loss,
         max_new_tokens=args.max_new_tokens,
     )

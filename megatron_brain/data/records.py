@@ -7,13 +7,17 @@ to prepare it or to check it, goes through these two and so finds the same error
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import numpy
+
+from megatron_brain.data.contents import Contents, contents_of, hash_item
 from megatron_brain.data.drafts import Draft, draft_demonstration, draft_preference, draft_prompt
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.groups import Group
@@ -29,6 +33,7 @@ from megatron_brain.data.lengths import (
 from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
+from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 
 _BATCH = 1000
 
@@ -107,10 +112,24 @@ class RecordReader(ABC, Generic[Item]):
     def ids(self, item: Item) -> tuple[Ids, ...]:
         """Prompt and responses of an item; duplicates are items whose ids are equal."""
 
+    @abstractmethod
+    def hash(self, item: Item) -> int:
+        """64-bit hash of all that a stage has of an item."""
+
     def settings(self) -> dict[str, Any]:
         """What the items depend on besides records and tokenizer, by the name of the flag."""
         names = ("seq_length", "max_prompt_length", "max_response_length", "overlong")
-        return {name: getattr(self.limits, name) for name in names}
+        return {**{name: getattr(self.limits, name) for name in names}, **self._date()}
+
+    def contents(self, hashes: Sequence[int] | numpy.ndarray) -> Contents:
+        """The fingerprint of items, by their hashes in order."""
+        date = self._date().get("template_date", "")
+        return contents_of(hashes, tokenizer=tokenizer_fingerprint(self.tokenizer), template_date=date)
+
+    def _date(self) -> dict[str, str]:
+        """What the chat template takes for now, if it writes a date."""
+        tokenizer = self.tokenizer
+        return {"template_date": tokenizer.template_time.isoformat()} if tokenizer.uses_clock else {}
 
     def tokenise(
         self, records: Iterable[Record], on_error: Callable[[str, ValueError], None] | None = None
@@ -191,6 +210,9 @@ class SFTReader(RecordReader[Group]):
     def ids(self, item: Group) -> tuple[Ids, ...]:
         return item.prompt, *item.responses
 
+    def hash(self, item: Group) -> int:
+        return hash_item(self.ids(item), bytes(item.loss_masks[0]) if item.loss_masks else b"")
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "multi_turn_loss": self.multi_turn_loss}
 
@@ -216,6 +238,9 @@ class PreferenceReader(RecordReader[PreferencePair]):
 
     def ids(self, item: PreferencePair) -> tuple[Ids, ...]:
         return item.group.prompt, *item.group.responses
+
+    def hash(self, item: PreferencePair) -> int:
+        return hash_item(self.ids(item), struct.pack("<d", item.margin))
 
 
 class PromptReader(RecordReader[Prompt]):
@@ -259,9 +284,13 @@ class PromptReader(RecordReader[Prompt]):
     def ids(self, item: Prompt) -> tuple[Ids, ...]:
         return (item.tokens,)
 
+    def hash(self, item: Prompt) -> int:
+        return hash_item(self.ids(item), (item.reference or "").encode())
+
     def settings(self) -> dict[str, Any]:
         names = ("seq_length", "max_prompt_length", "overlong")
-        return {**{name: getattr(self.limits, name) for name in names}, "max_new_tokens": self.room}
+        limits = {name: getattr(self.limits, name) for name in names}
+        return {**limits, "max_new_tokens": self.room, **self._date()}
 
 
 def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple[list[Item], ReadReport]:

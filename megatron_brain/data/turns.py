@@ -1,12 +1,13 @@
 """Every turn of the assistant in a chat: where it stands in the text, and the chat as ids with a mask for the loss.
 
-A turn begins where sampling begins it: behind the messages before it and the template's generation prompt. It ends where
-the next message begins. Two ways lead there:
+A turn begins where sampling begins it: behind the messages before it and the template's generation prompt. It ends
+where the next message begins. Two ways lead there:
 
-- *Growing conversations*, with any template: where the text of the messages so far with the generation prompt begins the
-  text of the whole conversation, and the text with the answer does too, the turn is what the second adds to the first.
-- *Marks*: what the template wraps in ``{% generation %} ... {% endgeneration %}``. They are used where there are any, and
-  must agree with the first way wherever that is exact.
+- *Growing conversations*, with any template: where the text of the messages so far with the generation prompt begins
+  the text of the whole conversation, and the text with the answer does too, the turn is what the second adds to the
+  first.
+- *Marks*: what the template wraps in ``{% generation %} ... {% endgeneration %}``. They are used where there are any,
+  and must agree with the first way wherever that is exact.
 """
 
 from __future__ import annotations
@@ -101,10 +102,9 @@ def _grown(chat: Chat, text: str, indices: Sequence[int]) -> dict[int, Span]:
             raise RecordError(
                 chat.where,
                 _KIND,
-                f"the chat template writes {short(opening)} inside of the assistant's turn messages[{index}], where it is "
-                "the generation prompt of other turns: without it behind the messages before, sampling would begin "
-                "elsewhere; use a template that opens every turn alike (--chat-template FILE), or train on the last "
-                "turn only (without --multi-turn-loss)",
+                f"the chat template writes {short(opening)}, the generation prompt of other turns, inside of the "
+                f"assistant's turn messages[{index}], so sampling would begin elsewhere; use a template that opens "
+                "every turn alike (--chat-template FILE), or train on the last turn only (without --multi-turn-loss)",
             )
         end = len(text) if index == len(chat.messages) - 1 else _end_of_turn(chat, text, index, start)
         turns[index] = Span(start, end)
@@ -170,7 +170,8 @@ def _differs(chat: Chat, index: int, alone: str, text: str) -> RecordError:
         chat.where,
         _KIND,
         f"the chat template writes the assistant's turn messages[{index}] otherwise once the conversation goes on: "
-        f"...{short(alone[same:])} at its end and ...{short(text[same:])} inside, so its tokens cannot be told; {_MARK_CURE}",
+        f"...{short(alone[same:])} at its end and ...{short(text[same:])} inside, so its tokens cannot be told; "
+        f"{_MARK_CURE}",
     )
 
 

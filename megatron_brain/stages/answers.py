@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from megatron_brain.config.stages import SamplingConfig
-from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.records import Prompt, PromptReader
 from megatron_brain.generation.sampler import Sample, Sampler
 from megatron_brain.models.provider import Chunk
@@ -15,7 +14,8 @@ def read_prompts(run: Run) -> Sequence[Prompt]:
     """The prompts of --prompts."""
     settings = run.config.generate
     reader = PromptReader(run.tokenizer, run.config.data, room=run.config.sampling.max_new_tokens)
-    return read_corpus(settings.prompts, reader, split=run.config.data.valid_split, limit=settings.max_prompts)
+    split = run.config.data.valid_split
+    return run.read_data("prompts", settings.prompts, reader, split=split, limit=settings.max_prompts)
 
 
 def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:

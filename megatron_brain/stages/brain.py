@@ -20,6 +20,7 @@ from megatron_brain.stages.samples import check_unchanged, fixed_settings
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.run_length import steps_per_round
+from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ class BrainStage:
 
     def __init__(self, run: Run) -> None:
         config = run.config
-        self._config = config
+        self._config, self._corpora = config, run.corpora
         self.shared_prefix = config.training.shared_prefix
         self._maker = RoundMaker(run)
         self._proposal = self._maker.proposal
@@ -188,6 +189,7 @@ class BrainStage:
             **self._fixed(),
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
+            "data": as_state(self._corpora),
         }
 
     def records(self) -> list[dict]:
@@ -205,6 +207,7 @@ class BrainStage:
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
         """Take up the round, at any number of replicas."""
         check_unchanged(self._fixed(), state)
+        require_same_as_before(self._corpora, state.get("data"))
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
         rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in records]

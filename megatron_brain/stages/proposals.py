@@ -11,7 +11,6 @@ from typing import Protocol
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
-from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.order import SampleOrder
 from megatron_brain.data.records import PreferenceReader, PromptReader
 from megatron_brain.generation.sampler import Sampler
@@ -58,7 +57,9 @@ class Samples:
         self._run, self._placement, self._prior = run, placement, prior
         data, sampling = run.config.data, run.config.sampling
         reader = PromptReader(run.tokenizer, data, room=sampling.max_new_tokens)
-        self._prompts = read_corpus(data.train_data, reader, split=data.train_split, limit=data.max_train_records)
+        self._prompts = run.read_data(
+            "train_data", data.train_data, reader, split=data.train_split, limit=data.max_train_records
+        )
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
@@ -126,7 +127,9 @@ class GivenPairs:
         data = run.config.data
         self._placement, self._tokenizer = placement, run.tokenizer
         reader = PreferenceReader(run.tokenizer, data)
-        self._pairs = read_corpus(data.train_data, reader, split=data.train_split, limit=data.max_train_records)
+        self._pairs = run.read_data(
+            "train_data", data.train_data, reader, split=data.train_split, limit=data.max_train_records
+        )
         self._order = SampleOrder(len(self._pairs), seed=run.config.training.seed)
         self.num_prompts = len(self._pairs)
         self.groups_per_round = run.config.brain.prompts_per_round

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.data.corpus import OnDemand, read_corpus
+from megatron_brain.data.corpus import OnDemand
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.records import PreferencePair, PreferenceReader
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
@@ -25,12 +25,17 @@ class RewardStage(SampledStage):
     def __init__(self, run: Run) -> None:
         data = run.config.data
         self._centering = run.config.reward.centering_coefficient
-        train = self._read(run, data.train_data, data.train_split, data.max_train_records)
-        valid = self._read(run, data.valid_data, data.valid_split, data.max_valid_records) if data.valid_data else []
+        train = self._read(run, "train_data", data.train_data, data.train_split, data.max_train_records)
+        valid = (
+            self._read(run, "valid_data", data.valid_data, data.valid_split, data.max_valid_records)
+            if data.valid_data
+            else []
+        )
         super().__init__(run, train, valid)
 
-    def _read(self, run: Run, source: str, split: str, limit: int | None) -> Sequence[Sequence[Group]]:
-        pairs = read_corpus(source, PreferenceReader(run.tokenizer, run.config.data), split=split, limit=limit)
+    def _read(self, run: Run, flag: str, source: str, split: str, limit: int | None) -> Sequence[Sequence[Group]]:
+        reader = PreferenceReader(run.tokenizer, run.config.data)
+        pairs = run.read_data(flag, source, reader, split=split, limit=limit)
         return OnDemand(len(pairs), lambda index: [_with_margin(pairs[index])])
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:

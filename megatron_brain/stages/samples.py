@@ -1,7 +1,7 @@
 """What stages that train on a fixed set of samples have in common."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
@@ -11,6 +11,7 @@ from megatron_brain.models.provider import Head
 from megatron_brain.stages.placement import plan_step
 from megatron_brain.training.run import Run
 from megatron_brain.training.run_length import iterations
+from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
 
@@ -27,13 +28,21 @@ class SampledStage:
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
 
-    def __init__(self, run: Run, train: Sequence[Sequence[Group]], valid: Sequence[Sequence[Group]]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        train: Sequence[Sequence[Group]],
+        valid: Sequence[Sequence[Group]],
+        *,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
         settings = run.config.training
         self.shared_prefix = settings.shared_prefix
         self._train, self._valid = train, valid
         self._order = SampleOrder(len(train), seed=settings.seed)
         self.train_iters = iterations(settings, len(train))
-        self._fixed = {**fixed_settings(run.config), "num_samples": len(train)}
+        self._fixed = {**fixed_settings(run.config), "num_samples": len(train), **(fixed or {})}
+        self._corpora = run.corpora
         log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
@@ -88,7 +97,7 @@ class SampledStage:
 
     def state_dict(self) -> dict:
         """The position in the data follows from the iteration; these must stay what they were."""
-        return self._fixed
+        return {**self._fixed, "data": as_state(self._corpora)}
 
     def records(self) -> list[dict]:
         """None."""
@@ -97,6 +106,7 @@ class SampledStage:
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
         """Refuse to go on with other data, whose order would be another."""
         check_unchanged(self._fixed, state)
+        require_same_as_before(self._corpora, state.get("data"))
 
 
 def fixed_settings(config: RunConfig) -> dict:
@@ -105,13 +115,15 @@ def fixed_settings(config: RunConfig) -> dict:
 
 
 def check_unchanged(now: dict, earlier: dict) -> None:
-    """Compare what must stay the same over a resume.
+    """Compare what must stay the same over a resume, as far as the checkpoint has it.
 
     Raises:
         ConfigError: naming what changed, with both values.
     """
     changed = [
-        f"{name} was {earlier.get(name)}, is now {value}" for name, value in now.items() if earlier.get(name) != value
+        f"{name} was {earlier[name]}, is now {value}"
+        for name, value in now.items()
+        if name in earlier and earlier[name] != value
     ]
     if changed:
         raise ConfigError(

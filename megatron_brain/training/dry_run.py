@@ -24,7 +24,14 @@ from megatron_brain.runtime.parallel import launched_world_size
 from megatron_brain.stages.proposals import read_round
 from megatron_brain.stages.rollouts import rollout_files
 from megatron_brain.training.frozen import read_frozen_info
-from megatron_brain.training.run import find_start, open_tokenizer, resolve_frozen, resolve_model, set_up_logging
+from megatron_brain.training.run import (
+    find_start,
+    fix_template_date,
+    open_tokenizer,
+    resolve_frozen,
+    resolve_model,
+    set_up_logging,
+)
 from megatron_brain.training.run_length import check_warmup, iterations, rounds, steps_per_round
 
 
@@ -124,7 +131,8 @@ def _open_tokenizer(found: Findings) -> None:
             return
     elif _weights_are_elsewhere(found):
         return
-    found.tokenizer, found.config = open_tokenizer(found.config, found.start_from)
+    found.tokenizer, config = open_tokenizer(found.config, found.start_from)
+    found.config = fix_template_date(config, found.tokenizer, found.start_from)
     found.checked.append(
         f"tokenizer: its {found.tokenizer.vocab_size} ids fit the vocabulary of {found.config.model.vocab_size}"
     )
@@ -183,7 +191,7 @@ def _read(found: Findings, flag: str, source: str, split: str, limit: int | None
             load_records(source, split, limit=1)
         found.absent.append(f"{flag} {source}: more than its first record, which needs the tokenizer")
         return None
-    items = read_corpus(source, _reader(config, found.tokenizer), split=split, limit=limit)
+    items = read_corpus(source, _reader(config, found.tokenizer), split=split, limit=limit).items
     found.checked.append(f"{flag} {source}: {len(items)} records of it are used")
     if config.stage == "sft" and config.sft.packing and packs:
         return len(pack_by_length(num_tokens(items), config.data.seq_length, seed=config.training.seed))

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.template_date import now, parse_date
 from megatron_brain.conversion import load_hf_weights, read_hf_architecture
 from megatron_brain.conversion.generation_config import read_generation_config
+from megatron_brain.data.corpus import Corpus, read_corpus
+from megatron_brain.data.records import Item, RecordReader
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 from megatron_brain.models.fp8_state import without_history
@@ -26,6 +30,7 @@ from megatron_brain.models.provider import Chunk, Head, build_model, choose_laye
 from megatron_brain.runtime import parallel as runtime
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
+from megatron_brain.training.same_data import require_same_data
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,26 @@ class Run:
     """Checkpoints that this run, or one that resumes it, may read again."""
     generation_config: dict = field(default_factory=dict)
     """generation_config.json of the Hugging Face model that the weights come from, for the checkpoints."""
+    corpora: dict[str, Corpus] = field(default_factory=dict)
+    """What `read_data` has read, by the name of the flag."""
+
+    def read_data(
+        self, flag: str, source: str, reader: RecordReader[Item], *, split: str | None = None, limit: int | None = None
+    ) -> Sequence[Item]:
+        """The items of a source, which are the same on all ranks. All ranks call it.
+
+        Args:
+            flag: by which the source was given, such as "train_data".
+            source, reader, split, limit: as `read_corpus` takes them.
+
+        Raises:
+            ValueError: a bad record, or prepared data that does not fit the run.
+            RuntimeError: on all ranks, where some have read other records than rank 0.
+        """
+        corpus = read_corpus(source, reader, split=split, limit=limit)
+        require_same_data(corpus, reader, f"--{flag.replace('_', '-')} {source}", self.parallel)
+        self.corpora[flag] = corpus
+        return corpus.items
 
     def build_model(self, head: Head) -> list[Chunk]:
         """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
@@ -114,6 +139,7 @@ def open_run(config: RunConfig) -> Run:
     fused, reason = gradient_accumulation_fusion(parallel.device)
     log.info("gradient accumulation fusion: %s (%s)", "on" if fused else "off", reason)
     _check_same_start(parallel, start_from, resuming=resuming)
+    config = fix_template_date(config, tokenizer, start_from, parallel)
     return Run(
         config=config,
         parallel=parallel,
@@ -122,6 +148,29 @@ def open_run(config: RunConfig) -> Run:
         resuming=resuming,
         generation_config=generation_config,
     )
+
+
+def fix_template_date(
+    config: RunConfig, tokenizer: Tokenizer, start_from: CheckpointInfo | None, parallel: Parallel | None = None
+) -> RunConfig:
+    """The run with one date for chat templates that write it, on all ranks and for all its days; and say which.
+
+    Args:
+        parallel: rank 0's clock counts where neither --template-date nor the checkpoint says it; None: this one's.
+    """
+    asked = config.tokenizer.template_date
+    if not tokenizer.uses_clock:
+        if asked is not None:
+            log.warning("template_date=%s has no effect: the chat template writes no date", asked)
+        return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, template_date=None))
+    date = asked or (start_from.template_date if start_from is not None else "") or now()
+    if parallel is not None:
+        date = parallel.gather_over_world(date)[0]
+    tokenizer.template_time = parse_date(date)
+    log.info(
+        "the chat template writes the date: it is %s for the whole run and its checkpoints (--template-date)", date
+    )
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, template_date=date))
 
 
 def _check_same_layers(parallel: Parallel, impl: str, reason: str) -> None:
@@ -210,7 +259,7 @@ def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tupl
     kind, place = locate_tokenizer(config.tokenizer, start_from, config.model.hf_model)
     # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
     settings = dataclasses.replace(config.tokenizer, tokenizer_type=kind)
-    tokenizer = build_tokenizer(kind, place)
+    tokenizer = build_tokenizer(kind, place, config.tokenizer.chat_template)
     check_fits(tokenizer, config.model.vocab_size)
     return tokenizer, dataclasses.replace(config, tokenizer=settings)
 

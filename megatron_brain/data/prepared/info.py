@@ -10,7 +10,7 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.prepared.documents import FILES, Format
 from megatron_brain.files import write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOOL = "tools/preprocess_data.py"
 
 _ENDINGS = {".json", *(ending for endings in FILES.values() for ending in endings)}
@@ -35,6 +35,8 @@ class PreparedInfo:
     """`ReadReport` of the whole source."""
     statistics: dict[str, Any]
     """Lengths and numbers of tokens."""
+    contents: dict[str, Any]
+    """`Contents` of the items."""
     files: dict[str, int]
     """Sizes of the data files in bytes, by their ending."""
 
@@ -88,14 +90,17 @@ def read_info(prefix: str) -> PreparedInfo:
     """
     path = Path(f"{prefix}.json")
     try:
-        info = PreparedInfo(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_bytes())
+        if values["format_version"] != FORMAT_VERSION:
+            raise ConfigError(
+                f"{path}: prepared in format version {values['format_version']}, this is version {FORMAT_VERSION}; "
+                f"prepare it again with {TOOL}"
+            )
+        info = PreparedInfo(**values)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: not written by {TOOL} ({error})") from error
-    if info.format_version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: prepared in format version {info.format_version}, this is version {FORMAT_VERSION}; prepare it "
-            f"again with {TOOL}"
-        )
     for ending, size in info.files.items():
         file = Path(prefix + ending)
         found = file.stat().st_size if file.is_file() else None

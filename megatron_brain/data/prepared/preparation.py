@@ -7,6 +7,7 @@ whose `PREFIX.json` is written last. The result depends on records, tokenizer an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -26,6 +27,7 @@ from typing import Any
 import numpy
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.template_date import now
 from megatron_brain.data.lengths import ReadReport, make_report
 from megatron_brain.data.prepared.codecs import CODECS
 from megatron_brain.data.prepared.documents import FILES, Format, merge_documents, open_documents, write_documents
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 RECORDS_PER_PART = 10_000
 _MOST_CHANGES = 5
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ def prepare(job: Preparation) -> PreparedInfo:
     refuse_prepared(job.input)
     if job.prefix.endswith("/"):
         raise ConfigError(f"--output {job.prefix}: is a folder; give the files in it a name, such as {job.prefix}train")
+    job = _dated(job)
     reader = job.reading.build()
     plan = _plan(job, reader)
     if Path(f"{job.prefix}.json").exists():
@@ -91,6 +95,18 @@ def prepare(job: Preparation) -> PreparedInfo:
         info = _merge(job, plan, reader, parts)
     shutil.rmtree(folder)
     return info
+
+
+def _dated(job: Preparation) -> Preparation:
+    """The job with what chat templates take for now: for all its processes and all its days the same."""
+    if job.reading.template_date is not None:
+        return job
+    before = next((path for path in (Path(f"{job.prefix}.json"), _parts_folder(job) / _PLAN) if path.is_file()), None)
+    date = None
+    if before is not None:
+        with contextlib.suppress(ValueError, AttributeError):  # What is wrong with it is told where it is read.
+            date = json.loads(before.read_bytes()).get("settings", {}).get("template_date")
+    return dataclasses.replace(job, reading=dataclasses.replace(job.reading, template_date=date or now()))
 
 
 def _plan(job: Preparation, reader: RecordReader) -> dict[str, Any]:
@@ -128,7 +144,7 @@ def _already_done(job: Preparation, plan: dict[str, Any]) -> PreparedInfo:
 
 def _take_up(folder: Path, plan: dict[str, Any]) -> None:
     """Begin in an empty folder, or go on where a preparation of the same plan was stopped."""
-    path = folder / "plan.json"
+    path = folder / _PLAN
     has_parts = any(part.is_dir() and not part.suffix for part in folder.iterdir())
     if has_parts:
         _require_same(json.loads(path.read_text()), plan, str(folder), str(folder))
@@ -214,7 +230,7 @@ def _write_part(worker: _Worker, part: _Part) -> int:
     reader, codec = worker.reader, CODECS[worker.reader.stage]
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter(text_bytes=0, text_tokens=0)
-    documents, hashes = [], []
+    documents, hashes, contents = [], [], []
     records = ((where, parse_record(where, raw)) for where, raw in part.records)
     for row, tokenised in enumerate(reader.tokenise(records), start=part.first_row):
         item = reader.fit(tokenised, counts)
@@ -223,12 +239,14 @@ def _write_part(worker: _Worker, part: _Part) -> int:
         if item is not None:
             documents.append(codec.encode(item, row))
             hashes.append(_hash(reader.ids(item)))
+            contents.append(reader.hash(item))
     target = worker.folder / f"{part.number:06d}"
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write_documents(partial / "data", worker.format, documents, reader.tokenizer.vocab_size)
     numpy.save(partial / "hashes.npy", numpy.frombuffer(b"".join(hashes), dtype=numpy.uint64).reshape(-1, 2))
+    numpy.save(partial / "contents.npy", numpy.array(contents, dtype=numpy.uint64))
     (partial / "counts.json").write_text(json.dumps({"records": counts, "sums": sums}))
     sync_tree(partial, but="")
     partial.rename(target)
@@ -276,6 +294,9 @@ def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: 
         sizes[ending] = os.path.getsize(partial + ending)
         os.replace(partial + ending, job.prefix + ending)
     sync_folder(Path(job.prefix).parent)
-    info = PreparedInfo(**plan, counts=dataclasses.asdict(report), statistics=statistics, files=sizes)
+    contents = reader.contents(numpy.concatenate([numpy.load(part / "contents.npy") for part in parts]))
+    info = PreparedInfo(
+        **plan, counts=dataclasses.asdict(report), statistics=statistics, contents=contents.as_dict(), files=sizes
+    )
     info.write(job.prefix)
     return info

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.contents import Contents
 from megatron_brain.data.lengths import ReadReport
 from megatron_brain.data.prepared.codecs import CODECS, Codec
 from megatron_brain.data.prepared.documents import DocumentReader, open_documents
@@ -34,7 +35,7 @@ class PreparedItems(Sequence[Item]):
 
 def open_prepared(
     prefix: str, reader: RecordReader[Item], *, limit: int | None = None
-) -> tuple[PreparedItems[Item], ReadReport]:
+) -> tuple[PreparedItems[Item], ReadReport, Contents]:
     """The items of prepared data, where they are what `reader` would make of the records.
 
     Args:
@@ -43,7 +44,7 @@ def open_prepared(
         limit: only what the first so many records of the source gave.
 
     Returns:
-        the items, and what became of the records of the whole source.
+        the items, what became of the records of the whole source, and the fingerprint of the items.
 
     Raises:
         ConfigError: prepared for another stage, tokenizer or rule, or for longer sequences, with the cure.
@@ -59,7 +60,10 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    return PreparedItems(documents, CODECS[info.stage], count), report
+    items = PreparedItems(documents, CODECS[info.stage], count)
+    if count == len(documents):
+        return items, report, Contents.from_dict(info.contents)
+    return items, report, reader.contents(list(map(reader.hash, items)))
 
 
 def _check_stage(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
@@ -87,6 +91,12 @@ def _check_settings(info: PreparedInfo, reader: RecordReader, prefix: str) -> No
     if mine.get("multi_turn_loss") != prepared.get("multi_turn_loss"):
         flag = "--multi-turn-loss" if prepared["multi_turn_loss"] else "--no-multi-turn-loss"
         raise ConfigError(f"{prefix}: prepared with {flag}; run with it, {again} with the other")
+    if mine.get("template_date") != prepared.get("template_date"):
+        date = prepared.get("template_date")
+        raise ConfigError(
+            f"{prefix}: its chat template wrote the date {date}, the run's is {mine.get('template_date')}: run with "
+            f"--template-date {date}, {again} --template-date {mine.get('template_date')}"
+        )
     for_prompts = "max_new_tokens" in mine
     for name in ("seq_length",) if for_prompts else ("seq_length", "max_prompt_length", "max_response_length"):
         allowed, longest = mine[name], prepared[name]

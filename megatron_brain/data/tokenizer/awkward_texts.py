@@ -35,8 +35,8 @@ AWKWARD_TEXTS = [
     "a" * 5_000,
     " ".join(f"word{i} some more text, {i * 7};" for i in range(500)),
 ]
-"""Spaces, line breaks, digits, code, scripts, emoji, control characters, long texts: at least one of them shows where two
-tokenizers differ in their rules."""
+"""Spaces, line breaks, digits, code, scripts, emoji, control characters, long texts: where two tokenizers differ in
+their rules, at least one of them shows it."""
 
 
 def where_differing(ids: Sequence[int], other: Sequence[int]) -> str:

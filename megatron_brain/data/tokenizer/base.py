@@ -212,7 +212,7 @@ class Tokenizer(ABC):
 
         Raises:
             ValueError: the tokenizer has no chat template.
-            TemplateRefusal: the template does not take the messages.
+            TemplateRefusalError: the template does not take the messages.
         """
         raise ValueError(self._no_chat_template())
 

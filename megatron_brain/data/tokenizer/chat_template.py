@@ -29,7 +29,7 @@ _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
 _WORD = "zqxword"
 
 
-class TemplateRefusal(Exception):
+class TemplateRefusalError(Exception):
     """A chat template does not take some messages: it raised an error, of its own or for want of what it expected."""
 
 
@@ -122,7 +122,7 @@ class ChatRenderer:
         """Text of the messages, and where its generation blocks are if it is to be `marked`.
 
         Raises:
-            TemplateRefusal: the template does not take the messages.
+            TemplateRefusalError: the template does not take the messages.
             ValueError: there is no template for them.
         """
         template = self.template_for(tools)
@@ -161,7 +161,7 @@ class ChatRenderer:
                 **{**self._hf.special_tokens_map, **(template_kwargs or {})},
             )
         except Exception as error:  # whatever the template's expressions raise
-            raise TemplateRefusal(f"{error}" or type(error).__name__) from error
+            raise TemplateRefusalError(f"{error}" or type(error).__name__) from error
         return text, [tuple(span) for span in marks[0]] if marked else []
 
     def _find_dialect(self, template: str) -> _Dialect:
@@ -183,7 +183,7 @@ class ChatRenderer:
         """Whether the template takes messages in a dialect, and writes some text and not another."""
         try:
             text, _ = self._render(template, [dialect.spell(message) for message in messages])
-        except TemplateRefusal:
+        except TemplateRefusalError:
             return False
         return wanted in text and (but_not is None or but_not not in text)
 

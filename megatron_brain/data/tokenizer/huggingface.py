@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_brain.data.tokenizer.base import Before, Tokenizer
-from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusal, marks_turns, read_template
+from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusalError, marks_turns, read_template
 from megatron_brain.data.tokenizer.export import check_exported, finish_config
 from megatron_brain.data.tokenizer.own_file import read_tokenizer
 from megatron_brain.data.tokenizer.word_mark import begins_word, without_word_mark
@@ -126,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
-        except (TemplateRefusal, ValueError):
+        except (TemplateRefusalError, ValueError):
             return  # It takes other messages than these; what is wrong with a record is said there.
         [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
         end = next((i for i in ids if i in self.special_ids), self.eos_id)

@@ -55,7 +55,7 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
     if (still := _difference(plain, own)) is not None:
         raise ValueError(f"{what}; without its class, transformers {still}; repair tokenizer_config.json")
     log.warning(
-        "%s. The file's ids are taken: the class of tokenizer_config.json, or the model_type of config.json, stands for "
+        "%s. The file's ids are taken: the class in tokenizer_config.json, or the model_type in config.json, is of "
         "another tokenizer",
         what,
     )

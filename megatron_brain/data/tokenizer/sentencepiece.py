@@ -33,8 +33,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         if chat_template is not None:
             raise ValueError(
-                f"--chat-template {chat_template}: a SentencePieceTokenizer renders no chats; use a HuggingFaceTokenizer, "
-                "which tools/train_tokenizer.py and the export write beside it"
+                f"--chat-template {chat_template}: a SentencePieceTokenizer renders no chats; use a "
+                "HuggingFaceTokenizer, which tools/train_tokenizer.py and the export write beside it"
             )
 
         self.path = Path(tokenizer_model)

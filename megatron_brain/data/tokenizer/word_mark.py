@@ -1,8 +1,8 @@
 """Word marks: what some tokenizers put before every text, and how a text is read that goes on after another one.
 
-A tokenizer of Llama 2's kind reads "at nine" as "\u2581at \u2581nine", as if a space stood before it. Behind a prompt that
-is not what the joined text says: there "when?\\n" + "at nine" has no space. So such a tokenizer gets a second one beside
-it that differs in the mark alone.
+A tokenizer of Llama 2's kind reads "at nine" as "\u2581at \u2581nine", as if a space stood before it. Behind a prompt
+that is not what the joined text says: there "when?\\n" + "at nine" has no space. So such a tokenizer gets a second one
+beside it that differs in the mark alone.
 """
 
 from __future__ import annotations

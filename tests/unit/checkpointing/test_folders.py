@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=f"{INFO} is not JSON"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12}')
-    with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 3"):
+    with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 4"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text("[]")
     with pytest.raises(ValueError, match="has checkpoint format unknown"):

@@ -67,6 +67,7 @@ SPECIAL = {
     "num_layers_at_start_in_bf16": (2, {**FP8, "first_last_layers_bf16": True}),
     "num_layers_at_end_in_bf16": (2, {**FP8, "first_last_layers_bf16": True}),
     "fp8_emulate": (True, FP8),
+    "template_date": ("2026-11-30T12:00", {}),
 }
 
 # Sections are shared, yet these have one value in a stage.

@@ -182,7 +182,7 @@ def test_marks_that_do_not_begin_where_sampling_does_are_refused(tmp_path, user_
 
 
 def test_a_header_that_is_marked_is_not_learned(tmp_path):
-    """Sampling begins behind it: it is the generation prompt. Templates of gpt-oss and Qwen 2.5 are marked like that."""
+    """Sampling begins behind it: it is the generation prompt. TRL marks Qwen 2.5 and gpt-oss like that."""
     header = "<|im_start|>{{ m['role'] }}\n"
     for place, begins in enumerate(["{% generation %}" + header, header[:-1] + "{% generation %}{{ '\n' }}"]):
         template = CHATML_MARKED.replace(header, "").replace("{% else %}", "{% else %}" + header)

@@ -79,9 +79,9 @@ def test_prepared_items_are_those_of_the_raw_records(case, form, prepared, hf_ma
     stage, records = RECORDS[case]
     reading = settings(hf_marked, stage, multi_turn_loss=case == "multi-turn")
     raw, prefix = prepared(records, reading, form)
-    expected = read_corpus(raw, reading.build())
+    expected = read_corpus(raw, reading.build()).items
     for source in (prefix, f"{prefix}.json", f"{prefix}.{'arrow' if form == 'arrow' else 'bin'}"):
-        items = read_corpus(source, reading.build())
+        items = read_corpus(source, reading.build()).items
         assert list(items) == list(expected) and len(items) == len(records)
     assert items[-1] == expected[-1]
     if stage == "sft":
@@ -95,8 +95,8 @@ def test_the_first_records_are_counted_in_the_source_not_in_what_was_kept_of_it(
     reading = settings(hf, "sft", seq_length=16, overlong="drop")
     raw, prefix = prepared([short, long, short, long, long, short], reading, form)
     for limit in range(1, 8):
-        items = read_corpus(prefix, reading.build(), limit=limit)
-        assert list(items) == read_corpus(raw, reading.build(), limit=limit)
+        items = read_corpus(prefix, reading.build(), limit=limit).items
+        assert list(items) == read_corpus(raw, reading.build(), limit=limit).items
         assert num_tokens(items) == num_tokens(list(items))
 
 
@@ -144,7 +144,7 @@ def test_damaged_and_unfinished_data_are_refused_by_name(prepared, hf, tmp_path)
         read_corpus(prefix, reading.build())
     data.write_bytes(whole)
     info.write_text(json.dumps({**json.loads(kept), "format_version": 0}))
-    with pytest.raises(ConfigError, match="prepared in format version 0, this is version 1"):
+    with pytest.raises(ConfigError, match="prepared in format version 0, this is version 2"):
         read_corpus(prefix, reading.build())
     info.write_text(kept[:-4])
     with pytest.raises(ConfigError, match="data.json: not written by tools/preprocess_data.py"):
@@ -161,7 +161,7 @@ def test_records_beside_a_file_of_the_same_name_are_still_records(hf, tmp_path):
     raw = tmp_path / "data.json"
     raw.write_text(json.dumps(RECORDS["text"][1]))
     (tmp_path / "data.arrow").touch()
-    assert len(read_corpus(str(raw), settings(hf, "sft").build())) == len(RECORDS["text"][1])
+    assert len(read_corpus(str(raw), settings(hf, "sft").build()).items) == len(RECORDS["text"][1])
 
 
 @pytest.mark.parametrize("name", ["hf", "hf_bos", "sp"])
@@ -191,7 +191,7 @@ def test_chat_template_and_merge_rules_are_part_of_the_fingerprint(hf, tmp_path)
 def test_an_item_that_nobody_asks_for_is_not_read(prepared, hf):
     reading = settings(hf, "sft")
     _, prefix = prepared(RECORDS["text"][1], reading)
-    items = read_corpus(prefix, reading.build())
+    items = read_corpus(prefix, reading.build()).items
 
     class Closed:
         def __len__(self):

@@ -148,7 +148,7 @@ def test_a_complete_result_is_kept_and_not_overwritten_by_another(make_job):
 def test_statistics_are_those_of_the_items(make_job, hf, corpus, monkeypatch):
     monkeypatch.setattr(preparation, "RECORDS_PER_PART", 40)
     info = prepare(make_job())
-    items = read_corpus(str(corpus), make_job().reading.build())
+    items = read_corpus(str(corpus), make_job().reading.build()).items
     lengths = numpy.array([[len(item.prompt), len(item.responses[0])] for item in items])
     unique = {(item.prompt, item.responses) for item in items}
     assert info.counts["read"] == 300 and info.counts["kept"] == len(items) < 300
@@ -175,7 +175,7 @@ def test_a_part_of_which_nothing_is_kept_is_no_hindrance(make_job, tmp_path, mon
     for form in ("indexed", "arrow"):
         job = make_job(form, form, source=source)
         prepare(job)
-        assert [item.record_id for item in read_corpus(job.prefix, job.reading.build())] == [
+        assert [item.record_id for item in read_corpus(job.prefix, job.reading.build()).items] == [
             f"{source}:{line}" for line in (1, 2, 5)
         ]
 

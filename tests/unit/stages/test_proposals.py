@@ -10,6 +10,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import build_tokenizer
 from megatron_brain.stages.placement import Placement
 from megatron_brain.stages.proposals import GivenPairs, RolloutFiles
+from megatron_brain.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def given_pairs(assets, *, replicas=1):
     config = RunConfig(stage="brain")
     config.data.train_data, config.data.seq_length = str(assets / "pairs.jsonl"), 128
     config.brain.prompts_per_round, config.training.global_batch_size = 16, 8
-    run = SimpleNamespace(config=config, tokenizer=build_tokenizer("HuggingFaceTokenizer", str(assets / "tokenizer")))
+    alone = SimpleNamespace(gather_over_world=lambda item: [item])
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(assets / "tokenizer"))
+    run = Run(config=config, parallel=alone, tokenizer=tokenizer, start_from=None, resuming=False)
     layouts = [SimpleNamespace(dp_rank=rank, dp_size=replicas, tp_size=1, pp_size=1) for rank in range(replicas)]
     return [GivenPairs(run, Placement(config.training, layout, interleaved=False)) for layout in layouts]
 

@@ -17,7 +17,7 @@ def stage(num_samples=10, warmup=0, **training):
     config.optimizer.lr_warmup_iters = warmup
     for name, value in {"global_batch_size": 4, "micro_batch_size": 2, **training}.items():
         setattr(config.training, name, value)
-    return SampledStage(SimpleNamespace(config=config), SAMPLES[:num_samples], []), config
+    return SampledStage(SimpleNamespace(config=config, corpora={}), SAMPLES[:num_samples], []), config
 
 
 def trainer(config, iteration, dp_rank=0, dp_size=1):

@@ -1,0 +1,89 @@
+"""The same data on all ranks and in a run that is resumed: fingerprints tell, and a difference has a place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.contents import Contents
+from megatron_brain.data.corpus import Corpus, place_of
+from megatron_brain.data.records import RecordReader
+from megatron_brain.runtime.parallel import Parallel
+
+log = logging.getLogger(__name__)
+
+
+def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel: Parallel) -> None:
+    """Raise where ranks have read other items than rank 0. All ranks call it.
+
+    Args:
+        corpus: what this rank has read.
+        reader: by which.
+        name: of the source, for the error.
+
+    Raises:
+        RuntimeError: on all ranks; names the ranks and the first record that differs.
+    """
+    mine = corpus.contents
+    everyone: list[Contents] = parallel.gather_over_world(mine)
+    others = [rank for rank, contents in enumerate(everyone) if contents != everyone[0]]
+    if not others:
+        return
+    first, other = everyone[0], everyone[others[0]]
+    if other.count != first.count:
+        said = f"rank 0 has {first.count:,} records of it, rank {others[0]} {other.count:,}"
+    elif (block := first.first_other_block(other)) is None:
+        said = f"rank 0 and rank {others[0]} have other tokenizers or dates in the chat template"
+    else:
+        hashes = [(reader.hash(corpus.items[i]), place_of(corpus.items[i])) for i in block]
+        told = parallel.gather_over_world(hashes if parallel.rank in (0, others[0]) else None)
+        pairs = zip(told[0], told[others[0]], strict=True)
+        (_, here), (_, there) = next(pair for pair in pairs if pair[0][0] != pair[1][0])
+        said = f"the first that differs is {here} on rank 0, {there} on rank {others[0]}"
+    ranks = ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
+    raise RuntimeError(
+        f"{name}: ranks have read other records than rank 0 (ranks {ranks}): {said}. Is the file, or the tokenizer, "
+        "another one on some node? Put one copy where all nodes see it"
+    )
+
+
+def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, Any] | None) -> None:
+    """Raise where a resumed run would go on with other training data than before; of other validation data, say so.
+
+    Args:
+        corpora: what was read, by the name of the flag.
+        state: what `as_state` returned for the checkpoint; None of a checkpoint that has none.
+
+    Raises:
+        ConfigError: names what differs and between which records.
+    """
+    if state is None:
+        log.info("the checkpoint has no fingerprint of its data: that they are the same is told by their number alone")
+        return
+    for flag, corpus in corpora.items():
+        earlier = state.get(flag)
+        if earlier is None:
+            continue
+        found = corpus.contents.difference(Contents.from_dict(earlier), partial(_place, corpus))
+        if found is None:
+            continue
+        name = f"--{flag.replace('_', '-')}"
+        if flag == "valid_data":
+            log.warning("%s is not what the run was validated on before: %s", name, found)
+            continue
+        raise ConfigError(
+            f"the run cannot be resumed: {name} is not what it was trained on so far: {found}. Resume with the same "
+            "data, tokenizer and chat template, or start anew from the weights with --finetune"
+        )
+
+
+def _place(corpus: Corpus, index: int) -> str:
+    return place_of(corpus.items[index])
+
+
+def as_state(corpora: Mapping[str, Corpus]) -> dict[str, Any]:
+    """Fingerprints for a checkpoint."""
+    return {flag: corpus.contents.as_dict() for flag, corpus in corpora.items()}
