@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
@@ -177,6 +178,8 @@ class ToHF:
             **self.family.hf_config(self.model),
             # The name of transformers 4, which transformers 5 reads as well.
             "torch_dtype": str(self.dtype).removeprefix("torch."),
+            # Some versions take a model without it for one of old.
+            "transformers_version": transformers.__version__,
             **({} if is_policy else reward),
         }
 

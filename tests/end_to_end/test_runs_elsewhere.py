@@ -29,7 +29,7 @@ import torch
 import transformers
 from helpers import tiny_tokenizers
 from helpers.debian_tldr import read_jsonl, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from megatron_brain.checkpointing import load_weights
 from megatron_brain.config.loader import load_config
@@ -243,21 +243,12 @@ def assets(tmp_path_factory) -> Path:
     work, rng = tmp_path_factory.mktemp("assets"), random.Random(1)
     tiny_tokenizers.write_hf_tokenizer(work / "bpe", add_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tiny_tokenizers.train_sentencepiece(work)
-    _train_qwen2_tokenizer(work / "qwen2")
+    tiny_tokenizers.write_qwen2_tokenizer(work / "qwen2")
     words = " ".join(tiny_tokenizers.LINES).split()
     texts = [" ".join(rng.choices(words, k=1 + i % 30)) for i in range(PROMPTS)]
     records = [{"prompt": text, "completion": " " + " ".join(text.split()[:3])} for text in texts]
     write_jsonl(work / "records.jsonl", records)
     return work
-
-
-def _train_qwen2_tokenizer(directory: Path) -> None:
-    """transformers reads every tokenizer beside a qwen2 model as this class, which has its own way to split text."""
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        tiny_tokenizers.LINES, 330, new_special_tokens=["<|im_end|>"], show_progress=False
-    )
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.save_pretrained(directory)
 
 
 @pytest.fixture

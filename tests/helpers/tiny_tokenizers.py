@@ -5,7 +5,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 LINES = [
     "a tool that reads the package index and prints a short summary",
@@ -41,6 +41,15 @@ def write_hf_tokenizer(directory: Path, *, add_bos: bool = False, special: list[
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(directory)
     return str(directory)
+
+
+def write_qwen2_tokenizer(directory: Path) -> None:
+    """transformers reads every tokenizer beside a qwen2 model as this class, which has its own way to split text."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        LINES, 330, new_special_tokens=["<|im_end|>"], show_progress=False
+    )
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(directory)
 
 
 def train_sentencepiece(directory: Path, **settings) -> str:

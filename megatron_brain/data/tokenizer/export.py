@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS, where_differing
-from megatron_brain.data.tokenizer.base import Tokenizer
+from megatron_brain.data.tokenizer.base import Before, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,16 +17,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_JOINS = [
+    ("when?\n", "at nine"),
+    ("a long text\nTL;DR:", " a short one"),
+    ("a: ", "nine"),
+    ("a ", " b"),
+    ("a:", "\nb"),
+    ("a\n", "\nb"),
+    ("some wor", "ds"),
+    ("3.1", "4"),
+    ("\u6f22", "\u5b57"),
+]
+"""Prompts and responses, by the kinds of places that they meet in."""
+
+
 def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
-    """Settings of tokenizer_config.json that ``save_pretrained`` leaves open.
+    """Settings of tokenizer_config.json that ``save_pretrained`` leaves open, as transformers 4 and 5 both read them.
 
     A reward model pads on the right, and cuts on the left: a text cut on the right loses the end that a reward is read
-    at. The class gets the name that transformers 4 knows as well.
+    at. The class is the one that takes tokenizer.json as it is, by the name that transformers 4 knows. So is the name
+    of the list of further special tokens: what version 5 calls it was a dictionary in version 4.
     """
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings["tokenizer_class"] == "TokenizersBackend":
+    if (directory / "tokenizer.json").is_file():
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if head == "reward":
         settings |= {"padding_side": "right", "truncation_side": "left"}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -62,6 +79,27 @@ def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
     else:
         cure = "give transformers token ids that this tokenizer made"
     raise ValueError(f"{message}; {cure}")
+
+
+def warn_of_joins(directory: str | Path, tokenizer: Tokenizer) -> None:
+    """Log where prompt + response + EOS as one text has other ids than prompt and response have here.
+
+    There a token reaches across the boundary, and a reward of `transformers` on the text is another one.
+    """
+    exported = _read(directory)
+    others = []
+    for prompt, response in _JOINS:
+        ids = tokenizer.encode_prompt(prompt)
+        ours = [*ids, *tokenizer.encode_response(response, before=Before(prompt, ids[-1] if ids else None))]
+        if exported(prompt + response + exported.eos_token, verbose=False)["input_ids"] != ours:
+            others.append(f"{prompt!r} + {response!r}")
+    if others:
+        logger.warning(
+            "%s: on a text of prompt + response + eos_token, transformers gives the rewards of here except where a "
+            "token reaches across the boundary, as in %s; give it token ids there",
+            directory,
+            ", ".join(others),
+        )
 
 
 def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_brain.data.tokenizer.base import Before, Tokenizer
 from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusalError, marks_turns, read_template
-from megatron_brain.data.tokenizer.export import check_exported, finish_config
+from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_joins
 from megatron_brain.data.tokenizer.own_file import read_tokenizer
 from megatron_brain.data.tokenizer.word_mark import begins_word, without_word_mark
 
@@ -190,6 +190,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 self.pad_id,
             )
         check_exported(directory, self)
+        if head == "reward":
+            warn_of_joins(directory, self)
 
     def render_chat(
         self,

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_brain.data.tokenizer.base import Before, Tokenizer
-from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_differences
+from megatron_brain.data.tokenizer.export import (
+    check_exported,
+    finish_config,
+    warn_of_differences,
+    warn_of_joins,
+)
 from megatron_brain.data.tokenizer.word_mark import begins_word
 
 if TYPE_CHECKING:
@@ -121,6 +126,8 @@ class SentencePieceTokenizer(Tokenizer):
         finish_config(Path(directory), head)
         self.save(directory)
         check_exported(directory, self)
+        if head == "reward":
+            warn_of_joins(directory, self)
         warn_of_differences(directory, self, doubtful_texts(model), f"texts of this kind differ, others do not; {CURE}")
 
 
