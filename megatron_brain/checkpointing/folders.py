@@ -105,7 +105,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     if not (path / INFO).is_file():
         raise ConfigError(f"{path} has no {INFO}: it was not written by megatron_brain")
     try:
-        values = json.loads((path / INFO).read_text())
+        values = json.loads((path / INFO).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path / INFO} is not JSON: {error}") from error
     if not isinstance(values, dict) or values.get("format", 1) not in _READABLE:
@@ -189,7 +189,7 @@ def _latest(root: Path) -> Path:
         raise ConfigError(
             f"{root.resolve()} holds no checkpoint: it has no {LATEST}; was --save of the earlier run another?"
         )
-    text = (root / LATEST).read_text().strip()
+    text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdigit():
         raise ConfigError(f"{root / LATEST} says {text!r}, which is not an iteration number")
     path = _present(iteration_dir(root, int(text)))

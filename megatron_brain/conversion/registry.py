@@ -13,6 +13,8 @@ from megatron_brain.conversion import families
 from megatron_brain.conversion.family import Family, UnsupportedFamily
 from megatron_brain.models.provider import Head
 
+_ADAPTER = "adapter_config.json"
+
 _MODULES = [
     importlib.import_module(f"{families.__name__}.{found.name}") for found in pkgutil.iter_modules(families.__path__)
 ]
@@ -111,6 +113,16 @@ def _family_of(named: object, where: Path) -> tuple[Family, Head]:
     raise ConfigError(f"{where}: architectures={named} is not supported; supported are {', '.join(_CLASSES)}")
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """transformers would load the adapter over the weights beside it, or over those of another folder."""
+    if (directory / _ADAPTER).is_file():
+        raise ConfigError(
+            f"{directory} has an {_ADAPTER}: the model is its weights with that adapter. Merge them with peft "
+            "(AutoPeftModelForCausalLM.from_pretrained, then merge_and_unload and save_pretrained) and give that "
+            f"folder, or remove {_ADAPTER} to take the weights without the adapter"
+        )
+
+
 def _read_config(directory: Path) -> dict:
     path = directory / "config.json"
     if not directory.is_dir():
@@ -118,11 +130,12 @@ def _read_config(directory: Path) -> dict:
             f"{directory} is not a directory: give the local directory of a Hugging Face model "
             "(`hf download NAME --local-dir DIR` fetches one from the hub)"
         )
+    _refuse_adapter(directory)
     if not path.is_file():
         raise ConfigError(f"{directory} has no config.json: it is not the directory of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}, not a JSON object")

@@ -45,6 +45,10 @@ class SafetensorsReader:
         if missing:
             raise ConfigError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
 
+    def lacks(self, name: str) -> bool:
+        """Whether the index says that a tensor is in a file that does not have it."""
+        return name not in self._header(self.file_of[name])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it.
 
