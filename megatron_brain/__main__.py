@@ -2,14 +2,13 @@
 
 import contextlib
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.runtime import signals
+from megatron_brain.runtime import launch, signals
 
 _STAGES = {
     "sft": "supervised fine-tuning on prompt/response records",
@@ -33,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
+        if not config.training.dry_run:
+            launch.read_launch()
         from megatron_brain.runtime import transformer_engine
 
         # One that is installed and broken would break megatron-core, which what follows imports.
@@ -63,7 +64,7 @@ def _dry_run(config: RunConfig) -> None:
     from megatron_brain.training import dry_run, dry_run_report
 
     report = dry_run_report.render(dry_run.inspect(config))
-    if os.environ.get("RANK", "0") == "0":
+    if launch.speaks():
         print(report)
 
 
@@ -90,12 +91,11 @@ def _is_ours(error: ValueError) -> bool:
 
 def _report(error: ValueError) -> None:
     """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
-    rank = os.environ.get("RANK", "0")
     torch = sys.modules.get("torch")
-    if rank == "0":
+    if launch.speaks():
         print(f"error: {error}", file=sys.stderr)
     elif torch is not None and torch.distributed.is_initialized():
-        print(f"rank {rank}: error: {error}", file=sys.stderr)
+        print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
 from megatron_brain.runtime import parallel
+from megatron_brain.runtime.launch import speaks
 
 
 class Conversion(Protocol):
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     Returns:
         the exit status: 1 where the two models differ or a process failed, 2 for a mistake in what was asked for.
     """
-    is_first = parallel.is_launch_writer()
+    is_first = speaks()
     try:
         said = _convert(args, source, Workers(), prepare)
     except MismatchError as error:

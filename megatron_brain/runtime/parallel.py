@@ -1,4 +1,4 @@
-"""Start-up under torchrun or alone, and the one object that holds all process groups."""
+"""Start-up among the processes of a launcher or alone, and the one object that holds all process groups."""
 
 import datetime
 import os
@@ -9,8 +9,10 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.runtime import cpu_backend
+from megatron_brain.runtime.launch import read_launch
 
 _host_group: dist.ProcessGroup | None = None
 
@@ -104,26 +106,32 @@ class Parallel:
 
 
 def launched_world_size() -> int:
-    """Processes torchrun started, known before any process group exists; 1 when run alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that were started together, known before any process group exists; 1 when run alone.
+
+    Raises:
+        ConfigError: the environment does not say.
+    """
+    return read_launch().world_size
 
 
 def launched_device() -> torch.device:
     """The device of this process, known before any process group exists."""
     if cpu_backend.needs_cpu_backend():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def is_launch_writer() -> bool:
-    """Whether this is global rank 0, known before any process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    launch = read_launch()
+    if launch.local_rank is None and launch.world_size > 1:
+        raise ConfigError(
+            f"LOCAL_RANK is not set on rank {launch.rank} of {launch.world_size}: which of this node's GPUs is its own?"
+        )
+    # A launcher may show each process one GPU alone.
+    one_each = torch.cuda.device_count() == 1
+    return torch.device("cuda", 0 if one_each else launch.local_rank or 0)
 
 
 def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -> Parallel:
     """Join the world, make the process groups of the layout and seed every generator.
 
-    Under torchrun the world is the one it made; alone it is this process. NCCL on CUDA, gloo elsewhere. May be
+    Under a launcher the world is the one it made; alone it is this process. NCCL on CUDA, gloo elsewhere. May be
     called again in the same process with another layout over the same world.
     """
     if cpu_backend.needs_cpu_backend():
@@ -220,14 +228,16 @@ def _join_world(timeout: datetime.timedelta) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+    launch = read_launch()
+    launch.export(os.environ)
+    if launch.is_alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif os.environ.get("GROUP_WORLD_SIZE") == "1":
         # Restarted by torchrun: its store still has the addresses of the processes before, which gloo would connect to.
         # The agents of several nodes count restarts separately; docs/clusters.md has what helps there.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     return device

@@ -20,7 +20,7 @@ from megatron_brain.data.sources import load_records, source_files
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.models.architecture import REQUIRED_SIZES
 from megatron_brain.models.provider import Head
-from megatron_brain.runtime.parallel import launched_world_size
+from megatron_brain.runtime.launch import pretended_world_size
 from megatron_brain.stages.proposals import read_round
 from megatron_brain.stages.rollouts import rollout_files
 from megatron_brain.training.frozen import read_frozen_info
@@ -75,7 +75,7 @@ def inspect(config: RunConfig) -> Findings:
         ValueError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
     set_up_logging()
-    found = Findings(config=config, world_size=launched_world_size())
+    found = Findings(config=config, world_size=pretended_world_size())
     _resolve_model(found)
     _open_tokenizer(found)
     _check_frozen(found)
@@ -98,7 +98,7 @@ def _resolve_model(found: Findings) -> None:
     if found.start_from is None and model.hf_model and not found.is_here("--hf-model", model.hf_model, what):
         config = dataclasses.replace(config, model=dataclasses.replace(model, hf_model=None))
     _require_sizes(found, config)
-    config, _ = resolve_model(config, found.start_from)
+    config, _ = resolve_model(config, found.start_from, found.world_size)
     found.config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_model=model.hf_model))
     if found.start_from is not None:
         how = "to be resumed" if found.resuming else "weights to start from"

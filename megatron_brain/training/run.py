@@ -28,6 +28,7 @@ from megatron_brain.models.fp8_weights import written
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
+from megatron_brain.runtime.launch import speaks
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
 from megatron_brain.training.same_data import require_same_data
@@ -129,8 +130,9 @@ def open_run(config: RunConfig) -> Run:
         ValueError: anything the user asked for that cannot be; nothing has been started by then.
     """
     set_up_logging()
+    world_size = runtime.launched_world_size()
     start_from, resuming = find_start(config)
-    config, generation_config = resolve_model(config, start_from)
+    config, generation_config = resolve_model(config, start_from, world_size)
     tokenizer, config = open_tokenizer(config, start_from)
     impl, reason = choose_layers(config.model, config.parallel, config.fp8, runtime.launched_device())
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
@@ -214,7 +216,7 @@ def find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
     return info, resuming
 
 
-def resolve_model(config: RunConfig, start_from: CheckpointInfo | None) -> tuple[RunConfig, dict]:
+def resolve_model(config: RunConfig, start_from: CheckpointInfo | None, world_size: int) -> tuple[RunConfig, dict]:
     """The run with its model's sizes known and its layout checked, and the generation_config.json that comes along.
 
     Raises:
@@ -230,7 +232,7 @@ def resolve_model(config: RunConfig, start_from: CheckpointInfo | None) -> tuple
     else:
         found, source = None, "the flags"
     config = dataclasses.replace(config, model=resolve(config.model, found, source))
-    validate_layout(config, runtime.launched_world_size(), config.model)
+    validate_layout(config, world_size, config.model)
     return config, generation_config
 
 
@@ -287,6 +289,6 @@ def _without_sizes(model: ModelConfig) -> ModelConfig:
 
 def set_up_logging() -> None:
     """Messages of this package on rank 0, warnings of others."""
-    level = logging.INFO if runtime.is_launch_writer() else logging.ERROR
+    level = logging.INFO if speaks() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_brain").setLevel(level)

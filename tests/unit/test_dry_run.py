@@ -231,7 +231,8 @@ def flags_of_mistakes(assets):
 @pytest.mark.parametrize("mistake", ["a layout", "a batch", "a size", "a stage", "no checkpoint", "a tokenizer"])
 def test_what_a_start_refuses_is_refused_in_the_same_words(mistake, assets, monkeypatch, capsys, nothing_starts):
     argv, part = flags_of_mistakes(assets)[mistake]
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     said = []
     for flags in (argv, [*argv, "--dry-run"]):
         assert main(flags) == 2

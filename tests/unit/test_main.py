@@ -70,7 +70,8 @@ def test_a_user_error_ends_the_process_with_2_and_one_message_on_stderr():
     ("started", "message"), [(False, ""), (True, "rank 1: error: micro_batch_sise='3' (command line): unknown key")]
 )
 def test_a_mistake_all_ranks_make_is_reported_once_and_later_ones_by_every_rank(monkeypatch, capsys, started, message):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: started)
     assert command.main(["sft", "--micro-batch-sise", "3"]) == 2
     error = capsys.readouterr().err

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILE = "tokenizer.json"
+_VOCABULARIES = (_FILE, "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json", "*.spm")
 _SPECIAL_TOKENS_TRIED = 64
 _DIGITS = ("0", "7 1650", "2026-11-30", "12345678901234567890", "3.14159e-05", "a1b22c333")
 
@@ -38,16 +39,15 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
         file = _own_file(place)
         own = None if file is None else Tokenizer.from_file(file)
     except Exception as error:  # the library's readers raise many unrelated types for a bad folder
+        if _has_no_files(place):
+            raise _no_tokenizer(place) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"--tokenizer-model {place}: AutoTokenizer cannot read it ({reason}); "
             "give a directory with tokenizer.json and tokenizer_config.json, or a hub name that can be reached"
         ) from error
     if not set(chosen.get_vocab().values()) - set(chosen.added_tokens_decoder):
-        raise ValueError(
-            f"--tokenizer-model {place}: there is no tokenizer in it, or one without a vocabulary: copy the files of "
-            "the model's tokenizer there (tokenizer.json, tokenizer_config.json), or name another folder"
-        )
+        raise _no_tokenizer(place)
     if own is None or (problem := _difference(chosen, own)) is None:
         return chosen
     plain = PreTrainedTokenizerFast.from_pretrained(place)
@@ -60,6 +60,19 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
         what,
     )
     return plain
+
+
+def _has_no_files(place: str) -> bool:
+    """Whether a folder has nothing that a vocabulary could be in."""
+    folder = Path(place)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
+
+
+def _no_tokenizer(place: str) -> ValueError:
+    return ValueError(
+        f"--tokenizer-model {place}: there is no tokenizer in it, or one without a vocabulary: copy the files of the "
+        "model's tokenizer there (tokenizer.json, tokenizer_config.json), or give --tokenizer-model another folder"
+    )
 
 
 def _own_file(place: str) -> str | None:

@@ -1,0 +1,255 @@
+"""Who started this process, and its place among the others, known before torch is imported.
+
+torchrun says so in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun, mpirun and mpiexec have variables
+of their own; where those tell rank, number and address of the processes, they are taken. Where they tell only some of
+it, the start is refused: processes that each believed to be rank 0 of one would train side by side into one --save.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+from megatron_brain.config.errors import ConfigError
+
+_FIRST_PORT, _PORTS = 20_000, 10_000
+_CURE = "Start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT on every process"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """This process among those that were started together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = None
+    """Number of this process on its node; None where it is not known."""
+    address: str | None = None
+    """Host of rank 0; None where there is no other process to find."""
+    port: int | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no address to meet others at, and none is needed."""
+        return self.address is None
+
+    def export(self, environment: MutableMapping[str, str]) -> None:
+        """Say it as torchrun does, for torch and megatron-core."""
+        if self.is_alone:
+            return
+        environment |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": self.address}
+        environment["MASTER_PORT"] = str(self.port)
+        if self.local_rank is not None:
+            environment["LOCAL_RANK"] = str(self.local_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Launcher:
+    """Names of a launcher's variables."""
+
+    name: str
+    rank: str
+    size: tuple[str, ...]
+    local_rank: str
+    local_size: str | None = None
+    """Processes on this node."""
+    job: tuple[str, ...] = ()
+    """Variables that are the same on all processes, and others in another job."""
+    needs: str | None = None
+    """A variable without which the others do not count."""
+
+
+_SLURM = _Launcher(
+    name="srun (Slurm)",
+    rank="SLURM_PROCID",
+    size=("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
+    local_rank="SLURM_LOCALID",
+    job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    needs="SLURM_STEP_ID",  # A batch script has the others too, and is one process.
+)
+_PMI = _Launcher(
+    name="mpiexec (PMI)",
+    rank="PMI_RANK",
+    size=("PMI_SIZE",),
+    local_rank="MPI_LOCALRANKID",
+    local_size="MPI_LOCALNRANKS",
+)
+# In the order of trust: mpirun in a Slurm job starts its own daemons by srun, whose variables its processes inherit.
+_LAUNCHERS = (
+    _Launcher(
+        name="mpirun (Open MPI)",
+        rank="OMPI_COMM_WORLD_RANK",
+        size=("OMPI_COMM_WORLD_SIZE",),
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
+        job=("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    ),
+    _Launcher(
+        name="mpirun (MVAPICH)",
+        rank="MV2_COMM_WORLD_RANK",
+        size=("MV2_COMM_WORLD_SIZE",),
+        local_rank="MV2_COMM_WORLD_LOCAL_RANK",
+        local_size="MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _PMI,
+    _SLURM,
+    _Launcher(name="a PMIx launcher", rank="PMIX_RANK", size=(), local_rank="", job=("PMIX_NAMESPACE",)),
+)
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """This process among the others, by the environment's variables.
+
+    Raises:
+        ConfigError: they say too little, or contradict each other.
+    """
+    environment = os.environ if environment is None else environment
+    if "RANK" in environment:
+        return _by_torchrun(environment)
+    launcher = _launcher_of(environment)
+    if launcher is not None:
+        return _by_launcher(launcher, environment)
+    size = _number(environment, "WORLD_SIZE", least=1) if "WORLD_SIZE" in environment else 1
+    if size > 1:
+        raise ConfigError(f"WORLD_SIZE={size} is set and RANK is not: which one is this process? {_CURE}, or unset it")
+    return Launch()
+
+
+def pretended_world_size(environment: Mapping[str, str] | None = None) -> int:
+    """Number of processes that a dry run pretends there are: WORLD_SIZE, which needs no RANK there.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    environment = os.environ if environment is None else environment
+    if "WORLD_SIZE" in environment:
+        return _number(environment, "WORLD_SIZE", least=1)
+    return read_launch(environment).world_size
+
+
+def speaks(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process tells what all of them find; also where they do not know of each other."""
+    environment = os.environ if environment is None else environment
+    names = ("RANK", *(launcher.rank for launcher in _LAUNCHERS))
+    first = next((environment[name] for name in names if environment.get(name)), "0")
+    return not first.isdigit() or int(first) == 0
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a list as Slurm writes it, such as ``n[01-04,7],login``.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    match = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?(?:,|$)", nodes)
+    if match is None or not match[0].strip(","):
+        raise ValueError(f"not a list of hosts: {nodes!r}")
+    return "".join(part for part in match.groups() if part)
+
+
+def _by_torchrun(environment: Mapping[str, str]) -> Launch:
+    if "WORLD_SIZE" not in environment:
+        raise ConfigError(f"RANK={environment['RANK']} is set and WORLD_SIZE is not. {_CURE}, or unset RANK")
+    size, rank = _number(environment, "WORLD_SIZE", least=1), _number(environment, "RANK")
+    if rank >= size:
+        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={size}: ranks are counted from 0. {_CURE}")
+    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None
+    address, port = environment.get("MASTER_ADDR"), None
+    if address:
+        port = _number(environment, "MASTER_PORT", least=1) if "MASTER_PORT" in environment else None
+    if size > 1 and not (address and port):
+        missing = "MASTER_PORT" if address else "MASTER_ADDR"
+        raise ConfigError(f"RANK={rank} and WORLD_SIZE={size} are set and {missing} is not. {_CURE}")
+    meets = bool(address and port)
+    return Launch(
+        rank=rank,
+        world_size=size,
+        local_rank=local_rank,
+        address=address if meets else None,
+        port=port if meets else None,
+    )
+
+
+def _launcher_of(environment: Mapping[str, str]) -> _Launcher | None:
+    """The launcher that started this process, if one did."""
+    found = [
+        launcher
+        for launcher in _LAUNCHERS
+        if launcher.rank in environment and (launcher.needs is None or launcher.needs in environment)
+    ]
+    if not found:
+        return None
+    if found[0] is _PMI and _SLURM in found and _same_place(_PMI, _SLURM, environment):
+        return _SLURM  # srun --mpi=pmi2, and Slurm knows the hosts too.
+    return found[0]
+
+
+def _same_place(one: _Launcher, other: _Launcher, environment: Mapping[str, str]) -> bool:
+    """Whether two launchers give this process the same rank among as many."""
+    places = [
+        (environment[launcher.rank], next((environment[name] for name in launcher.size if name in environment), None))
+        for launcher in (one, other)
+    ]
+    return places[0] == places[1]
+
+
+def _by_launcher(launcher: _Launcher, environment: Mapping[str, str]) -> Launch:
+    rank = _number(environment, launcher.rank)
+    size_name = next((name for name in launcher.size if name in environment), None)
+    started = f"this process was started by {launcher.name}, as {launcher.rank}={rank}"
+    if size_name is None:
+        raise ConfigError(f"{started}, which does not say how many there are. {_CURE}")
+    size = _number(environment, size_name, least=1)
+    if rank >= size:
+        raise ConfigError(f"{started}, which is not below {size_name}={size}. {_CURE}")
+    asked = _number(environment, "WORLD_SIZE", least=1) if "WORLD_SIZE" in environment else size
+    if asked != size:
+        raise ConfigError(f"{started} of {size_name}={size}, and WORLD_SIZE={asked} is set. Unset it, or set RANK too")
+    if size == 1:
+        return Launch()
+    address = environment.get("MASTER_ADDR") or _address(launcher, environment, size)
+    if address is None:
+        raise ConfigError(
+            f"{started} of {size}, which does not say on which host rank 0 is: set MASTER_ADDR and MASTER_PORT on "
+            "every process, or start with torchrun"
+        )
+    port = (
+        _number(environment, "MASTER_PORT", least=1) if "MASTER_PORT" in environment else _port(launcher, environment)
+    )
+    local_rank = _number(environment, launcher.local_rank) if launcher.local_rank in environment else None
+    return Launch(rank=rank, world_size=size, local_rank=local_rank, address=address, port=port)
+
+
+def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> str | None:
+    """Host of rank 0, as far as a launcher says it."""
+    if launcher.local_size is not None and environment.get(launcher.local_size) == str(size):
+        return "127.0.0.1"
+    if launcher.rank != "SLURM_PROCID":
+        return None
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return None
+    if environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES")) == "1":
+        return "127.0.0.1"
+    try:
+        return first_host(nodes)
+    except ValueError as error:
+        raise ConfigError(f"SLURM_STEP_NODELIST is {error}: set MASTER_ADDR") from error
+
+
+def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
+    """A port that all processes of a job come to, and others of another job."""
+    job = [environment[name] for name in launcher.job if name in environment]
+    # On one node, the launcher is the parent of all processes.
+    known = " ".join(job) if job else str(os.getppid())
+    return _FIRST_PORT + zlib.crc32(known.encode()) % _PORTS
+
+
+def _number(environment: Mapping[str, str], name: str, *, least: int = 0) -> int:
+    text = environment[name].strip()
+    if not text.isdigit() or int(text) < least:
+        raise ConfigError(f"{name}={environment[name]!r} is not a number of at least {least}. {_CURE}, or unset it")
+    return int(text)
