@@ -29,6 +29,16 @@ def bootstrap(values: Sequence[float], *, samples: int, seed: int) -> Estimate:
     return Estimate(float(data.mean()), float(low), float(high))
 
 
-def wins(scores: Sequence[float], other_scores: Sequence[float]) -> list[float]:
-    """1 where a score beats the other, 0 where it loses, one half for a tie; one entry per prompt."""
-    return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in zip(scores, other_scores, strict=True)]
+def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequence[bool] | None = None) -> list[float]:
+    """1 where a score beats the other, 0 where it loses, one half for a tie; one entry per prompt.
+
+    Args:
+        ties: prompts that tie whatever their scores, as those of equal answers do, which may differ by rounding.
+
+    Raises:
+        ValueError: a score is NaN, which neither wins nor loses nor ties.
+    """
+    if any(score != score for score in (*scores, *other_scores)):
+        raise ValueError("a score is NaN: there is no winner")
+    ties = [False] * len(scores) if ties is None else ties
+    return [0.5 if tie or a == b else float(a > b) for a, b, tie in zip(scores, other_scores, ties, strict=True)]

@@ -1,10 +1,10 @@
 """Compares a policy with a baseline checkpoint and with reference responses on held-out prompts."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_brain.checkpointing import load_weights
@@ -21,10 +21,9 @@ from megatron_brain.statistics import Estimate, bootstrap, wins
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
+from megatron_brain.user_functions import ScoringFunction
 
 log = logging.getLogger(__name__)
-
-Judge = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
 _ANSWERS = ("policy", "baseline", "reference")
 
@@ -32,7 +31,7 @@ _ANSWERS = ("policy", "baseline", "reference")
 def main(run: Run) -> None:
     """Sample both checkpoints, score all answers, and write the report as JSON."""
     settings = run.config.evaluate
-    judge = load_judge(settings.judge) if settings.judge else None
+    judge = ScoringFunction(settings.judge, "judge") if settings.judge else None
     prompts = read_prompts(run)
     if judge is not None and any(prompt.reference is None for prompt in prompts):
         missing = next(prompt.record_id for prompt in prompts if prompt.reference is None)
@@ -58,23 +57,6 @@ def main(run: Run) -> None:
         if judge is not None:
             _add_judge_scores(judge, everything)
         _write_report(run, everything)
-
-
-def load_judge(name: str) -> Judge:
-    """The function a `path/to/file.py:function` names.
-
-    Raises:
-        ConfigError: no such file or function.
-    """
-    path, _, function = name.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ConfigError(f"judge={name}: give path/to/file.py:function; {path or name} is no file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise ConfigError(f"judge={name}: {path} has no function {function}")
-    return getattr(module, function)
 
 
 def _row(run: Run, prompt: Prompt, drawn: dict[str, Sample]) -> dict:
@@ -108,7 +90,7 @@ def _log_ratios(
 def _add_rewards(
     run: Run, reward: FrozenModel, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Sample]]
 ) -> None:
-    groups = []
+    groups, places = [], []
     for k, prompt in enumerate(prompts):
         responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
         if prompt.reference is not None:
@@ -120,26 +102,29 @@ def _add_rewards(
                 where=prompt.record_id,
             )
             responses.append(tuple(ids))
-        groups.append([Group(prompt=prompt.tokens, responses=tuple(responses), record_id=prompt.record_id)])
+        # Once each: in another place of a packed sequence, the same tokens get a reward that differs by rounding.
+        distinct = tuple(dict.fromkeys(responses))
+        places.append([distinct.index(response) for response in responses])
+        groups.append([Group(prompt=prompt.tokens, responses=distinct, record_id=prompt.record_id)])
     shared_prefix = run.config.training.shared_prefix
     with reward.loaded() as chunks:
         scored = score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=shared_prefix)
-    for row, [rewards] in zip(rows, scored, strict=True):
-        row |= {f"reward/{name}": value for name, value in zip(_ANSWERS, rewards.tolist(), strict=False)}
+    for row, [rewards], of_answer in zip(rows, scored, places, strict=True):
+        values = [rewards.tolist()[place] for place in of_answer]
+        row |= {f"reward/{name}": value for name, value in zip(_ANSWERS, values, strict=False)}
 
 
-def _add_judge_scores(judge: Judge, rows: list[dict]) -> None:
-    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
+def _add_judge_scores(judge: ScoringFunction, rows: list[dict]) -> None:
+    columns = {name: [row[name] for row in rows] for name in ("prompt", "reference", "id")}
     for name in _ANSWERS:
-        scores = judge(prompts, [row[name] for row in rows], references)
-        if len(scores) != len(rows):
-            raise ConfigError(f"the judge gave {len(scores)} scores for {len(rows)} responses")
+        scores = judge(columns["prompt"], [row[name] for row in rows], columns["reference"], columns["id"])
         for row, score in zip(rows, scores, strict=True):
-            row[f"judge/{name}"] = float(score)
+            row[f"judge/{name}"] = score
 
 
 def _write_report(run: Run, rows: list[dict]) -> None:
     settings = run.config.evaluate
+    _require_finite(rows)
     metrics = {
         name: dataclasses.asdict(estimate)
         for name, estimate in summarize(
@@ -155,20 +140,31 @@ def _write_report(run: Run, rows: list[dict]) -> None:
         ],
         "rows": rows,
     }
-    write_whole(Path(run.config.generate.output), json.dumps(report, indent=1, ensure_ascii=False))
+    write_whole(Path(run.config.generate.output), json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
     for name, estimate in metrics.items():
         log.info("%-40s %8.4f  [%.4f, %.4f]", name, *estimate.values())
+
+
+def _require_finite(rows: Sequence[dict]) -> None:
+    """Raise FloatingPointError where a model has computed no number; no mean over such would mean anything."""
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} of {row['id']} is {value}: the model gives no number for it. Are its weights finite "
+                    "(python tools/inspect_checkpoint.py CHECKPOINT --finite)? No report is written"
+                )
 
 
 def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dict[str, Estimate]:
     """Means and win-rates with 95% intervals over prompts.
 
     Args:
-        rows: one per prompt, with numbers named `kind/answer` and `kl_to_prior`.
+        rows: one per prompt, with numbers named `kind/answer` and `kl_to_prior`, and the texts of the answers.
 
     Returns:
         every number's mean, and `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference` and
-        `.../baseline_vs_reference` for the kinds reward and judge where all prompts have both.
+        `.../baseline_vs_reference` for the kinds reward and judge where all prompts have both. Equal texts tie.
     """
     columns = {
         name: [row[name] for row in rows]
@@ -179,5 +175,6 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
         for one, other in (("policy", "baseline"), ("policy", "reference"), ("baseline", "reference")):
             scores = [columns.get(f"{kind}/{answer}") for answer in (one, other)]
             if all(score is not None for score in scores):
-                columns[f"win_rate/{kind}/{one}_vs_{other}"] = wins(*scores)
+                same = [row.get(one) is not None and row.get(one) == row.get(other) for row in rows]
+                columns[f"win_rate/{kind}/{one}_vs_{other}"] = wins(*scores, ties=same)
     return {name: bootstrap(values, samples=bootstrap_samples, seed=seed) for name, values in columns.items()}

@@ -44,8 +44,10 @@ class RewardStage(SampledStage):
         losses = bradley_terry_losses(chosen, rejected, batch.values("margin"), centering_coefficient=self._centering)
         pairs = len(losses)
         with torch.no_grad():
-            # A tie is half right, as a coin would be.
-            right = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
+            # A tie is half right, as a coin would be. The rewards of equal responses may differ by rounding.
+            equal = [group.responses[0] == group.responses[1] for group in batch.groups]
+            tie = (chosen == rejected) | torch.tensor(equal, dtype=torch.bool, device=chosen.device)
+            right = torch.where(tie, 0.5, (chosen > rejected).float())
             means = {
                 "accuracy": right,
                 "reward_margin": chosen - rejected,

@@ -136,4 +136,6 @@ def read_rollouts(path: str) -> list[Rollout]:
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write a round; the file appears whole or not at all."""
-    write_whole(path, "".join(json.dumps(rollout.as_dict(), ensure_ascii=False) + "\n" for rollout in rollouts))
+    write_whole(
+        path, "".join(json.dumps(rollout.as_dict(), ensure_ascii=False, allow_nan=False) + "\n" for rollout in rollouts)
+    )

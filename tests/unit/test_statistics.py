@@ -15,6 +15,16 @@ def test_wins_of_both_sides_add_up_to_the_number_of_prompts():
     assert sum(wins(one, other)) + sum(wins(other, one)) == 4
 
 
+def test_a_tie_that_is_known_counts_one_half_whatever_the_scores():
+    assert wins([2.0, 1.0], [1.0, 1.0 + 1e-9], ties=[False, True]) == [1.0, 0.5]
+
+
+def test_wins_refuse_scores_that_are_no_numbers():
+    for scores in ([float("nan")], [1.0]), ([1.0], [float("nan")]):
+        with pytest.raises(ValueError, match="a score is NaN: there is no winner"):
+            wins(*scores)
+
+
 def test_wins_refuse_score_lists_of_different_lengths():
     with pytest.raises(ValueError, match="shorter"):
         wins([1.0, 2.0], [1.0])

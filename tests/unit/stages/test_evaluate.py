@@ -1,8 +1,8 @@
-"""The evaluation report by hand, and judges that cannot be loaded."""
+"""The evaluation report by hand."""
 
 import pytest
 
-from megatron_brain.stages.evaluate import load_judge, summarize
+from megatron_brain.stages.evaluate import _require_finite, summarize
 
 ROWS = [
     {"prompt": "a", "reward/policy": 2.0, "reward/baseline": 1.0, "reward/reference": 3.0, "kl_to_prior": 0.5},
@@ -50,18 +50,18 @@ def test_intervals_hold_the_value_and_follow_from_the_seed():
     assert summarize(ROWS, bootstrap_samples=200, seed=1) != first
 
 
-def test_a_judge_is_a_function_of_a_file(tmp_path):
-    path = tmp_path / "my_judge.py"
-    path.write_text("def length(prompts, responses, references):\n    return [len(r) for r in responses]\n")
-    assert load_judge(f"{path}:length")(["p"], ["four"], ["r"]) == [4]
+def test_equal_answers_tie_whatever_their_scores_and_others_do_not():
+    rows = [
+        {"policy": "yes", "baseline": "yes", "reward/policy": 1.0, "reward/baseline": 1.0 + 1e-7},
+        {"policy": "yes", "baseline": "no", "reward/policy": 1.0 + 1e-7, "reward/baseline": 1.0},
+    ]
+    assert values(rows)["win_rate/reward/policy_vs_baseline"] == 0.75
+    assert values(rows[:1])["win_rate/reward/policy_vs_baseline"] == 0.5
 
 
-def test_a_judge_that_cannot_be_loaded_is_named_with_what_would_be_right(tmp_path):
-    path = tmp_path / "my_judge.py"
-    path.write_text("score = 1\n")
-    for name in (f"{tmp_path}/absent.py:score", str(path), "score", str(tmp_path) + ":score"):
-        with pytest.raises(ValueError, match=r"judge=.*give path/to/file.py:function; .* is no file"):
-            load_judge(name)
-    for function in ("score", "absent"):
-        with pytest.raises(ValueError, match=f"my_judge.py has no function {function}"):
-            load_judge(f"{path}:{function}")
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_never_averaged_but_named_with_its_record(number):
+    rows = [{"id": "d.jsonl:1", "kl_to_prior": 0.5}, {"id": "d.jsonl:2", "kl_to_prior": number}]
+    with pytest.raises(FloatingPointError, match=f"kl_to_prior of d.jsonl:2 is {number}"):
+        _require_finite(rows)
+    _require_finite(rows[:1])

@@ -1,0 +1,113 @@
+"""Functions that a user gives as ``path/to/file.py:function``: loaded, called, and told from ours when they fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_brain.config.errors import ConfigError
+
+
+class UserFunctionError(ConfigError):
+    """A user's function raised an error, or returned what it should not; its own traceback is part of the message."""
+
+
+class ScoringFunction:
+    """A user's function of (prompts, responses, references), equally long lists of texts, that returns a number each.
+
+    Args:
+        name: ``path/to/file.py:function``.
+        flag: by which it was given, for error messages.
+
+    Raises:
+        ConfigError: no such file or function.
+        UserFunctionError: the file raises an error when it is imported.
+    """
+
+    def __init__(self, name: str, flag: str) -> None:
+        self._what = f"{flag}={name}"
+        path, _, function = name.rpartition(":")
+        if not path or not Path(path).is_file():
+            raise ConfigError(f"{self._what}: give path/to/file.py:function; {path or name} is no file")
+        self._path = str(Path(path).resolve())
+        spec = importlib.util.spec_from_file_location(Path(path).stem, self._path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"{self._what}: {path} is no Python file (.py)")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise self._raised(error, "when it was imported") from error
+        if not callable(getattr(module, function, None)):
+            raise ConfigError(f"{self._what}: {path} has no function {function}")
+        self._function: Callable[[list[str], list[str], list[str]], Any] = getattr(module, function)
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str], ids: Sequence[str]
+    ) -> list[float]:
+        """The function's scores of the responses.
+
+        Args:
+            ids: names of the records, for error messages.
+
+        Raises:
+            UserFunctionError: it raised an error, or did not return one finite number for each response; names the
+                record.
+        """
+        columns = (list(prompts), list(responses), list(references))
+        try:
+            scores = self._function(*columns)
+        except (Exception, SystemExit) as error:
+            raise self._raised(*self._first_failing(columns, ids, error)) from error
+        try:
+            scores = list(scores)
+        except TypeError as error:
+            raise UserFunctionError(
+                f"{self._what} returned {type(scores).__name__}; it must return one number for each response"
+            ) from error
+        if len(scores) != len(ids):
+            raise UserFunctionError(f"{self._what} returned {len(scores)} scores for {len(ids)} responses")
+        return [self._finite(score, record) for score, record in zip(scores, ids, strict=True)]
+
+    def _finite(self, score: Any, record: str) -> float:
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number) or isinstance(score, str):
+            raise UserFunctionError(f"{self._what} returned {score!r} for the response to {record}; it must be finite")
+        return number
+
+    def _first_failing(
+        self, columns: tuple[list[str], ...], ids: Sequence[str], error: BaseException
+    ) -> tuple[BaseException, str]:
+        """The first record that the function fails on by itself, found by halves, and the error it raises there."""
+        start, end = 0, len(ids)
+        while end - start > 1:
+            middle = (start + end) // 2
+            for half in ((start, middle), (middle, end)):
+                found = self._error_on(columns, *half)
+                if found is not None:
+                    (start, end), error = half, found
+                    break
+            else:
+                return error, f"on the records {ids[start]} to {ids[end - 1]} together"
+        return error, f"on the record {ids[start]}" if ids else "on no records"
+
+    def _error_on(self, columns: tuple[list[str], ...], start: int, end: int) -> BaseException | None:
+        try:
+            self._function(*(column[start:end] for column in columns))
+        except (Exception, SystemExit) as error:
+            return error
+        return None
+
+    def _raised(self, error: BaseException, where: str) -> UserFunctionError:
+        """The error with the user's part of its traceback."""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = next((place for place, frame in enumerate(frames) if frame.filename == self._path), len(frames))
+        told = "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)]).rstrip()
+        return UserFunctionError(f"{self._what} raised {type(error).__name__} {where}; its own traceback:\n{told}")

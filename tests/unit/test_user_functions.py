@@ -1,0 +1,83 @@
+"""A user's functions: what is wrong with them is reported as theirs, with their own traceback and the record."""
+
+import pytest
+
+from megatron_brain.user_functions import ScoringFunction, UserFunctionError
+
+COLUMNS = (["p"] * 5, ["a", "bb", "ccc", "dddd", "eeeee"], ["r"] * 5)
+IDS = [f"d.jsonl:{line}" for line in range(1, 6)]
+
+
+def judge(tmp_path, body, name="score"):
+    path = tmp_path / "my_judge.py"
+    path.write_text(
+        f"import math\n\n\ndef helper(text):\n    return 1 / (len(text) - 3)\n\n\ndef score(p, y, r):\n{body}"
+    )
+    return ScoringFunction(f"{path}:{name}", "judge")
+
+
+def test_a_judge_is_a_function_of_a_file_that_returns_a_number_for_each_response(tmp_path):
+    assert judge(tmp_path, "    return [len(text) for text in y]")(*COLUMNS, IDS) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    numbers = judge(tmp_path, "    import numpy\n    return numpy.arange(5, dtype='float32')")(*COLUMNS, IDS)
+    assert numbers == [0.0, 1.0, 2.0, 3.0, 4.0] and all(type(number) is float for number in numbers)
+
+
+def test_a_judge_that_cannot_be_loaded_is_named_with_what_would_be_right(tmp_path):
+    path = tmp_path / "my_judge.py"
+    path.write_text("score = 1\n")
+    (tmp_path / "judge.txt").write_text("def score(p, y, r): return y\n")
+    for name in (f"{tmp_path}/absent.py:score", str(path), "score", str(tmp_path) + ":score"):
+        with pytest.raises(ValueError, match=r"judge=.*give path/to/file.py:function; .* is no file"):
+            ScoringFunction(name, "judge")
+    for function in ("score", "absent"):
+        with pytest.raises(ValueError, match=f"my_judge.py has no function {function}"):
+            ScoringFunction(f"{path}:{function}", "judge")
+    with pytest.raises(ValueError, match="is no Python file"):
+        ScoringFunction(f"{tmp_path}/judge.txt:score", "judge")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def score(:\n", 'raised SyntaxError when it was imported; its own traceback:\n(.|\n)*my_judge.py", line 1'),
+        ("import absent_package\n", "raised ModuleNotFoundError when it was imported(.|\n)*line 1, in <module>"),
+        ("import sys\nsys.exit(3)\n", "raised SystemExit when it was imported(.|\n)*line 2, in <module>"),
+    ],
+)
+def test_a_file_that_fails_when_it_is_imported_is_the_users(text, message, tmp_path):
+    (tmp_path / "my_judge.py").write_text(text)
+    with pytest.raises(UserFunctionError, match=message):
+        ScoringFunction(f"{tmp_path}/my_judge.py:score", "judge")
+
+
+def test_an_error_is_told_with_the_record_and_the_users_frames_alone(tmp_path):
+    with pytest.raises(UserFunctionError) as raised:
+        judge(tmp_path, "    return [helper(text) for text in y]")(*COLUMNS, IDS)
+    message = str(raised.value)
+    assert "my_judge.py:score raised ZeroDivisionError on the record d.jsonl:3; its own traceback:" in message
+    assert "line 5, in helper" in message and message.endswith("ZeroDivisionError: division by zero")
+    assert "user_functions.py" not in message
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_an_error_that_no_record_makes_alone_names_the_records_that_make_it_together(tmp_path):
+    body = "    if 'bb' in y and 'dddd' in y:\n        raise KeyError('both')\n    return [0] * len(y)"
+    with pytest.raises(UserFunctionError, match="raised KeyError on the records d.jsonl:1 to d.jsonl:5 together"):
+        judge(tmp_path, body)(*COLUMNS, IDS)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("    return [0.0, 1.0, math.nan, 0.0, 0.0]", "returned nan for the response to d.jsonl:3; it must be finite"),
+        ("    return [0.0, 1.0, 2.0, math.inf, 0.0]", "returned inf for the response to d.jsonl:4"),
+        ("    return [0.0, None, 2.0, 3.0, 0.0]", "returned None for the response to d.jsonl:2"),
+        ("    return [0.0, 1.0, 2.0, 3.0, '4.0']", "returned '4.0' for the response to d.jsonl:5"),
+        ("    return [0.0, 1.0]", "returned 2 scores for 5 responses"),
+        ("    return None", "returned NoneType; it must return one number for each response"),
+        ("    return 1.0", "returned float; it must return one number for each response"),
+    ],
+)
+def test_scores_that_are_no_finite_numbers_stop_with_the_record(body, message, tmp_path):
+    with pytest.raises(UserFunctionError, match=message):
+        judge(tmp_path, body)(*COLUMNS, IDS)
