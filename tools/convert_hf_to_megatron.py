@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 1 where the two models differ, 2 for a mistake in what was asked for."""
     args = _parse(argv)
     tokenizer = TokenizerConfig(
-        tokenizer_type=args.tokenizer_type, tokenizer_model=str(args.tokenizer_model or args.hf_model)
+        tokenizer_type=args.tokenizer_type,
+        tokenizer_model=str(args.tokenizer_model or args.hf_model),
+        chat_template=args.chat_template,
     )
     return command.run(args, args.hf_model, lambda: ToCheckpoint(args.hf_model, bf16=args.bf16, tokenizer=tokenizer))
 
@@ -36,6 +38,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="write bfloat16 weights instead of float32")
     parser.add_argument("--tokenizer-type", choices=tuple(TOKENIZER_TYPES), default="HuggingFaceTokenizer")
     parser.add_argument("--tokenizer-model", type=Path, help="tokenizer of the checkpoint [that of --hf-model]")
+    parser.add_argument("--chat-template", help="Jinja file that replaces the tokenizer's chat template")
     command.add_arguments(parser)
     return parser.parse_args(argv)
 

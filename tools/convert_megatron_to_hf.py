@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
             dtype=_DTYPES.get(args.dtype),
             max_shard_size=args.max_shard_size,
             hf_model_type=args.hf_model_type,
+            chat_template=args.chat_template,
+            verify=args.verify,
         )
 
     return command.run(args, args.load, prepare)
@@ -48,6 +50,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--hf-model-type",
         choices=sorted(family.model_type for family in FAMILIES),
         help="family to write [the one it was converted from, else the first that can express the model]",
+    )
+    parser.add_argument("--chat-template", help="Jinja file that replaces the checkpoint's chat template")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare what is read with its checksums [on]",
     )
     command.add_arguments(parser)
     return parser.parse_args(argv)

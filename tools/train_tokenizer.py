@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_brain.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from megatron_brain.data.tokenizer.chat_template import read_template
 from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, measure, train
 
 
@@ -28,14 +29,15 @@ def main(argv: Sequence[str]) -> int:
             user_defined_symbols=args.user_defined_symbols,
             input_sentence_size=args.input_sentence_size,
         )
-        print(run(settings, args.input, args.save))
+        template = read_template(args.chat_template) if args.chat_template else None
+        print(run(settings, args.input, args.save, template))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path) -> str:
+def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_template: str | None = None) -> str:
     """Train, write the folder, and describe it.
 
     Raises:
@@ -54,6 +56,8 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path) -> str:
         (partial / SENTENCEPIECE_FILE).write_bytes(train(settings, lines))
         tokenizer = SentencePieceTokenizer(str(partial))
         tokenizer.export(partial, "policy")
+        if chat_template is not None:
+            (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         partial.rename(save)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,6 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, help="text files, records as --train-data, or globs")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, 4 special and 256 bytes included")
     parser.add_argument("--save", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--chat-template", help="Jinja file of the fast tokenizer's chat template")
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="[%(default)s]")
     parser.add_argument(
         "--character-coverage",

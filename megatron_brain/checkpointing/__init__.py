@@ -3,14 +3,21 @@
 <save>/latest_checkpointed_iteration.txt     written last, by rename
 <save>/iter_0000100/                         appears by rename, when every rank's files are complete and synced
     weights_00000.safetensors                the boxes of tensors that a rank wrote
-    tensors.json                             which tensors there are, and in which file each box of them
-    megatron_brain.json                      iteration, head, architecture, position in the data, optimizer steps
+    tensors.json                             which tensors there are, in which file each box of them, its checksum
+    megatron_brain.json                      iteration, head, architecture, position in the data, optimizer steps,
+                                             checksums of the other small files
     records/replica_00000.jsonl              a replica's records of the stage (brain: the round's rollouts)
     config.yaml                              the run's resolved configuration
     tokenizer/                               the tokenizer
 """
 
-from megatron_brain.checkpointing.folders import CheckpointInfo, has_checkpoint, read_info, read_records
+from megatron_brain.checkpointing.folders import (
+    CheckpointInfo,
+    has_checkpoint,
+    read_info,
+    read_records,
+    require_files,
+)
 from megatron_brain.checkpointing.load import load_training_state, load_weights
 from megatron_brain.checkpointing.save import (
     CheckpointSaver,
@@ -31,5 +38,6 @@ __all__ = [
     "publish_checkpoint",
     "read_info",
     "read_records",
+    "require_files",
     "tokenizer_files",
 ]

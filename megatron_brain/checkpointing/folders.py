@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import xxhash
+
+from megatron_brain.checkpointing.checksums import CURE, file_checksum
+from megatron_brain.checkpointing.index import DATA_FILES
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.files import sync_folder, write_whole
 
@@ -27,8 +31,11 @@ FORMAT = 4
 _READABLE = (3, FORMAT)
 """Formats that are read; what format 3 does not have gets its default."""
 
-_ADDED = {"template_date": ""}
+_ADDED = {"template_date": "", "files": {}}
 """What format 4 has and format 3 has not."""
+_CHECKSUM = "checksum"
+_EDITABLE = ("tokenizer/", "config.yaml")
+"""Files that a user may have edited in a checkpoint."""
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -55,6 +62,8 @@ class CheckpointInfo:
     """generation_config.json of the Hugging Face model it comes from, to be exported again; {} if there is none."""
     template_date: str = ""
     """What chat templates that write the date took for now, ISO 8601; "" where none does."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Checksums of the files that are no tensors, by their names in the folder; {} of format 3."""
     format: int = field(default=FORMAT)
 
     @property
@@ -65,7 +74,7 @@ class CheckpointInfo:
         """Write it into a folder."""
         values = dataclasses.asdict(self)
         del values["path"]
-        write_whole(folder / INFO, json.dumps(values, indent=2))
+        write_whole(folder / INFO, json.dumps({**values, _CHECKSUM: _checksum_of(values)}, indent=2))
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
@@ -111,6 +120,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     if not isinstance(values, dict) or values.get("format", 1) not in _READABLE:
         found = values.get("format", 1) if isinstance(values, dict) else "unknown"
         raise ConfigError(f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}")
+    written = values.pop(_CHECKSUM, None)
     if values["format"] < FORMAT:
         values = {**_ADDED, **values}
     kinds = {field.name: field.type for field in dataclasses.fields(CheckpointInfo) if field.name != "path"}
@@ -120,7 +130,36 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     for name, kind in kinds.items():
         if not _is_of(values[name], kind):
             raise ConfigError(f"{path / INFO} is damaged: its {name} is {values[name]!r}")
+    if written is not None and written != _checksum_of(values):
+        raise ConfigError(
+            f"{path / INFO} is damaged: it is not what was written, by its checksum. {CURE}; after an edit that was "
+            f"meant, remove its {_CHECKSUM!r}"
+        )
     return CheckpointInfo(path=path, **values)
+
+
+def list_files(folder: Path) -> dict[str, str]:
+    """Checksums of the files of a folder that are no tensors, by their names in it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.match(DATA_FILES))
+    return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files if path.name != INFO}
+
+
+def require_files(info: CheckpointInfo) -> None:
+    """Raise where a small file of a checkpoint is not what was written; of those that users edit, say so.
+
+    Raises:
+        ConfigError: a file is missing or another one, with the cure.
+    """
+    for name, written in info.files.items():
+        path = info.path / name
+        found = file_checksum(path) if path.is_file() else None
+        if found == written:
+            continue
+        state = "is missing" if found is None else "is not what was saved, by its checksum"
+        if found is not None and name.startswith(_EDITABLE):
+            log.warning("%s %s: it was edited, or is damaged", path, state)
+        else:
+            raise ConfigError(f"{info.path} is damaged: {name} {state}. {CURE}")
 
 
 def read_records(info: CheckpointInfo) -> list[dict]:
@@ -176,6 +215,10 @@ def remove_leftovers(root: Path) -> None:
         elif path.suffix in (_PARTIAL, _REPLACED, _REMOVED):
             log.info("removing %s, which an interrupted save left", path)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum_of(values: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _is_of(value: object, kind: object) -> bool:

@@ -28,6 +28,8 @@ class StoredBox:
     """Name of a file in the checkpoint's folder."""
     file_size: int
     """Bytes of the whole file."""
+    checksum: str | None = None
+    """Of the values, see `checksums`; None of a checkpoint that has none."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Index:
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Shape of a tensor, None where it is not there."""
         return self.boxes[key][0].part.shape if key in self.boxes else None
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether it can be told if the values are those that were written."""
+        return all(box.checksum is not None for boxes in self.boxes.values() for box in boxes)
 
     def dtype(self, key: str) -> torch.dtype:
         """What the values of a tensor are stored as."""
@@ -62,9 +69,13 @@ def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
         tensors[key] = {
             "dtype": str(first.dtype).removeprefix("torch."),
             "shape": first.shape,
-            "boxes": [{"file": box.file, "offset": box.part.offset, "size": box.part.size} for box in boxes],
+            "boxes": [_described(box) for box in boxes],
         }
     write_whole(folder / INDEX, json.dumps({"files": files, "tensors": tensors}))
+
+
+def _described(box: StoredBox) -> dict:
+    return {"file": box.file, "offset": box.part.offset, "size": box.part.size, "checksum": box.checksum}
 
 
 def read_index(folder: Path) -> Index:
@@ -108,8 +119,10 @@ def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredB
         offset, size, name = _integers(box["offset"]), _integers(box["size"]), box["file"]
         if name not in files:
             raise ValueError(f"{name}, which holds a part of {key}, is not among its files")
-        part = Part(key=key, dtype=dtype, shape=shape, offset=offset, size=size)
-        stored.append(StoredBox(part=part, file=name, file_size=files[name]))
+        part, checksum = Part(key=key, dtype=dtype, shape=shape, offset=offset, size=size), box.get("checksum")
+        if not isinstance(checksum, str | None):
+            raise TypeError(f"{key} has the checksum {checksum!r}")
+        stored.append(StoredBox(part=part, file=name, file_size=files[name], checksum=checksum))
     if not stored or not tiles(shape, [box.part for box in stored]):
         raise ValueError(f"{key} is not there in full, or twice")
     return stored

@@ -28,25 +28,29 @@ log = logging.getLogger(__name__)
 _REWARD_HEAD = "reward_head.weight"
 
 
-def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -> None:
+def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head, verify: bool = True) -> None:
     """Load a checkpoint's weights into `chunks` of any layout; a reward model may start from a policy's trunk.
 
+    Args:
+        verify: compare what is read with its checksums.
+
     Raises:
-        ConfigError: a policy is asked from a reward checkpoint, whose output layer is gone, or a weight is missing.
+        ConfigError: a policy is asked from a reward checkpoint, whose output layer is gone, or a weight is missing or
+            damaged.
     """
     if head == "policy" and info.head == "reward":
         raise ConfigError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
     with written(chunks):
-        _read_weights(info, chunks, head=head)
+        _read_weights(info, chunks, head=head, verify=verify)
 
 
-def _read_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head) -> None:
+def _read_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head, verify: bool) -> None:
     boxes = model_boxes(chunks)
     if head == "reward" and info.head == "policy":
         # It keeps its own new head.
         boxes = [box for box in boxes if box.key != _REWARD_HEAD]
     # Scales that remember: what they stand for is in the weights.
-    read_boxes(boxes, info.path, if_alike=[fp8_boxes(chunks)])
+    read_boxes(boxes, info.path, if_alike=[fp8_boxes(chunks)], verify=verify)
     zero_vocabulary_padding(chunks)
 
 
@@ -57,6 +61,7 @@ def load_training_state(
     parallel: Parallel,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    verify: bool = True,
 ) -> None:
     """Load weights, optimizer, schedule and random states, to go on as if never stopped.
 
@@ -65,7 +70,7 @@ def load_training_state(
     is allowed, and said.
 
     Raises:
-        ConfigError: the checkpoint was saved without its optimizer, or in another precision.
+        ConfigError: the checkpoint was saved without its optimizer, or in another precision, or is damaged.
     """
     if not info.has_optimizer:
         raise ConfigError(
@@ -82,7 +87,9 @@ def load_training_state(
     # Another layout has another shape of them, another device other generators.
     if_alike = [random_boxes(generators, parallel), scales]
     with written(chunks):
-        same_generators, same_scales = read_boxes(model_boxes(chunks) + boxes, info.path, if_alike=if_alike)
+        same_generators, same_scales = read_boxes(
+            model_boxes(chunks) + boxes, info.path, if_alike=if_alike, verify=verify
+        )
     if same_generators:
         set_random_state(generators)
     else:

@@ -1,5 +1,6 @@
 """Writing checkpoints, at once or while training goes on."""
 
+import dataclasses
 import logging
 import tempfile
 import threading
@@ -79,7 +80,7 @@ def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mappi
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents)
     save_config(config, partial / "config.yaml")
-    info.write(partial)
+    dataclasses.replace(info, files=folders.list_files(partial)).write(partial)
     sync_tree(partial, but=DATA_FILES)  # which are synced
     folders.publish(root, info.iteration)
 

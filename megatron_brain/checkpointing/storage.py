@@ -1,8 +1,10 @@
 """Boxes to and from a folder: safetensors files of boxes, and an index of which is where."""
 
 import itertools
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, Part, divide
+from megatron_brain.checkpointing.checksums import CURE, checksum, here, my_share, require_sound
 from megatron_brain.checkpointing.index import INDEX, Index, StoredBox, read_index, write_index
 from megatron_brain.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 _MAPPED_BYTES = 256 * 2**20
 
@@ -55,9 +60,16 @@ def write_file(boxes: Sequence[Box], path: Path) -> list[StoredBox]:
     """
     if not boxes:
         return []
-    write_safetensors({_name(box.part): box.data.detach().cpu().contiguous() for box in boxes}, path)
+    values = [box.data.detach().cpu().contiguous() for box in boxes]
+    with ThreadPoolExecutor(1) as beside:
+        # While the disk works.
+        checksums = beside.submit(lambda: list(map(checksum, values)))
+        write_safetensors({stored_name(box.part): data for box, data in zip(boxes, values, strict=True)}, path)
     size = path.stat().st_size
-    return [StoredBox(part=box.part, file=path.name, file_size=size) for box in boxes]
+    return [
+        StoredBox(part=box.part, file=path.name, file_size=size, checksum=found)
+        for box, found in zip(boxes, checksums.result(), strict=True)
+    ]
 
 
 def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) -> None:
@@ -94,8 +106,8 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
     Only what is needed is read, and at most 256 MiB of a file, or one of its boxes, is in memory besides the boxes.
 
     Raises:
-        ConfigError: a tensor is not there or has another shape.
-        CheckpointError: a file cannot be read or is another one than was written.
+        ConfigError: a tensor is not there or has another shape, or a file is damaged.
+        CheckpointError: the disk does not give a file.
     """
     _check_wanted(boxes, index)
     overlaps = [
@@ -105,7 +117,7 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
     for file, pairs in itertools.groupby(overlaps, key=lambda pair: pair[0].file):
         for batch in _batches(pairs):
             # What was read of a file counts as this process's memory until the file is closed.
-            with _open(index.folder / file) as data:
+            with opened(index.folder / file) as data:
                 for stored, box in batch:
                     _copy(data, stored.part, box)
 
@@ -121,8 +133,8 @@ def read_part(part: Part, index: Index) -> Tensor:
     """
     for stored in index.boxes.get(part.key, ()):
         if stored.part == part:
-            with _open(index.folder / stored.file) as data:
-                values = data.get_tensor(_name(part))
+            with opened(index.folder / stored.file) as data:
+                values = data.get_tensor(stored_name(part))
                 _check_stored(part, values.dtype, tuple(values.shape))
             return values
     values = torch.empty(part.size, dtype=part.dtype)
@@ -130,11 +142,14 @@ def read_part(part: Part, index: Index) -> Tensor:
     return values
 
 
-def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequence[Box]] = ()) -> list[bool]:
+def read_boxes(
+    boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequence[Box]] = (), verify: bool = True
+) -> list[bool]:
     """Fill the boxes, whatever boxes they were written in. All ranks call it.
 
     Args:
         if_alike: sets of boxes, each to be filled too if the checkpoint has tensors of all its names and shapes.
+        verify: compare what is read with its checksums.
 
     Returns:
         Which of those were filled.
@@ -142,7 +157,7 @@ def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequenc
     Raises:
         ConfigError: on all ranks, where one finds that the checkpoint lacks a tensor or has it in another shape, or
             that it is damaged.
-        CheckpointError: on all ranks, where its files cannot be read, or ranks read different folders.
+        CheckpointError: on all ranks, where the disk does not give its files, or ranks read different folders.
     """
     wanted, index, problem, alike = list(boxes), None, None, []
     try:
@@ -163,13 +178,39 @@ def read_boxes(boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequenc
             f"ranks found different checkpoints in {folder.parent}: {', '.join(names)}. Is another job writing there? "
             "Name one iter_ folder"
         )
-    error = None
-    try:
-        fill(wanted, index)
-    except Exception as failed:
-        error = _in_words(failed)
-    _raise_failures(_gather(error))
+    needed = _needed(wanted, index)
+    if verify and index.has_checksums:
+        needed = my_share(needed, _gather(here(needed)), dist.get_rank())
+        _on_all(lambda: require_sound(needed, folder))
+    elif verify and dist.get_rank() == 0:
+        log.info("%s has no checksums, being of an earlier version: what is read is not verified", folder)
+    _on_all(lambda: fill(wanted, index))
     return alike
+
+
+def _needed(boxes: Sequence[Box], index: Index) -> list[StoredBox]:
+    """The stored boxes that have a part of these."""
+    stored = {
+        found.part: found
+        for box in boxes
+        for found in index.boxes[box.key]
+        if _overlap(found.part, box.part) is not None
+    }
+    return list(stored.values())
+
+
+def _on_all(action: Callable[[], None]) -> None:
+    """Do something, then raise on all ranks what failed on any: what is damaged as ConfigError."""
+    error, is_damage = None, False
+    try:
+        action()
+    except Exception as failed:
+        error, is_damage = _in_words(failed), isinstance(failed, ConfigError)
+    told = _gather((error, is_damage))
+    failures = [(rank, words, damage) for rank, (words, damage) in enumerate(told) if words is not None]
+    if failures and all(damage for *_, damage in failures):
+        raise ConfigError("; ".join(dict.fromkeys(words for _, words, _ in failures)))
+    _raise_failures([words for words, _ in told])
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -188,7 +229,7 @@ def _gather(item: object, group: dist.ProcessGroup | None = None) -> list:
 
 
 def _in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, (CheckpointError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
 def _raise_failures(errors: Sequence[str | None]) -> None:
@@ -197,7 +238,7 @@ def _raise_failures(errors: Sequence[str | None]) -> None:
         raise CheckpointError("; ".join(found))
 
 
-def _name(part: Part) -> str:
+def stored_name(part: Part) -> str:
     """Name of a box in its file."""
     return f"{part.key}@{','.join(map(str, part.offset))}"
 
@@ -232,18 +273,26 @@ def _batches(pairs: Iterable[tuple[StoredBox, Box]]) -> Iterator[list[tuple[Stor
 
 
 @contextmanager
-def _open(path: Path) -> Iterator:
+def opened(path: Path) -> Iterator:
+    """A file of boxes, to read from.
+
+    Raises:
+        ConfigError: it is damaged.
+        CheckpointError: the disk does not give it.
+    """
     try:
         with safe_open(path, framework="pt") as data:
             yield data
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is damaged: {error}. {CURE}") from error
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @torch.no_grad()
 def _copy(data: safe_open, part: Part, box: Box) -> None:
     """Copy what a stored part has of a box; of the file, only that is read."""
-    name, both = _name(part), _overlap(part, box.part)
+    name, both = stored_name(part), _overlap(part, box.part)
     values = data.get_slice(name)
     shape = tuple(values.get_shape())
     # A tensor without dimensions cannot be sliced.
@@ -254,7 +303,7 @@ def _copy(data: safe_open, part: Part, box: Box) -> None:
 
 def _check_stored(part: Part, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if (dtype, shape) != (part.dtype, part.size):
-        raise SafetensorError(f"{_name(part)} is {dtype} {shape} there, and {part.dtype} {part.size} in {INDEX}")
+        raise SafetensorError(f"{stored_name(part)} is {dtype} {shape} there, and {part.dtype} {part.size} in {INDEX}")
 
 
 def _within(ranges: Sequence[tuple[int, int]], offset: Sequence[int]) -> tuple[slice, ...]:

@@ -93,6 +93,9 @@ class CheckpointConfig:
     save_optim: bool = True
     """Save optimizer state, which resuming needs (--no-save-optim halves and more the size)."""
 
+    verify: bool = True
+    """Compare what is loaded of a checkpoint with its checksums."""
+
     def __post_init__(self) -> None:
         if self.save_interval is not None and self.save_interval < 1:
             raise ValueError(f"save_interval={self.save_interval}: must be at least 1")

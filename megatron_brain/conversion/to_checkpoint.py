@@ -56,7 +56,7 @@ class ToCheckpoint:
         self.source = read_hf_model(hf_model)
         self.model = resolve(ModelConfig(hf_model=str(hf_model), bf16=bf16), self.source.architecture, str(hf_model))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.tokenizer = build_tokenizer(tokenizer.tokenizer_type, tokenizer.tokenizer_model)
+        self.tokenizer = build_tokenizer(tokenizer.tokenizer_type, tokenizer.tokenizer_model, tokenizer.chat_template)
         check_fits(self.tokenizer, self.model.vocab_size)
         if self.source.head == "reward":
             # Also where config.json leaves out what ends a text.

@@ -11,8 +11,9 @@ import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
-from megatron_brain.checkpointing import read_info
+from megatron_brain.checkpointing import read_info, require_files
 from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.checksums import require_sound
 from megatron_brain.checkpointing.index import read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import read_part, write_safetensors
@@ -40,15 +41,27 @@ class ToHF:
         dtype: of the written weights; None: the checkpoint's.
         max_shard_size: of a file of weights, unless one tensor is larger, as transformers spells it ("5GB").
         hf_model_type: family to write; None: the one it came from, else the first that can express the model.
+        chat_template: file of a template that replaces the tokenizer's; None: its own.
+        verify: compare what is read with its checksums.
 
     Raises:
         ValueError: there is no checkpoint, transformers cannot express it, or a size cannot be read.
     """
 
     def __init__(
-        self, load: Path, *, dtype: torch.dtype | None, max_shard_size: str, hf_model_type: str | None
+        self,
+        load: Path,
+        *,
+        dtype: torch.dtype | None,
+        max_shard_size: str,
+        hf_model_type: str | None,
+        chat_template: str | None = None,
+        verify: bool = True,
     ) -> None:
         self.info = read_info(load)
+        self._verify = verify
+        if verify:
+            require_files(self.info)
         model = resolve(ModelConfig(bf16=self.info.bf16), self.info.architecture, str(self.info.path))
         if hf_model_type is not None:
             model = dataclasses.replace(model, hf_model_type=hf_model_type)
@@ -56,7 +69,7 @@ class ToHF:
         self.dtype = dtype or (torch.bfloat16 if self.info.bf16 else torch.float32)
         self.family = family_for_export(model)
         self.config = self._config()
-        self.tokenizer = build_tokenizer(self.info.tokenizer_type, self.info.tokenizer_dir)
+        self.tokenizer = build_tokenizer(self.info.tokenizer_type, self.info.tokenizer_dir, chat_template)
         check_fits(self.tokenizer, model.vocab_size)
         self._index = read_index(self.info.path)
         self._check_weights()
@@ -84,6 +97,10 @@ class ToHF:
             mine = workers.share(list(shards), self._shard_bytes)
             write_behind(mine, lambda name: self._read_shard(set(shards[name])), write)
 
+        if self._verify:
+            boxes = [box for key in self._weights() for box in self._index.boxes[key]]
+            mine = workers.share(boxes, lambda box: box.part.nbytes)
+            workers.all(lambda: require_sound(mine, self.info.path))
         # First, because a tokenizer may turn out not to be expressible.
         workers.first(lambda: self._write_tokenizer(folder))
         workers.all(write_mine)
@@ -98,13 +115,16 @@ class ToHF:
         """The checkpoint has the weights that its architecture says, and no others."""
         entries = self.family.entries(self.model, self.info.head)
         expected = {weight.key(layer): weight.shape(self.model) for weight, layer in entries}
-        found = {key: self._index.shape(key) for key in self._index.boxes if not key.startswith(NOT_WEIGHTS)}
+        found = {key: self._index.shape(key) for key in self._weights()}
         for key in sorted(expected.keys() | found.keys()):
             if expected.get(key) != found.get(key):
                 raise ConfigError(
                     f"{self.info.path}: the checkpoint's {key} is {found.get(key, 'not there')}, "
                     f"by its architecture it is {expected.get(key, 'not there')}"
                 )
+
+    def _weights(self) -> list[str]:
+        return [key for key in self._index.boxes if not key.startswith(NOT_WEIGHTS)]
 
     def _meta(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device="meta")

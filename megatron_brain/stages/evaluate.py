@@ -38,7 +38,7 @@ def main(run: Run) -> None:
         raise ConfigError(f"the judge compares with references, and {missing} has none")
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
-    load_weights(run.start_from, policy, head="policy")
+    load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
     scoring = run.config.scoring
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
     reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)

@@ -17,7 +17,7 @@ def main(run: Run) -> None:
     prompts = read_prompts(run)
     chunks = run.build_model("policy")
     if run.start_from is not None:
-        load_weights(run.start_from, chunks, head="policy")
+        load_weights(run.start_from, chunks, head="policy", verify=run.config.checkpoint.verify)
     mine = my_share(prompts, run.parallel)
     samples = sample_answers(run, chunks, prompts, mine, run.config.sampling)
     rows = [

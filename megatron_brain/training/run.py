@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info
+from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info, require_files
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.data import TokenizerConfig
 from megatron_brain.config.errors import ConfigError
@@ -101,7 +101,7 @@ class Run:
         fp8 = without_history(self.config.fp8)
         with torch.random.fork_rng(devices=[]):
             chunks = build_model(model, self.config.parallel, self.parallel, head=head, seed=None, fp8=fp8)
-        load_weights(info, chunks, head=head)
+        load_weights(info, chunks, head=head, verify=self.config.checkpoint.verify)
         for chunk in chunks:
             chunk.eval().requires_grad_(False)
         return chunks
@@ -208,6 +208,8 @@ def find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
     else:
         info = read_info(checkpoint.load)
         resuming = "optimizer" in STAGE_SECTIONS[config.stage] and not checkpoint.finetune
+    if checkpoint.verify:
+        require_files(info)
     if resuming and info.stage != config.stage:
         raise ConfigError(
             f"{info.path} is of the {info.stage} stage and cannot be resumed by {config.stage}: "

@@ -89,7 +89,7 @@ class Trainer:
         self._validated_at: int | None = None
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(run.start_from, self._chunks, head=stage.head)
+            load_weights(run.start_from, self._chunks, head=stage.head, verify=self.config.checkpoint.verify)
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
@@ -313,7 +313,12 @@ class Trainer:
     def _resume(self) -> None:
         info = self.run.start_from
         load_training_state(
-            info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
+            info,
+            self.chunks,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            verify=self.config.checkpoint.verify,
         )
         self.guard.load_state_dict(info.trainer_state["guard"])
         self._started_from = info.trainer_state["started_from"]

@@ -75,9 +75,14 @@ class Training:
         self.saver(root).save(iteration, self.chunks, state)
         return root / f"iter_{iteration:07d}"
 
-    def resume(self, info):
+    def resume(self, info, **options):
         load_training_state(
-            info, self.chunks, parallel=self.parallel, optimizer=self.optimizer, scheduler=self.scheduler
+            info,
+            self.chunks,
+            parallel=self.parallel,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            **options,
         )
 
     def weights(self):
