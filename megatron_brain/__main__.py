@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_brain.config.errors import AgreedError
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.runtime import launch, signals
 
@@ -94,7 +95,7 @@ def _report(error: ValueError) -> None:
     torch = sys.modules.get("torch")
     if launch.speaks():
         print(f"error: {error}", file=sys.stderr)
-    elif torch is not None and torch.distributed.is_initialized():
+    elif torch is not None and torch.distributed.is_initialized() and not isinstance(error, AgreedError):
         print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)
 
 

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all, and outlast a power cut."""
+"""Files that appear whole or not at all, and outlast a power cut; and whether a place can be written to."""
 
 import fnmatch
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -35,3 +36,27 @@ def sync_tree(path: Path, *, but: str) -> None:
             with open(os.path.join(folder, name), "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(folder))
+
+
+def folder_problem(flag: str, place: str) -> str | None:
+    """Why a folder cannot be made, or written to, in words that name the flag; None where it can.
+
+    Whether it can is tried: permissions do not tell it of a read-only disk. Nothing is left there.
+    """
+    folder = Path(place).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link to nothing"
+        return f"{flag} {place}: {there} is {kind}; give the name of a folder"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return f"{flag} {place}: {there} cannot be written to ({error.strerror}); give another folder"
+
+
+def file_problem(flag: str, place: str) -> str | None:
+    """The same of a file that is to be written."""
+    if place.endswith("/") or Path(place).is_dir():
+        return f"{flag} {place}: is a folder; give the name of a file in it"
+    return folder_problem(flag, str(Path(place).absolute().parent))

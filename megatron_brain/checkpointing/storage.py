@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_brain.checkpointing.boxes import Box, Part, divide
 from megatron_brain.checkpointing.checksums import CURE, checksum, here, my_share, require_sound
 from megatron_brain.checkpointing.index import INDEX, Index, StoredBox, read_index, write_index
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import AgreedError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def read_boxes(
     told = _gather((folder.name, problem))
     for _, problem in told:
         if problem is not None:
-            raise ConfigError(problem)
+            raise AgreedError(problem)
     names = sorted({name for name, _ in told})
     if len(names) > 1:
         raise CheckpointError(
@@ -209,7 +209,7 @@ def _on_all(action: Callable[[], None]) -> None:
     told = _gather((error, is_damage))
     failures = [(rank, words, damage) for rank, (words, damage) in enumerate(told) if words is not None]
     if failures and all(damage for *_, damage in failures):
-        raise ConfigError("; ".join(dict.fromkeys(words for _, words, _ in failures)))
+        raise AgreedError("; ".join(dict.fromkeys(words for _, words, _ in failures)))
     _raise_failures([words for words, _ in told])
 
 

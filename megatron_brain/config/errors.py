@@ -3,3 +3,7 @@
 
 class ConfigError(ValueError):
     """A key, value or layout that cannot work; the message names it, where it was set and what would be right."""
+
+
+class AgreedError(ConfigError):
+    """A mistake that all ranks, being connected, know of in the same words: it is enough that one says it."""

@@ -11,11 +11,13 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
+from megatron_brain.files import folder_problem
 from megatron_brain.runtime import parallel
 from megatron_brain.runtime.launch import speaks
 
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
 
 def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: Callable[[], Conversion]) -> str | None:
     """Returns on the first process what was done, in words."""
+    workers.all(lambda: _require_place(args.save))
     conversion = workers.all(prepare)
     with _progress(workers) as progress, verified_folder(args.save, workers, source=source) as folder:
         started = time.monotonic()
@@ -94,6 +97,11 @@ def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: 
 
         # By the first alone: it also renames the folder when all have left it.
         return workers.first(finish)
+
+
+def _require_place(save: Path) -> None:
+    if (problem := folder_problem("--save", str(save))) is not None:
+        raise ConfigError(problem)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import AgreedError
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
@@ -118,7 +118,7 @@ def check_unchanged(now: dict, earlier: dict) -> None:
     """Compare what must stay the same over a resume, as far as the checkpoint has it.
 
     Raises:
-        ConfigError: naming what changed, with both values.
+        AgreedError: naming what changed, with both values.
     """
     changed = [
         f"{name} was {earlier[name]}, is now {value}"
@@ -126,7 +126,7 @@ def check_unchanged(now: dict, earlier: dict) -> None:
         if name in earlier and earlier[name] != value
     ]
     if changed:
-        raise ConfigError(
+        raise AgreedError(
             f"the run cannot be resumed: {'; '.join(changed)}. Resume with the same data and settings, or start anew "
             "from the weights with --finetune"
         )

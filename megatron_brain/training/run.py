@@ -12,7 +12,7 @@ import torch
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info, require_files
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.data import TokenizerConfig
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import AgreedError, ConfigError
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
@@ -22,6 +22,7 @@ from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.data.corpus import Corpus, read_corpus
 from megatron_brain.data.records import Item, RecordReader
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
+from megatron_brain.files import file_problem, folder_problem
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 from megatron_brain.models.fp8_state import without_history
 from megatron_brain.models.fp8_weights import written
@@ -141,6 +142,7 @@ def open_run(config: RunConfig) -> Run:
     fused, reason = gradient_accumulation_fusion(parallel.device)
     log.info("gradient accumulation fusion: %s (%s)", "on" if fused else "off", reason)
     _check_same_start(parallel, start_from, resuming=resuming)
+    _check_places(config, parallel)
     config = fix_template_date(config, tokenizer, start_from, parallel)
     return Run(
         config=config,
@@ -150,6 +152,20 @@ def open_run(config: RunConfig) -> Run:
         resuming=resuming,
         generation_config=generation_config,
     )
+
+
+def _check_places(config: RunConfig, parallel: Parallel) -> None:
+    """What the run is going to write can be written, by every rank: it would be a pity to find out at the end."""
+    folders = {"--tensorboard-dir": config.logging.tensorboard_dir, "--save": config.checkpoint.save}
+    folders["--rollout-dir"] = config.brain.rollout_dir
+    trains = "optimizer" in STAGE_SECTIONS[config.stage]
+    problems = [folder_problem(flag, place) for flag, place in folders.items() if place is not None and trains]
+    if config.generate.output is not None:
+        problems.append(file_problem("--output", config.generate.output))
+    mine = next(filter(None, problems), None)
+    found = {problem: rank for rank, problem in reversed([*enumerate(parallel.gather_over_world(mine))]) if problem}
+    if found:
+        raise AgreedError("; ".join(f"{problem} (rank {rank})" if rank else problem for problem, rank in found.items()))
 
 
 def fix_template_date(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import AgreedError
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.corpus import Corpus, place_of
 from megatron_brain.data.records import RecordReader
@@ -58,7 +58,7 @@ def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, An
         state: what `as_state` returned for the checkpoint; None of a checkpoint that has none.
 
     Raises:
-        ConfigError: names what differs and between which records.
+        AgreedError: names what differs and between which records.
     """
     if state is None:
         log.info("the checkpoint has no fingerprint of its data: that they are the same is told by their number alone")
@@ -74,7 +74,7 @@ def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, An
         if flag == "valid_data":
             log.warning("%s is not what the run was validated on before: %s", name, found)
             continue
-        raise ConfigError(
+        raise AgreedError(
             f"the run cannot be resumed: {name} is not what it was trained on so far: {found}. Resume with the same "
             "data, tokenizer and chat template, or start anew from the weights with --finetune"
         )
