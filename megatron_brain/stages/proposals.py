@@ -20,6 +20,7 @@ from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rol
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.run_length import rounds
+from megatron_brain.training.same_data import require_same_rollouts
 from megatron_brain.training.trainer import Trainer
 
 
@@ -182,7 +183,9 @@ class RolloutFiles:
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Read this replica's rollouts of a round, from the first file again after the last."""
-        rollouts = read_round(self._run.config, self._files[number % len(self._files)])
+        path = self._files[number % len(self._files)]
+        rollouts = read_round(self._run.config, path)
+        require_same_rollouts(rollouts, path, self._run.parallel)
         return self._placement.deal([dataclasses.replace(rollout, index=i) for i, rollout in enumerate(rollouts)])
 
 

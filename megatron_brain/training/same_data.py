@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import xxhash
 
 from megatron_brain.config.errors import AgreedError
 from megatron_brain.data.contents import Contents
@@ -48,6 +51,18 @@ def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel:
         f"{name}: ranks have read other records than rank 0 (ranks {ranks}): {said}. Is the file, or the tokenizer, "
         "another one on some node? Put one copy where all nodes see it"
     )
+
+
+def require_same_rollouts(rollouts: Sequence[Any], path: str, parallel: Parallel) -> None:
+    """Raise RuntimeError on all ranks where some have read other rollouts from a file than rank 0. All call it."""
+    told = [json.dumps(rollout.as_dict(), sort_keys=True) for rollout in rollouts]
+    everyone = parallel.gather_over_world(xxhash.xxh3_64_hexdigest("\n".join(told).encode()))
+    others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
+    if others:
+        raise RuntimeError(
+            f"{path}: ranks {', '.join(map(str, others[:8]))} have read other rollouts than rank 0. Is the file "
+            "another one on some node? Put one copy where all nodes see it"
+        )
 
 
 def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, Any] | None) -> None:

@@ -48,7 +48,7 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
             return [[Sample(tokens=group.responses[0], logprob=0.0, finished=True)]]
 
     def score_groups(chunks, groups, parallel, **_):
-        seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[2])
+        seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[-1])
         return []
 
     monkeypatch.setattr(answers, "Sampler", Sampler)

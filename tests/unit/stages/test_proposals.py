@@ -67,7 +67,8 @@ def test_rollout_files_are_read_in_turn_and_a_token_of_another_vocabulary_is_nam
     config.brain.rollout_data = str(tmp_path / "*.jsonl")
     config.model.vocab_size, config.training.global_batch_size = 10, 1
     layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
-    files = RolloutFiles(SimpleNamespace(config=config), Placement(config.training, layout, interleaved=False))
+    run = SimpleNamespace(config=config, parallel=SimpleNamespace(gather_over_world=lambda item: [item]))
+    files = RolloutFiles(run, Placement(config.training, layout, interleaved=False))
     assert files.rounds(3.0) == 2
     assert [files.rollouts(None, number)[0].id for number in range(3)] == ["a:1", "b:1", "a:1"]
     config.model.vocab_size = 2
