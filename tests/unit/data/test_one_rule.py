@@ -4,6 +4,7 @@ import contextlib
 import types
 
 import pytest
+import torch
 from helpers.tiny_tokenizers import train_sentencepiece, write_hf_tokenizer
 from transformers import AutoTokenizer
 
@@ -49,7 +50,7 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
 
     def score_groups(chunks, groups, parallel, **_):
         seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[-1])
-        return []
+        return [[torch.zeros(len(groups[0][0].responses))]]
 
     monkeypatch.setattr(answers, "Sampler", Sampler)
     monkeypatch.setattr(evaluate, "score_groups", score_groups)
@@ -58,7 +59,7 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
     run = types.SimpleNamespace(tokenizer=tokenizer, parallel=None, config=config)
     [[sample]] = answers.sample_answers(run, [], prompts, [0], settings)
     reward = types.SimpleNamespace(loaded=contextlib.nullcontext)
-    evaluate._add_rewards(run, reward, [], prompts, {"policy": [sample], "baseline": [sample]})
+    evaluate._add_rewards(run, reward, [{}], prompts, {"policy": [sample], "baseline": [sample]})
     tokenizer.export(folder / "exported", "policy")
     return seen, AutoTokenizer.from_pretrained(folder / "exported"), prompts[0]
 

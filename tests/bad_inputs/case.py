@@ -1,0 +1,60 @@
+"""What one bad input is: the command it is given to, and what the command must say and leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bad_inputs.assets import Assets
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a case makes its bad input: an empty folder, which is also the working directory of the command."""
+
+    folder: Path
+    assets: Assets
+
+    def write(self, name: str, content: str | bytes) -> str:
+        """Write a file; returns its name, which is relative to the working directory."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return name
+
+    def write_records(self, name: str, *records: object) -> str:
+        """Write a jsonl file; returns its name."""
+        return self.write(name, "".join(json.dumps(record) + "\n" for record in records))
+
+    def copy(self, source: Path, name: str) -> Path:
+        """Copy a folder of the assets to damage it; returns the copy."""
+        return shutil.copytree(source, self.folder / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadInput:
+    """A bad input and what must come of it."""
+
+    name: str
+    """The property, in words."""
+    argv: Callable[[Site], Sequence[str]]
+    """Makes the bad input and returns the command: a stage or the name of a tool, and its arguments."""
+    culprit: str
+    """Regular expression of what the message must name as wrong."""
+    cure: str
+    """Regular expression of what the message must say would be right."""
+    status: int = 2
+    """Exit status."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the environment."""
+    on_stdout: bool = False
+    """Whether the problem is part of a report that the tool prints, and not a message on stderr."""
+    leaves: tuple[str, ...] = ()
+    """Patterns of files and folders that may be left, none of which looks complete."""
+    as_process: bool = False
+    """Whether to run it as a process of its own, as a user does; slow."""
+    broken: str = ""
+    """Why the program does not do this yet; the test is then expected to fail."""

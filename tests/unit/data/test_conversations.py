@@ -1,0 +1,335 @@
+"""A record is the same in every spelling and from every source: nulls, empty lists, JSON as text, tables."""
+
+import copy
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from helpers.conversations import THINKING, conversations
+from helpers.tiny_tokenizers import write_hf_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_brain.config.data import DataConfig
+from megatron_brain.data.conversations import check_messages, check_template_kwargs, check_tools
+from megatron_brain.data.corpus import read_corpus
+from megatron_brain.data.errors import RecordError
+from megatron_brain.data.prepared.preparation import Preparation, prepare
+from megatron_brain.data.reading_settings import ReadingSettings
+from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
+from megatron_brain.data.sources import load_records
+from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+
+LIMITS = DataConfig(seq_length=4096)
+USER = {"role": "user", "content": "what time is it?"}
+ANSWER = {"role": "assistant", "content": "nine"}
+ARGUMENTS = {"city": "Ulm", "count": 2}
+
+
+def call(arguments, **more):
+    return {"role": "assistant", **more, "tool_calls": [{"function": {"name": "get_time", "arguments": arguments}}]}
+
+
+def tool(name="get_time", **properties):
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+@pytest.fixture(scope="session")
+def thinking_dir(tmp_path_factory):
+    names = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": THINKING}
+    return write_hf_tokenizer(tmp_path_factory.mktemp("thinking"), **names)
+
+
+@pytest.fixture(scope="session")
+def thinking(thinking_dir):
+    return HuggingFaceTokenizer(thinking_dir)
+
+
+def ids(tokenizer, record, **options):
+    """What sft trains on, or the error without its place."""
+    try:
+        [group], _ = read_records(SFTReader(tokenizer, LIMITS, **options), [("x:1", record)])
+    except RecordError as error:
+        return error.message
+    return group.prompt, group.responses, group.loss_masks
+
+
+@st.composite
+def respelled(draw, value, *, depth=0):
+    """The same JSON value with nulls in its objects, as Arrow fills what a row lacks."""
+    if isinstance(value, list):
+        return [draw(respelled(member, depth=depth + 1)) for member in value]
+    if not isinstance(value, dict):
+        return value
+    filled = {key: draw(respelled(member, depth=depth + 1)) for key, member in value.items()}
+    for key in draw(st.lists(st.sampled_from(["city", "title", "enum", "name", "items"]), max_size=2)):
+        filled.setdefault(key, None)
+    return filled
+
+
+@settings(max_examples=150, deadline=None)
+@given(record=conversations(), data=st.data(), multi_turn_loss=st.booleans())
+def test_nulls_and_empty_lists_change_nothing_at_any_depth(thinking, record, data, multi_turn_loss):
+    expected = ids(thinking, record, multi_turn_loss=multi_turn_loss)
+    other = data.draw(respelled(record))
+    other.setdefault("tools", data.draw(st.sampled_from([None, [], "", "[]", "null"])))
+    for message in other["messages"]:
+        message.setdefault("tool_calls", data.draw(st.sampled_from([None, [], "", "[]"])))
+        message.setdefault("weight", None)
+        message.setdefault("reasoning_content", None)
+    assert ids(thinking, other, multi_turn_loss=multi_turn_loss) == expected
+
+
+def as_text(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    record=conversations(),
+    spelling=st.sets(st.sampled_from(["tools", "tool", "calls", "call", "arguments", "messages"])),
+)
+def test_json_as_text_is_what_it_says(thinking, record, spelling):
+    expected = ids(thinking, record)
+    other = copy.deepcopy(record)
+    for message in other["messages"]:
+        for each in message.get("tool_calls", []):
+            if "arguments" in spelling:
+                each["function"]["arguments"] = as_text(each["function"]["arguments"])
+        if "call" in spelling and "tool_calls" in message:
+            message["tool_calls"] = [as_text(each) for each in message["tool_calls"]]
+        if "calls" in spelling and "tool_calls" in message:
+            message["tool_calls"] = as_text(message["tool_calls"])
+    if "tool" in spelling and "tools" in other:
+        other["tools"] = [as_text(each) for each in other["tools"]]
+    if "tools" in spelling and "tools" in other:
+        other["tools"] = as_text(other["tools"])
+    if "messages" in spelling:
+        other["messages"] = as_text(other["messages"])
+    assert ids(thinking, other) == expected
+    if not isinstance(expected, str):
+        assert '\\"' not in thinking.hf.decode(expected[1][0]) or '\\"' in as_text(record)
+
+
+def write_sources(folder, rows):
+    """The rows in every kind of file; a table has every field of any row."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "array.json").write_text(json.dumps(rows, indent=1))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with (
+        pyarrow.OSFile(str(folder / "a.jsonl.zst"), "wb") as file,
+        pyarrow.CompressedOutputStream(file, "zstd") as packed,
+    ):
+        packed.write(lines.encode())
+    table = pyarrow.Table.from_struct_array(pyarrow.array(rows))
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    with pyarrow.ipc.new_stream(str(folder / "stream.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pyarrow.ipc.new_file(str(folder / "file.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    columns = {name: None for row in rows for name in row}  # from_list looks at the first row alone
+    data = datasets.Dataset.from_list([columns | row for row in rows], on_mixed_types="use_json")
+    data.save_to_disk(folder / "saved")
+    data.to_parquet(folder / "json.parquet")
+    return sorted(path for path in folder.iterdir())
+
+
+ROWS = [
+    {"messages": [USER, call({"city": "Ulm"}, content="")], "tools": [tool(city={"type": "string"})]},
+    {"messages": [USER, {**ANSWER, "weight": 1}]},
+    {
+        "messages": [USER, {"role": "assistant", "reasoning_content": "why", **call({"item": "bread", "count": 2})}],
+        "tools": [tool("get_price", item={"type": "string", "title": "what"}), tool(city={"type": "string"})],
+    },
+    {"messages": [{"role": "system", "content": "be kind"}, USER, {**ANSWER, "weight": 0}, USER, ANSWER]},
+    {"prompt": "plain", "completion": " text"},
+]
+
+
+@pytest.mark.parametrize("multi_turn_loss", [False, True])
+def test_a_record_has_the_same_ids_from_every_source(thinking, thinking_dir, tmp_path, multi_turn_loss):
+    reader = SFTReader(thinking, LIMITS, multi_turn_loss=multi_turn_loss)
+    expected, _ = read_records(reader, [(f"x:{i}", row) for i, row in enumerate(ROWS)])
+    contents = [(group.prompt, group.responses, group.loss_masks) for group in expected]
+    places = write_sources(tmp_path, ROWS)
+    assert len(places) == 9
+    for place in places:
+        groups, _ = read_records(reader, load_records(str(place)))
+        assert [(group.prompt, group.responses, group.loss_masks) for group in groups] == contents, place
+    reading = ReadingSettings(
+        stage="sft",
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=thinking_dir,
+        limits=LIMITS,
+        multi_turn_loss=multi_turn_loss,
+    )
+    raw = read_corpus(str(tmp_path / "a.jsonl"), reader).contents
+    for source in ("a.parquet", "saved"):
+        prefix = str(tmp_path / "prepared" / f"{source}{multi_turn_loss}")
+        prepare(Preparation(input=str(tmp_path / source), split=None, prefix=prefix, format="indexed", reading=reading))
+        corpus = read_corpus(prefix, reader)
+        assert [(group.prompt, group.responses, group.loss_masks) for group in corpus.items] == contents
+        assert corpus.contents == raw, "and the same fingerprint"
+
+
+def test_json_and_maps_of_arrow_are_objects(thinking, tmp_path):
+    rows = [{"messages": [USER, call(ARGUMENTS, content="")], "tools": [tool(city={"type": "string"})]}]
+    expected = ids(thinking, rows[0])
+    as_json, words = datasets.List(datasets.Json()), datasets.Value("string")
+    message = {"role": words, "content": words, "tool_calls": as_json}
+    features = datasets.Features({"messages": datasets.List(message), "tools": as_json})
+    data = datasets.Dataset.from_list(rows, features=features)
+    data.to_parquet(tmp_path / "json.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    assert "arrow.json" in str(pyarrow.parquet.read_schema(tmp_path / "json.parquet"))
+    for source in (tmp_path / "json.parquet", tmp_path / "saved", *(tmp_path / "saved").glob("*.arrow")):
+        assert ids(thinking, load_records(str(source))[0][1]) == expected, source
+    text = pyarrow.string()
+    function = pyarrow.struct({"name": text, "arguments": pyarrow.map_(text, text)})
+    message = pyarrow.struct(
+        {"role": text, "content": text, "tool_calls": pyarrow.list_(pyarrow.struct({"function": function}))}
+    )
+    mapped = [USER, call({"city": "Ulm"}, content="")]
+    column = pyarrow.array([mapped], pyarrow.list_(message))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "map.parquet")
+    assert ids(thinking, load_records(str(tmp_path / "map.parquet"))[0][1]) == ids(thinking, {"messages": mapped})
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [USER, call("{'city': 'Ulm'}")],
+            r"tool_calls\[0\].function.arguments must be an object, and is a text that is no",
+        ),
+        ([USER, call("[1]")], r"arguments must be an object, and is the JSON text of \[1\]"),
+        ([USER, call('"{}"')], r"arguments must be an object, and is the JSON text of '{}'"),
+        ([USER, call(3)], "arguments must be an object, or the JSON text of one, not 3"),
+        ([USER, call('{"a": "\\ud83d"}')], "is half of a character"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": {}}]}], "has no text 'name'"),
+        (
+            [USER, {"role": "assistant", "tool_calls": ["get_time()"]}],
+            r"tool_calls\[0\] must be an object, and is a text",
+        ),
+        ([USER, {"role": "assistant", "tool_calls": {"name": "f"}}], "'tool_calls' must be a list of objects"),
+        ("who is it?", "'messages' must be a list, and is a text that is no JSON"),
+        ('{"role": "user"}', "'messages' must be a list, and is the JSON text of"),
+        ([USER, {**ANSWER, "weight": 0.5}], r"messages\[1\] \(assistant\) has weight 0.5; only 0 and 1"),
+        ([USER, {**ANSWER, "weight": "0"}], "has weight '0'; only 0 and 1"),
+        ([{**USER, "weight": 1}, ANSWER], r"messages\[0\] \(user\) has weight 1, and only what the assistant says"),
+        ([USER, {**ANSWER, "train": False}], "has 'train', which is not supported: give 'weight': 0 or 1"),
+        ([USER, {**ANSWER, "loss_mask": [1]}], "has 'loss_mask', which is not supported"),
+        (
+            [USER, {**ANSWER, "function_call": {"name": "f"}}],
+            "has 'function_call', which is not supported: give it in 'tool",
+        ),
+        ([USER, {**ANSWER, "reasoning_content": ["a"]}], "'reasoning_content' must be a text"),
+    ],
+)
+def test_a_message_that_cannot_be_what_was_meant_is_refused_with_its_field(messages, message):
+    with pytest.raises(RecordError, match=f"d.jsonl:3: .*{message}"):
+        check_messages(messages, "messages", "d.jsonl:3")
+
+
+@pytest.mark.parametrize("spelling", ["", " ", "{}", {}])
+def test_a_call_without_arguments_has_none_however_it_is_spelled(spelling):
+    [_, message] = check_messages([USER, call(spelling)], "messages", "x")
+    assert message["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        (5, "field 'tools' must be a list of objects, not 5"),
+        ({"name": "f"}, "field 'tools' must be a list of objects"),
+        ("get_time", "field 'tools' must be a list, and is a text that is no JSON"),
+        ([None], r"tools\[0\] must be an object, not None"),
+        (["f"], r"tools\[0\] must be an object, and is a text that is no JSON"),
+        ([{"function": {"name": "f", "parameters": "x"}}], r"tools\[0\].function.parameters must be an object"),
+        (
+            [{"function": {"name": "f", "parameters": []}}],
+            r"tools\[0\].function.parameters must be an object, not \[\]",
+        ),
+    ],
+)
+def test_tools_that_are_no_list_of_objects_are_refused_with_their_place(tools, message):
+    with pytest.raises(RecordError, match=f"d.jsonl:3: .*{message}"):
+        check_tools({"tools": tools}, "d.jsonl:3")
+
+
+def test_an_empty_object_of_a_tool_stays_while_a_null_goes():
+    tools = [
+        {"function": {"name": "f", "parameters": {"properties": {}, "required": [], "title": None, "enum": [None]}}}
+    ]
+    assert check_tools({"tools": tools}, "x") == [
+        {"function": {"name": "f", "parameters": {"properties": {}, "required": [], "enum": [None]}}}
+    ]
+
+
+def test_switches_of_the_template_come_with_the_record(tmp_path):
+    template = THINKING.replace(
+        "assistant\n{% endif %}", "assistant\n{% if quiet %}<quiet>{% endif %}{% endif %}"
+    ).replace("{% generation %}", "{% if quiet %}<quiet>{% endif %}{% generation %}")
+    tokenizer = HuggingFaceTokenizer(write_hf_tokenizer(tmp_path, eos_token="<|im_end|>", chat_template=template))
+    for kwargs in ({"quiet": True}, '{"quiet": true}'):
+        prompt, _, _ = ids(tokenizer, {"messages": [USER, ANSWER], "chat_template_kwargs": kwargs})
+        assert tokenizer.hf.decode(prompt).endswith("<quiet>")
+    for kwargs in ({}, None, ""):
+        assert "<quiet>" not in tokenizer.hf.decode(
+            ids(tokenizer, {"messages": [USER, ANSWER], "chat_template_kwargs": kwargs})[0]
+        )
+    for kwargs, message in (([1], "must be an object"), ({"tools": []}, "sets 'tools', which is no setting")):
+        with pytest.raises(RecordError, match=f"x:1: field 'chat_template_kwargs' {message}"):
+            check_template_kwargs({"chat_template_kwargs": kwargs}, "x:1")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "cure"),
+    [
+        ("images", ["a.png"], "only texts are read"),
+        ("weight", 0.5, "all records count alike"),
+        ("weight", 0, "all records count alike"),
+        ("loss_mask", [0, 1], "'weight': 0 or 1 and --multi-turn-loss"),
+        ("functions", [{"name": "f"}], "give the functions as 'tools'"),
+        ("system", "be kind", "as the first message, with the role system"),
+    ],
+)
+def test_a_field_that_would_change_what_is_learned_is_refused_by_name(thinking, field, value, cure):
+    record = {"messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "ten"}]}
+    for reader in (SFTReader(thinking, LIMITS), PreferenceReader(thinking, LIMITS), PromptReader(thinking, LIMITS)):
+        with pytest.raises(RecordError, match=f"x:1: field '{field}' is not supported: .*{cure}"):
+            reader.draft("x:1", {**record, field: value})
+        for nothing in (None, [], "") if field != "weight" else (None, 1, 1.0):
+            reader.draft("x:1", {**record, field: nothing})
+
+
+def test_a_completion_that_people_disliked_is_not_learned(thinking):
+    record = {"prompt": "a", "completion": " b"}
+    with pytest.raises(RecordError, match="x:1: field 'label' is false"):
+        SFTReader(thinking, LIMITS).draft("x:1", {**record, "label": False})
+    assert ids(thinking, {**record, "label": True}) == ids(thinking, record)
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion"])
+def test_messages_written_as_the_text_of_their_json_are_no_prompt(thinking, field):
+    record = {"prompt": "a", "completion": "b", field: json.dumps([USER])}
+    with pytest.raises(RecordError, match=f"field '{field}' is the JSON text of messages: give the list itself"):
+        SFTReader(thinking, LIMITS).draft("x:1", record)
+    assert not isinstance(ids(thinking, {**record, field: '[{"a": 1}] is JSON'}), str)
+
+
+def test_a_last_message_that_only_calls_a_tool_is_an_answer_in_every_stage(thinking):
+    messages = [USER, call(ARGUMENTS)]
+    [sft], _ = read_records(SFTReader(thinking, LIMITS), [("x:1", {"messages": messages})])
+    other = [USER, ANSWER]
+    pair = {"chosen": messages, "rejected": other}
+    [preference], _ = read_records(PreferenceReader(thinking, LIMITS), [("x:1", pair)])
+    for record in ({"messages": messages}, {"prompt": [USER], "completion": messages[1:]}, pair):
+        [prompt], _ = read_records(PromptReader(thinking, LIMITS), [("x:1", record)])
+        assert prompt.tokens == sft.prompt == preference.group.prompt
+        assert prompt.reference == '<call>{"name": "get_time", "arguments": {"city": "Ulm", "count": 2}}</call>'
+    assert sft.responses[0] == preference.group.responses[0] != preference.group.responses[1]
