@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ class Chat:
         where: place of the record, for error messages.
         tools: what `conversations.check_tools` returned.
         template_kwargs: further variables of the template.
+
+    Attributes:
+        settings: whether there are tools, and those variables; can be hashed.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Chat:
     ) -> None:
         self.tokenizer, self.messages, self.where = tokenizer, messages, where
         self.tools, self._kwargs = tools, dict(template_kwargs or {})
+        self.settings = tools is not None, json.dumps(self._kwargs, sort_keys=True)
         self._rendered: dict[tuple[int, bool], str] = {}
 
     def closed(self, count: int) -> str:

@@ -1,9 +1,10 @@
 """What a chat template leaves out of a conversation.
 
 A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the
-words of a message somewhere in the text proves nothing: the same words may stand elsewhere. So what does not stand at
-its very place is asked for in another way: the conversation is rendered once more with every word replaced by one that
-stands nowhere else, and each of those must be there.
+words of a message somewhere in the text proves nothing: the same words may stand elsewhere. So the conversation is
+rendered once more with every word replaced by one that stands nowhere else, and each of those must be there. What a
+template writes depends on the shape of a conversation (roles, fields, tags in the texts) and hardly on its words: one
+conversation of each shape is asked for, and of the others only that what is learned stands in its turn.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _NAMED_BY_CALL = ("tool", "function", "ipython")
 # Tags and switches, by which templates tell the parts of a text, and words.
 _TAG = r"<[^<>\s][^<>\n]{0,60}>|\[/?[A-Z_]+\]|(?<![\w/])/\w+"
 _TAG_OR_WORD = re.compile(rf"({_TAG})|\w+")
+_TAGS, _WORD = re.compile(_TAG), re.compile(r"\w")
 
 
 class Span(NamedTuple):
@@ -51,24 +53,47 @@ def require_written(
         RecordError: something is left out; names it.
     """
     messages = chat.messages[:count]
-    doubtful = [index for index, span in learned.items() if not _stands_in(messages[index], text, span)]
-    for index in doubtful:
-        if (part := _missing_part(messages[index], text, learned[index])) is not None:
+    for index, span in learned.items():
+        if (part := _missing_part(messages[index], text, span)) is not None:
             raise _left_out(chat, index, part)
-    doubtful += _not_found(messages, text)
-    if not doubtful:
+    wanted = [index for index, message in enumerate(messages) if message["role"] != "assistant" or index in learned]
+    shape = (*map(_shape_of, messages), tuple(wanted), chat.settings, add_generation_prompt)
+    if shape in chat.tokenizer.written_shapes:
         return
+    _require_words(chat, messages, wanted, add_generation_prompt=add_generation_prompt)
+    for index in learned:
+        _require_arguments_without_words(chat, messages, index, text)
+    chat.tokenizer.written_shapes.add(shape)
+
+
+def _require_words(
+    chat: Chat, messages: Sequence[Mapping[str, Any]], wanted: Sequence[int], *, add_generation_prompt: bool
+) -> None:
+    """Raise where a template does not write each word of the wanted messages."""
     for with_calls in (True, False):
         probe = _Probe(with_calls)
         replaced = [probe.replace(message, index) for index, message in enumerate(messages)]
         try:
             written = chat.render(replaced, add_generation_prompt=add_generation_prompt)
         except RecordError:
-            continue  # The template looks into the calls; those it writes it was found to write above.
+            continue  # The template looks into the calls; those it writes it was found to write in their turn.
         for word in probe.words:
-            if word.index in doubtful and word.stand_in not in written:
+            if word.index in wanted and word.stand_in not in written:
                 raise _left_out(chat, word.index, word.part)
         return
+
+
+def _require_arguments_without_words(chat: Chat, messages: Sequence[Mapping[str, Any]], index: int, text: str) -> None:
+    """The same of arguments that are neither words nor numbers, such as true: without them, another text is written."""
+    calls = messages[index].get("tool_calls", [])
+    for place, function in enumerate(called_functions(calls)):
+        arguments = function.get("arguments")
+        if not arguments or _has_words(arguments):
+            continue
+        emptied = [_with_arguments(call, {}) if i == place else call for i, call in enumerate(calls)]
+        others = [*messages[:index], {**messages[index], "tool_calls": emptied}, *messages[index + 1 :]]
+        if chat.render(others, add_generation_prompt=False) == text:
+            raise _left_out(chat, index, f"{function['name']}({arguments})")
 
 
 def require_tools(chat: Chat, text: str, without: str) -> None:
@@ -104,30 +129,38 @@ def _left_out(chat: Chat, index: int, part: str) -> RecordError:
     return RecordError(chat.where, "chat template", message)
 
 
-def _stands_in(message: Mapping[str, Any], text: str, span: Span) -> bool:
-    """Whether a message is a content and nothing more, and its turn begins with that."""
-    plain = message.keys() <= {"role", "content", "weight"}
-    return plain and text[span.start : span.end].lstrip().startswith(message["content"].strip())
+def _shape_of(message: Mapping[str, Any]) -> tuple:
+    """What a template's decisions about a message can depend on."""
+    said = tuple(
+        (name, tuple(_TAGS.findall(message[name])), bool(_WORD.search(message[name])))
+        for name in (*_SPOKEN, "name")
+        if message.get(name)
+    )
+    calls = tuple(_has_words(function.get("arguments")) for function in called_functions(message.get("tool_calls")))
+    return message["role"], said, calls
 
 
-def _not_found(messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
-    """Messages of others than the assistant that do not stand in the text, one behind the other."""
-    end, missing = 0, []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            continue
-        content = message.get("content", "").strip()
-        place = text.find(content, end)
-        if place < 0 or ("name" in message and message["role"] not in _NAMED_BY_CALL):
-            missing.append(index)
-        else:
-            end = place + len(content)
-    return missing
+def _has_words(value: Any) -> bool:
+    """Whether there is anything in arguments that another word can stand in for."""
+    if isinstance(value, dict | list):
+        return any(map(_has_words, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, str):
+        return bool(_WORD.search(value))
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _with_arguments(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_arguments(call["function"], arguments)}
+    return {**call, "arguments": arguments}
 
 
 def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | None:
     """What of a message does not stand in its turn, whatever the white space and the tags between its words are."""
-    turn = "".join(text[span.start : span.end].split())
+    written = text[span.start : span.end]
+    if message.keys() <= {"role", "content", "weight"} and written.lstrip().startswith(message["content"].strip()):
+        return None  # The most frequent one by far, told at once.
+    turn = "".join(written.split())
     for name in _SPOKEN:
         position = 0
         for piece in _between_tags(message.get(name, "")):
@@ -141,7 +174,7 @@ def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | No
 
 def _between_tags(text: str) -> Iterator[str]:
     """What stands between the tags of a text, without white space."""
-    pieces = ("".join(piece.split()) for piece in re.split(_TAG, text))
+    pieces = ("".join(piece.split()) for piece in _TAGS.split(text))
     return (piece for piece in pieces if piece)
 
 

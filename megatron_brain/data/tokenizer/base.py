@@ -48,6 +48,7 @@ class Tokenizer(ABC):
         special_ids: ids of special tokens, which only a chat template writes into a text.
         special_texts: their texts.
         chat_templates: the Jinja templates of chat records by name; "default" is that of records without tools.
+        written_shapes: shapes of conversations that the templates were found to leave nothing out of.
         template_time: what templates that write a date take for now, the same for a whole run.
     """
 
@@ -60,6 +61,7 @@ class Tokenizer(ABC):
     special_ids: frozenset[int] = frozenset()
     special_texts: frozenset[str] = frozenset()
     chat_templates: Mapping[str, str] = {}
+    written_shapes: set
     template_time: datetime
 
     @property

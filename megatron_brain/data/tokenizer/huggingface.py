@@ -56,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_texts = frozenset(self.hf.convert_ids_to_tokens(sorted(self.special_ids)))
         self._chats = ChatRenderer(self.hf)
         self.chat_templates = self._chats.templates
+        self.written_shapes = set()
         backend = getattr(self.hf, "backend_tokenizer", None)
         self._unmarked = None if backend is None else without_word_mark(backend)
         self._marks_after_added = self._unmarked is not None and self._finds_mark_after_added()
