@@ -136,8 +136,18 @@ def _shape_of(message: Mapping[str, Any]) -> tuple:
         for name in (*_SPOKEN, "name")
         if message.get(name)
     )
-    calls = tuple(_has_words(function.get("arguments")) for function in called_functions(message.get("tool_calls")))
+    calls = tuple(
+        _shape_of_value(function.get("arguments")) for function in called_functions(message.get("tool_calls"))
+    )
     return message["role"], said, calls
+
+
+def _shape_of_value(value: Any) -> Any:
+    """The kinds of values that arguments have, at each depth."""
+    if isinstance(value, dict | list):
+        members = value.values() if isinstance(value, dict) else value
+        return type(value), frozenset(map(_shape_of_value, members))
+    return type(value), _has_words(value)
 
 
 def _has_words(value: Any) -> bool:

@@ -258,3 +258,25 @@ def test_nothing_of_the_check_reaches_what_is_trained_on(make, record, seed):
     if not isinstance(found, str):
         text = make(THINKING).hf.decode([*found[0], *found[1]])
         assert "zq0" not in text and "7310000" not in text
+
+
+@pytest.mark.parametrize("first", [{}, {"city": "Ulm"}, {"city": 4}, {"city": [True]}])
+def test_a_conversation_that_was_fine_says_nothing_of_one_with_other_arguments(first, make):
+    """What was found of a shape is remembered; arguments that a template could treat in another way are another one."""
+    drops = THINKING.replace(
+        "{{ c.function.arguments | tojson }}",
+        "{% if c.function.arguments.city is boolean %}{}{% else %}{{ c.function.arguments | tojson }}{% endif %}",
+    )
+    tokenizer = make(drops)
+
+    def record(arguments):
+        return {
+            "messages": [
+                QUESTION,
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+            ]
+        }
+
+    for _ in range(2):
+        assert not isinstance(outcome(render_last_turn, tokenizer, record(first)), str)
+        assert "leaves out" in outcome(render_last_turn, tokenizer, record({"city": False}))
