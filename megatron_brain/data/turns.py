@@ -7,11 +7,14 @@ where the next message begins. Two ways lead there:
   the text of the whole conversation, and the text with the answer does too, the turn is what the second adds to the
   first.
 - *Marks*: what the template wraps in ``{% generation %} ... {% endgeneration %}``. They are used where there are any,
-  and must agree with the first way wherever that is exact.
+  and must agree with the first way wherever that is exact. Where a template opens a turn for sampling otherwise than it
+  writes this one, what is marked is learned, and a warning says so.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +25,8 @@ from megatron_brain.data.conversations import short, weight_of
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.omissions import Span, require_written
 from megatron_brain.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _MARK_CURE = (
     "wrap what the assistant writes, its end-of-turn token included, in {% generation %} ... {% endgeneration %} "
@@ -197,19 +202,53 @@ def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) 
     if text.startswith(prompt):
         begin, earliest = len(prompt), len(os.path.commonprefix([prompt, chat.closed(index)]))
     else:
-        # Earlier turns are written otherwise by now; the generation prompt is the same.
-        ends = [end for end in range(span.start, span.start + len(opening) + 1) if text.endswith(opening, 0, end)]
-        if not ends:
+        # Earlier turns are written otherwise by now; the generation prompt is the same, or at least its header is.
+        begin = _end_of_opening(text, span, opening)
+        if begin is None and (header := _header(chat, opening)) and _end_of_opening(text, span, header) is not None:
+            _warn_of_other_opening(opening, header)
+            return span.start
+        if begin is None:
             raise _not_marked(
                 chat, f"does not mark every turn from the end of its generation prompt on, {short(opening)}"
             )
-        begin, earliest = ends[0], ends[0] - len(opening)
+        earliest = begin - len(opening)
     turn = f"the assistant's turn messages[{index}]"
     if span.start > begin:
         raise _not_marked(chat, f"leaves the beginning of {turn} unmarked, {short(text[begin : span.start])}")
     if span.start < earliest:
         raise _not_marked(chat, f"marks what precedes {turn}, {short(text[span.start : earliest])}")
     return begin
+
+
+def _end_of_opening(text: str, span: Span, opening: str) -> int | None:
+    """Where the generation prompt ends inside of a turn's marks or right before them; None if it is not there."""
+    ends = range(span.start, span.start + len(opening) + 1)
+    return next((end for end in ends if text.endswith(opening, 0, end)), None)
+
+
+def _header(chat: Chat, opening: str) -> str:
+    """How the generation prompt begins as every turn does, such as the assistant's name without ``<think>``."""
+    question = {"role": "user", "content": "question"}
+    try:
+        written = chat.render([question, {"role": "assistant", "content": "answer"}], add_generation_prompt=False)
+        asked = chat.render([question], add_generation_prompt=False)
+    except RecordError:
+        return ""
+    header = os.path.commonprefix([opening, written[len(os.path.commonprefix([written, asked])) :]])
+    return header if header.strip() else ""
+
+
+@functools.cache
+def _warn_of_other_opening(opening: str, header: str) -> None:
+    """Once for each opening."""
+    logger.warning(
+        "the chat template opens a turn for sampling with %s but begins some turns that it marks with %s alone: they "
+        "are learned as they are marked, and sampling begins otherwise than they do; where the template has a switch, "
+        "set it in the records ('chat_template_kwargs': {'enable_thinking': false}), or edit its generation prompt "
+        "(--chat-template FILE)",
+        short(opening),
+        short(header),
+    )
 
 
 def _merge_adjoining(blocks: Sequence[Span]) -> list[Span]:

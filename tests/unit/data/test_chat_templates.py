@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 import pytest
-from helpers.tiny_tokenizers import CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
+from helpers.tiny_tokenizers import CHATML, CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
 
 from megatron_brain.data.chat import Chat, render_last_turn
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
@@ -269,3 +269,17 @@ def test_an_end_of_turn_token_other_than_eos_is_warned_of_when_the_tokenizer_is_
         make(tmp_path, shape)
     end = shape.turn.rpartition("{}")[2]
     assert (f"ends a turn with {end!r}, but EOS is {shape.eos!r}" in caplog.text) == (end != shape.eos)
+
+
+def test_a_generation_prompt_that_opens_more_than_the_marked_turns_begin_with_is_warned_of(tmp_path, caplog):
+    """TRL marks DeepSeek's and Nemotron's like that: sampling opens a thought, and what has none is learned without."""
+    opens = "assistant\n<think>\n{% endif %}"
+    tokenizer = make(tmp_path, SHAPES["chatml"], CHATML_MARKED.replace("assistant\n{% endif %}", opens))
+    plain = make(tmp_path / "plain", SHAPES["chatml"])
+    with caplog.at_level(logging.WARNING):
+        found = [encode_all_turns(Chat(tokenizer, DIALOGUE, "x")) for _ in range(2)]
+    assert found == 2 * [encode_all_turns(Chat(plain, DIALOGUE, "x"))]
+    assert caplog.text.count("opens a turn for sampling with '<|im_start|>assistant\\n<think>\\n' but begins some") == 1
+    unmarked = make(tmp_path / "unmarked", SHAPES["chatml"], CHATML.replace("assistant\n{% endif %}", opens))
+    with pytest.raises(ValueError, match=r"the assistant's turn messages\[1\] cannot be cut out"):
+        encode_all_turns(Chat(unmarked, DIALOGUE, "x"))
