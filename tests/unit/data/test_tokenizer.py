@@ -68,6 +68,32 @@ def test_an_end_of_turn_token_other_than_eos_is_kept_before_eos(hf_bos):
     assert ids == [*hf_bos.encode("hello"), hf_bos.hf.convert_tokens_to_ids("<|im_end|>"), hf_bos.eos_id]
 
 
+@pytest.mark.parametrize(
+    ("turn", "kept"),
+    [
+        ("hello", "hello"),
+        ("hello</s>", "hello"),
+        ("hello</s>\n", "hello"),
+        ("hello</s></s>", "hello"),
+        ("hello</s>\n</s>\n", "hello"),
+        ("hello<|im_end|></s>", "hello<|im_end|>"),
+        ("hello<|im_end|>\n</s>", "hello<|im_end|>"),
+        ("hello<|im_end|>\n</s>\n</s>", "hello<|im_end|>"),
+        ("hello</s><|im_end|>\n", "hello"),
+        ("hello<|im_end|>\n", "hello<|im_end|>"),
+        ("hello \n</s>", "hello \n"),
+        ("hello\n", "hello\n"),
+        ("</s>", ""),
+        ("a</s>b</s>", "a</s>b"),
+    ],
+)
+def test_one_eos_ends_a_turn_whatever_the_template_closes_with(turn, kept, hf_bos):
+    """Of the closing tokens the first EOS counts: sampling stops there. An EOS in the middle of a turn is its own."""
+    ids = hf_bos.encode_response(turn, chat=True)
+    [expected] = hf_bos.encode_batch([kept], parse_special=True)
+    assert hf_bos.hf.eos_token == "</s>" and ids == [*expected, hf_bos.eos_id]
+
+
 def test_pad_is_never_eos_and_is_logged_when_chosen_here(tmp_path, caplog):
     path = write_hf_tokenizer(tmp_path, eos_token="</s>", pad_token="</s>")
     with caplog.at_level(logging.INFO):
