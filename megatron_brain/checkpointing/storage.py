@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, Part, divide
-from megatron_brain.checkpointing.checksums import CURE, checksum, here, my_share, require_sound
+from megatron_brain.checkpointing.checksums import checksum, here, my_share, require_sound
+from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
 from megatron_brain.checkpointing.index import INDEX, Index, StoredBox, read_index, write_index
 from megatron_brain.config.errors import AgreedError, ConfigError
+from megatron_brain.files import explained
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +211,10 @@ def _on_all(action: Callable[[], None]) -> None:
     told = _gather((error, is_damage))
     failures = [(rank, words, damage) for rank, (words, damage) in enumerate(told) if words is not None]
     if failures and all(damage for *_, damage in failures):
-        raise AgreedError("; ".join(dict.fromkeys(words for _, words, _ in failures)))
+        by = {words: rank for rank, words, _ in reversed(failures)}
+        raise AgreedError(
+            "; ".join(f"{words} (found by rank {rank})" if len(told) > 1 else words for words, rank in by.items())
+        )
     _raise_failures([words for words, _ in told])
 
 
@@ -246,10 +251,13 @@ def stored_name(part: Part) -> str:
 def _check_wanted(boxes: Sequence[Box], index: Index) -> None:
     missing = sorted({box.key for box in boxes if index.shape(box.key) is None})
     if missing:
-        raise ConfigError(f"{index.folder} has no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+        found = f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+        raise DamagedError(f"{index.folder} has no {found}. {COPY}")
     for box in boxes:
         if index.shape(box.key) != box.shape:
-            raise ConfigError(f"{index.folder}: {box.key} has shape {index.shape(box.key)}, needed is {box.shape}")
+            raise DamagedError(
+                f"{index.folder}: {box.key} has shape {index.shape(box.key)}, needed is {box.shape}. {COPY}"
+            )
 
 
 def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
@@ -277,14 +285,17 @@ def opened(path: Path) -> Iterator:
     """A file of boxes, to read from.
 
     Raises:
-        ConfigError: it is damaged.
+        DamagedError: it is damaged.
+        ConfigError: it may not be read.
         CheckpointError: the disk does not give it.
     """
     try:
+        with explained():
+            path.open("rb").close()  # The library says of any file that it may not open that it is not there.
         with safe_open(path, framework="pt") as data:
             yield data
     except SafetensorError as error:
-        raise ConfigError(f"{path} is damaged: {error}. {CURE}") from error
+        raise DamagedError(f"{path} is damaged: {error}. {CURE}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
