@@ -45,13 +45,24 @@ def read_template(path: str) -> str:
         template = Path(path).read_text(encoding="utf-8")
         _compile_jinja_template(template)
     except OSError as error:
-        raise ValueError(f"--chat-template {path}: {error.strerror or error}") from error
+        raise ValueError(
+            f"--chat-template {path}: {error.strerror or error} (looked for {Path(path).absolute()}); give the file of "
+            "a Jinja template"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--chat-template {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(
+            f"--chat-template {path}: not UTF-8 text ({error.reason} at byte {error.start}); write the file as UTF-8"
+        ) from error
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"--chat-template {path}: not a Jinja template (line {error.lineno}: {error})") from error
+        raise ValueError(
+            f"--chat-template {path}: not a Jinja template (line {error.lineno}: {error}); mend that line, or leave "
+            "--chat-template out for the tokenizer's own"
+        ) from error
     if not template.strip():
-        raise ValueError(f"--chat-template {path}: the file is empty")
+        raise ValueError(
+            f"--chat-template {path}: the file is empty; write a template into it, or leave --chat-template out for "
+            "the tokenizer's own"
+        )
     return template
 
 
@@ -93,6 +104,12 @@ class ChatRenderer:
         self.templates: dict[str, str] = (
             {} if found is None else found if isinstance(found, dict) else {"default": found}
         )
+        for name, template in self.templates.items():
+            if not isinstance(template, str):
+                raise ValueError(
+                    f"the tokenizer's chat template {name!r} is {template!r}, which is no text: mend chat_template in "
+                    "tokenizer_config.json, or give --chat-template FILE"
+                )
         self._dialect = functools.cache(self._find_dialect)
 
     def template_for(self, tools: list | None) -> str:
@@ -105,7 +122,7 @@ class ChatRenderer:
             return self.templates["tool_use"]
         if "default" not in self.templates:
             raise ValueError(
-                f"the tokenizer has the chat templates {', '.join(self.templates)} and none called default: give one "
+                f"the tokenizer has the chat templates {', '.join(sorted(self.templates))} and none called default: give one "
                 "with --chat-template FILE"
             )
         return self.templates["default"]
