@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from datetime import datetime
 
 import pytest
 from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
@@ -19,7 +20,7 @@ from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReade
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.training.same_data import as_state, require_same_as_before
 
-LIMITS = DataConfig(seq_length=64)
+LIMITS = DataConfig(seq_length=128)
 RECORDS = [{"prompt": f"package {n}:", "completion": f"tool {n}"} for n in range(200)]
 PAIRS = [{"prompt": f"package {n}:", "chosen": "a tool", "rejected": "no", "margin": 1.0} for n in range(5)]
 
@@ -54,10 +55,8 @@ def test_an_edited_record_is_told_by_where_it_is(number, hf, tmp_path):
 def test_order_and_number_of_records_are_part_of_it(hf, tmp_path):
     before = as_state({"train_data": corpus(tmp_path, hf, RECORDS)})
     swapped = [*RECORDS[:9], RECORDS[10], RECORDS[9], *RECORDS[11:]]
-    for records, message in (
-        (swapped, "their order was changed"),
-        (RECORDS[:-1], "there were 200 records, now .* 199"),
-    ):
+    fewer = "there were 200 records, now there are 199"
+    for records, message in ((swapped, "their order was changed"), (RECORDS[:-1], fewer)):
         with pytest.raises(AgreedError, match=message):
             require_same_as_before({"train_data": corpus(tmp_path, hf, records)}, before)
     spelled = [{**record, "note": "which changes no token"} for record in RECORDS]
@@ -70,11 +69,12 @@ def test_all_that_a_stage_has_of_a_record_counts(hf_marked, tmp_path):
     found = [corpus(tmp_path, hf_marked, pairs, PreferenceReader).contents for pairs in (PAIRS, other_margin)]
     assert found[0] != found[1]
     turn = [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "at nine"}]
-    chats = [{"messages": turn + [turn[0], {**turn[1], "weight": weight}]} for weight in (0, 1)]
-    readers = [SFTReader(hf_marked, LIMITS, multi_turn_loss=True) for _ in chats]
     first, second = (
-        read_corpus(write(tmp_path / "d.jsonl", [{"messages": turn + chat["messages"]}]), reader).contents
-        for chat, reader in zip(chats, readers, strict=True)
+        read_corpus(
+            write(tmp_path / "d.jsonl", [{"messages": [*turn, turn[0], {**turn[1], "weight": weight}]}]),
+            SFTReader(hf_marked, LIMITS, multi_turn_loss=True),
+        ).contents
+        for weight in (0, 1)
     )
     assert first != second
     prompts = [[{"prompt": "when?", "completion": said}] for said in ("at nine", "at ten")]
@@ -103,10 +103,7 @@ def test_another_tokenizer_or_date_is_named_as_the_cause(hf, tmp_path):
         for n, template in enumerate([CHATML_MARKED, "SYS" + CHATML_MARKED, dated, dated])
     ]
     for tokenizer, day in zip(tokenizers[2:], (1, 2), strict=True):
-        tokenizer.template_time = tokenizer.template_time.replace(
-            year=2026, month=5, day=day, hour=0, minute=0, second=0
-        )
-        tokenizer.template_time = tokenizer.template_time.replace(microsecond=0)
+        tokenizer.template_time = datetime(2026, 5, day)
     plain, other, first, second = (corpus(tmp_path, tokenizer, [{"messages": turn}]) for tokenizer in tokenizers)
     with pytest.raises(AgreedError, match="the tokenizer or its chat template is another one"):
         require_same_as_before({"train_data": other}, as_state({"train_data": plain}))
