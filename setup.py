@@ -19,6 +19,8 @@ setup(
         "transformers>=4.56",  # earlier ones know no `dtype`
         "huggingface_hub>=0.25",
         "datasets>=4.0",  # earlier ones may run code that a data set brings
+        "pyarrow>=21",  # earlier ones make no objects of maps
+        "xxhash>=3.0",
         "sentencepiece>=0.2",
         "protobuf",  # sentencepiece's model files
         "jinja2>=3.1",
