@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_brain.config.errors import AgreedError
+from megatron_brain import files
+from megatron_brain.config.errors import AgreedError, OwnError
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.runtime import launch, signals
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
 
         # One that is installed and broken would break megatron-core, which what follows imports.
         transformer_engine.problem()
-        (_dry_run if config.training.dry_run else _run_stage)(config)
+        with files.explained():
+            (_dry_run if config.training.dry_run else _run_stage)(config)
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -93,7 +95,7 @@ def _is_ours(error: ValueError) -> bool:
 def _report(error: ValueError) -> None:
     """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
     torch = sys.modules.get("torch")
-    if launch.speaks():
+    if launch.speaks() or isinstance(error, OwnError):
         print(f"error: {error}", file=sys.stderr)
     elif torch is not None and torch.distributed.is_initialized() and not isinstance(error, AgreedError):
         print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)

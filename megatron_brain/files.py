@@ -1,9 +1,25 @@
 """Files that appear whole or not at all, and outlast a power cut; and whether a place can be written to."""
 
+import errno
 import fnmatch
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_brain.config.errors import ConfigError
+
+_CURES = {
+    errno.EACCES: "give this user the right to it, or name another place",
+    errno.EPERM: "give this user the right to it, or name another place",
+    errno.EROFS: "name a place on a disk that can be written to",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead back to themselves; give another place",
+    errno.EISDIR: "a file should be there; remove the folder, or name another place",
+    errno.ENOTDIR: "a folder should be there; remove the file, or name another place",
+}
+"""What helps where the file system refuses, by the kind of its error."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -43,20 +59,69 @@ def folder_problem(flag: str, place: str) -> str | None:
 
     Whether it can is tried: permissions do not tell it of a read-only disk. Nothing is left there.
     """
-    folder = Path(place).absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        kind = "a file" if there.exists() else "a link to nothing"
-        return f"{flag} {place}: {there} is {kind}; give the name of a folder"
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return None
-    except OSError as error:
-        return f"{flag} {place}: {there} cannot be written to ({error.strerror}); give another folder"
+    reason = _unexpanded(place) or _refusal(Path(place).absolute())
+    return None if reason is None else f"{flag} {place}: {reason}; give another folder"
 
 
 def file_problem(flag: str, place: str) -> str | None:
-    """The same of a file that is to be written."""
-    if place.endswith("/") or Path(place).is_dir():
-        return f"{flag} {place}: is a folder; give the name of a file in it"
-    return folder_problem(flag, str(Path(place).absolute().parent))
+    """The same of a file that is to be written, which may be there."""
+    path = Path(place).absolute()
+    reason = _unexpanded(place) or _refusal(path.parent) or _unknown_name(path)
+    if reason is None:
+        if place.endswith("/") or path.is_dir():
+            return f"{flag} {place}: is a folder; give the name of a file in it"
+        if path.is_symlink():
+            reason = "is a link, which a file would replace"
+        elif path.exists() and not path.is_file():
+            reason = "is a device or a pipe, which a file would replace"
+    return None if reason is None else f"{flag} {place}: {reason}; give another file"
+
+
+def _unexpanded(place: str) -> str | None:
+    """Why a name is not the one that was meant: a shell had to put something for its beginning, and has not.
+
+    `--save=~/runs` and `save: $HOME/runs` in a YAML file come as they are written.
+    """
+    start = Path(place).parts[0] if Path(place).parts else ""
+    if not start.startswith(("~", "$")) or os.path.lexists(start):
+        return None
+    return f"begins with {start}, which no shell has replaced here"
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why nothing can be written into a folder that is there or is to be made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{there} is {'a file' if there.exists() else 'a link to nothing'}, and should be a folder"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return _unknown_name(folder)
+    except OSError as error:
+        return f"{there} cannot be written to ({error.strerror})"
+
+
+def _unknown_name(path: Path) -> str | None:
+    """Why a name cannot be that of a file or folder, such as one that is too long."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    return None
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what the file system refuses of a place, whoever looks there, as the user's mistake.
+
+    Raises:
+        ConfigError: no permission, a name that is too long, a file where a folder should be and the like; names the
+            place and the cure. Other errors, such as those of a full or broken disk, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _CURES or error.filename is None:
+            raise
+        raise ConfigError(f"{os.fsdecode(error.filename)}: {error.strerror}: {_CURES[error.errno]}") from error

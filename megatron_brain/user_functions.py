@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,21 @@ class ScoringFunction:
         if not path or not Path(path).is_file():
             raise ConfigError(f"{self._what}: give path/to/file.py:function; {path or name} is no file")
         self._path = str(Path(path).resolve())
-        spec = importlib.util.spec_from_file_location(Path(path).stem, self._path)
+        stem = Path(path).stem
+        spec = importlib.util.spec_from_file_location(f"{stem}_of_user" if stem in sys.modules else stem, self._path)
         if spec is None or spec.loader is None:
             raise ConfigError(f"{self._what}: {path} is no Python file (.py)")
         module = importlib.util.module_from_spec(spec)
+        # What Python does for a script: dataclasses, pickle and process pools look a module up by its name, and files
+        # beside it can be imported. Behind all else, so that none of them stands in for a package of ours.
+        sys.modules[spec.name] = module
+        sys.path.append(str(Path(self._path).parent))
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             raise self._raised(error, "when it was imported") from error
         if not callable(getattr(module, function, None)):
-            raise ConfigError(f"{self._what}: {path} has no function {function}")
+            raise ConfigError(f"{self._what}: {path} has no function {function}; give path/to/file.py:function")
         self._function: Callable[[list[str], list[str], list[str]], Any] = getattr(module, function)
 
     def __call__(
@@ -60,26 +66,34 @@ class ScoringFunction:
         """
         columns = (list(prompts), list(responses), list(references))
         try:
-            scores = self._function(*columns)
+            scores = self._scores(*columns)
         except (Exception, SystemExit) as error:
             raise self._raised(*self._first_failing(columns, ids, error)) from error
-        try:
-            scores = list(scores)
-        except TypeError as error:
+        if not isinstance(scores, list):
             raise UserFunctionError(
-                f"{self._what} returned {type(scores).__name__}; it must return one number for each response"
-            ) from error
+                f"{self._what} returned {type(scores).__name__}; it must return one number for each response, in order"
+            )
         if len(scores) != len(ids):
-            raise UserFunctionError(f"{self._what} returned {len(scores)} scores for {len(ids)} responses")
+            raise UserFunctionError(
+                f"{self._what} returned {len(scores)} scores for {len(ids)} responses; it must return one for each"
+            )
         return [self._finite(score, record) for score, record in zip(scores, ids, strict=True)]
+
+    def _scores(self, *columns: list[str]) -> Any:
+        """What the function returns, as a list where it has an order: a generator may raise an error only here."""
+        scores = self._function(*columns)
+        has_order = isinstance(scores, Iterable) and not isinstance(scores, (str, bytes, Mapping, Set))
+        return list(scores) if has_order else scores
 
     def _finite(self, score: Any, record: str) -> float:
         try:
             number = float(score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number) or isinstance(score, str):
-            raise UserFunctionError(f"{self._what} returned {score!r} for the response to {record}; it must be finite")
+            raise UserFunctionError(
+                f"{self._what} returned {_short(score)} for the response to {record}; it must be a finite number"
+            )
         return number
 
     def _first_failing(
@@ -100,7 +114,7 @@ class ScoringFunction:
 
     def _error_on(self, columns: tuple[list[str], ...], start: int, end: int) -> BaseException | None:
         try:
-            self._function(*(column[start:end] for column in columns))
+            self._scores(*(column[start:end] for column in columns))
         except (Exception, SystemExit) as error:
             return error
         return None
@@ -111,3 +125,8 @@ class ScoringFunction:
         own = next((place for place, frame in enumerate(frames) if frame.filename == self._path), len(frames))
         told = "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)]).rstrip()
         return UserFunctionError(f"{self._what} raised {type(error).__name__} {where}; its own traceback:\n{told}")
+
+
+def _short(score: Any) -> str:
+    text = repr(score)
+    return text if len(text) <= 60 else text[:57] + "..."

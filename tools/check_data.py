@@ -13,8 +13,10 @@ import sys
 from collections.abc import Sequence
 
 from megatron_brain.data.checking import check
-from megatron_brain.data.reading_settings import add_reading_flags, positive, reading_settings
+from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
 from megatron_brain.data.workers import WorkerKilledError
+from megatron_brain.files import explained
+from megatron_brain.flag_types import positive
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,17 +24,18 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        reading = reading_settings(args)
-        reading.build()  # a mistake in the settings is no problem of the data
-        report = check(
-            args.input,
-            args.valid,
-            reading,
-            split=args.split,
-            valid_split=args.valid_split,
-            workers=args.workers,
-            max_shown=args.max_shown,
-        )
+        with explained():
+            reading = reading_settings(args)
+            reading.build()  # a mistake in the settings is no problem of the data
+            report = check(
+                args.input,
+                args.valid,
+                reading,
+                split=args.split,
+                valid_split=args.valid_split,
+                workers=args.workers,
+                max_shown=args.max_shown,
+            )
     except (ValueError, WorkerKilledError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

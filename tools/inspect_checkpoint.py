@@ -15,8 +15,10 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_brain.checkpointing import inspection, read_info
+from megatron_brain.checkpointing.errors import DamagedError
 from megatron_brain.checkpointing.storage import CheckpointError
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.files import explained
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,18 +26,19 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     console = Console(soft_wrap=True, highlight=False)
     try:
-        info = read_info(args.checkpoint)
-        console.print(inspection.describe(info, all_tensors=args.tensors), markup=False)
-        if not args.verify:
-            console.print("not compared with its checksums (--no-verify)")
-            return 0
-        found = inspection.examine(info, finite=args.finite)
+        with explained():
+            info = read_info(args.checkpoint)
+            console.print(inspection.describe(info, all_tensors=args.tensors), markup=False)
+            if not args.verify:
+                console.print("not compared with its checksums (--no-verify)")
+                return 0
+            found = inspection.examine(info, finite=args.finite)
+    except (DamagedError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     console.print(str(found), markup=False)
     return int(bool(found.problems))
 

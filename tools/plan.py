@@ -18,7 +18,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_brain import files
+from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.flag_types import finite, positive, whole
 from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.presets import PRESETS, preset
@@ -32,10 +35,10 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
     try:
-        question = _question(args)
-        if args.json not in (None, "-"):
-            Path(args.json).touch()  # before the work
-    except (ValueError, OSError) as error:
+        with files.explained():
+            question = _question(args)
+        _require_place(args.json)  # before the work
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     plans, rejections = search(question)
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json == "-":
             print(text)
         else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+            files.write_whole(Path(args.json), text + "\n")
     if args.print_flags and plans:
         print(shlex.join(flags(plans[0].settings)))
     elif args.json != "-":
@@ -53,6 +56,16 @@ def main(argv: Sequence[str]) -> int:
     if not plans:
         print("error: no layout fits", file=sys.stderr)
     return 0 if plans else 1
+
+
+def _require_place(place: str | None) -> None:
+    """Raise ConfigError where the plan cannot be written to a file."""
+    if place in (None, "-"):
+        return
+    if (problem := files.file_problem("--json", place)) is not None:
+        raise ConfigError(problem)
+    if not Path(place).absolute().parent.is_dir():
+        raise ConfigError(f"--json {place}: its folder is not there; make it, or give another file")
 
 
 def _show(question: Question, args: argparse.Namespace, plans: Sequence[Plan], rejections: Sequence[Rejection]) -> None:
@@ -118,51 +131,37 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", required=True, help=f"Hugging Face directory, or one of {', '.join(PRESETS)}")
-    group.add_argument("--gpus", type=_positive, required=True, help="GPUs of the cluster")
+    group.add_argument("--gpus", type=positive, required=True, help="GPUs of the cluster")
     group.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="kind of GPU")
-    group.add_argument("--gpus-per-node", type=_positive, default=8, help="GPUs that NVLink connects")
-    group.add_argument("--reserved-memory", type=float, default=6.0, help="GiB of a GPU that estimates leave alone")
+    group.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs that NVLink connects")
+    group.add_argument("--reserved-memory", type=finite, default=6.0, help="GiB of a GPU that estimates leave alone")
     group = parser.add_argument_group("what is computed")
     group.add_argument("--stage", choices=("sft", "reward", "brain"), required=True, help="stage of the run")
-    group.add_argument("--prompt-length", type=_whole, required=True, help="tokens of a prompt")
-    group.add_argument("--response-length", type=_positive, required=True, help="tokens of a response")
-    group.add_argument("--seq-length", type=_positive, help="sft: length that records are packed into; unset: theirs")
-    group.add_argument("--global-batch-size", type=_positive, default=128, help="sequences, pairs or groups of a step")
+    group.add_argument("--prompt-length", type=whole, required=True, help="tokens of a prompt")
+    group.add_argument("--response-length", type=positive, required=True, help="tokens of a response")
+    group.add_argument("--seq-length", type=positive, help="sft: length that records are packed into; unset: theirs")
+    group.add_argument("--global-batch-size", type=positive, default=128, help="sequences, pairs or groups of a step")
     group.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="bf16", help="of the layers")
     group.add_argument("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="auto: least")
     group.add_argument("--shared-prefix", action=switch, default=True, help="compute a prompt once for its responses")
     group.add_argument("--distributed-optimizer", action=switch, default=True, help="split optimizer state")
     group = parser.add_argument_group("brain")
-    group.add_argument("--samples-per-prompt", type=_positive, default=8, help="responses of a group")
-    group.add_argument("--prompts-per-round", type=_positive, help="unset: those of one step")
-    group.add_argument("--refresh-interval", type=_positive, help="steps of a round; unset: one pass over it")
-    group.add_argument("--sampling-batch-size", type=_positive, help="unset: as many responses of a round as fit")
+    group.add_argument("--samples-per-prompt", type=positive, default=8, help="responses of a group")
+    group.add_argument("--prompts-per-round", type=positive, help="unset: those of one step")
+    group.add_argument("--refresh-interval", type=positive, help="steps of a round; unset: one pass over it")
+    group.add_argument("--sampling-batch-size", type=positive, help="unset: as many responses of a round as fit")
     group.add_argument("--two-pass", action=switch, default=False, help="a forward pass of its own for beta")
     group.add_argument("--reward-model", help="as --model; unset: the policy's sizes")
     group.add_argument("--offload-prior", action=switch, default=False, help="keep the prior in host memory")
     group.add_argument("--offload-reward", action=switch, default=False, help="keep the reward model in host memory")
     group = parser.add_argument_group("output")
-    group.add_argument("--top", type=_positive, default=10, help="layouts that the tables show")
+    group.add_argument("--top", type=positive, default=10, help="layouts that the tables show")
     group.add_argument("--json", metavar="FILE", help="write all layouts and rejections; - is standard output alone")
     group.add_argument("--print-flags", action="store_true", help="print the flags of the fastest layout and no tables")
     args = parser.parse_args(argv)
     if args.json == "-" and args.print_flags:
         parser.error("--json - and --print-flags both ask for standard output alone: give --json a file")
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _whole(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ from rich.console import Console
 from megatron_brain.data.prepared.documents import FILES
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.statistics import statistics_table
-from megatron_brain.data.reading_settings import add_reading_flags, positive, reading_settings
+from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
 from megatron_brain.data.workers import WorkerKilledError
+from megatron_brain.files import explained
+from megatron_brain.flag_types import positive
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,15 +33,16 @@ def main(argv: Sequence[str]) -> int:
     # Processes of our own share the cores better than the threads of the tokenizers library.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        job = Preparation(
-            input=args.input,
-            split=args.split,
-            prefix=args.output,
-            format=args.format,
-            reading=reading_settings(args),
-            workers=args.workers,
-        )
-        info = prepare(job)
+        with explained():
+            job = Preparation(
+                input=args.input,
+                split=args.split,
+                prefix=args.output,
+                format=args.format,
+                reading=reading_settings(args),
+                workers=args.workers,
+            )
+            info = prepare(job)
     except (ValueError, WorkerKilledError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

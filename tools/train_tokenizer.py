@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_brain.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from megatron_brain.data.tokenizer.chat_template import read_template
 from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, measure, train
+from megatron_brain.files import explained, folder_problem
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
             input_sentence_size=args.input_sentence_size,
         )
         template = read_template(args.chat_template) if args.chat_template else None
-        print(run(settings, args.input, args.save, template))
+        with explained():
+            print(run(settings, args.input, args.save, template))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +45,8 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_tem
     Raises:
         ValueError: the folder exists, or the corpus or the settings are wrong.
     """
+    if (problem := folder_problem("--save", str(save))) is not None:
+        raise ValueError(problem)
     if save.exists():
         raise ValueError(f"--save {save} exists: give another folder, or remove it")
     lines = Lines(inputs=inputs)
@@ -51,7 +55,7 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_tem
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"--save {save} cannot be written ({error.strerror}): give another folder") from error
+        raise ValueError(f"--save {save}: {partial} cannot be made ({error.strerror}): give another folder") from error
     try:
         (partial / SENTENCEPIECE_FILE).write_bytes(train(settings, lines))
         tokenizer = SentencePieceTokenizer(str(partial))

@@ -12,13 +12,9 @@ import xxhash
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Part, divide
+from megatron_brain.checkpointing.errors import CURE, DamagedError
 from megatron_brain.checkpointing.index import StoredBox
-from megatron_brain.config.errors import ConfigError
 
-CURE = (
-    "Copy it again from where it was saved, load an earlier checkpoint (--load DIR/iter_NNNNNNN), or load it as it is "
-    "with --no-verify"
-)
 _MOST_TOLD = 3
 
 
@@ -38,7 +34,7 @@ def damage(boxes: Iterable[StoredBox], folder: Path) -> Iterator[str]:
     One box is in memory at a time. Boxes without a checksum, of an earlier version, are passed over.
 
     Raises:
-        ConfigError, CheckpointError: a file cannot be read.
+        DamagedError, CheckpointError: a file cannot be read.
     """
     from megatron_brain.checkpointing.storage import opened, stored_name
 
@@ -56,12 +52,12 @@ def require_sound(boxes: Iterable[StoredBox], folder: Path) -> None:
     """Raise where the values of a box are not those that were written.
 
     Raises:
-        ConfigError: they are not; names the boxes, their files and the cure.
+        DamagedError: they are not; names the boxes, their files and the cure.
     """
     found = list(damage(boxes, folder))
     if found:
         more = f" and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
-        raise ConfigError(
+        raise DamagedError(
             f"{folder}: damaged: {', '.join(found[:_MOST_TOLD])}{more}: the values are not those that were saved, by "
             f"their checksum. {CURE}"
         )

@@ -17,7 +17,8 @@ from typing import Literal, get_args, get_origin
 
 import xxhash
 
-from megatron_brain.checkpointing.checksums import CURE, file_checksum
+from megatron_brain.checkpointing.checksums import file_checksum
+from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
 from megatron_brain.checkpointing.index import DATA_FILES
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.files import sync_folder, write_whole
@@ -38,6 +39,7 @@ _EDITABLE = ("tokenizer/", "config.yaml")
 """Files that a user may have edited in a checkpoint."""
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 _ITERATION = re.compile(r"iter_(\d{7,})")
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,34 +107,41 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     """Find the latest complete checkpoint in `directory`, or the one it is when it is an iter_ folder itself.
 
     Raises:
+        DamagedError: its checkpoint is damaged.
         ConfigError: the folder does not exist, holds no checkpoint, or not one of ours.
     """
     root = _present(Path(directory))
     if not root.is_dir():
-        raise ConfigError(f"checkpoint folder {root.resolve()} does not exist")
+        state = "is a file" if root.exists() else "does not exist"
+        raise ConfigError(
+            f"checkpoint folder {root.absolute()} {state}: give a --save folder, or an iter_ folder of one"
+        )
     path = root if (root / INFO).is_file() else _latest(root)
     if not (path / INFO).is_file():
-        raise ConfigError(f"{path} has no {INFO}: it was not written by megatron_brain")
+        raise DamagedError(f"{path} has no {INFO}: it is damaged, or was not written by megatron_brain. {COPY}")
     try:
         values = json.loads((path / INFO).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path / INFO} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path / INFO} is not JSON: {error}. {COPY}") from error
     if not isinstance(values, dict) or values.get("format", 1) not in _READABLE:
-        found = values.get("format", 1) if isinstance(values, dict) else "unknown"
-        raise ConfigError(f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}")
+        found = repr(values.get("format", 1)) if isinstance(values, dict) else "unknown"
+        raise ConfigError(
+            f"{path} has checkpoint format {found}, this version of megatron_brain reads {FORMAT}: load it with the "
+            "version that wrote it, or give another checkpoint"
+        )
     written = values.pop(_CHECKSUM, None)
     if values["format"] < FORMAT:
         values = {**_ADDED, **values}
     kinds = {field.name: field.type for field in dataclasses.fields(CheckpointInfo) if field.name != "path"}
     if values.keys() != kinds.keys():
         differing = ", ".join(sorted(values.keys() ^ kinds.keys()))
-        raise ConfigError(f"{path / INFO} is damaged: it differs in {differing}")
+        raise DamagedError(f"{path / INFO} is damaged: it differs in {differing}. {COPY}")
     for name, kind in kinds.items():
         if not _is_of(values[name], kind):
-            raise ConfigError(f"{path / INFO} is damaged: its {name} is {values[name]!r}")
+            raise DamagedError(f"{path / INFO} is damaged: its {name} is {values[name]!r}. {COPY}")
     if written is not None and written != _checksum_of(values):
-        raise ConfigError(
-            f"{path / INFO} is damaged: it is not what was written, by its checksum. {CURE}; after an edit that was "
+        raise DamagedError(
+            f"{path / INFO} is damaged: it is not what was written, by its checksum. {COPY}; after an edit that was "
             f"meant, remove its {_CHECKSUM!r}"
         )
     return CheckpointInfo(path=path, **values)
@@ -148,7 +157,7 @@ def require_files(info: CheckpointInfo) -> None:
     """Raise where a small file of a checkpoint is not what was written; of those that users edit, say so.
 
     Raises:
-        ConfigError: a file is missing or another one, with the cure.
+        DamagedError: a file is missing or another one, with the cure.
     """
     for name, written in info.files.items():
         path = info.path / name
@@ -159,13 +168,23 @@ def require_files(info: CheckpointInfo) -> None:
         if found is not None and name.startswith(_EDITABLE):
             log.warning("%s %s: it was edited, or is damaged", path, state)
         else:
-            raise ConfigError(f"{info.path} is damaged: {name} {state}. {CURE}")
+            raise DamagedError(f"{info.path} is damaged: {name} {state}. {CURE}")
 
 
 def read_records(info: CheckpointInfo) -> list[dict]:
-    """The stage's records of all replicas, as they were saved."""
-    files = sorted((info.path / RECORDS).glob("replica_*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    """The stage's records of all replicas, as they were saved.
+
+    Raises:
+        DamagedError: a line is no JSON, which only --no-verify lets come so far.
+    """
+    records = []
+    for file in sorted((info.path / RECORDS).glob("replica_*.jsonl")):
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            try:
+                records.append(json.loads(line.decode()))
+            except (ValueError, RecursionError) as error:
+                raise DamagedError(f"{file}:{number} is damaged: {error}. {COPY}") from error
+    return records
 
 
 def write_records(folder: Path, replica: int, records: Collection[dict]) -> None:
@@ -229,16 +248,22 @@ def _is_of(value: object, kind: object) -> bool:
 
 def _latest(root: Path) -> Path:
     if not has_checkpoint(root):
-        raise ConfigError(
-            f"{root.resolve()} holds no checkpoint: it has no {LATEST}; was --save of the earlier run another?"
-        )
+        cure = "was --save of the earlier run another?"
+        if (root / "config.json").is_file():
+            cure = "a Hugging Face model is given as --hf-model, or converted with tools/convert_hf_to_megatron.py"
+        raise ConfigError(f"{root.absolute()} holds no checkpoint: it has no {LATEST}; {cure}")
     text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit():
-        raise ConfigError(f"{root / LATEST} says {text!r}, which is not an iteration number")
+    if not _NUMBER.fullmatch(text):
+        raise DamagedError(
+            f"{root / LATEST} says {text!r}, which is not an iteration number; write the number of one of its iter_ "
+            "folders into it, or give that folder"
+        )
     path = _present(iteration_dir(root, int(text)))
     if not path.is_dir():
         found = ", ".join(str(number) for number in _iterations(root)) or "none"
-        raise ConfigError(f"{root / LATEST} says {text}, but {path.name} is not there; iterations found: {found}")
+        raise DamagedError(
+            f"{root / LATEST} says {text}, but {path.name} is not there; iterations found: {found}; give one of them"
+        )
     return path
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_brain.checkpointing.boxes import Part, tiles
+from megatron_brain.checkpointing.errors import COPY, DamagedError
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.files import write_whole
 
@@ -82,7 +83,8 @@ def read_index(folder: Path) -> Index:
     """Read and check the list of tensors: each is covered by its boxes, every file is there and of the recorded size.
 
     Raises:
-        ConfigError: it is not so.
+        DamagedError: it is not so.
+        ConfigError: the list may not be read.
     """
     path = folder / INDEX
     try:
@@ -91,11 +93,15 @@ def read_index(folder: Path) -> Index:
         _check_files(folder, files)
         boxes = {key: _stored_boxes(key, tensor, files) for key, tensor in index["tensors"].items()}
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no {INDEX}: it is not a checkpoint of this version") from error
+        raise DamagedError(
+            f"{folder} has no {INDEX}: it is damaged, or not a checkpoint of this version. {COPY}"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(
+            f"{path} cannot be read: {error}; give this user the right to it, or another place"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: the checkpoint is damaged or not complete: {error}") from error
+        raise DamagedError(f"{path}: the checkpoint is damaged or not complete: {error}. {COPY}") from error
     return Index(folder, boxes)
 
 

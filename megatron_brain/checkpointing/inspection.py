@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from megatron_brain.checkpointing.checksums import damage
-from megatron_brain.checkpointing.folders import CheckpointInfo, require_files
+from megatron_brain.checkpointing.errors import COPY, DamagedError
+from megatron_brain.checkpointing.folders import INFO, CheckpointInfo, require_files
 from megatron_brain.checkpointing.index import Index, StoredBox, read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import opened, stored_name
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import stage_fields
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -50,15 +50,19 @@ def describe(info: CheckpointInfo, *, all_tensors: bool = False) -> str:
     """Several lines: what it is, where its run stands, its settings and its tensors.
 
     Raises:
-        ConfigError: its list of tensors is damaged.
+        DamagedError: its list of tensors is damaged, or what it says of its run.
     """
     index = read_index(info.path)
+    try:
+        position = list(_position(info))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DamagedError(f"{info.path / INFO} is damaged: what it says of its run lacks {error}. {COPY}") from error
     return "\n".join(
         [
             *_identity(info),
             "",
             "position",
-            *(f"  {line}" for line in _position(info)),
+            *(f"  {line}" for line in position),
             "",
             "configuration (config.yaml), as far as it is not the default",
             *(f"  {line}" for line in _settings(info)),
@@ -75,7 +79,7 @@ def examine(info: CheckpointInfo, *, finite: bool = False) -> Examination:
         finite: look for values that are not finite, too.
 
     Raises:
-        ConfigError, CheckpointError: a file cannot be read.
+        DamagedError, CheckpointError: a file cannot be read.
     """
     started = time.perf_counter()
     index = read_index(info.path)
@@ -83,7 +87,7 @@ def examine(info: CheckpointInfo, *, finite: bool = False) -> Examination:
     problems = []
     try:
         require_files(info)
-    except ConfigError as error:
+    except DamagedError as error:
         problems.append(str(error))
     problems += [f"{name}: not what was saved" for name in damage(boxes, info.path)]
     if finite:
@@ -125,9 +129,9 @@ def _position(info: CheckpointInfo) -> Iterator[str]:
 def _settings(info: CheckpointInfo) -> Iterator[str]:
     path = info.path / "config.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         fields = stage_fields(info.stage)
-    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         yield f"{path} cannot be read: {error}"
         return
     for name, value in values.items():

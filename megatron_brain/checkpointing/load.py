@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_brain.checkpointing.folders import CheckpointInfo
+from megatron_brain.checkpointing.errors import COPY, DamagedError
+from megatron_brain.checkpointing.folders import INFO, CheckpointInfo
 from megatron_brain.checkpointing.state import (
     fp8_boxes,
     model_boxes,
@@ -70,7 +71,8 @@ def load_training_state(
     is allowed, and said.
 
     Raises:
-        ConfigError: the checkpoint was saved without its optimizer, or in another precision, or is damaged.
+        ConfigError: the checkpoint was saved without its optimizer, or in another precision.
+        DamagedError: it is damaged.
     """
     if not info.has_optimizer:
         raise ConfigError(
@@ -108,5 +110,8 @@ def load_training_state(
         )
         fp8_state.scale_weights(chunks, parallel.groups.tp)
     zero_vocabulary_padding(chunks)
-    set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
-    scheduler.load_state_dict(info.trainer_state["scheduler"])
+    try:
+        set_optimizer_steps(optimizer, info.trainer_state["optimizer_steps"])
+        scheduler.load_state_dict(info.trainer_state["scheduler"])
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{info.path / INFO} is damaged: its trainer_state lacks {error}. {COPY}") from error

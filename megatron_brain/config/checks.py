@@ -47,6 +47,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> N
             f"seq_length={config.data.seq_length} exceeds the model's {setting}: use --seq-length {limit} or less"
         )
     if "optimizer" in STAGE_SECTIONS[config.stage]:
+        _check_recomputed_chunks(config, model)
         _check_batches(config, world_size)
 
 
@@ -239,6 +240,20 @@ def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ModelCon
         raise ConfigError(
             f"num_layers_per_virtual_pipeline_stage={chunk} does not cut the {stage} layers of a pipeline stage "
             f"(num_layers={layers} / pipeline_model_parallel_size={size}) into two or more equal chunks: {cure}"
+        )
+
+
+def _check_recomputed_chunks(config: RunConfig, model: ModelConfig) -> None:
+    """megatron-core goes through the layers of a model chunk in steps of --recompute-num-layers."""
+    step = model.recompute_num_layers
+    if step is None or model.recompute_method == "block":
+        return
+    here = config.parallel.num_layers_per_virtual_pipeline_stage
+    here = here or model.num_layers // config.parallel.pipeline_model_parallel_size
+    if here % step:
+        raise ConfigError(
+            f"recompute_num_layers={step} does not divide the {here} layers that a process computes at one time: use "
+            f"{_one_of(_divisors(here))}"
         )
 
 

@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class AgreedError(ConfigError):
     """A mistake that all ranks, being connected, know of in the same words: it is enough that one says it."""
+
+
+class OwnError(ConfigError):
+    """A mistake that one process alone may see, as in its own variables: it says so, whatever its rank."""

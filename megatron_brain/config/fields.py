@@ -144,7 +144,8 @@ def _parse_text(spec: FieldSpec, text: str) -> object | None:
     if spec.kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     if spec.kind is str:
-        return text or None
+        # No file and no name can hold that character.
+        return text if text and "\0" not in text else None
     try:
         number = spec.kind(text)
     except ValueError:

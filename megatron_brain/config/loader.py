@@ -7,6 +7,7 @@ argparse splits the command line and prints --help; the values of both sources g
 
 import argparse
 import functools
+import os
 import re
 import shutil
 import textwrap
@@ -118,7 +119,10 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
 def _check_stage(stage: str, item: _Given) -> None:
     """A file may say which stage it configures; then it must be this one."""
     if item.value != stage:
-        raise ConfigError(f"stage={item.value!r} ({item.origin}): this configures another stage than {stage!r}")
+        raise ConfigError(
+            f"stage={item.value!r} ({item.origin}): this configures another stage than {stage!r}; run that stage, or "
+            "give another file"
+        )
 
 
 def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
@@ -190,6 +194,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: FieldSpec) -> None:
 def _parse_arguments(stage: str, argv: Sequence[str]) -> tuple[str | None, dict[str, _Given]]:
     """(YAML file or None, values by key). Flag names may use underscores."""
     argv = [_with_dashes(argument) for argument in argv]
+    _refuse_values_of_bools(argv)
     values, unknown = build_parser(stage).parse_known_args(argv)
     if unknown:
         raise _unknown_argument(stage, argv, unknown)
@@ -217,11 +222,29 @@ def _unknown_argument(stage: str, argv: Sequence[str], unknown: Sequence[str]) -
             value = unknown[1]
         return _unknown_key(stage, name.replace("-", "_"), _Given(value, "command line"))
     before = argv[argv.index(first) - 1] if argv.index(first) else ""
-    spec = all_fields().get(before.removeprefix("--").removeprefix("no-").replace("-", "_"))
-    if before.startswith("--") and spec is not None and spec.kind is bool:
-        cure = f"write {spec.flag} or --no-{spec.flag[2:]} without a value"
-        return ConfigError(f"command line: {first!r} after {before}: {cure}")
+    if (spec := _bool_of(before)) is not None:
+        return ConfigError(f"command line: {first!r} after {before}: {_no_value(spec)}")
     return ConfigError(f"command line: {first!r} does not follow a flag; values are given as --flag value")
+
+
+def _refuse_values_of_bools(argv: Sequence[str]) -> None:
+    """Raise ConfigError at `--bf16=true`, of which argparse tells no cure."""
+    for argument in argv:
+        flag, equals, _ = argument.partition("=")
+        if equals and (spec := _bool_of(flag)) is not None:
+            raise ConfigError(f"command line: {argument}: {_no_value(spec)}")
+
+
+def _bool_of(flag: str) -> FieldSpec | None:
+    """The setting of `--name` or `--no-name`, if it is a bool."""
+    if not flag.startswith("--"):
+        return None
+    spec = all_fields().get(flag.removeprefix("--").removeprefix("no-").replace("-", "_"))
+    return spec if spec is not None and spec.kind is bool else None
+
+
+def _no_value(spec: FieldSpec) -> str:
+    return f"write {spec.flag} or --no-{spec.flag[2:]} without a value"
 
 
 def _read_yaml(stage: str, path: str) -> dict[str, _Given]:
@@ -254,11 +277,15 @@ def _compose(path: str) -> yaml.Node | None:
         with open(path, encoding="utf-8") as file:
             return yaml.compose(file, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+        raise ConfigError(
+            f"--config {path}: {error.strerror or error} (looked for {os.path.abspath(path)}); give a YAML file"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+        raise ConfigError(
+            f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start}); write the file as UTF-8"
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}\nwrite lines of `key: value`") from error
 
 
 def _scalar(node: yaml.Node) -> str | None:

@@ -151,6 +151,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value}: must be positive")
+        if self.init_method_std < 0:
+            raise ValueError(f"init_method_std={self.init_method_std}: a standard deviation must not be negative")
         self._check_heads()
         self._check_rotation()
         if self.qk_layernorm and self.normalization == "LayerNorm":

@@ -60,6 +60,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name}={value}: must not be negative")
+        if self.adam_eps <= 0:
+            raise ValueError(f"adam_eps={self.adam_eps}: must be positive, what is divided by may be 0")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:

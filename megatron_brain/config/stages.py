@@ -148,6 +148,10 @@ class GenerateConfig:
     max_prompts: int | None = None
     """Use only the first so many prompts."""
 
+    def __post_init__(self) -> None:
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts={self.max_prompts}: must be at least 1")
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
@@ -164,3 +168,9 @@ class EvaluateConfig:
 
     num_examples: int = 3
     """Prompts shown with all answers in the report."""
+
+    def __post_init__(self) -> None:
+        if self.bootstrap_samples < 1:
+            raise ValueError(f"bootstrap_samples={self.bootstrap_samples}: must be at least 1")
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples={self.num_examples}: must not be negative")

@@ -53,6 +53,8 @@ class TrainingConfig:
             raise ValueError("train_iters and train_epochs are both set: give one of them")
         if self.exit_duration_in_mins is not None and self.exit_duration_in_mins <= 0:
             raise ValueError(f"exit_duration_in_mins={self.exit_duration_in_mins}: must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: must be at least 0 and less than 2**32, as numpy takes it")
         if self.max_tokens_per_micro_batch is not None and self.micro_batch_size != 1:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} and "

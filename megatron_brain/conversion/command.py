@@ -11,13 +11,14 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import ConfigError, OwnError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
 from megatron_brain.files import folder_problem
+from megatron_brain.flag_types import not_negative
 from megatron_brain.runtime import parallel
 from megatron_brain.runtime.launch import speaks
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of both tools."""
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=not_negative,
         default=TOLERANCE,
         help="largest difference allowed, relative to the largest logit or reward, or to 1 where that is smaller "
         f"[{TOLERANCE:.0e}]",
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     Returns:
         the exit status: 1 where the two models differ or a process failed, 2 for a mistake in what was asked for.
     """
-    is_first = speaks()
+    tells = speaks()
     try:
         said = _convert(args, source, Workers(), prepare)
     except MismatchError as error:
@@ -64,10 +65,10 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     except ConversionError as error:
         status, said = 1, f"error: {error}"
     except ValueError as error:
-        status, said = 2, f"error: {error}"
+        status, said, tells = 2, f"error: {error}", tells or isinstance(error, OwnError)
     else:
         status = 0
-    if is_first:
+    if tells:
         print(said, file=sys.stderr if status else sys.stdout, flush=True)
     return status
 

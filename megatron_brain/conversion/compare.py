@@ -7,6 +7,7 @@ by 1e-4 to 2e-4. So policies are compared on rows without padding, where transfo
 on padded rows, which are what may be read wrongly.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,10 @@ class Comparison:
         Args:
             tolerance: as TOLERANCE.
         """
+        if math.isnan(self.largest):
+            raise MismatchError(
+                f"the {self.what} are not finite: some weights are not, fetch them again; {self.first_difference}"
+            )
         allowed = tolerance * max(1.0, self.scale)
         if not self.largest <= allowed:
             raise MismatchError(

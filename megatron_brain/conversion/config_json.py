@@ -37,7 +37,7 @@ def read_sizes(config: dict, names: Mapping[str, str]) -> dict:
     """
     missing = [theirs for theirs in names.values() if config[theirs] is None]
     if missing:
-        raise ConfigError(f"config.json has no {', '.join(missing)}: the model's sizes are not known")
+        raise ConfigError(f"config.json has no {', '.join(missing)}: the model's sizes are not known; write it there")
     wrong = [f"{theirs}={config[theirs]}" for theirs in names.values() if config[theirs] <= 0]
     if wrong:
         raise ConfigError(f"config.json has {', '.join(wrong)}: must be positive")
@@ -100,7 +100,7 @@ def read_rope(
     }
     missing = [theirs for theirs in factors.values() if rope.get(theirs) is None]
     if missing:
-        raise ConfigError(f"config.json has rope_type={rope_type!r} without {', '.join(missing)}")
+        raise ConfigError(f"config.json has rope_type={rope_type!r} without {', '.join(missing)}, which it needs")
     return {
         **base,
         **{ours: _number(theirs, rope[theirs]) for ours, theirs in factors.items()},

@@ -20,10 +20,10 @@ def read_generation_config(directory: str | Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}): fetch it again, or remove it") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object")
+        raise ConfigError(f"{path} is not a JSON object: fetch it again, or remove it")
     return values
 
 

@@ -33,6 +33,8 @@ def verified_folder(final: str | Path, workers: Workers, *, source: Path | None 
             raise ConfigError(f"--save {target} exists and is not empty: give another folder, or remove it")
         if source is not None and unverified in (source.absolute(), *source.absolute().parents):
             raise ConfigError(f"{source} would be removed to make --save {target}: give another folder, or rename it")
+        if unverified.is_file():
+            raise ConfigError(f"{unverified}, where --save {target} is written first, is a file: remove it")
         if unverified.exists():
             shutil.rmtree(unverified)
         unverified.mkdir(parents=True)

@@ -56,7 +56,8 @@ def read_hf_model(directory: str | Path) -> HFModel:
     if model_type != family.model_type:
         raise ConfigError(
             f"{path / 'config.json'}: architectures={config['architectures']} is {family.name}, but "
-            f"model_type={model_type!r}, by which transformers chooses, is not {family.model_type!r}"
+            f"model_type={model_type!r}, by which transformers chooses, is not {family.model_type!r}: correct the one "
+            "that is wrong"
         )
     try:
         sizes = family.architecture(config)
@@ -132,13 +133,16 @@ def _read_config(directory: Path) -> dict:
         )
     _refuse_adapter(directory)
     if not path.is_file():
-        raise ConfigError(f"{directory} has no config.json: it is not the directory of a Hugging Face model")
+        raise ConfigError(
+            f"{directory} has no config.json: it is not the directory of a Hugging Face model; give one, or fetch the "
+            "file too"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds a {type(config).__name__}, not a JSON object")
+        raise ConfigError(f"{path} holds a {type(config).__name__}, not a JSON object: fetch it again")
     return config
 
 
@@ -147,7 +151,7 @@ def _check_classifier(config: dict, vocab_size: int) -> None:
     named = config.get("id2label")
     labels = len(named) if named and isinstance(named, dict) else config.get("num_labels", 2)
     if labels != 1:
-        raise ConfigError(f"the classifier has {labels} labels; a reward model has one (num_labels=1)")
+        raise ConfigError(f"the classifier has {labels!r} labels; a reward model has one (num_labels=1)")
     pad, ends = config.get("pad_token_id"), config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     if pad is not None and (type(pad) is not int or not 0 <= pad < vocab_size):

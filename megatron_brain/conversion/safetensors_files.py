@@ -11,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.files import explained
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -43,7 +45,9 @@ class SafetensorsReader:
             )
         missing = sorted(name for name in set(self.file_of.values()) if not (directory / name).is_file())
         if missing:
-            raise ConfigError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
+            raise ConfigError(
+                f"{directory / INDEX} names files that are not there: {', '.join(missing)}: fetch them too"
+            )
 
     def lacks(self, name: str) -> bool:
         """Whether the index says that a tensor is in a file that does not have it."""
@@ -75,11 +79,14 @@ class SafetensorsReader:
     def _described(self, name: str) -> "TensorHeader":
         header = self._header(self.file_of[name])
         if name not in header:
-            raise ConfigError(f"{self.directory / self.file_of[name]} has no {name}, which {INDEX} says is there")
+            raise ConfigError(
+                f"{self.directory / self.file_of[name]} has no {name}, which {INDEX} says is there: fetch both again"
+            )
         if header[name].dtype not in _ITEM_BYTES:
             raise ConfigError(
                 f"{self.directory / self.file_of[name]}: {name} is {header[name].dtype}; weights are read as "
-                f"{', '.join(_ITEM_BYTES)}, others need what they were quantised with"
+                f"{', '.join(_ITEM_BYTES)}, others need what they were quantised with: give the model that is not "
+                "quantised"
             )
         return header[name]
 
@@ -93,6 +100,11 @@ class SafetensorsReader:
     @contextmanager
     def _open(self, name: str) -> Iterator[safe_open]:
         path = self.directory / name
+        with explained(), path.open("rb") as plain:
+            # The library says of any file that it may not open that it is not there.
+            start = plain.read(len(_POINTER))
+        if start == _POINTER:
+            raise ConfigError(f"{path} is a pointer of git-lfs, not the weights: fetch them with `git lfs pull`")
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
@@ -104,10 +116,12 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         file_of = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         elsewhere = [name for name in file_of.values() if Path(name).name != name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not the index of a model's files ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is not the index of a model's files ({type(error).__name__}: {error}): fetch it again"
+        ) from error
     if elsewhere:
-        raise ConfigError(f"{path} names {elsewhere[0]}, which is no file of this directory")
+        raise ConfigError(f"{path} names {elsewhere[0]}, which is no file of this directory: fetch it again")
     return file_of
 
 

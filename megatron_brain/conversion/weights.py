@@ -84,7 +84,10 @@ def check_tensors(files: SafetensorsReader, source: HFModel, model: ModelConfig)
     names = {name: name.removeprefix(lacking) for name in shapes}
     missing = [name for name in names.values() if name not in files.file_of]
     if missing:
-        raise ConfigError(f"{where} lacks {len(missing)} of the {len(names)} tensors of its model: {_some(missing)}")
+        raise ConfigError(
+            f"{where} lacks {len(missing)} of the {len(names)} tensors of its model: {_some(missing)}; fetch its files "
+            "again, or correct config.json"
+        )
     known = set(names.values())
     unknown = [name for name in files.file_of if name not in known and not name.endswith(family.ignored)]
     output = family.output.sources[0].name
@@ -96,14 +99,14 @@ def check_tensors(files: SafetensorsReader, source: HFModel, model: ModelConfig)
     if unknown:
         raise ConfigError(
             f"{where} has {len(unknown)} tensors that a {family.name} model of its config.json does not have: "
-            f"{_some(unknown)}"
+            f"{_some(unknown)}; fetch its files again, or correct config.json"
         )
     for name, shape in shapes.items():
         found = files.shape(names[name])
         if found != shape:
             raise ConfigError(
                 f"{where / files.file_of[names[name]]}: {names[name]} has shape {list(found)}, "
-                f"the sizes in config.json ask for {list(shape)}"
+                f"the sizes in config.json ask for {list(shape)}: correct the one that is wrong"
             )
     return names
 
@@ -120,8 +123,19 @@ def _check_tied_output(files: SafetensorsReader, where: Path, output: str, embed
 def _read(
     files: SafetensorsReader, names: dict[str, str], weight: Weight, layer: int | None, model: ModelConfig
 ) -> Tensor:
-    """A whole tensor of a checkpoint, of those in the files."""
-    return weight.fusion.join([files.read(names[source.in_layer(layer)]) for source in weight.sources], model)
+    """A whole tensor of a checkpoint, of those in the files.
+
+    Raises:
+        ConfigError: it holds NaN or infinity.
+    """
+    parts = []
+    for name in (names[source.in_layer(layer)] for source in weight.sources):
+        parts.append(files.read(name))
+        if not all(bound.isfinite() for bound in parts[-1].aminmax()):
+            raise ConfigError(
+                f"{files.directory / files.file_of[name]}: {name} holds values that are not finite: fetch it again"
+            )
+    return weight.fusion.join(parts, model)
 
 
 def _place(box: Box) -> tuple[slice, ...]:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from megatron_brain import files
 from megatron_brain.checkpointing import CheckpointError
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.parallel import ParallelConfig
@@ -69,7 +70,8 @@ class Workers:
     def _run(self, action: Callable[[], T], *, actors: int) -> T:
         result, error = None, None
         try:
-            result = action()
+            with files.explained():
+                result = action()
         except Exception as failed:
             if not isinstance(failed, _EXPECTED):
                 log.exception("rank %d failed", self.parallel.rank)

@@ -103,7 +103,10 @@ class Chat:
             return render(said, template_kwargs=self._kwargs, **settings)
         except TemplateRefusalError as error:
             raise RecordError(
-                self.where, "chat template", f"the chat template refuses these messages: {error}"
+                self.where,
+                "chat template",
+                f"the chat template refuses these messages: {error}; give messages that it takes, or another template "
+                "(--chat-template FILE)",
             ) from error
         except ValueError as error:
             raise RecordError(self.where, "chat template", f"{error}") from error
@@ -131,6 +134,7 @@ def render_last_turn(chat: Chat) -> tuple[str, str]:
     require_answer(chat)
     last = len(chat.messages) - 1
     prompt, whole = _open_last(chat, last), chat.closed(last + 1)
+    require_closed(chat)
     require_begins(chat, prompt, whole)
     require_written(chat, whole, {last: Span(len(prompt), len(whole))}, count=last + 1)
     return prompt, whole[len(prompt) :]
@@ -163,7 +167,21 @@ def require_answer(chat: Chat) -> None:
             chat.where, "bad messages", f"the last message must be the assistant's, not the {last['role']}'s; remove it"
         )
     if not is_said(last):
-        raise RecordError(chat.where, "empty field", "the last assistant message is empty")
+        raise RecordError(chat.where, "empty field", "the last assistant message is empty; remove the record")
+
+
+def require_closed(chat: Chat) -> None:
+    """Raise RecordError where the template opens another turn behind every conversation: it would be learned.
+
+    The first template of Llama 3 does so. Prompts to sample for end as they must.
+    """
+    if behind := chat.tokenizer.opens_behind(chat.tools):
+        raise RecordError(
+            chat.where,
+            "chat template",
+            f"the chat template writes {behind!r} behind every conversation, which would be learned as part of the "
+            "answer; give one that opens a turn only where add_generation_prompt is set (--chat-template FILE)",
+        )
 
 
 def require_begins(chat: Chat, prompt: str, whole: str, turn: str = "the response") -> None:

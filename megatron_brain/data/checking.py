@@ -30,6 +30,8 @@ from megatron_brain.data.tokenizer.kinds import token_kinds
 from megatron_brain.data.workers import map_in_order
 
 _CHUNK = 2000
+_NEXT_TURN = "\n\nHuman:"
+"""How the next turn of a plain-text dialogue begins."""
 _MUCH_FALLBACK = 0.1
 """Share of a record's tokens that are single bytes from which on it is told."""
 
@@ -202,11 +204,15 @@ class RecordChecker:
             where = tokenised.draft.where
             try:
                 problems += self._overlong(tokenised)
+                unlearned = counts["dropped_unlearned"]
                 item = self._reader.fit(tokenised, counts)
             except RecordError as error:
                 on_error(where, error)
                 continue
             problems += [Problem(where, *hint, False) for hint in self._token_hints(tokenised)]
+            if item is None and counts["dropped_unlearned"] > unlearned:
+                left = "the cut to the length limits leaves nothing that is learned (weight 0)"
+                problems.append(Problem(where, "nothing learned, dropped", left, False))
             if item is not None:
                 counts["kept"] += 1
                 if isinstance(item, PreferencePair) and item.group.responses[0] == item.group.responses[1]:
@@ -241,6 +247,8 @@ class RecordChecker:
             hints = (missing_space(draft.prompt, response) for response in draft.responses)
             if (hint := next(filter(None, hints), None)) is not None:
                 yield hint
+            if any(_NEXT_TURN in response for response in draft.responses):
+                yield "turns in an answer", f"an answer holds {_NEXT_TURN!r}: the dialogues part before their last turn"
 
 
 def _check_chunk(checker: RecordChecker, chunk: Sequence[RawRecord]) -> _Checked:

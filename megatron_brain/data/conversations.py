@@ -9,25 +9,42 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_brain.data.errors import RecordError
-from megatron_brain.data.json_values import require_text, without_nulls
+from megatron_brain.data.json_values import require_json, require_text, without_nulls
 
 Messages = list[dict[str, Any]]
 
 DIALOGUE_CUE = "\n\nAssistant:"
 """What precedes each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that templates know for what was thought before the answer."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts")
+"""Fields of a message for what was thought before the answer. Those that the template does not write are refused."""
+
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Kinds of parts of a content that are texts and nothing else."""
+
+_THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_text")
 
 _MASKS = ("train", "trainable", "training", "train_detail", "loss", "loss_mask", "mask", "masked", "weights")
 """Fields by which other formats say which messages are learned."""
 
-_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "conversations", "documents")
-"""Variables of a template that are not the record's to set."""
+_TOOLS = ("tools", "functions")
+"""What belongs to a record, and stands in the system message of some."""
+
+_OWN_VARIABLES = (
+    *("messages", "tools", "add_generation_prompt", "chat_template", "conversations"),
+    *("continue_final_message", "return_assistant_tokens_mask"),
+)
+"""Variables of a template that are not the record's to set, and settings of the function that renders it."""
+
+
+_MESSAGES_BEGIN = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|name|weight|tool_calls)["']\s*:""")
+_ROLE = re.compile(r"""["']role["']\s*:\s*["'](?:system|developer|user|assistant|tool|function)["']""")
+"""What a text of messages begins with, and holds."""
 
 
 def is_messages(value: Any) -> bool:
@@ -59,21 +76,22 @@ def check_tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] |
     The field, a tool and the parameters of one may be JSON text.
 
     Raises:
-        RecordError: it is no list of objects.
+        RecordError: it is no list of objects, or holds what is no JSON.
     """
     tools = _from_json(record.get("tools"), list, "field 'tools'", where, blank=list)
     if not tools:
         return None
     if not isinstance(tools, list):
         raise RecordError(where, "bad tools", f"field 'tools' must be a list of objects, not {short(tools)}")
-    return [_check_tool(tool, f"tools[{index}]", where) for index, tool in enumerate(tools)]
+    checked = [_check_tool(tool, f"tools[{index}]", where) for index, tool in enumerate(tools)]
+    return require_json(checked, "tools", where)
 
 
 def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Variables that a record gives to the chat template, TRL's ``chat_template_kwargs``; {} where there are none.
 
     Raises:
-        RecordError: it is no object, or sets what the record's other fields do.
+        RecordError: it is no object, holds what is no JSON, or sets what the record's other fields do.
     """
     name = "chat_template_kwargs"
     kwargs = _from_json(record.get(name), dict, f"field {name!r}", where, blank=dict)
@@ -85,7 +103,7 @@ def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, An
         raise RecordError(
             where, "unsupported field", f"field {name!r} sets {taken[0]!r}, which is no setting; remove it"
         )
-    return kwargs
+    return require_json(kwargs, name, where)
 
 
 def answer_text(messages: Messages) -> str:
@@ -153,16 +171,10 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
 
 
 def refuse_text_of_messages(value: Any, key: str, where: str) -> None:
-    """Raise RecordError where a text is the JSON of messages: it would be learned with its braces and quotes."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
-        return
-    try:
-        found = json.loads(value)
-    except ValueError:
-        return
-    if all(isinstance(message, dict) and "role" in message for message in found):
+    """Raise RecordError where a text is messages as JSON or Python writes them: it would be learned with its quotes."""
+    if isinstance(value, str) and _MESSAGES_BEGIN.match(value) and _ROLE.search(value):
         raise RecordError(
-            where, "JSON as text", f"field {key!r} is the JSON text of messages: give the list itself, not its text"
+            where, "JSON as text", f"field {key!r} is the text of messages: give the list itself, not its text"
         )
 
 
@@ -173,9 +185,10 @@ def short(value: Any) -> str:
 
 
 def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or not role.strip():
         raise RecordError(where, "bad messages", f"{place} must be an object with a text 'role', not {short(message)}")
-    place = f"{place} ({message['role']})"
+    place = f"{place} ({role})"
     _check_fields(message, place, where)
     plain = without_nulls(message)
     calls = _from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
@@ -188,12 +201,12 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
             _check_call(call, f"{place}: tool_calls[{index}]", where) for index, call in enumerate(calls)
         ]
     content = plain.get("content")
+    if content == "" and calls:  # Some templates write calls only where there is no content.
+        content = plain.pop("content")
     if content is None and not calls:
         raise RecordError(where, "bad messages", f"{place} has no 'content'")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        plain["content"] = "".join(part["text"] for part in content)
+    if isinstance(content, list):
+        plain["content"] = "".join(_text_of(part, f"{place}: content[{i}]", where) for i, part in enumerate(content))
     elif not isinstance(content, str | None):
         raise RecordError(
             where,
@@ -203,14 +216,33 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
     return plain
 
 
+def _text_of(part: Any, place: str, where: str) -> str:
+    """Text of a part of a content."""
+    if not isinstance(part, dict):
+        raise RecordError(where, "bad messages", f"{place} must be {{'type': 'text', 'text': ...}}, not {short(part)}")
+    kind = part.get("type")
+    if kind not in _TEXT_PARTS:
+        cure = "give it as 'reasoning_content' of the message" if kind in _THOUGHT_PARTS else "only texts are read"
+        raise RecordError(where, "unsupported field", f"{place} is of type {kind!r}, which is not supported: {cure}")
+    if not isinstance(part.get("text"), str):
+        raise RecordError(where, "bad messages", f"{place} must be {{'type': 'text', 'text': ...}}, not {short(part)}")
+    return part["text"]
+
+
 def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:
     """Fields that say what is learned, and fields of other types than a template expects."""
     cure = "give 'weight': 0 or 1 on assistant messages"
     if masks := [name for name in _MASKS if message.get(name) is not None]:
         raise RecordError(where, "unsupported field", f"{place} has {masks[0]!r}, which is not supported: {cure}")
-    if message.get("function_call") is not None:
+    elsewhere = {"function_call": "give it in 'tool_calls'", **dict.fromkeys(_TOOLS, "give it as the record's 'tools'")}
+    for name, advice in elsewhere.items():
+        if without_nulls(message.get(name)):
+            raise RecordError(where, "unsupported field", f"{place} has {name!r}, which is not supported: {advice}")
+    if message.get("reasoning_details") and not thoughts_of(message):
         raise RecordError(
-            where, "unsupported field", f"{place} has 'function_call', which is not supported: give it in 'tool_calls'"
+            where,
+            "unsupported field",
+            f"{place} has 'reasoning_details', which is not supported: give the text as 'reasoning_content'",
         )
     weight = message.get("weight")
     if weight is not None and weight not in (0, 1):
@@ -236,7 +268,7 @@ def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
     if not isinstance(call.get("name"), str):
         raise RecordError(where, "bad messages", f"{place} has no text 'name', the function that is called")
     if "arguments" not in call:
-        return call
+        return {**call, "arguments": {}}
     arguments = _from_json(call["arguments"], dict, f"{place}.arguments", where, blank=dict)
     if not isinstance(arguments, dict):
         raise RecordError(
@@ -244,7 +276,7 @@ def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
             "bad messages",
             f"{place}.arguments must be an object, or the JSON text of one, not {short(call['arguments'])}",
         )
-    return {**call, "arguments": arguments}
+    return {**call, "arguments": require_json(arguments, f"{place}.arguments", where)}
 
 
 def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:

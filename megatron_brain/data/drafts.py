@@ -5,6 +5,7 @@ One function a format: a demonstration to learn, a preference, a prompt to sampl
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ _LARGEST = sys.float_info.max
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
+_DISLIKED = ("false", "0", "0.0", "no")
+"""Spellings of a `label` of unpaired preferences that says not to learn a completion."""
 _MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
 
 
@@ -45,11 +48,12 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
         RecordError: naming the place and the cure.
     """
     _refuse_unsupported(record, where)
-    if record.get("label") is False:
+    if str(record.get("label", True)).strip().lower() in _DISLIKED:
         raise RecordError(
             where,
             "unsupported field",
-            "field 'label' is false: the completion is one not to learn (unpaired preferences); remove the record",
+            f"field 'label' is {json.dumps(record['label'])}: the completion is one not to learn (unpaired "
+            "preferences); remove the record, or the field if it says something else",
         )
     if "messages" not in record:
         prompt, (response,), kind = _prompt_and_answers(tokenizer, record, ["completion"], where)
@@ -134,6 +138,13 @@ def _reference_text(
 
 def _chat(tokenizer: Tokenizer, record: Mapping[str, Any], messages: Messages, where: str) -> Chat:
     tools = conversations.check_tools(record, where)
+    if record.get("documents") and any("documents" in text for text in tokenizer.chat_templates.values()):
+        raise RecordError(
+            where,
+            "unsupported field",
+            "field 'documents' would be written by the chat template, and is not given to it: put it into the record's "
+            "'chat_template_kwargs', or remove it",
+        )
     return Chat(tokenizer, messages, where, tools, conversations.check_template_kwargs(record, where))
 
 
@@ -190,13 +201,16 @@ def _require_weight(message: Mapping[str, Any], key: str, where: str) -> None:
 
 def _refuse_unsupported(record: Mapping[str, Any], where: str) -> None:
     """Raise where a field that would change what is learned is not supported."""
-    is_chat = any(isinstance(record.get(name), list) for name in ("messages", "prompt", "chosen", "completion"))
+    is_chat = bool(record.get("messages")) or any(
+        isinstance(record.get(name), list) for name in ("prompt", "chosen", "completion")
+    )
     cures = {
         **dict.fromkeys(_MEDIA, "only texts are read; remove it"),
         **dict.fromkeys(_WEIGHTS, "all records count alike; remove it, or give 'weight': 0 or 1 on assistant messages"),
         **dict.fromkeys(_MASKS, "give messages with 'weight': 0 or 1 and --multi-turn-loss"),
         **(dict.fromkeys(("functions", "function_call"), "give the functions as 'tools'") if is_chat else {}),
-        **({"system": "give it as the first message, with the role system"} if is_chat else {}),
+        "system": f"{'' if is_chat else 'give messages, and '}give it as the first message, with the role system",
+        **({} if is_chat else {"tools": "a text has no place for it; give messages"}),
     }
     for name, cure in cures.items():
         value = record.get(name)
@@ -217,7 +231,8 @@ def _field(record: Mapping[str, Any], key: str, where: str) -> Any:
         raise RecordError(
             where,
             "missing field",
-            f"field {key!r} is missing; the record has {', '.join(present) or 'no fields'}",
+            f"field {key!r} is missing; the record has {', '.join(present) or 'no fields'}: rename the one that it is "
+            "in, or remove the record",
         )
     conversations.refuse_text_of_messages(record[key], key, where)
     return record[key]
@@ -229,7 +244,7 @@ def _check_text(value: Any, key: str, where: str) -> str:
             where, "wrong type", f"field {key!r} must be a text or a list of messages, not {type(value).__name__}"
         )
     if not value.strip():
-        raise RecordError(where, "empty field", f"field {key!r} is empty")
+        raise RecordError(where, "empty field", f"field {key!r} is empty; remove the record")
     return value
 
 

@@ -143,11 +143,11 @@ def _name(index: int, labels: Sequence[str] | None) -> str:
 
 
 def _does_not_fit(name: str, tokens: int, splittable: bool, max_tokens: int, round_to: int) -> str:
-    what = "the prompt and the longest response" if splittable else "the whole group, which may not be cut,"
+    what = "the prompt and the longest response take" if splittable else "the whole group, which may not be cut, takes"
     rounding = f" in multiples of {round_to}" if round_to > 1 else ""
     return (
-        f"{name}: {what} take {tokens} tokens, more than max_tokens={max_tokens}{rounding}; "
-        f"raise max_tokens to {_round_up(tokens, round_to)} or more, or shorten or leave out the record"
+        f"{name}: {what} {tokens} tokens, more than --max-tokens-per-micro-batch {max_tokens}{rounding}; raise it to "
+        f"{_round_up(tokens, round_to)} or more, or shorten or leave out the record"
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from megatron_brain.data.errors import RecordError
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark that some editors put before a text."""
+_JSON_CURE = "write one object a line, or an array of them in a .json file"
 _TEXT_CURE = "write the file as UTF-8, where an emoji is one character and not two surrogates"
 
 
@@ -19,13 +22,13 @@ def decode(data: bytes, where: str) -> Any:
     """
     try:
         # json.loads itself would take surrogates and other encodings from bytes.
-        return json.loads(data.removeprefix(_BOM).decode())
+        return json.loads(data.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         place = f"byte {error.start}" if line == 1 else f"line {line}"
         raise RecordError(where, "not UTF-8", f"not UTF-8 text ({error.reason} at {place}): {_TEXT_CURE}") from error
     except (ValueError, RecursionError) as error:
-        raise RecordError(where, "invalid JSON", f"not valid JSON: {error}") from error
+        raise RecordError(where, "invalid JSON", f"not valid JSON: {error}; {_JSON_CURE}") from error
 
 
 def require_text(value: Any, where: str) -> Any:
@@ -41,6 +44,30 @@ def require_text(value: Any, where: str) -> Any:
         raise RecordError(
             where, "not UTF-8", f"{half} is half of a character ({error.reason}): {_TEXT_CURE}"
         ) from error
+    return value
+
+
+def require_json(value: Any, what: str, where: str) -> Any:
+    """The value, unless it holds what JSON has no word for: dates, bytes and decimals of a table, NaN, infinity.
+
+    Args:
+        what: name of the value, for the error.
+
+    Raises:
+        RecordError: it does; names the place in the value and the cure.
+    """
+    if isinstance(value, dict | list):
+        for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+            require_json(member, f"{what}.{key}" if isinstance(value, dict) else f"{what}[{key}]", where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise RecordError(where, "no JSON", f"{what} is {value}, which JSON has no word for; give a number or a text")
+    elif not isinstance(value, str | int | float | None):
+        raise RecordError(
+            where,
+            "no JSON",
+            f"{what} is a {type(value).__name__}, which JSON has no word for: a table's column has that type, and "
+            "`datasets` makes dates of texts that look like one. Write the records as jsonl, or this value as a text",
+        )
     return value
 
 

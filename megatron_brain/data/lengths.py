@@ -33,11 +33,13 @@ class LengthLimits(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadReport:
-    """What became of the records. All but `read`, `kept` and `dropped_overlong` count kept records."""
+    """What became of the records. All but `read`, `kept` and those dropped count kept records."""
 
     read: int
     kept: int
     dropped_overlong: int = 0
+    dropped_unlearned: int = 0
+    """Records of which a cut leaves nothing that is learned: the answers that are come behind it."""
     truncated_prompt: int = 0
     truncated_response: int = 0
     duplicates: int = 0

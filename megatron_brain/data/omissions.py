@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_brain.data.conversations import THOUGHTS, called_functions, short
+from megatron_brain.data.conversations import THOUGHTS, called_functions, short, thoughts_of
 from megatron_brain.data.errors import RecordError
 
 if TYPE_CHECKING:
@@ -109,11 +109,12 @@ def require_tools(chat: Chat, text: str, without: str) -> None:
     names = [function.get("name") for function in called_functions(chat.tools)]
     left_out = names if text == without else [name for name in names if isinstance(name, str) and name not in text]
     if left_out:
+        named = f"the tool {left_out[0]!r}" if left_out[0] else "a tool without a name"
         raise RecordError(
             chat.where,
             "chat template",
-            f"the chat template leaves out the tool {left_out[0]!r}: use a template that writes 'tools' "
-            "(--chat-template FILE), or remove the field",
+            f"the chat template leaves out {named}: use a template that writes 'tools' (--chat-template FILE), or "
+            "remove the field",
         )
 
 
@@ -139,7 +140,7 @@ def _shape_of(message: Mapping[str, Any]) -> tuple:
     calls = tuple(
         _shape_of_value(function.get("arguments")) for function in called_functions(message.get("tool_calls"))
     )
-    return message["role"], said, calls
+    return message["role"], said, len(set(thoughts_of(message))), calls
 
 
 def _shape_of_value(value: Any) -> Any:
@@ -211,7 +212,15 @@ class _Probe:
         spoken = [name for name in _SPOKEN if message.get(name)]
         if message.get("name") and message["role"] not in _NAMED_BY_CALL:
             spoken.append("name")
-        replaced = {**message, **{name: self._in_text(message[name], index) for name in spoken}}
+        # Some servers give the same thoughts under two names, of which a template writes one.
+        thoughts = {text: self._in_text(text, index) for text in {message[name] for name in spoken if name in THOUGHTS}}
+        replaced = {
+            **message,
+            **{
+                name: thoughts[message[name]] if name in THOUGHTS else self._in_text(message[name], index)
+                for name in spoken
+            },
+        }
         if self._with_calls and message.get("tool_calls"):
             replaced["tool_calls"] = [self._in_call(call, index) for call in message["tool_calls"]]
         return replaced

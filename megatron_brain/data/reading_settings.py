@@ -9,6 +9,7 @@ from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.config.template_date import parse_date
 from megatron_brain.data.records import PreferenceReader, PromptReader, RecordReader, SFTReader
 from megatron_brain.data.tokenizer import TOKENIZER_TYPES, build_tokenizer
+from megatron_brain.flag_types import positive
 
 STAGES = ("sft", "reward", "brain")
 _TEMPLATES = ("chat_template", "template_date")
@@ -75,7 +76,7 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--multi-turn-loss", action="store_true", help="sft: train on every assistant turn")
     group.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive,
         default=SamplingConfig().max_new_tokens,
         help="brain: tokens to leave for a response [%(default)s]",
     )
@@ -108,11 +109,3 @@ def reading_settings(args: argparse.Namespace) -> ReadingSettings:
         multi_turn_loss=args.multi_turn_loss,
         max_new_tokens=args.max_new_tokens,
     )
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value

@@ -178,9 +178,12 @@ class RecordReader(ABC, Generic[Item]):
             raise RecordError(
                 where, "empty response", "a response has no tokens but EOS: its text normalises to nothing"
             )
-        fitted = fit_group(
-            prompt, responses, bos_id=self.tokenizer.bos_id, limits=self.limits, where=where, counts=counts
-        )
+        cut: Counter[str] = Counter()
+        fitted = fit_group(prompt, responses, bos_id=self.tokenizer.bos_id, limits=self.limits, where=where, counts=cut)
+        if fitted is not None and mask is not None and not any(mask[: len(fitted[1][0])]):
+            counts["dropped_unlearned"] += 1
+            return None
+        counts.update(cut)
         if fitted is None:
             return None
         prompt, responses = fitted
@@ -259,7 +262,10 @@ class PromptReader(RecordReader[Prompt]):
         left = limits.seq_length - room
         self.longest = min(left, limits.max_prompt_length or left)
         if self.longest < 1:
-            raise ValueError(f"--seq-length {limits.seq_length} leaves no room for a prompt and a response")
+            raise ValueError(
+                f"--seq-length {limits.seq_length} leaves no room for a prompt beside --max-new-tokens {room}: raise "
+                "the one or lower the other"
+            )
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
         return draft_prompt(self.tokenizer, record, where)

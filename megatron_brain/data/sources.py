@@ -47,7 +47,7 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
     """
     loaded = [(where, parse_record(where, raw)) for where, raw in islice(raw_records(source, split), limit)]
     if not loaded:
-        raise ValueError(f"{source}: no records in it")
+        raise ValueError(f"{source}: no records in it; write some into it")
     return loaded
 
 
@@ -57,13 +57,15 @@ def raw_records(source: str, split: str | None = None) -> Iterator[RawRecord]:
     Raises:
         ValueError: nothing there, or a file that cannot be read.
     """
+    if not source.strip():
+        raise ValueError("the name of the records is empty: give a file, a glob, a saved data set or a hub name")
     if Path(source).is_dir():
         return tables.read_saved(source, split)
     if paths := _paths(source):
         return chain.from_iterable(map(_read_file, paths))
     if _HUB_NAME.fullmatch(source) and not is_record_file(source):
         return tables.read_hub(source, split)
-    raise ValueError(f"{source}: no such file (looked for {Path(source).absolute()})")
+    raise ValueError(f"{source}: no such file (looked for {Path(source).absolute()}); give one that is there")
 
 
 def parse_record(where: str, raw: Any) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
         empty = False
         yield record
     if empty:
-        raise ValueError(f"{path}: the file is empty")
+        raise ValueError(f"{path}: the file is empty; write records into it, or leave it out")
 
 
 @contextmanager
@@ -128,13 +130,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as unpacked:
             yield io.BufferedReader(unpacked)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise ValueError(f"{path}: cannot be read: {error}; {tables.CURE}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
     with _opened(path) as file:  # bytes: only "\n" ends a line, and bad UTF-8 is reported with its line
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.removeprefix(json_values.BOM).strip():
                 yield f"{path}:{number}", line
 
 

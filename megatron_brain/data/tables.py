@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+CURE = "copy it here again, let this user read it, or give it the ending of its kind"
+"""What helps where a file cannot be read."""
+
+_BATCH = 1000
+_UNREADABLE = (ValueError, KeyError, OverflowError)
+"""What reading the values of a column may raise: no text, no JSON, a key twice, what Python has no value for."""
+
+_WITHOUT_STRUCTS = "Polars"
+"""What Polars before 1.0 calls itself in parquet files: of a struct that is not there it wrote nulls for all fields."""
+
 Row = tuple[str, Any]
 """Place of a row, and its fields, or the RecordError of one that cannot be read."""
 
@@ -25,7 +35,16 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """
     import pyarrow.parquet
 
-    return _read_batches(path, lambda: pyarrow.parquet.ParquetFile(path).iter_batches())
+    keeps_structs = True
+
+    def batches() -> Iterable[pyarrow.RecordBatch]:
+        nonlocal keeps_structs
+        file = pyarrow.parquet.ParquetFile(path)
+        keeps_structs = file.metadata.created_by != _WITHOUT_STRUCTS
+        return file.iter_batches()
+
+    for where, row in _read_batches(path, batches):
+        yield where, row if keeps_structs or isinstance(row, RecordError) else _without_empty(row)
 
 
 def read_arrow(path: Path) -> Iterator[Row]:
@@ -58,10 +77,11 @@ def read_saved(source: str, split: str | None) -> Iterator[Row]:
 
     try:
         loaded = datasets.load_from_disk(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many unrelated types, for files of a folder that are not what they should be
         raise ValueError(
-            f"{source}: a folder that datasets.save_to_disk did not write ({error}); "
-            f"for a folder of files give a glob such as {source.rstrip('/')}/*.jsonl"
+            f"{source}: a folder that datasets.save_to_disk did not write, or that is damaged or empty "
+            f"({type(error).__name__}: {error}); write it anew, or for a folder of files give a glob such as "
+            f"{source.rstrip('/')}/*.jsonl"
         ) from error
     return _read_split(source, loaded, split)
 
@@ -96,21 +116,12 @@ def _read_split(source: str, loaded: Any, split: str | None) -> Iterator[Row]:
 
 
 def _read_data_set(source: str, data: datasets.Dataset) -> Iterator[Row]:
-    rows = enumerate(data)
-    done = 0
-    try:
-        for row, record in rows:
-            yield f"{source}[{row}]", record
-            done = row + 1
-        return
-    except UnicodeDecodeError:
-        pass  # in one of the next rows, which are read one by one to tell in which
-    for row in range(done, len(data)):
-        where = f"{source}[{row}]"
-        try:
-            yield where, data[row]
-        except UnicodeDecodeError as error:
-            yield where, _no_text(where, "a field", error)
+    """Rows of a data set, of all its columns whatever format it was saved in; sounds and images are not decoded."""
+    first = 0
+    for table in data.with_format("arrow").iter(batch_size=_BATCH):
+        for batch in table.to_batches():
+            yield from _rows_of(batch, source, first)
+            first += batch.num_rows
 
 
 def _read_batches(path: Path, open_batches: Callable[[], Iterable[pyarrow.RecordBatch]]) -> Iterator[Row]:
@@ -122,21 +133,37 @@ def _read_batches(path: Path, open_batches: Callable[[], Iterable[pyarrow.Record
             yield from _rows_of(batch, path, first)
             first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from error
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}; {CURE}") from error
 
 
-def _rows_of(batch: pyarrow.RecordBatch, path: Path, first: int) -> Iterator[Row]:
-    """Rows of a batch, the first of which is row `first` of the file."""
+def _rows_of(batch: pyarrow.RecordBatch, source: Path | str, first: int) -> Iterator[Row]:
+    """Rows of a batch, the first of which is row `first` of the source."""
     names = batch.schema.names
+    _require_sound(batch, source)
     try:
         columns = [_values(column) for column in batch.columns]
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except _UNREADABLE:
         for row in range(batch.num_rows):
-            where = f"{path}[{first + row}]"
+            where = f"{source}[{first + row}]"
             yield where, _row_or_error(batch.slice(row, 1), where)
         return
     for row, values in enumerate(zip(*columns, strict=True)):
-        yield f"{path}[{first + row}]", dict(zip(names, values, strict=True))
+        yield f"{source}[{first + row}]", dict(zip(names, values, strict=True))
+
+
+def _require_sound(batch: pyarrow.RecordBatch, source: Path | str) -> None:
+    """Raise ValueError where a column's lengths contradict each other: to read it would end the process.
+
+    Text that is no UTF-8 is told later, with its row.
+    """
+    import pyarrow
+
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "Invalid UTF8" not in str(error):
+                raise ValueError(f"{source}: damaged in its column {name!r} ({error}); {CURE}") from error
 
 
 def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | RecordError:
@@ -146,8 +173,17 @@ def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | Reco
             [fields[name]] = _values(column)
         except UnicodeDecodeError as error:
             return _no_text(where, f"field {name!r}", error)
+        except KeyError as error:  # of a map
+            return RecordError(where, "wrong type", f"field {name!r} has a key twice: write the table anew ({error})")
         except json.JSONDecodeError as error:
             return RecordError(where, "invalid JSON", f"field {name!r} is of Arrow's JSON type and no JSON: {error}")
+        except _UNREADABLE as error:  # such as dates behind the year 9999
+            return RecordError(
+                where,
+                "wrong type",
+                f"field {name!r} has a value that cannot be read ({type(error).__name__}: {error}): write the table "
+                "anew, without the column where nothing needs it",
+            )
     return fields
 
 
@@ -155,6 +191,16 @@ def _no_text(where: str, field: str, error: UnicodeDecodeError) -> RecordError:
     return RecordError(
         where, "not UTF-8", f"{field} is not UTF-8 text ({error.reason} at byte {error.start}): write the table anew"
     )
+
+
+def _without_empty(value: Any) -> Any:
+    """A value in which objects of nothing but nulls are null themselves."""
+    if isinstance(value, list):
+        return [_without_empty(member) for member in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _without_empty(member) for key, member in value.items()}
+    return None if all(member is None for member in inner.values()) else inner
 
 
 def _values(column: pyarrow.Array) -> list[Any]:

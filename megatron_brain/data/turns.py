@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
 
-from megatron_brain.data.chat import Chat, require_answer, require_begins
+from megatron_brain.data.chat import Chat, require_answer, require_begins, require_closed
 from megatron_brain.data.conversations import short, weight_of
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.omissions import Span, require_written
@@ -47,6 +47,7 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
     """
     require_answer(chat)
     text, turns = locate_turns(chat)
+    require_closed(chat)
     learned = {index: span for index, span in turns.items() if weight_of(chat.messages[index])}
     if not learned:
         raise RecordError(
@@ -62,9 +63,12 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
     if any(rest[:1] == [tokenizer.eos_id] for rest in pieces[1::2]) or _ends_unmarked(tokenizer, tail):
         raise _not_marked(chat, "leaves the end-of-turn token unmarked")
     mask: list[bool] = []
+    special = tokenizer.special_ids
     for place, piece in enumerate(pieces):
         is_learned = place % 2 == 0 and list(turns)[place // 2] in learned
         length = tokenizer.turn_length(piece) if is_learned else 0
+        if is_learned and place < len(pieces) - 2 and piece[length - 1 : length] and piece[length - 1] not in special:
+            _warn_of_turns_without_end()
         mask += [True] * length + [False] * (len(piece) - length)
     response = tokenizer.close_turn(list(chain.from_iterable(pieces)))
     return prompt, response, [*mask[: len(response) - 1], list(turns)[-1] in learned]
@@ -248,6 +252,16 @@ def _warn_of_other_opening(opening: str, header: str) -> None:
         "(--chat-template FILE)",
         short(opening),
         short(header),
+    )
+
+
+@functools.cache
+def _warn_of_turns_without_end() -> None:
+    """Once."""
+    logger.warning(
+        "the chat template ends no turn but the last one with a special token: of a turn in the middle, its end is not "
+        "learned; for a model that must stop there too, give a template that writes an end-of-turn token behind each "
+        "(--chat-template FILE)"
     )
 
 

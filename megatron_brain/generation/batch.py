@@ -42,13 +42,23 @@ class Batch:
         self._tokens = torch.full((prompts * samples, max_new_tokens), -1, device=device)
 
     def record(self, step: int, tokens: Tensor, logprobs: Tensor, eos_id: int) -> None:
-        """Add the token `[P * n]` that every row drew at this step, and its log-probability."""
+        """Add the token `[P * n]` that every row drew at this step, and its log-probability.
+
+        Raises:
+            FloatingPointError: on all ranks that have the same tokens, where a sample's logits were not finite.
+        """
         tokens, logprobs = tokens.view_as(self.ids), logprobs.view_as(self.ids)
         ids = self.ids[self.live]
         self._tokens[ids, step] = tokens[self.live]
         self.logprobs[ids] += logprobs[self.live]
+        lost = (self.live & (tokens < 0)).any()
         self.live &= tokens != eos_id
-        self.live_counts = self.live.sum(dim=1).tolist()
+        *self.live_counts, is_lost = torch.cat([self.live.sum(dim=1), lost[None]]).tolist()
+        if is_lost:
+            raise FloatingPointError(
+                f"the logits of token {step + 1} of a response are not finite: the model's weights are not, or its "
+                "activations overflow; load an earlier checkpoint (tools/inspect_checkpoint.py --finite looks at one)"
+            )
 
     def compact(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """Drop finished samples from the batch and the cache where enough rows are saved to pay for the copy.

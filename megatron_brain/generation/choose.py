@@ -24,11 +24,13 @@ def choose_tokens(
         top_p: of those, keep the likeliest until they hold this share (and ties of the last); 1 keeps all.
 
     Returns:
-        tokens `[B]` int64, log-probabilities `[B]` float64.
+        tokens `[B]` int64, -1 of a row whose logits are not finite; log-probabilities `[B]` float64.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1), logits.new_zeros(logits.size(0), dtype=torch.float64)
-    logits -= logits.amax(dim=-1, keepdim=True)
+        largest, tokens = logits.max(dim=-1)
+        return tokens.masked_fill(~largest.isfinite(), -1), torch.zeros_like(largest, dtype=torch.float64)
+    largest = logits.amax(dim=-1, keepdim=True)
+    logits -= largest
     mass = logits.div_(temperature).exp_()
     if 0 < top_k < mass.size(1):
         _drop_below(mass, mass.topk(top_k).values[:, -1])
@@ -36,6 +38,7 @@ def choose_tokens(
         _drop_below(mass, _nucleus_threshold(mass, top_p))
     tokens, total = _invert_cumulative(mass, uniforms)
     chosen = mass.gather(1, tokens[:, None]).squeeze(1)
+    tokens = tokens.masked_fill(~largest.squeeze(1).isfinite(), -1)
     return tokens, chosen.double().log() - total.log()
 
 
@@ -81,6 +84,8 @@ def _invert_cumulative(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """First index `[B]` whose cumulative mass exceeds the target, which rounding may have put past the end."""
+    """First index `[B]` whose cumulative mass exceeds the target, which rounding may have put past the end; any index
+    where they are not finite."""
     below_end = cumulative[:, -1] * (1 - torch.finfo(torch.float64).eps)
-    return torch.searchsorted(cumulative, torch.minimum(target, below_end)[:, None], right=True).squeeze(1)
+    first = torch.searchsorted(cumulative, torch.minimum(target, below_end)[:, None], right=True).squeeze(1)
+    return first.clamp_(max=cumulative.size(1) - 1)

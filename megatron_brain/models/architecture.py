@@ -76,7 +76,11 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
         raise ValueError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
     for name, given in ({**_DEFAULTS, **found} if found else {}).items():
-        value = convert(all_fields()[name], given, source)
+        spec = all_fields()[name]
+        if isinstance(given, str) and spec.kind is not str:
+            # On a command line "2" is a number, in a file of JSON it is a text.
+            raise ValueError(f"{name}={given!r} ({source}): expected {spec.expected}")
+        value = convert(spec, given, source)
         if sizes[name] is not None and sizes[name] != value:
             raise ValueError(
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
@@ -85,7 +89,10 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
     missing = [name for name in REQUIRED_SIZES if sizes[name] is None]
     if missing:
         raise ValueError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
-    return dataclasses.replace(requested, **_with_defaults(sizes))
+    try:
+        return dataclasses.replace(requested, **_with_defaults(sizes))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def architecture(model: ModelConfig) -> dict:

@@ -11,11 +11,11 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import ConfigError, OwnError
 
-_FIRST_PORT, _PORTS = 20_000, 10_000
+_FIRST_PORT, _PORTS, _LAST_PORT = 20_000, 10_000, 65_535
 _CURE = "Start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT on every process"
 
 
@@ -30,6 +30,8 @@ class Launch:
     address: str | None = None
     """Host of rank 0; None where there is no other process to find."""
     port: int | None = None
+    launcher: str | None = field(default=None, compare=False)
+    """What started it, where that was not torchrun."""
 
     @property
     def is_alone(self) -> bool:
@@ -95,7 +97,22 @@ _LAUNCHERS = (
         local_size="MV2_COMM_WORLD_LOCAL_SIZE",
     ),
     _PMI,
+    _Launcher(
+        name="flux run",
+        rank="FLUX_TASK_RANK",
+        size=("FLUX_JOB_SIZE",),
+        local_rank="FLUX_TASK_LOCAL_ID",
+        job=("FLUX_JOB_ID",),
+    ),
+    _Launcher(
+        name="jsrun",
+        rank="JSM_NAMESPACE_RANK",
+        size=("JSM_NAMESPACE_SIZE",),
+        local_rank="JSM_NAMESPACE_LOCAL_RANK",
+        local_size="JSM_NAMESPACE_LOCAL_SIZE",
+    ),
     _SLURM,
+    _Launcher(name="mpiexec (PALS)", rank="PALS_RANKID", size=(), local_rank=""),
     _Launcher(name="a PMIx launcher", rank="PMIX_RANK", size=(), local_rank="", job=("PMIX_NAMESPACE",)),
 )
 
@@ -130,12 +147,22 @@ def pretended_world_size(environment: Mapping[str, str] | None = None) -> int:
     return read_launch(environment).world_size
 
 
+def processes_of_node(default: int, environment: Mapping[str, str] | None = None) -> int:
+    """Processes that torchrun says it has started on this node; without its word, the default.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    environment = os.environ if environment is None else environment
+    return _number(environment, "LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in environment else default
+
+
 def speaks(environment: Mapping[str, str] | None = None) -> bool:
     """Whether this process tells what all of them find; also where they do not know of each other."""
     environment = os.environ if environment is None else environment
     names = ("RANK", *(launcher.rank for launcher in _LAUNCHERS))
     first = next((environment[name] for name in names if environment.get(name)), "0")
-    return not first.isdigit() or int(first) == 0
+    return not first.isdecimal() or int(first) == 0
 
 
 def first_host(nodes: str) -> str:
@@ -153,13 +180,13 @@ def first_host(nodes: str) -> str:
 def _by_torchrun(environment: Mapping[str, str]) -> Launch:
     if "WORLD_SIZE" not in environment:
         raise ConfigError(f"RANK={environment['RANK']} is set and WORLD_SIZE is not. {_CURE}, or unset RANK")
-    size, rank = _number(environment, "WORLD_SIZE", least=1), _number(environment, "RANK")
+    size, rank = _number(environment, "WORLD_SIZE", least=1), _own_number(environment, "RANK")
     if rank >= size:
-        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={size}: ranks are counted from 0. {_CURE}")
-    local_rank = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None
+        raise OwnError(f"RANK={rank} is not below WORLD_SIZE={size}: ranks are counted from 0. {_CURE}")
+    local_rank = _own_number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else None
     address, port = environment.get("MASTER_ADDR"), None
     if address:
-        port = _number(environment, "MASTER_PORT", least=1) if "MASTER_PORT" in environment else None
+        port = _given_port(environment)
     if size > 1 and not (address and port):
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise ConfigError(f"RANK={rank} and WORLD_SIZE={size} are set and {missing} is not. {_CURE}")
@@ -197,14 +224,14 @@ def _same_place(one: _Launcher, other: _Launcher, environment: Mapping[str, str]
 
 
 def _by_launcher(launcher: _Launcher, environment: Mapping[str, str]) -> Launch:
-    rank = _number(environment, launcher.rank)
+    rank = _own_number(environment, launcher.rank)
     size_name = next((name for name in launcher.size if name in environment), None)
     started = f"this process was started by {launcher.name}, as {launcher.rank}={rank}"
     if size_name is None:
         raise ConfigError(f"{started}, which does not say how many there are. {_CURE}")
     size = _number(environment, size_name, least=1)
     if rank >= size:
-        raise ConfigError(f"{started}, which is not below {size_name}={size}. {_CURE}")
+        raise OwnError(f"{started}, which is not below {size_name}={size}. {_CURE}")
     asked = _number(environment, "WORLD_SIZE", least=1) if "WORLD_SIZE" in environment else size
     if asked != size:
         raise ConfigError(f"{started} of {size_name}={size}, and WORLD_SIZE={asked} is set. Unset it, or set RANK too")
@@ -216,11 +243,9 @@ def _by_launcher(launcher: _Launcher, environment: Mapping[str, str]) -> Launch:
             f"{started} of {size}, which does not say on which host rank 0 is: set MASTER_ADDR and MASTER_PORT on "
             "every process, or start with torchrun"
         )
-    port = (
-        _number(environment, "MASTER_PORT", least=1) if "MASTER_PORT" in environment else _port(launcher, environment)
-    )
-    local_rank = _number(environment, launcher.local_rank) if launcher.local_rank in environment else None
-    return Launch(rank=rank, world_size=size, local_rank=local_rank, address=address, port=port)
+    port = _given_port(environment) or _port(launcher, environment)
+    local_rank = _own_number(environment, launcher.local_rank) if launcher.local_rank in environment else None
+    return Launch(rank=rank, world_size=size, local_rank=local_rank, address=address, port=port, launcher=launcher.name)
 
 
 def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> str | None:
@@ -248,8 +273,21 @@ def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
     return _FIRST_PORT + zlib.crc32(known.encode()) % _PORTS
 
 
-def _number(environment: Mapping[str, str], name: str, *, least: int = 0) -> int:
+def _given_port(environment: Mapping[str, str]) -> int | None:
+    return _number(environment, "MASTER_PORT", least=1, most=_LAST_PORT) if "MASTER_PORT" in environment else None
+
+
+def _number(environment: Mapping[str, str], name: str, *, least: int = 0, most: int | None = None) -> int:
     text = environment[name].strip()
-    if not text.isdigit() or int(text) < least:
-        raise ConfigError(f"{name}={environment[name]!r} is not a number of at least {least}. {_CURE}, or unset it")
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        allowed = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ConfigError(f"{name}={environment[name]!r} is not a number of {allowed}. {_CURE}, or unset it")
     return int(text)
+
+
+def _own_number(environment: Mapping[str, str], name: str) -> int:
+    """A number that is another one on every process, or on every process of a node."""
+    try:
+        return _number(environment, name)
+    except ConfigError as error:
+        raise OwnError(str(error)) from error

@@ -1,6 +1,7 @@
 """The error a rank ends with when a collective fails because another process or node is gone."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 _PACKAGE = Path(__file__).parents[1]
+_MEETING = ("init_process_group", "rendezvous")
+"""Operations by which ranks find each other."""
 
 
 class LostPeerError(RuntimeError):
@@ -29,6 +32,14 @@ def explained(timeout_minutes: int) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
+        if _operation(error).startswith(_MEETING):
+            place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            reason = str(error).partition("\n")[0]
+            raise LostPeerError(
+                f"the ranks could not meet at {place} (MASTER_ADDR:MASTER_PORT) within --distributed-timeout-minutes "
+                f"{timeout_minutes}: {reason}. Is that the host of rank 0, can it be reached from here, is the port "
+                f"free on it, and have all {os.environ.get('WORLD_SIZE', '?')} processes been started?"
+            ) from error
         raise LostPeerError(
             f"lost contact with another rank in {_operation(error)}: that rank ended, or its node did not answer "
             f"within --distributed-timeout-minutes {timeout_minutes}. Its own output may say why. Start all nodes "

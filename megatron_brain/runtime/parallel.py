@@ -1,6 +1,7 @@
 """Start-up among the processes of a launcher or alone, and the one object that holds all process groups."""
 
 import datetime
+import logging
 import os
 import random
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.runtime import cpu_backend
 from megatron_brain.runtime.launch import read_launch
+
+log = logging.getLogger(__name__)
 
 _host_group: dist.ProcessGroup | None = None
 
@@ -230,6 +233,16 @@ def _join_world(timeout: datetime.timedelta) -> torch.device:
     backend = "nccl" if cuda else "gloo"
     launch = read_launch()
     launch.export(os.environ)
+    if launch.launcher is not None:
+        log.info(
+            "started by %s as rank %d of %d: waiting for the others at %s:%d (a shell of one process, as "
+            "of srun --pty, works alone with RANK=0 WORLD_SIZE=1)",
+            launch.launcher,
+            launch.rank,
+            launch.world_size,
+            launch.address,
+            launch.port,
+        )
     if launch.is_alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif os.environ.get("GROUP_WORLD_SIZE") == "1":

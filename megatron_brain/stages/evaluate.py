@@ -35,7 +35,10 @@ def main(run: Run) -> None:
     prompts = read_prompts(run)
     if judge is not None and any(prompt.reference is None for prompt in prompts):
         missing = next(prompt.record_id for prompt in prompts if prompt.reference is None)
-        raise ConfigError(f"the judge compares with references, and {missing} has none")
+        raise ConfigError(
+            f"judge={settings.judge}: it compares with references, and {missing} has none; give the record a "
+            "completion, or leave --judge out"
+        )
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)

@@ -175,7 +175,16 @@ class RolloutFiles:
     def __init__(self, run: Run, placement: Placement) -> None:
         self._run, self._placement = run, placement
         self._files = rollout_files(run.config.brain.rollout_data)
-        self.groups_per_round = len(read_rollouts(self._files[0]))
+        # All of them now: what is wrong with the last file must not stop a run after days.
+        groups = {path: len(read_round(run.config, path)) for path in self._files}
+        self.groups_per_round = groups[self._files[0]]
+        other = next((path for path in self._files if groups[path] != self.groups_per_round), None)
+        if other is not None and run.config.brain.refresh_interval is None:
+            raise ConfigError(
+                f"{other} holds {groups[other]} groups and {self._files[0]} {self.groups_per_round}: a round has as "
+                "many steps as the first file fills. Give files of as many groups, or the steps of a round "
+                "(--refresh-interval)"
+            )
 
     def rounds(self, epochs: float) -> int:
         """One round per file, whatever `epochs`."""
@@ -193,14 +202,31 @@ def read_round(config: RunConfig, path: str) -> list[Rollout]:
     """All rollouts of a file.
 
     Raises:
-        ConfigError: they do not fill whole batches, or are not for this model's vocabulary and --seq-length.
+        ConfigError: they do not fill whole batches, are not for this model's vocabulary and --seq-length, or lack
+            numbers that no model is given for.
     """
     rollouts, batch = read_rollouts(path), config.training.global_batch_size
     for rollout in rollouts:
         _check_tokens(config, rollout, path)
+        _check_numbers(config, rollout, path)
     if len(rollouts) % batch:
-        raise ConfigError(f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}")
+        raise ConfigError(
+            f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}: give a "
+            "--global-batch-size that divides them, or a file of other rounds"
+        )
     return rollouts
+
+
+def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
+    """What a response does not bring along can be computed."""
+    has_prior = config.scoring.prior_load is not None or config.checkpoint.finetune
+    models = {
+        "reward": (config.scoring.reward_load is not None, "--reward-load"),
+        "log_prior": (has_prior, "--prior-load"),
+    }
+    for name, (is_given, flag) in models.items():
+        if not is_given and None in rollout.values(name):
+            raise ConfigError(f"{path}, {rollout.id}: a response has no {name}: give {flag}, or rollouts that have it")
 
 
 def _check_tokens(config: RunConfig, rollout: Rollout, path: str) -> None:
@@ -210,8 +236,11 @@ def _check_tokens(config: RunConfig, rollout: Rollout, path: str) -> None:
         tokens = (*rollout.prompt_tokens, *response.tokens)
         wrong = [token for token in tokens if not 0 <= token < vocab_size]
         if wrong:
-            raise ConfigError(f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}")
+            raise ConfigError(
+                f"{path}, {rollout.id}: token id {wrong[0]} is outside 0..{vocab_size - 1}: give rollouts of this model"
+            )
         if len(tokens) > longest:
             raise ConfigError(
-                f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}"
+                f"{path}, {rollout.id}: prompt and response have {len(tokens)} tokens, --seq-length is {longest}: "
+                "raise it, or leave the group out"
             )

@@ -14,14 +14,30 @@ missing.
 import glob
 import json
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.conversations import short
 from megatron_brain.data.groups import Group
 from megatron_brain.data.sources import load_records
 from megatron_brain.files import write_whole
+
+_LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
+_ROUNDING = 0.01
+"""What the log-probability of a certain response may be off from 0."""
+_TYPES = {
+    "id": (str, int),
+    "index": (int,),
+    "prompt": (str,),
+    "responses": (list, tuple),
+    "text": (str,),
+    "finished": (bool,),
+    "alpha": (float, int),
+}
+"""Types of the fields of a record and its responses that are not looked at otherwise."""
 
 
 @dataclass(kw_only=True)
@@ -84,35 +100,61 @@ def rollout_from_dict(record: dict, where: str) -> Rollout:
         ConfigError: a field is missing, unknown or of another kind, or there are fewer than two responses; names
             `where`.
     """
-    try:
-        responses = [Response(**{**r, "tokens": _token_ids(r["tokens"])}) for r in record["responses"]]
-        rollout = Rollout(**{**record, "prompt_tokens": _token_ids(record["prompt_tokens"]), "responses": responses})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{where}: not a rollout record, {error}; docs/stages.md shows the format") from error
-    if len(responses) < 2:
-        raise ConfigError(f"{where}: {len(responses)} response(s), a group needs at least 2")
-    for response in responses:
+    _check_fields(record, Rollout, ("id", "index", "prompt_tokens", "responses"), where)
+    if len(record["responses"]) < 2:
+        raise ConfigError(f"{where}: {len(record['responses'])} response(s), a group needs at least 2")
+    responses = []
+    for values in record["responses"]:
+        _check_fields(values, Response, ("tokens",), where)
+        response = Response(**{**values, "tokens": _token_ids(values["tokens"], where)})
         _make_floats(response, where)
         if response.log_proposal is None:
             response.log_proposal = response.sampler_logprob
         if response.log_proposal is None:
-            raise ConfigError(f"{where}: a response has neither log_proposal nor sampler_logprob")
-    return rollout
+            raise ConfigError(
+                f"{where}: a response has neither log_proposal nor sampler_logprob: give the log-probability under the "
+                "distribution that it was drawn from"
+            )
+        responses.append(response)
+    prompt_tokens = _token_ids(record["prompt_tokens"], where)
+    return Rollout(**{**record, "prompt_tokens": prompt_tokens, "responses": responses})
 
 
-def _token_ids(value: object) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(token, int) for token in value):
-        raise TypeError(f"tokens must be a list of at least one id, not {str(value)[:40]!r}")
+def _check_fields(values: object, kind: type, needed: Sequence[str], where: str) -> None:
+    """Raise ConfigError where an object of a file lacks a field, or has one that is unknown or of another type."""
+    what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind)]
+    if not isinstance(values, dict):
+        raise _no_rollout(where, f"{what} must be an object, not {short(values)}")
+    for name in needed:
+        if values.get(name) is None:
+            raise _no_rollout(where, f"{what} must have {name!r}, this one has {', '.join(values) or 'nothing'}")
+    for name, value in values.items():
+        if name not in known:
+            raise _no_rollout(where, f"{what} has no field {name!r}, only {', '.join(known)}")
+        types = _TYPES.get(name)
+        if value is not None and types is not None and type(value) not in types:
+            raise _no_rollout(where, f"{name!r} must be of type {types[0].__name__}, not {short(value)}")
+
+
+def _no_rollout(where: str, problem: str) -> ConfigError:
+    return ConfigError(f"{where}: not a rollout record, {problem}; docs/stages.md shows the format")
+
+
+def _token_ids(value: object, where: str) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value or not all(type(token) is int for token in value):
+        raise _no_rollout(where, f"tokens must be a list of at least one id, not {short(value)}")
     return tuple(value)
 
 
 def _make_floats(response: Response, where: str) -> None:
-    for name in ("sampler_logprob", "log_proposal", "log_prior", "reward"):
+    for name in (*_LOG_PROBABILITIES, "reward"):
         value = getattr(response, name)
         if value is None:
             continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be a finite number")
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{where}: {name} is {short(value)}; it must be a finite number")
+        if name in _LOG_PROBABILITIES and value > _ROUNDING:
+            raise ConfigError(f"{where}: {name} is {value}; the logarithm of a probability is at most 0")
         setattr(response, name, float(value))
 
 
@@ -124,7 +166,7 @@ def rollout_files(pattern: str) -> list[str]:
     """
     files = sorted(glob.glob(pattern))
     if not files:
-        raise ConfigError(f"rollout_data={pattern} matches no file under {Path.cwd()}")
+        raise ConfigError(f"rollout_data={pattern} matches no file under {Path.cwd()}: give one that is there")
     return files
 
 

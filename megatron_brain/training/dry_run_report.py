@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import textwrap
 
 from megatron_brain.config.errors import ConfigError
@@ -14,6 +13,7 @@ from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import PARTS, estimate_memory
 from megatron_brain.planning.sizes import stage_parameters, total_parameters
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
+from megatron_brain.runtime import launch
 from megatron_brain.training.dry_run import Findings
 
 Rows = list[tuple[str, str]]
@@ -114,7 +114,7 @@ def _layout(layout: Layout) -> Rows:
 
 def _gpus_per_node(world_size: int) -> int:
     """As the launcher says, else eight."""
-    return min(int(os.environ.get("LOCAL_WORLD_SIZE", "8")), world_size)
+    return min(launch.processes_of_node(default=8), world_size)
 
 
 def _ranks(ranks: range) -> str:

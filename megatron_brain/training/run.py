@@ -21,6 +21,7 @@ from megatron_brain.conversion import load_hf_weights, read_hf_architecture
 from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.data.corpus import Corpus, read_corpus
 from megatron_brain.data.records import Item, RecordReader
+from megatron_brain.data.sources import source_files
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
 from megatron_brain.files import file_problem, folder_problem
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
@@ -161,11 +162,19 @@ def _check_places(config: RunConfig, parallel: Parallel) -> None:
     trains = "optimizer" in STAGE_SECTIONS[config.stage]
     problems = [folder_problem(flag, place) for flag, place in folders.items() if place is not None and trains]
     if config.generate.output is not None:
-        problems.append(file_problem("--output", config.generate.output))
+        problems += [file_problem("--output", config.generate.output), _lost_prompts(config)]
     mine = next(filter(None, problems), None)
     found = {problem: rank for rank, problem in reversed([*enumerate(parallel.gather_over_world(mine))]) if problem}
     if found:
         raise AgreedError("; ".join(f"{problem} (rank {rank})" if rank else problem for problem, rank in found.items()))
+
+
+def _lost_prompts(config: RunConfig) -> str | None:
+    """What is wrong where --output would replace the file that --prompts are read from."""
+    output, prompts = config.generate.output, config.generate.prompts
+    if Path(output).resolve() in [path.resolve() for path in source_files(prompts)]:
+        return f"--output {output}: would replace the prompts of --prompts {prompts}; give another file"
+    return None
 
 
 def fix_template_date(

@@ -129,6 +129,12 @@ class Trainer:
     def _train(self) -> dict[str, float]:
         last, interval = self.stage.train_iters, self.config.checkpoint.save_interval
         shown: dict[str, float] = {}
+        if self.iteration >= last:
+            log.warning(
+                "nothing is left to do: the run is at iteration %d of %d; raise --train-iters or --train-epochs",
+                self.iteration,
+                last,
+            )
         stopping = self._asked_to_stop()
         # Also the validation that a run which was asked to stop left out.
         if self._validation_is_due() and not stopping:

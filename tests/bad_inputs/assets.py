@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,17 @@ class Assets:
         """Command of BRAIn on prompts of a file."""
         return self.brain_from("--train-data", data, *flags)
 
+    def brain_again(self, checkpoint: str, *flags: str) -> list[str]:
+        """Command that goes on with a run of BRAIn in the middle of its round."""
+        argv = self.brain_on(str(self.records("prompts")), "--load", checkpoint, "--prior-load", str(self.policy))
+        return [argument for argument in argv if argument != "--finetune"] + list(flags)
+
+    def sft_from_sizes(self, tokenizer: str, *flags: str, vocab_size: int = 330) -> list[str]:
+        """Command that trains a random model with a tokenizer."""
+        sizes = ["--num-layers", "2", "--hidden-size", "16", "--ffn-hidden-size", "32", "--num-attention-heads", "4"]
+        sizes += ["--vocab-size", str(vocab_size), "--tokenizer-model", tokenizer]
+        return self.sft("--train-data", str(self.records("sft")), "--save", "saved", *sizes, *flags)
+
     def generate_from(self, checkpoint: Path | str, *flags: str) -> list[str]:
         """Command that samples from a checkpoint."""
         output = ["--prompts", str(self.records("prompts")), "--output", "samples.jsonl"]
@@ -105,12 +116,25 @@ class Assets:
         """Command that prepares records."""
         return ["preprocess_data", "--input", data, "--output", "prepared", *self._reading(stage), *flags]
 
+    def train_tokenizer(self, data: str, *flags: str) -> list[str]:
+        """Command that trains a tokenizer on records or plain text."""
+        return ["train_tokenizer", "--input", data, "--vocab-size", "380", "--save", "made", *flags]
+
+    def export(self, checkpoint: Path | str, *flags: str) -> list[str]:
+        """Command that exports a checkpoint to a Hugging Face folder."""
+        return ["convert_megatron_to_hf", "--load", str(checkpoint), "--save", "exported", *flags]
+
+    def plan(self, *flags: str) -> list[str]:
+        """Command that lists layouts."""
+        lengths = ["--prompt-length", "100", "--response-length", "50"]
+        return ["plan", "--model", "llama3-8b", "--gpus", "8", "--stage", "sft", *lengths, *flags]
+
     def _reading(self, stage: str) -> list[str]:
         place = ["--hf-model", str(self.hf), "--seq-length", str(SEQ_LENGTH), "--workers", "1"]
         return ["--stage", stage, *place, *(["--max-new-tokens", "4"] if stage == "brain" else [])]
 
 
-def write_assets(root: Path, run: callable) -> Assets:
+def write_assets(root: Path, run: Callable[[list[str]], None]) -> Assets:
     """Make everything.
 
     Args:

@@ -34,14 +34,17 @@ class Site:
         return shutil.copytree(source, self.folder / name)
 
 
-@dataclass(frozen=True, kw_only=True)
+Maker = Callable[[Site], Sequence[str]]
+"""Makes a bad input; returns the command: a stage or the name of a tool, and its arguments."""
+
+
+@dataclass(frozen=True)
 class BadInput:
     """A bad input and what must come of it."""
 
     name: str
-    """The property, in words."""
-    argv: Callable[[Site], Sequence[str]]
-    """Makes the bad input and returns the command: a stage or the name of a tool, and its arguments."""
+    """What is wrong, in words."""
+    argv: Maker
     culprit: str
     """Regular expression of what the message must name as wrong."""
     cure: str
@@ -52,9 +55,17 @@ class BadInput:
     """Variables of the environment."""
     on_stdout: bool = False
     """Whether the problem is part of a report that the tool prints, and not a message on stderr."""
-    leaves: tuple[str, ...] = ()
+    has_several_lines: bool = False
+    """Whether the message quotes somebody else's lines, such as the traceback of a judge."""
+    leaves: Sequence[str] = ()
     """Patterns of files and folders that may be left, none of which looks complete."""
     as_process: bool = False
     """Whether to run it as a process of its own, as a user does; slow."""
     broken: str = ""
     """Why the program does not do this yet; the test is then expected to fail."""
+
+
+UNFINISHED_RUN = ("saved", "saved/config.yaml", "saved/metrics.jsonl", "saved/events.out.*")
+"""What a run leaves that stopped before its first checkpoint."""
+UNFINISHED_PREPARATION = ("prepared.parts*",)
+"""What a preparation leaves that stopped: the same command goes on with it."""

@@ -6,16 +6,31 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from megatron_brain import __main__ as stages
 from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.runtime.launch import _LAUNCHERS
 
 ROOT = Path(__file__).parents[2]
+
+LAUNCHER_VARIABLES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(name for launcher in _LAUNCHERS for name in (launcher.rank, *launcher.size, launcher.needs) if name),
+}
+"""What would make a process one of several."""
+
+_LOG = re.compile(r"(INFO|WARNING) megatron_brain\.|\[transformers\] |\S+: part \d+ written$")
+"""Lines of a log, which may precede a message."""
+_USAGE = re.compile(r"^usage: .*\n( +.*\n)*", re.MULTILINE)
+"""What argparse, in a tool, prints before its message."""
+_MESSAGE = re.compile(r"^(?:[\w.]+: )?error: ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,19 @@ class Outcome:
     status: int
     out: str
     err: str
+
+    @property
+    def message(self) -> str:
+        """The one message on stderr: everything from its beginning on."""
+        starts = [found.start() for found in _MESSAGE.finditer(self.err)]
+        assert len(starts) == 1, f"{len(starts)} messages"
+        return self.err[starts[0] :]
+
+    @property
+    def strange_lines(self) -> list[str]:
+        """Lines on stderr before the message that belong to no log."""
+        before = self.err[: len(self.err) - len(self.message)] if _MESSAGE.search(self.err) else self.err
+        return [line for line in _USAGE.sub("", before).splitlines() if not _LOG.match(line)]
 
 
 def run_here(argv: Sequence[str]) -> int:
@@ -43,12 +71,15 @@ def run_here(argv: Sequence[str]) -> int:
         package.setLevel(level)
 
 
-def run_apart(argv: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Outcome:
-    """A stage or a tool as a process of its own."""
+def run_apart(argv: Sequence[str], environment: Mapping[str, str]) -> Outcome:
+    """A stage or a tool as a process of its own, in the working directory."""
     command = ["-m", "megatron_brain", *argv] if argv[0] in STAGE_SECTIONS else [_path(argv[0]), *argv[1:]]
-    everything = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, env=everything, capture_output=True, text=True, timeout=120
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -59,14 +90,14 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def _contents(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
 
 
 def _path(tool: str) -> Path:
     return ROOT / "tools" / f"{tool}.py"
 
 
-def _tool(name: str):
+def _tool(name: str) -> ModuleType:
     module = sys.modules.get(f"tools.{name}")
     if module is None:
         spec = importlib.util.spec_from_file_location(f"tools.{name}", _path(name))

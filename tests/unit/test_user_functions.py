@@ -1,5 +1,7 @@
 """A user's functions: what is wrong with them is reported as theirs, with their own traceback and the record."""
 
+import sys
+
 import pytest
 
 from megatron_brain.user_functions import ScoringFunction, UserFunctionError
@@ -69,7 +71,7 @@ def test_an_error_that_no_record_makes_alone_names_the_records_that_make_it_toge
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("    return [0.0, 1.0, math.nan, 0.0, 0.0]", "returned nan for the response to d.jsonl:3; it must be finite"),
+        ("    return [0.0, 1.0, math.nan, 0.0, 0.0]", "nan for the response to d.jsonl:3; it must be a finite"),
         ("    return [0.0, 1.0, 2.0, math.inf, 0.0]", "returned inf for the response to d.jsonl:4"),
         ("    return [0.0, None, 2.0, 3.0, 0.0]", "returned None for the response to d.jsonl:2"),
         ("    return [0.0, 1.0, 2.0, 3.0, '4.0']", "returned '4.0' for the response to d.jsonl:5"),
@@ -81,3 +83,32 @@ def test_an_error_that_no_record_makes_alone_names_the_records_that_make_it_toge
 def test_scores_that_are_no_finite_numbers_stop_with_the_record(body, message, tmp_path):
     with pytest.raises(UserFunctionError, match=message):
         judge(tmp_path, body)(*COLUMNS, IDS)
+
+
+def test_a_file_is_imported_as_python_imports_a_script(tmp_path):
+    """Dataclasses with postponed annotations, functions for a pool of processes, and a file beside it."""
+    (tmp_path / "my_rules.py").write_text("def points(text):\n    return len(text)\n")
+    path = tmp_path / "pooled_judge.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from dataclasses import dataclass\n"
+        "import my_rules\n\n"
+        "@dataclass\nclass Answer:\n    text: str\n\n"
+        "def one(text):\n    return my_rules.points(Answer(text).text)\n\n"
+        "def score(p, y, r):\n"
+        "    with ProcessPoolExecutor(1) as pool:\n"
+        "        return list(pool.map(one, y))\n"
+    )
+    assert ScoringFunction(f"{path}:score", "judge")(*COLUMNS, IDS) == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_file_stands_in_for_no_package_of_its_name(tmp_path):
+    import numpy
+
+    for name in ("numpy", "json"):
+        (tmp_path / f"{name}.py").write_text("def score(p, y, r):\n    return [1] * len(y)\n")
+        assert ScoringFunction(f"{tmp_path}/{name}.py:score", "judge")(*COLUMNS, IDS) == [1.0] * 5
+    import json
+
+    assert json.loads("1") == 1 and sys.modules["numpy"] is numpy

@@ -100,8 +100,8 @@ def write_hf_model(directory: Path, args: argparse.Namespace, *, head: Head, pos
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer of two words, PAD and EOS."""
-    words = tokenizers.models.WordLevel({"<pad>": PAD, "</s>": EOS}, unk_token="<pad>")
+    """Write a tokenizer of PAD, EOS and a word: one without any word is taken for one whose vocabulary is lost."""
+    words = tokenizers.models.WordLevel({"<pad>": PAD, "</s>": EOS, "word": EOS + 1}, unk_token="<pad>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
     )
@@ -137,8 +137,8 @@ def set_numbers(rollout: Rollout, logprobs: Tensor, *, seed: int) -> None:
     noise = torch.randn(3, len(rollout.responses), generator=generator)
     rows = zip(rollout.responses, logprobs.tolist(), *noise.tolist(), strict=True)
     for response, logprob, proposal, prior, reward in rows:
-        response.log_proposal = logprob + 0.3 * proposal
-        response.log_prior = logprob + 0.3 * prior
+        response.log_proposal = min(logprob + 0.3 * proposal, 0.0)
+        response.log_prior = min(logprob + 0.3 * prior, 0.0)
         response.reward = reward
 
 

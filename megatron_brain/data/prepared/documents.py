@@ -8,7 +8,10 @@ the record, margin, ...). Both formats are memory-mapped, and give the lengths o
 - arrow: `PREFIX.arrow`, one row a document, as `datasets.Dataset.from_file` reads it.
 """
 
+from __future__ import annotations
+
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +20,14 @@ from typing import Any, Literal
 
 import numpy
 
+from megatron_brain.config.errors import ConfigError
+
 Format = Literal["indexed", "arrow"]
 FILES: dict[Format, tuple[str, ...]] = {"indexed": (".bin", ".idx"), "arrow": (".arrow",)}
 """Endings of the files of each format."""
+
+_MAGIC = b"MMIDIDX\x00\x00"
+"""How an index of megatron-core begins."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,15 @@ class Document:
 
     sequences: Sequence[Sequence[int]]
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_checksum(self, value: int) -> Document:
+        """The same with a checksum of its item, 64 bits."""
+        return Document(self.sequences, {**self.fields, "checksum": f"{value:016x}"})
+
+    def require_checksum(self, value: int) -> None:
+        """Raise ValueError where the checksum that was written is not this one."""
+        if self.fields.get("checksum") != f"{value:016x}":
+            raise ValueError("it is not what was written, by its checksum")
 
 
 class DocumentReader(ABC):
@@ -46,7 +63,11 @@ class DocumentReader(ABC):
 
 
 def open_documents(prefix: str | Path, form: Format, num_sequences: int) -> DocumentReader:
-    """The documents at a prefix, of `num_sequences` sequences each."""
+    """The documents at a prefix, of `num_sequences` sequences each.
+
+    Raises:
+        ConfigError: a file is damaged, as far as that shows.
+    """
     return {"indexed": _IndexedReader, "arrow": _ArrowReader}[form](str(prefix), num_sequences)
 
 
@@ -64,20 +85,38 @@ class _IndexedReader(DocumentReader):
     def __init__(self, prefix: str, num_sequences: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        self._data = IndexedDataset(prefix)
-        self._stride = num_sequences + 1
+        index, tokens = f"{prefix}.idx", f"{prefix}.bin"
+        with open(index, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise _damaged(index, "it does not begin as an index does")
+        try:
+            self._data = IndexedDataset(prefix)
+        except (AssertionError, IndexError, OverflowError, ValueError) as error:
+            raise _damaged(index, str(error) or "its numbers contradict each other") from error
+        told = int(self._data.sequence_lengths.sum(dtype=numpy.int64)) * self._data.index.dtype_size
+        if told != os.path.getsize(tokens):
+            raise _damaged(index, f"its sequences are {told:,} bytes, {tokens} has {os.path.getsize(tokens):,}")
+        self._stride, self._tokens = num_sequences + 1, tokens
 
     def __len__(self) -> int:
         return len(self._data) // self._stride
 
     def __getitem__(self, index: int) -> Document:
         first = range(len(self))[index] * self._stride
-        *sequences, fields = self._data[first : first + self._stride]
-        return Document([sequence.tolist() for sequence in sequences], json.loads(fields.tobytes()))
+        try:
+            *sequences, fields = self._data[first : first + self._stride]
+            named = json.loads(fields.tobytes())
+        except ValueError as error:
+            raise _damaged(self._tokens, f"document {index}: {error}") from error
+        return Document([sequence.tolist() for sequence in sequences], named)
 
     def lengths(self) -> numpy.ndarray:
         # A copy: the index is unmapped with its reader, whoever still looks at it.
         return self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+
+
+def _damaged(file: str, problem: object) -> ConfigError:
+    return ConfigError(f"{file} is damaged ({problem}): copy it again, or prepare the records again")
 
 
 def _token_type(vocab_size: int) -> type[numpy.number]:
@@ -118,7 +157,10 @@ class _ArrowReader(DocumentReader):
     def __init__(self, prefix: str, num_sequences: int) -> None:
         import datasets
 
-        self._data = datasets.Dataset.from_file(f"{prefix}.arrow")
+        try:
+            self._data = datasets.Dataset.from_file(f"{prefix}.arrow")
+        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise _damaged(f"{prefix}.arrow", error) from error
         self._num_responses = num_sequences - 1
 
     def __len__(self) -> int:
@@ -153,6 +195,7 @@ def _arrow_schema() -> Any:
             "text": pyarrow.string(),
             "reference": pyarrow.string(),
             "chat": pyarrow.bool_(),
+            "checksum": pyarrow.string(),
         }
     )
 

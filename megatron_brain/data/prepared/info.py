@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_brain.config.errors import ConfigError
+from megatron_brain.data.contents import Contents
+from megatron_brain.data.lengths import ReadReport
 from megatron_brain.data.prepared.documents import FILES, Format
 from megatron_brain.files import write_whole
 
@@ -44,6 +46,18 @@ class PreparedInfo:
         """Write `PREFIX.json`, which makes the result complete."""
         write_whole(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1) + "\n")
 
+    def require_whole(self) -> None:
+        """Look into what later is taken to be there.
+
+        Raises:
+            TypeError, KeyError, AttributeError: it is not.
+        """
+        ReadReport(**self.counts)
+        Contents.from_dict(self.contents)
+        _ = self.tokenizer["fingerprint"], self.tokenizer["vocab_size"], self.settings["seq_length"]
+        _ = self.source["input"], FILES[self.format]
+        self.files.items()
+
 
 def prepared_prefix(source: str) -> str | None:
     """The prefix where `source` names prepared data, as PREFIX or one of its files, or else None.
@@ -71,7 +85,7 @@ def refuse_prepared(source: str) -> None:
     """Raise ConfigError where raw records are needed and `source` names prepared data."""
     if (prefix := prepared_prefix(source)) is not None:
         made_of = read_info(prefix).source["input"]
-        raise ConfigError(f"{source}: is prepared data, not records; it was made of {made_of}")
+        raise ConfigError(f"{source}: is prepared data, not records; it was made of {made_of}; give that")
 
 
 def _is_info(path: Path) -> bool:
@@ -97,14 +111,19 @@ def read_info(prefix: str) -> PreparedInfo:
                 f"prepare it again with {TOOL}"
             )
         info = PreparedInfo(**values)
+        info.require_whole()
     except ConfigError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: not written by {TOOL} ({error})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: not written by {TOOL}, or damaged ({type(error).__name__}: {error}); copy it again, or prepare "
+            "the records again under another name"
+        ) from error
     for ending, size in info.files.items():
         file = Path(prefix + ending)
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise ConfigError(f"{file} {state}, {path.name} says {size:,} bytes; copy it again or prepare it again")
+        file.open("rb").close()  # what maps it into memory is not as clear where it may not be read
     return info

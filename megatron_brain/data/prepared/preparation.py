@@ -38,7 +38,7 @@ from megatron_brain.data.records import RecordReader, Tokenised
 from megatron_brain.data.sources import RawRecord, parse_record, raw_records, source_files
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.data.workers import map_in_order
-from megatron_brain.files import sync_folder, sync_tree, write_whole
+from megatron_brain.files import file_problem, sync_folder, sync_tree, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,7 @@ def prepare(job: Preparation) -> PreparedInfo:
         ValueError: a record no stage would take, with its place; or leftovers of another preparation.
     """
     refuse_prepared(job.input)
-    if job.prefix.endswith("/"):
-        raise ConfigError(f"--output {job.prefix}: is a folder; give the files in it a name, such as {job.prefix}train")
+    _require_place(job)
     job = _dated(job)
     reader = job.reading.build()
     plan = _plan(job, reader)
@@ -95,6 +94,20 @@ def prepare(job: Preparation) -> PreparedInfo:
         info = _merge(job, plan, reader, parts)
     shutil.rmtree(folder)
     return info
+
+
+def _require_place(job: Preparation) -> None:
+    """Raise ConfigError where the files of the result cannot be written, or would replace those of the source."""
+    if os.path.basename(job.prefix) in ("", ".", ".."):
+        example = os.path.join(job.prefix, "train")
+        raise ConfigError(f"--output {job.prefix}: is a folder; give the files in it a name, such as {example}")
+    source = {path.resolve() for path in source_files(job.input)}
+    for ending in (*FILES[job.format], ".json"):
+        place = job.prefix + ending
+        if (problem := file_problem("--output", place)) is not None:
+            raise ConfigError(problem)
+        if Path(place).resolve() in source:
+            raise ConfigError(f"--output {job.prefix}: {place} would replace the records of --input; give another name")
 
 
 def _dated(job: Preparation) -> Preparation:
@@ -147,9 +160,20 @@ def _take_up(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / _PLAN
     has_parts = any(part.is_dir() and not part.suffix for part in folder.iterdir())
     if has_parts:
-        _require_same(json.loads(path.read_text()), plan, str(folder), str(folder))
+        _require_same(_read_plan(path), plan, str(folder), str(folder))
     else:
         write_whole(path, json.dumps(plan, indent=1))
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """The plan of a preparation that was stopped."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: parts of a preparation are there and what they are of is not to be read ({error}); remove "
+            f"{path.parent}, or give another --output"
+        ) from error
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, leftovers: str) -> None:
@@ -183,7 +207,9 @@ def _locked(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}): give another --output") from error
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}): remove it, or give another --output"
+        ) from error
     with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,9 +263,9 @@ def _write_part(worker: _Worker, part: _Part) -> int:
         sums["text_bytes"] += _text_bytes(tokenised, reader)
         sums["text_tokens"] += len(tokenised.prompt) + sum(map(len, tokenised.responses))
         if item is not None:
-            documents.append(codec.encode(item, row))
-            hashes.append(_hash(reader.ids(item)))
             contents.append(reader.hash(item))
+            documents.append(codec.encode(item, row).with_checksum(contents[-1]))
+            hashes.append(_hash(reader.ids(item)))
     target = worker.folder / f"{part.number:06d}"
     partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_brain.config.errors import ConfigError
@@ -17,16 +17,41 @@ from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 
 
 class PreparedItems(Sequence[Item]):
-    """Items of prepared data, each made when it is asked for."""
+    """Items of prepared data, each made when it is asked for.
 
-    def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int) -> None:
+    Args:
+        documents: the first `count` of which are the items.
+        checksum: of an item, by which what is read is compared with what was written.
+        prefix: of the files, for what is damaged.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentReader,
+        codec: Codec[Item],
+        count: int,
+        *,
+        checksum: Callable[[Item], int],
+        prefix: str,
+    ) -> None:
         self._documents, self._codec, self._count = documents, codec, count
+        self._checksum, self._prefix = checksum, prefix
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Item:
-        return self._codec.decode(self._documents[range(self._count)[index]])
+        place = range(self._count)[index]
+        document = self._documents[place]
+        try:
+            item = self._codec.decode(document)
+            document.require_checksum(self._checksum(item))
+            return item
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self._prefix}: document {place} is damaged ({type(error).__name__}: {error}): copy the files again, "
+                "or prepare the records again"
+            ) from error
 
     def num_tokens(self) -> list[int]:
         """Tokens of each item, its prompt counted once, without reading the items."""
@@ -60,7 +85,7 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    items = PreparedItems(documents, CODECS[info.stage], count)
+    items = PreparedItems(documents, CODECS[info.stage], count, checksum=reader.hash, prefix=prefix)
     if count == len(documents):
         return items, report, Contents.from_dict(info.contents)
     return items, report, reader.contents(list(map(reader.hash, items)))
@@ -87,6 +112,11 @@ def _check_tokenizer(info: PreparedInfo, reader: RecordReader, prefix: str) -> N
 def _check_settings(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
     """Rules must be the same; items may be shorter than the run allows, but not longer."""
     mine, prepared = reader.settings(), info.settings
+    if missing := sorted(mine.keys() - prepared.keys() - {"template_date"}):
+        raise ConfigError(
+            f"{prefix}.json is damaged: its settings lack {', '.join(missing)}: copy it again, or prepare the records "
+            "again"
+        )
     again = f"or prepare it again: {TOOL} --stage {info.stage}"
     if mine.get("multi_turn_loss") != prepared.get("multi_turn_loss"):
         flag = "--multi-turn-loss" if prepared["multi_turn_loss"] else "--no-multi-turn-loss"

@@ -232,6 +232,10 @@ class Tokenizer(ABC):
         """
         raise ValueError(self._no_chat_template())
 
+    def opens_behind(self, tools: list | None = None) -> str:
+        """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
+        return ""
+
     def marks_turns(self, tools: list | None = None) -> bool:
         """Whether the template of such records has ``{% generation %}`` blocks."""
         return False

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
@@ -26,7 +28,8 @@ Marks = list[tuple[int, int]]
 """Starts and ends, in characters, of what ``{% generation %}`` blocks have written."""
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
-_WORD = "zqxword"
+_BOM = "\ufeff"
+_WORD, _CALLED = "zqxword", "zqxcall"
 
 
 class TemplateRefusalError(Exception):
@@ -42,7 +45,7 @@ def read_template(path: str) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8-sig")
         _compile_jinja_template(template)
     except OSError as error:
         raise ValueError(
@@ -79,6 +82,8 @@ class _Dialect:
     """Contents as lists of parts instead of texts."""
     text_arguments: bool = False
     """Arguments of tool calls as JSON text instead of objects."""
+    no_content: Literal["absent", "null", "empty"] = "absent"
+    """What stands for the content of a message that only calls tools."""
 
     def spell(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message as the template expects it."""
@@ -87,6 +92,8 @@ class _Dialect:
             spelled["content"] = [{"type": "text", "text": message["content"]}]
         if self.text_arguments and message.get("tool_calls"):
             spelled["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        if self.no_content != "absent" and "content" not in message:
+            spelled["content"] = None if self.no_content == "null" else ""
         return spelled
 
 
@@ -94,7 +101,8 @@ class ChatRenderer:
     """Renders chats by the templates of a tokenizer.
 
     Args:
-        hf: the tokenizer; its `chat_template` is looked at now, and its special tokens whenever a chat is rendered.
+        hf: the tokenizer; its `chat_template` is looked at now, where a byte order mark is taken off, and its special
+            tokens whenever a chat is rendered.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
@@ -110,7 +118,12 @@ class ChatRenderer:
                     f"the tokenizer's chat template {name!r} is {template!r}, which is no text: mend chat_template in "
                     "tokenizer_config.json, or give --chat-template FILE"
                 )
+        if any(template.startswith(_BOM) for template in self.templates.values()):
+            # It would be written before every prompt; here, and by whoever reads what is saved.
+            self.templates = {name: template.removeprefix(_BOM) for name, template in self.templates.items()}
+            hf.chat_template = self.templates if isinstance(found, dict) else self.templates["default"]
         self._dialect = functools.cache(self._find_dialect)
+        self._behind = functools.cache(self._find_behind)
 
     def template_for(self, tools: list | None) -> str:
         """The template of records with or without tools, chosen as transformers does.
@@ -122,8 +135,8 @@ class ChatRenderer:
             return self.templates["tool_use"]
         if "default" not in self.templates:
             raise ValueError(
-                f"the tokenizer has the chat templates {', '.join(sorted(self.templates))} and none called default: give one "
-                "with --chat-template FILE"
+                f"the tokenizer has the chat templates {', '.join(sorted(self.templates))} and none called default: "
+                "give one with --chat-template FILE"
             )
         return self.templates["default"]
 
@@ -152,6 +165,45 @@ class ChatRenderer:
             template_kwargs=template_kwargs or {},
             marked=marked,
         )
+
+    def opens_behind(self, tools: list | None) -> str:
+        """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
+        return self._behind(self.template_for(tools))
+
+    def header_of_answers(self) -> str:
+        """What the template writes between a question and its answer where a generation prompt is asked for and not
+        written; "" where it is written."""
+        user, answer = {"role": "user", "content": _WORD}, {"role": "assistant", "content": f"{_WORD}1"}
+        try:
+            template = self.template_for(None)
+            spell = self._dialect(template).spell
+            asked, closed = (
+                self._render(template, [spell(user)], add_generation_prompt=asks)[0] for asks in (True, False)
+            )
+            both = self._render(template, [spell(user), spell(answer)])[0]
+        except (TemplateRefusalError, ValueError):
+            return ""  # What it does not take is said with the record.
+        header = both.removeprefix(closed).partition(answer["content"])[0] if both.startswith(closed) else ""
+        return header.strip() if asked == closed else ""
+
+    def _find_behind(self, template: str) -> str:
+        """Found by three messages: what follows an answer at the end and not in the middle, and precedes an answer."""
+        spell = self._dialect(template).spell
+        first, answer, second = (f"{_WORD}{number}" for number in range(3))
+        messages = [
+            spell({"role": role, "content": content})
+            for role, content in (("user", first), ("assistant", answer), ("user", second))
+        ]
+        try:
+            short, long = (self._render(template, messages[:count])[0] for count in (2, 3))
+        except TemplateRefusalError:
+            return ""  # What it does not take is said with the record.
+        if any(text.count(answer) != 1 or text.count(first) != 1 for text in (short, long)):
+            return ""
+        end, middle = short.partition(answer)[2], long.partition(answer)[2].partition(second)[0]
+        rest = end[len(os.path.commonprefix([end, middle])) :]
+        opening = short.partition(first)[2].partition(answer)[0]
+        return rest if rest.strip() and opening.rstrip().endswith(rest.rstrip()) else ""
 
     def _render(
         self,
@@ -187,12 +239,15 @@ class ChatRenderer:
         spoken = self._writes(template, [user], plain) or not self._writes(template, [user], parts)
         dialect = plain if spoken else parts
         arguments = {_WORD: _WORD}
-        call = {"id": "callzqxw0", "type": "function", "function": {"name": "call", "arguments": arguments}}
-        calling = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        if self._writes(template, calling, dialect, but_not=repr(arguments)):
-            return dialect
-        as_text = _Dialect(parts=dialect.parts, text_arguments=True)
-        return as_text if self._writes(template, calling, as_text, wanted=json.dumps(arguments)) else dialect
+        call = {"id": "callzqxw0", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
+        for content in ({}, {"content": ""}):
+            calling = [user, {"role": "assistant", **content, "tool_calls": [call]}]
+            for no_content, text_arguments in product(("absent", "null", "empty"), (False, True)):
+                tried = replace(dialect, no_content=no_content, text_arguments=text_arguments)
+                written = json.dumps(arguments) if text_arguments else _CALLED
+                if self._writes(template, calling, tried, wanted=written, but_not=repr(arguments)):
+                    return tried
+        return dialect
 
     def _writes(
         self, template: str, messages: Messages, dialect: _Dialect, *, wanted: str = _WORD, but_not: str | None = None

@@ -36,12 +36,14 @@ def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
 
     A reward model pads on the right, and cuts on the left: a text cut on the right loses the end that a reward is read
     at. The class is the one that takes tokenizer.json as it is, by the name that transformers 4 knows. So is the name
-    of the list of further special tokens: what version 5 calls it was a dictionary in version 4.
+    of the list of further special tokens: what version 5 calls it was a dictionary in version 4. That class makes
+    `token_type_ids` in version 4, which no model here takes, unless `model_input_names` says otherwise.
     """
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if (directory / "tokenizer.json").is_file():
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if head == "reward":

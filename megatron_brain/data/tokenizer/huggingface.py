@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_brain.data.tokenizer.base import Before, Tokenizer
+from megatron_brain.data.tokenizer.bos import settle_bos
 from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusalError, marks_turns, read_template
 from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_joins
 from megatron_brain.data.tokenizer.own_file import read_tokenizer
@@ -38,7 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not Path(tokenizer_model).exists() and not _HUB_NAME.fullmatch(tokenizer_model):
             place = Path(tokenizer_model).absolute()
             raise ValueError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
-        self.hf = read_tokenizer(tokenizer_model)
+        self.hf, own = read_tokenizer(tokenizer_model)
         if self.hf.eos_token_id is None:
             raise ValueError(
                 f"--tokenizer-model {tokenizer_model}: no EOS token, so no response could end; "
@@ -48,7 +49,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.hf.chat_template = read_template(chat_template)
         self.eos_id = self.hf.eos_token_id
         self.bos_id = self.hf.bos_token_id
-        self.adds_bos = self.bos_id is not None and self.hf("a")["input_ids"][:1] == [self.bos_id]
+        self.adds_bos = settle_bos(self.hf, tokenizer_model, own)
         self.vocab_size = max(self.hf.get_vocab().values()) + 1
         added = self.hf.added_tokens_decoder
         self._added_ids = frozenset(added)
@@ -62,7 +63,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._marks_after_added = self._unmarked is not None and self._finds_mark_after_added()
         self._cuts_spaces = self._unmarked is not None and self._finds_spaces_cut()
         self.pad_id = self._choose_pad()
-        self._warn_of_other_end_of_turn()
+        self._warn_of_ends_of_turns()
         if self.eos_id in self.encode(self.hf.eos_token):
             logger.warning(
                 "%s cannot take special tokens literally: %r inside a text ends the response there",
@@ -120,10 +121,17 @@ class HuggingFaceTokenizer(Tokenizer):
         logger.info("tokenizer pads with id %d (%r): it has no pad token of its own other than EOS", pad_id, token)
         return pad_id
 
-    def _warn_of_other_end_of_turn(self) -> None:
-        """Say where the template ends turns with another token than EOS, the only one that sampling stops at."""
+    def _warn_of_ends_of_turns(self) -> None:
+        """Say where the template writes no generation prompt, and where it ends turns with another token than EOS, the
+        only one that sampling stops at."""
         if not self.chat_templates:
             return
+        if header := self._chats.header_of_answers():
+            logger.warning(
+                "the chat template writes no generation prompt: %r before an answer is learned as its beginning, and "
+                "sampled with it; give one that writes it where add_generation_prompt is set (--chat-template FILE)",
+                header,
+            )
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
@@ -219,6 +227,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self.chat_templates:
             raise ValueError(self._no_chat_template())
         return self._chats.render(messages, tools=tools, template_kwargs=template_kwargs, marked=True)
+
+    def opens_behind(self, tools: list | None = None) -> str:
+        return self._chats.opens_behind(tools) if self.chat_templates else ""
 
     def marks_turns(self, tools: list | None = None) -> bool:
         return bool(self.chat_templates) and marks_turns(self._chats.template_for(tools))

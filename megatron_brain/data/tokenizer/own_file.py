@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 _FILE = "tokenizer.json"
 _VOCABULARIES = (_FILE, "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json", "*.spm")
 _SPECIAL_TOKENS_TRIED = 64
+_LETTER = "a"
 _DIGITS = ("0", "7 1650", "2026-11-30", "12345678901234567890", "3.14159e-05", "a1b22c333")
 
 
-def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a hub name.
+def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | None]:
+    """The tokenizer of a folder or a hub name, and what its tokenizer.json describes, if it has one.
 
     Raises:
         ValueError: it cannot be read, the folder holds none, or nothing gives the ids of its tokenizer.json.
@@ -36,8 +37,7 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
 
     try:
         chosen = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        file = _own_file(place)
-        own = None if file is None else Tokenizer.from_file(file)
+        own = _read_own(place)
     except Exception as error:  # the library's readers raise many unrelated types for a bad folder
         if _has_no_files(place):
             raise _no_tokenizer(place) from error
@@ -48,8 +48,15 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
         ) from error
     if not set(chosen.get_vocab().values()) - set(chosen.added_tokens_decoder):
         raise _no_tokenizer(place)
-    if own is None or (problem := _difference(chosen, own)) is None:
-        return chosen
+    if own is None:
+        if isinstance(problem := _ids(chosen, _LETTER), str):
+            raise _unusable(place, f"its tokenizer cannot encode {_LETTER!r} ({problem})")
+        return chosen, own
+    if (unknown := _not_encoded(own)) is not None:
+        raise _unusable(place, f"its {_FILE} {unknown}")
+    if (problem := _difference(chosen, own)) is None:
+        _require_known(chosen, own, place)
+        return chosen, own
     plain = PreTrainedTokenizerFast.from_pretrained(place)
     what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {problem}"
     if (still := _difference(plain, own)) is not None:
@@ -59,7 +66,20 @@ def read_tokenizer(place: str) -> PreTrainedTokenizerBase:
         "another tokenizer",
         what,
     )
-    return plain
+    _require_known(plain, own, place)
+    return plain, own
+
+
+def _require_known(hf: PreTrainedTokenizerBase, own: Tokenizer, place: str) -> None:
+    """Raise ValueError where EOS or BOS is no token of the file: transformers would make a new one of it."""
+    for name in ("eos_token", "bos_token"):
+        token = getattr(hf, name)
+        if token is not None and own.token_to_id(str(token)) is None:
+            raise ValueError(
+                f"--tokenizer-model {place}: {name} {token!r} is not in its {_FILE}: transformers makes the new id "
+                f"{hf.convert_tokens_to_ids(str(token))} of it, which no model has learned; set {name} in "
+                "tokenizer_config.json to a token that is there"
+            )
 
 
 def _has_no_files(place: str) -> bool:
@@ -75,13 +95,27 @@ def _no_tokenizer(place: str) -> ValueError:
     )
 
 
-def _own_file(place: str) -> str | None:
+def _unusable(place: str, problem: str) -> ValueError:
+    return ValueError(
+        f"--tokenizer-model {place}: {problem}: copy the files of the model's tokenizer there again, or give it an "
+        "unknown token or byte fallback"
+    )
+
+
+def _read_own(place: str) -> Tokenizer | None:
+    """The tokenizer that the tokenizer.json of a folder or hub name describes, without padding or cutting; None
+    where there is no such file."""
     from transformers.utils import cached_file
 
-    if Path(place).is_dir():
-        path = Path(place) / _FILE
-        return str(path) if path.is_file() else None
-    return cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False)
+    path: str | Path | None = Path(place) / _FILE
+    if not Path(place).is_dir():
+        path = cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False)
+    if path is None or not Path(path).is_file():
+        return None
+    own = Tokenizer.from_file(str(path))
+    own.no_padding()
+    own.no_truncation()
+    return own
 
 
 def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
@@ -89,13 +123,32 @@ def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
     for literal in (False, True):
         own.encode_special_tokens = literal
         for text in _probes(own):
-            theirs = hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
-            ours = own.encode(text, add_special_tokens=False).ids
+            theirs, ours = _ids(hf, text, literal=literal), own.encode(text, add_special_tokens=False).ids
+            if isinstance(theirs, str):
+                return f"cannot encode {text[:60]!r} ({theirs}), and {_FILE} can"
             if theirs != ours:
                 return (
                     f"turns {text[:60]!r} into {where_differing(theirs, ours)}, and {_FILE} into "
                     f"{where_differing(ours, theirs)}"
                 )
+    return None
+
+
+def _ids(hf: PreTrainedTokenizerBase, text: str, *, literal: bool = True) -> list[int] | str:
+    """The ids of a text, or why there are none: a class may lack what the vocabulary of another needs."""
+    try:
+        return hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+    except Exception as error:  # whatever the class raises
+        return f"{type(error).__name__}: {error}"
+
+
+def _not_encoded(own: Tokenizer) -> str | None:
+    """In words, the first text that the tokenizer of the file has no ids for."""
+    for text in _probes(own):
+        try:
+            own.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library has no type of its own
+            return f"cannot encode {text[:60]!r} ({error})"
     return None
 
 

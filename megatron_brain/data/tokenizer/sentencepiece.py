@@ -46,11 +46,17 @@ class SentencePieceTokenizer(Tokenizer):
         if self.path.is_dir():
             self.path = self.path / SENTENCEPIECE_FILE
         if not self.path.is_file():
-            raise ValueError(f"--tokenizer-model {tokenizer_model}: no file {self.path.absolute()}")
+            raise ValueError(
+                f"--tokenizer-model {tokenizer_model}: no file {self.path.absolute()}; give a .model file, or a folder "
+                f"with {SENTENCEPIECE_FILE}"
+            )
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"--tokenizer-model {self.path}: not a SentencePiece model ({error})") from error
+            raise ValueError(
+                f"--tokenizer-model {self.path}: not a SentencePiece model ({error}); copy the model's .model file "
+                "there again, or give --tokenizer-type HuggingFaceTokenizer a folder"
+            ) from error
         if self.sp.eos_id() < 0:
             raise ValueError(f"--tokenizer-model {self.path}: no EOS piece; train the model with --eos_id set")
         self.eos_id = self.sp.eos_id()

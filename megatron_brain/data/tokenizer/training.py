@@ -18,6 +18,8 @@ from megatron_brain.data.tokenizer import SentencePieceTokenizer
 _TEXT_FIELDS = ("text", "prompt", "completion", "chosen", "rejected", "messages")
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_LEAST_COVERAGE = 0.98
 _HOLD_OUT_EVERY, _HOLD_OUT_MOST = 50, 2_000
 
 
@@ -44,13 +46,25 @@ class TokenizerTraining:
     """Train on so many lines drawn at random; 0: on all, which are then held in memory."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.character_coverage <= 1:
-            raise ValueError(f"--character-coverage {self.character_coverage}: must be above 0 and at most 1")
-        for symbol in self.user_defined_symbols:
+        least = len(_SPECIAL) + 256
+        if not least < self.vocab_size < 2**31:
+            raise ValueError(f"--vocab-size {self.vocab_size}: must be above {least}, for special tokens and bytes")
+        if not _LEAST_COVERAGE <= self.character_coverage <= 1:
+            raise ValueError(
+                f"--character-coverage {self.character_coverage}: must be at least {_LEAST_COVERAGE} and at most 1, as "
+                "SentencePiece takes it"
+            )
+        if not 0 <= self.input_sentence_size < 2**63:
+            raise ValueError(
+                f"--input-sentence-size {self.input_sentence_size}: must be at least 0, which takes all lines"
+            )
+        for place, symbol in enumerate(self.user_defined_symbols):
             if not symbol or re.search(r"\s|\u2581", symbol):
                 raise ValueError(f"--user-defined-symbols {symbol!r}: must not be empty or hold white space")
-            if symbol in (*_SPECIAL, *_CHARACTERS):
+            if symbol in (*_SPECIAL, *_CHARACTERS) or _BYTE.fullmatch(symbol):
                 raise ValueError(f"--user-defined-symbols {symbol}: is always one token; leave it out")
+            if symbol in self.user_defined_symbols[:place]:
+                raise ValueError(f"--user-defined-symbols {symbol}: is given twice; leave one out")
 
 
 @dataclass(kw_only=True)
@@ -63,7 +77,7 @@ class Lines:
     inputs: Sequence[str]
     read: int = 0
     held_out: list[str] = field(default_factory=list)
-    error: ValueError | None = None
+    error: ValueError | OSError | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -73,7 +87,7 @@ class Lines:
                     self.held_out.append(line)
                 else:
                     yield line
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.error = error
 
 
@@ -94,6 +108,7 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
 
     Raises:
         ValueError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size would.
+        OSError: a file may not be read.
     """
     import sentencepiece
 
@@ -178,13 +193,18 @@ def _texts(source: str) -> Iterator[str]:
     """Texts of the records of a source."""
     for where, raw in raw_records(source):
         record = parse_record(where, raw)
-        values = [record[name] for name in _TEXT_FIELDS if record.get(name) is not None]
+        values = [(name, record[name]) for name in _TEXT_FIELDS if record.get(name) is not None]
         if not values:
             raise ValueError(
                 f"{where}: no text; a record needs one of {', '.join(_TEXT_FIELDS)}, this one has "
                 f"{', '.join(record) or 'no fields'}"
             )
-        for value in values:
+        for name, value in values:
+            if not isinstance(value, (str, list)):
+                raise ValueError(
+                    f"{where}: field {name!r} must be a text or a list of messages, not {type(value).__name__}; "
+                    "remove it"
+                )
             yield from _strings(value)
 
 
@@ -200,7 +220,7 @@ def _strings(value: Any) -> Iterable[str]:
 def _explain(error: str, settings: TokenizerTraining, lines: Lines) -> str:
     size = settings.vocab_size
     if not lines.read:
-        return f"{', '.join(lines.inputs)}: no text in it"
+        return f"{', '.join(lines.inputs)}: no text in it; give files with some"
     if match := re.search(r"value <= (\d+)", error):
         return f"--vocab-size {size}: the corpus has text for {match[1]} pieces at most; lower it or give more text"
     if match := re.search(r"\d+ vs (\d+)", error):

@@ -69,3 +69,15 @@ def test_a_folder_with_an_adapter_is_refused_with_the_way_to_merge_it(weights, w
         (directory / "config.json").unlink()
     with pytest.raises(ConfigError, match="has an adapter_config.json: .*merge_and_unload.*or remove"):
         read_hf_model(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_with_file_and_tensor(value, write_hf, load):
+    directory = write_hf()
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = value
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match="model.safetensors: model.layers.1.self_attn.v_proj.weight holds values that"
+    ):
+        load(directory)

@@ -1,6 +1,7 @@
 """Which chat template a record gets, from where, and what its clock says."""
 
 import json
+import logging
 import shutil
 from datetime import datetime
 
@@ -9,9 +10,11 @@ from helpers.conversations import THINKING
 from helpers.tiny_tokenizers import CHATML, write_hf_tokenizer
 from transformers import AutoTokenizer
 
-from megatron_brain.data.chat import Chat, render_last_turn
+from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
+from megatron_brain.data.conversations import check_messages
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError, read_template
+from megatron_brain.data.turns import encode_all_turns
 
 MESSAGES = [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "at nine"}]
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {}}}]
@@ -118,3 +121,104 @@ def test_variables_of_the_record_reach_the_template(tmp_path):
     tokenizer = write(tmp_path, "{% if enable_thinking is defined and not enable_thinking %}QUIET {% endif %}" + CHATML)
     assert render(tokenizer, template_kwargs={"enable_thinking": False}).startswith("QUIET")
     assert not render(tokenizer, template_kwargs={"enable_thinking": True}).startswith("QUIET")
+
+
+# How DeepSeek V3's template writes calls: only where the content is none, and with arguments that are texts.
+NONE_ALONE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}<|im_start|>assistant\n"
+    "{% for c in m['tool_calls'] %}{{ '<call>' + c['function']['name'] + c['function']['arguments'] + '</call>' }}"
+    "{% endfor %}<|im_end|>{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EMPTY_ALONE = NONE_ALONE.replace("m['content'] is none", "m['content'] is defined and not m['content']").replace(
+    "{% else %}", "{% elif m['content'] %}"
+)
+
+
+@pytest.mark.parametrize("template", [NONE_ALONE, EMPTY_ALONE, NONE_ALONE.replace("is none", "is undefined")])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_calls_without_a_text_go_to_templates_as_these_expect_them(template, content, tmp_path):
+    call = {"role": "assistant", **content, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    messages = check_messages([MESSAGES[0], call, MESSAGES[0], MESSAGES[1]], "messages", "x")
+    tokenizer = write(tmp_path, template)
+    for function in (render_last_turn, encode_all_turns):
+        function(Chat(tokenizer, messages[:2], "x"))
+        function(Chat(tokenizer, messages, "x"))
+    _, response = render_last_turn(Chat(tokenizer, messages[:2], "x"))
+    assert response == '<call>f{"a": 1}</call><|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("turn", "header"),
+    [
+        # The first template of Llama 3: a turn is opened behind every conversation, asked for or not.
+        ("<|im_start|>{{ m.role }}<pad>\n\n{{ m.content }}<|im_end|>", "<|im_start|>assistant<pad>\n\n"),
+        ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+        ("{{ '<s>' if m.role == 'user' else '<pad>' }}{{ m.content }}<|im_end|>\n", "<pad>"),
+        ("{{ m.role }}: {{ m.content }}\n", "assistant: "),
+    ],
+)
+def test_a_turn_that_is_opened_behind_every_conversation_is_not_learned(turn, header, tmp_path):
+    """Neither is a special token alone. Prompts to sample for are what they should be."""
+    every = "{% for m in messages %}" + turn + "{% endfor %}"
+    header = f"{{{{ {header!r} }}}}"
+    tokenizer = write(tmp_path / "a", every + header)
+    for function in (render_last_turn, encode_all_turns):
+        with pytest.raises(ValueError, match="x:1: the chat template writes .* behind every conversation"):
+            function(Chat(tokenizer, MESSAGES, "x:1"))
+    asked = write(tmp_path / "b", every + "{% if add_generation_prompt %}" + header + "{% endif %}")
+    assert render_prompt(Chat(tokenizer, MESSAGES[:1], "x")) == render_prompt(Chat(asked, MESSAGES[:1], "x"))
+    assert render_last_turn(Chat(asked, MESSAGES, "x"))[1].startswith("at nine")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        THINKING,
+        CHATML + "{{ eos_token }}",
+        CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ""),
+        "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}",
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + eos_token }}{% endfor %}",
+    ],
+)
+def test_what_closes_a_conversation_opens_no_turn(template, tmp_path):
+    assert write(tmp_path, template).opens_behind() == ""
+
+
+@pytest.mark.parametrize("place", ["file", "tokenizer", "named"])
+def test_a_byte_order_mark_is_no_part_of_a_template(place, tmp_path):
+    own = {"tokenizer": "\ufeff" + CHATML, "named": {"default": "\ufeff" + CHATML, "tool_use": THINKING}}.get(place)
+    folder = write_hf_tokenizer(tmp_path / "a", **NAMES, **({} if own is None else {"chat_template": own}))
+    (tmp_path / "mine.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    mine = {"chat_template": str(tmp_path / "mine.jinja")} if place == "file" else {}
+    tokenizer = HuggingFaceTokenizer(folder, **mine)
+    tokenizer.export(tmp_path / "b", "policy")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "b").apply_chat_template(MESSAGES, tokenize=False)
+    assert render(tokenizer) == theirs and theirs.startswith("<|im_start|>user")
+
+
+def test_a_template_that_ends_no_turn_in_the_middle_is_warned_of(tmp_path, caplog):
+    """GLM 4's: the header of the next message is what stops a turn."""
+    ends = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    opens = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = write(tmp_path / "a", ends + opens)
+    with caplog.at_level(logging.WARNING):
+        encode_all_turns(Chat(tokenizer, MESSAGES, "x"))
+        encode_all_turns(Chat(write(tmp_path / "b", CHATML), 2 * MESSAGES, "x"))
+    assert "ends no turn but the last" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        encode_all_turns(Chat(tokenizer, 2 * MESSAGES, "x"))
+    assert "ends no turn but the last" in caplog.text
+
+
+def test_a_template_without_a_generation_prompt_is_warned_of(tmp_path, caplog):
+    """The header of an answer is learned and sampled as part of it."""
+    without = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+    for number, template in enumerate([CHATML, "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"]):
+        with caplog.at_level(logging.WARNING):
+            write(tmp_path / str(number), template)
+    assert "generation prompt" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        write(tmp_path / "c", without)
+    assert "writes no generation prompt: '<|im_start|>assistant' before an answer is learned" in caplog.text

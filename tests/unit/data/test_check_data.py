@@ -168,7 +168,8 @@ def test_contents_that_are_no_text_are_errors_of_their_record(hf, tmp_path):
     records[-1]["tools"] = 5
     path = write(tmp_path / "d.jsonl", records)
     found = problems(check([path], [], settings(hf)))
-    assert {found for found in found if found[0] == "bad messages"} == {("bad messages", n, True) for n in range(1, 5)}
+    assert {found for found in found if found[0] == "bad messages"} == {("bad messages", n, True) for n in range(1, 4)}
+    assert ("unsupported field", 4, True) in found
     assert ("bad tools", 5, True) in found
 
 
@@ -191,3 +192,15 @@ def test_exit_statuses_tell_errors_warnings_and_mistakes_apart(hf_dir, tmp_path,
     assert "at least 2" in capsys.readouterr().err
     assert tool.main([*flags, "--input", fine, str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_what_truncation_leaves_nothing_of_and_turns_inside_of_an_answer_are_warnings(hf_marked, tmp_path):
+    user, long = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "fox " * 60, "weight": 0}
+    unlearned = {"messages": [user, long, user, {"role": "assistant", "content": "fine"}]}
+    path = write(tmp_path / "a.jsonl", [unlearned, FINE])
+    reading = settings(hf_marked, overlong="truncate", multi_turn_loss=True)
+    report = check([path], [], reading)
+    assert ("nothing learned, dropped", 1, False) in problems(report)
+    early = [f"\n\nHuman: hello\n\nAssistant:{said}\n\nHuman: sure?\n\nAssistant: yes" for said in (" so", " no")]
+    path = write(tmp_path / "b.jsonl", [{"chosen": early[0], "rejected": early[1]}])
+    assert ("turns in an answer", 1, False) in problems(check([path], [], settings(hf_marked, "reward")))

@@ -3,6 +3,9 @@
 import copy
 import gzip
 import json
+import math
+from datetime import datetime
+from decimal import Decimal
 
 import datasets
 import pyarrow
@@ -31,6 +34,13 @@ ARGUMENTS = {"city": "Ulm", "count": 2}
 
 def call(arguments, **more):
     return {"role": "assistant", **more, "tool_calls": [{"function": {"name": "get_time", "arguments": arguments}}]}
+
+
+def part(kind):
+    return {
+        "role": "assistant",
+        "content": [{"type": kind, "text": "the clock shows 9"}, {"type": "text", "text": "nine"}],
+    }
 
 
 def tool(name="get_time", **properties):
@@ -228,6 +238,27 @@ def test_json_and_maps_of_arrow_are_objects(thinking, tmp_path):
             "has 'function_call', which is not supported: give it in 'tool",
         ),
         ([USER, {**ANSWER, "reasoning_content": ["a"]}], "'reasoning_content' must be a text"),
+        (
+            [{**USER, "tools": [tool()]}, ANSWER],
+            r"messages\[0\] \(user\) has 'tools', .* give it as the record's 'tools'",
+        ),
+        ([{**USER, "functions": "[{}]"}, ANSWER], "has 'functions', .* give it as the record's 'tools'"),
+        ([USER, {**ANSWER, "reasoning_details": [{"text": "why"}]}], "give the text as 'reasoning_content'"),
+        ([USER, part("thinking")], r"content\[0\] is of type 'thinking', .* give it as 'reasoning_content'"),
+        ([USER, part("reasoning_text")], "is of type 'reasoning_text', .* give it as 'reasoning_content'"),
+        ([USER, part("tool_use")], "is of type 'tool_use', which is not supported: only texts are read"),
+        ([USER, part("image_url")], "is of type 'image_url', which is not supported: only texts are read"),
+        ([USER, {"role": "assistant", "content": ["nine"]}], r"content\[0\] must be {'type': 'text'"),
+        ([USER, {"role": "assistant", "content": [{"type": "text"}]}], r"content\[0\] must be {'type': 'text'"),
+        (
+            [USER, call({"when": datetime(2024, 1, 1)})],
+            r"arguments.when is a datetime, .* dates of texts that look like",
+        ),
+        ([USER, call({"a": [{"b": Decimal(1)}]})], r"arguments.a\[0\].b is a Decimal, which JSON has no word for"),
+        ([USER, call({"a": b"x"})], "arguments.a is a bytes"),
+        ([USER, call({"low": math.nan})], "arguments.low is nan, which JSON has no word for"),
+        ([USER, call('{"low": -Infinity}')], "arguments.low is -inf"),
+        ([USER, call('{"low": 1e400}')], "arguments.low is inf"),
     ],
 )
 def test_a_message_that_cannot_be_what_was_meant_is_refused_with_its_field(messages, message):
@@ -235,10 +266,42 @@ def test_a_message_that_cannot_be_what_was_meant_is_refused_with_its_field(messa
         check_messages(messages, "messages", "d.jsonl:3")
 
 
-@pytest.mark.parametrize("spelling", ["", " ", "{}", {}])
+@pytest.mark.parametrize("spelling", ["", " ", "{}", {}, None, "null"])
 def test_a_call_without_arguments_has_none_however_it_is_spelled(spelling):
     [_, message] = check_messages([USER, call(spelling)], "messages", "x")
     assert message["tool_calls"][0]["function"]["arguments"] == {}
+    without = {"role": "assistant", "tool_calls": [{"function": {"name": "get_time"}}]}
+    assert check_messages([USER, without], "messages", "x")[1] == message
+
+
+@pytest.mark.parametrize("spelling", ["text", "input_text", "output_text", None])
+def test_parts_of_a_content_that_are_texts_are_joined(spelling):
+    parts = [{"type": spelling, "text": "ni"}, {"text": "ne"}]
+    assert check_messages([USER, {**ANSWER, "content": parts}], "messages", "x")[1] == ANSWER
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_a_call_without_a_text_is_the_same_however_it_is_spelled(content):
+    bare = {key: value for key, value in call(ARGUMENTS).items() if key != "content"}
+    assert check_messages([USER, {**bare, **content}], "messages", "x")[1] == bare
+
+
+def test_what_is_no_json_in_tools_and_switches_is_refused_with_its_path():
+    broken = tool(city={"default": datetime(2024, 1, 1)})
+    with pytest.raises(RecordError, match=r"x:1: tools\[0\].function.parameters.properties.city.default is a datetime"):
+        check_tools({"tools": [broken]}, "x:1")
+    with pytest.raises(RecordError, match="x:1: chat_template_kwargs.budget is nan"):
+        check_template_kwargs({"chat_template_kwargs": {"budget": math.nan}}, "x:1")
+    # What no template is given is nobody's business.
+    messages = [{**USER, "created": datetime(2024, 1, 1)}, {**ANSWER, "score": math.nan}]
+    assert len(check_messages(messages, "messages", "x:1")) == 2
+
+
+def test_fields_that_are_empty_are_not_there():
+    empty = {"function_call": {"name": None, "arguments": None}, "tools": [], "functions": "", "reasoning_details": []}
+    assert check_messages([{**USER, **empty}, ANSWER], "messages", "x")[0]["content"] == USER["content"]
+    told = {"reasoning": "why", "reasoning_details": [{"text": "why"}]}
+    assert check_messages([USER, {**ANSWER, **told}], "messages", "x")[1]["reasoning"] == "why"
 
 
 @pytest.mark.parametrize(
@@ -307,19 +370,60 @@ def test_a_field_that_would_change_what_is_learned_is_refused_by_name(thinking, 
             reader.draft("x:1", {**record, field: nothing})
 
 
-def test_a_completion_that_people_disliked_is_not_learned(thinking):
+@pytest.mark.parametrize("label", [False, 0, 0.0, "false", "False", "0", "no"])
+def test_a_completion_that_people_disliked_is_not_learned(thinking, label):
     record = {"prompt": "a", "completion": " b"}
-    with pytest.raises(RecordError, match="x:1: field 'label' is false"):
-        SFTReader(thinking, LIMITS).draft("x:1", {**record, "label": False})
-    assert ids(thinking, {**record, "label": True}) == ids(thinking, record)
+    with pytest.raises(RecordError, match="x:1: field 'label' is .*unpaired preferences"):
+        SFTReader(thinking, LIMITS).draft("x:1", {**record, "label": label})
+
+
+@pytest.mark.parametrize("label", [True, 1, "true", "spam", 2, None])
+def test_a_label_that_says_something_else_is_no_hindrance(thinking, label):
+    record = {"prompt": "a", "completion": " b"}
+    assert ids(thinking, {**record, "label": label}) == ids(thinking, record)
 
 
 @pytest.mark.parametrize("field", ["prompt", "completion"])
-def test_messages_written_as_the_text_of_their_json_are_no_prompt(thinking, field):
-    record = {"prompt": "a", "completion": "b", field: json.dumps([USER])}
-    with pytest.raises(RecordError, match=f"field '{field}' is the JSON text of messages: give the list itself"):
+@pytest.mark.parametrize(
+    "spelled",
+    [json.dumps([USER]), json.dumps([USER], indent=2), str([USER]), json.dumps(USER), f" {[USER, ANSWER]}",
+     str([{"content": "a", "role": "user"}]), str([USER, ANSWER]).replace("}, {", "}\n {")],
+)  # fmt: skip
+def test_messages_written_as_a_text_are_no_prompt(thinking, field, spelled):
+    record = {"prompt": "a", "completion": "b", field: spelled}
+    with pytest.raises(RecordError, match=f"field '{field}' is the text of messages: give the list itself"):
         SFTReader(thinking, LIMITS).draft("x:1", record)
-    assert not isinstance(ids(thinking, {**record, field: '[{"a": 1}] is JSON'}), str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"a": 1}] is JSON', '{"role": "engineer", "place": "Ulm"}', 'say {"role": "user", "content": "a"}', "[user]: a"],
+)
+def test_other_json_is_a_text_like_any(thinking, text):
+    assert not isinstance(ids(thinking, {"prompt": text, "completion": text}), str)
+
+
+@pytest.mark.parametrize(("field", "value"), [("system", "be kind"), ("tools", [tool()])])
+def test_what_has_no_place_beside_texts_is_refused(thinking, field, value):
+    texts = {"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c"}
+    for reader in (SFTReader(thinking, LIMITS), PreferenceReader(thinking, LIMITS), PromptReader(thinking, LIMITS)):
+        with pytest.raises(RecordError, match=f"x:1: field '{field}' is not supported: .*give messages"):
+            reader.draft("x:1", {**texts, field: value})
+        reader.draft("x:1", {**texts, field: type(value)()})
+    as_text = {"messages": json.dumps([USER, ANSWER]), "tools": [tool()]}
+    assert ids(thinking, as_text) == ids(thinking, {**as_text, "messages": [USER, ANSWER]})
+
+
+def test_documents_that_a_template_would_write_are_not_left_out(thinking, tmp_path):
+    writes = "{% for d in documents or [] %}{{ d.text }}\n{% endfor %}" + THINKING
+    tokenizer = HuggingFaceTokenizer(write_hf_tokenizer(tmp_path, eos_token="<|im_end|>", chat_template=writes))
+    record = {"messages": [USER, ANSWER]}
+    documents = [{"title": "t", "text": "the clock"}]
+    with pytest.raises(RecordError, match="x:1: field 'documents' would be written .*'chat_template_kwargs'"):
+        SFTReader(tokenizer, LIMITS).draft("x:1", {**record, "documents": documents})
+    prompt, _, _ = ids(tokenizer, {**record, "chat_template_kwargs": {"documents": documents}})
+    assert tokenizer.decode(prompt).startswith("the clock")
+    assert ids(thinking, {**record, "documents": documents}) == ids(thinking, record)
 
 
 def test_a_last_message_that_only_calls_a_tool_is_an_answer_in_every_stage(thinking):

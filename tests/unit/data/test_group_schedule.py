@@ -166,11 +166,11 @@ def test_the_budget_is_refused_exactly_where_a_group_cannot_be_placed(case, spli
 def test_a_group_that_does_not_fit_is_named_with_its_tokens_and_the_cure():
     groups = [GroupLengths(4, (3, 3)), GroupLengths(6, (2, 5))]
     arguments = {"replicas": 1, "seed": 0, "labels": ["a.jsonl:1", "b.jsonl:7"]}
-    with pytest.raises(GroupDoesNotFitError, match=r"group 1 \(b.jsonl:7\).* 11 tokens.*max_tokens=10; raise .*to 11"):
+    with pytest.raises(GroupDoesNotFitError, match=r"group 1 \(b.jsonl:7\).* 11 tokens.* raise it to 11"):
         plan_groups(groups, max_tokens=10, **arguments)
-    with pytest.raises(GroupDoesNotFitError, match=r"group 1 .* 11 tokens.*max_tokens=11 in multiples of 4.* to 12"):
+    with pytest.raises(GroupDoesNotFitError, match=r"group 1 .* 11 tokens.*micro-batch 11 in multiples of 4.* to 12"):
         plan_groups(groups, max_tokens=11, round_to=4, **arguments)
-    with pytest.raises(GroupDoesNotFitError, match=r"group 0 \(a.jsonl:1\): the whole group.* 10 tokens.*max_tokens=9"):
+    with pytest.raises(GroupDoesNotFitError, match=r"group 0 \(a.jsonl:1\): the whole group.*10 tokens.*batch 9;"):
         plan_groups(groups, max_tokens=9, splittable=False, **arguments)
 
 

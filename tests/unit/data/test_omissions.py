@@ -280,3 +280,25 @@ def test_a_conversation_that_was_fine_says_nothing_of_one_with_other_arguments(f
     for _ in range(2):
         assert not isinstance(outcome(render_last_turn, tokenizer, record(first)), str)
         assert "leaves out" in outcome(render_last_turn, tokenizer, record({"city": False}))
+
+
+@pytest.mark.parametrize("field", ["thought", "thoughts", "thinking_content", "thinking", "reasoning"])
+def test_thoughts_under_another_name_are_written_or_refused(field, make):
+    """Version 5 of transformers itself gives some of them to templates that ask for reasoning_content."""
+    record = {"messages": [QUESTION, {"role": "assistant", "content": "nine", field: "the clock"}]}
+    for function in (render_last_turn, encode_all_turns):
+        found = outcome(function, make(THINKING), record)
+        told = "leaves out some of what the assistant wrote, 'the clock'" in str(found)
+        assert told or "the clock" in (found[1] if function is render_last_turn else make(THINKING).hf.decode(found[1]))
+        writes = THINKING.replace("reasoning_content", field)
+        assert "leaves out" not in str(outcome(function, make(writes), record))
+
+
+def test_thoughts_that_are_given_twice_are_written_once(make):
+    """vLLM gives them as reasoning and as reasoning_content."""
+    twice = {"reasoning": "the clock", "reasoning_content": "the clock"}
+    record = {"messages": [QUESTION, {"role": "assistant", "content": "nine", **twice}]}
+    found = outcome(render_last_turn, make(THINKING), record)
+    assert found[1].count("the clock") == 1
+    other = {"messages": [QUESTION, {"role": "assistant", "content": "nine", **twice, "reasoning": "a clock in the"}]}
+    assert "leaves out" in str(outcome(render_last_turn, make(THINKING), other))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from helpers.tiny_tokenizers import SPECIAL, write_hf_tokenizer, write_qwen2_tokenizer
@@ -124,3 +125,29 @@ def test_a_folder_without_a_tokenizer_says_so(files, tmp_path):
         (tmp_path / name).write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="there is no tokenizer in it.*copy the files of the model's tokenizer"):
         HuggingFaceTokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("settings", [{"eos_token": "<|endoftext|>"}, {"bos_token": "<start>"}])
+def test_an_end_or_beginning_that_the_file_does_not_have_is_refused(settings, tmp_path):
+    """transformers makes a new id of it, of which a padded embedding has a row that nobody trained."""
+    write_hf_tokenizer(tmp_path, **NAMES)
+    change(tmp_path, settings=settings)
+    [(name, token)] = settings.items()
+    with pytest.raises(ValueError, match=f"{name} '{re.escape(token)}' is not in its tokenizer.json: .*new id 330"):
+        HuggingFaceTokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["padding", "truncation"])
+def test_padding_and_cutting_that_were_saved_with_the_file_are_no_part_of_it(setting, tmp_path, caplog):
+    """They are once a tokenizer was saved after it was used with them."""
+    write_hf_tokenizer(tmp_path, **NAMES)
+    path = tmp_path / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    backend.enable_padding(length=64, pad_id=5, pad_token="<pad>") if setting == "padding" else None
+    backend.enable_truncation(4) if setting == "truncation" else None
+    backend.save(str(path))
+    with caplog.at_level(logging.WARNING):
+        tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    assert "AutoTokenizer" not in caplog.text
+    text = "the quick brown fox jumps over the lazy dog"
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.pad_id not in tokenizer.encode("a")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy
 import pytest
 
 from megatron_brain.config.data import DataConfig
@@ -155,6 +156,27 @@ def test_damaged_and_unfinished_data_are_refused_by_name(prepared, hf, tmp_path)
     (tmp_path / "out" / "data.parts").mkdir()
     with pytest.raises(ConfigError, match="its preparation has not finished; run the same .* again"):
         read_corpus(prefix, reading.build())
+
+
+@pytest.mark.parametrize("form", ["indexed", "arrow"])
+@pytest.mark.parametrize("case", ["text", "pairs", "prompts", "multi-turn"])
+def test_a_flipped_bit_of_a_token_is_found_when_its_item_is_read(case, form, prepared, hf_marked, tmp_path):
+    """Another token of the vocabulary is as wrong as none; the others are read as they are."""
+    stage, records = RECORDS[case]
+    reading = settings(hf_marked, stage, multi_turn_loss=case == "multi-turn")
+    raw, prefix = prepared(records, reading, form)
+    expected = read_corpus(raw, reading.build()).items
+    ids = reading.build().ids(expected[1])[0]
+    width = "<u2" if form == "indexed" else "<i4"
+    path = tmp_path / "out" / ("data.bin" if form == "indexed" else "data.arrow")
+    data = bytearray(path.read_bytes())
+    place = bytes(data).index(numpy.asarray(ids, width).tobytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    items = read_corpus(prefix, reading.build()).items
+    assert items[0] == expected[0]
+    with pytest.raises(ConfigError, match=f"{prefix}: document 1 is damaged .*by its checksum.* copy the files again"):
+        items[1]
 
 
 def test_records_beside_a_file_of_the_same_name_are_still_records(hf, tmp_path):

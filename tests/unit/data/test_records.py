@@ -140,6 +140,7 @@ def test_dropped_and_truncated_records_are_counted(hf):
         "read": 3,
         "kept": 2,
         "dropped_overlong": 1,
+        "dropped_unlearned": 0,
         "truncated_prompt": 0,
         "truncated_response": 0,
         "duplicates": 1,
@@ -222,3 +223,17 @@ def test_bad_preference_records_name_line_and_field(hf, record, message):
 def test_bad_prompt_records_name_line_and_field(hf, record, message):
     with pytest.raises(ValueError, match=f"^d.jsonl:1: .*{message}"):
         prompt_groups(at(record), hf, ROOMY)
+
+
+def test_a_cut_that_leaves_nothing_to_learn_drops_the_record_and_counts_it(hf_marked):
+    """Weight 0 on the first answer, and the cut ends in it: there would be no token to divide the loss by."""
+    user, long = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "fox " * 30, "weight": 0}
+    unlearned = {"messages": [user, long, user, {"role": "assistant", "content": "fine"}]}
+    learned = {"messages": [user, {"role": "assistant", "content": "fine"}]}
+    limits = DataConfig(seq_length=48, overlong="truncate")
+    groups, report = read_records(SFTReader(hf_marked, limits, multi_turn_loss=True), at(unlearned, learned))
+    assert [group.record_id for group in groups] == ["d.jsonl:2"]
+    assert (report.kept, report.dropped_unlearned, report.truncated_response) == (1, 1, 0)
+    assert "1 dropped unlearned" in str(report)
+    with pytest.raises(ValueError, match="no record left"):
+        read_records(SFTReader(hf_marked, limits, multi_turn_loss=True), at(unlearned))

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_brain.data import tables
 from megatron_brain.data.sources import load_records
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c {i} \u2028 é"} for i in range(5)]
@@ -129,3 +130,45 @@ def test_a_folder_of_files_suggests_a_glob(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"save_to_disk did not write.*\*\.jsonl"):
         load_records(str(tmp_path))
+
+
+def test_a_byte_order_mark_may_stand_before_any_file_and_alone(tmp_path):
+    mark, lines = b"\xef\xbb\xbf", [json.dumps(row).encode() for row in ROWS]
+    for data in (mark + b"\n".join(lines), b"\n".join([mark, *lines]), (b"\n" + mark).join(lines)):
+        (tmp_path / "a.jsonl").write_bytes(data)
+        assert fields(load_records(str(tmp_path / "a.jsonl"))) == ROWS
+
+
+@pytest.mark.parametrize("form", ["numpy", "pandas", "arrow", "torch"])
+def test_a_saved_data_set_has_its_records_whatever_format_it_was_saved_in(form, tmp_path):
+    """Such a format makes arrays of numbers, and may name some columns alone."""
+    rows = [{**row, "margin": 0.5} for row in ROWS]
+    data = datasets.Dataset.from_list(rows).with_format(form, columns=["margin"])
+    data.save_to_disk(str(tmp_path / "saved"))
+    assert fields(load_records(str(tmp_path / "saved"))) == rows
+
+
+@pytest.mark.parametrize(("creator", "item"), [("another", {"item": {}}), ("polars", {})])
+def test_structs_of_nulls_are_absent_where_their_writer_cannot_say_so_otherwise(creator, item, tmp_path, monkeypatch):
+    """Polars before 1.0 kept no account of structs that are not there. A struct of nulls is {} otherwise."""
+    path = tmp_path / "a.parquet"
+    tool = {"name": "f", "city": {"type": "string"}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"tools": [{**tool, "item": {"type": None}}]}]), path)
+    if creator == "polars":
+        monkeypatch.setattr(tables, "_WITHOUT_STRUCTS", pyarrow.parquet.ParquetFile(path).metadata.created_by)
+    assert fields(load_records(str(path))) == [{"tools": [{**tool, **item}]}]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_column_that_cannot_be_read_is_named_with_its_row(kind, tmp_path):
+    """A date behind the year 9999 has no value in Python."""
+    when = pyarrow.array([0, 10**15, 0, 0, 0], pyarrow.timestamp("s"))
+    table = pyarrow.Table.from_pylist(ROWS).append_column("when", when)
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        datasets.Dataset(table).save_to_disk(str(path))
+    place = re.escape(f"{path}[1]: field 'when' has a value that cannot be read")
+    with pytest.raises(ValueError, match=f"{place} .*write the table anew, without the column"):
+        load_records(str(path))

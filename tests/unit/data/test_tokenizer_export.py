@@ -218,3 +218,13 @@ def test_a_tokenizer_that_ends_prompts_with_eos_is_refused_with_the_setting(tmp_
 def test_the_chat_template_is_exported(tmp_path):
     path = write_hf_tokenizer(tmp_path, eos_token="</s>", pad_token="<pad>", chat_template=CHATML)
     assert exported(HuggingFaceTokenizer(path), tmp_path / "out").chat_template == CHATML
+
+
+def test_an_export_makes_no_token_type_ids(hf, tmp_path):
+    """Version 4 of transformers makes them for its plain fast class, and no model of ours takes them."""
+    hf.export(tmp_path, "policy")
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_input_names"] == [
+        "input_ids",
+        "attention_mask",
+    ]
+    assert set(AutoTokenizer.from_pretrained(tmp_path)("hello")) == {"input_ids", "attention_mask"}

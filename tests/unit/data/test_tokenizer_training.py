@@ -157,4 +157,4 @@ def test_a_missing_file_and_a_folder_that_exists_or_cannot_be_made_are_errors(to
     assert tool.main(["--input", corpus, "--vocab-size", "420", "--save", str(tmp_path)]) == 2
     assert f"--save {tmp_path} exists: give another folder, or remove it" in capsys.readouterr().err
     assert tool.main(["--input", corpus, "--vocab-size", "420", "--save", f"{corpus}/made"]) == 2
-    assert f"--save {corpus}/made cannot be written (Not a directory)" in capsys.readouterr().err
+    assert f"--save {corpus}/made: {corpus} is a file, and should be a folder" in capsys.readouterr().err

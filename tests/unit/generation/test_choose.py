@@ -1,5 +1,8 @@
 """Choosing tokens: inverse CDF, top-k, top-p, greedy; against sorted softmax written out."""
 
+import math
+
+import pytest
 import torch
 
 from megatron_brain.generation.choose import choose_tokens, draw_uniforms
@@ -88,3 +91,19 @@ def test_draws_depend_on_seed_key_and_sample_and_continue():
     assert (draw_uniforms(1, 2, 3, 9)[:5] == first).all()
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (12, 3, 3)):
         assert (draw_uniforms(*other, 5) != first).all()
+
+
+@pytest.mark.parametrize("settings", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 0.9), (1.0, 3, 1.0)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_get_no_token_and_the_others_theirs(bad, settings):
+    temperature, top_k, top_p = settings
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    uniforms = torch.tensor([0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    expected, logprobs = choose_tokens(logits.clone(), uniforms, **options)
+    broken = logits.clone()
+    broken[1, 7] = bad
+    broken[3] = bad
+    tokens, found = choose_tokens(broken, uniforms, **options)
+    assert tokens.tolist() == [expected[0], -1, expected[2], -1]
+    assert torch.equal(found[::2], logprobs[::2])

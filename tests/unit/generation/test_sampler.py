@@ -1,6 +1,7 @@
 """The sampler on one process: against a loop without cache, against the policy's own log-probs, and itself."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -211,3 +212,12 @@ def test_empty_prompts_and_missing_keys_are_refused(model, single):
         _generate(model, single, [(1, 2), ()])
     with pytest.raises(ValueError, match="4 prompts need as many keys, not 1"):
         _generate(model, single, keys=[0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_end_the_run_in_words(single, temperature):
+    model = _build(single)
+    with torch.no_grad():
+        model.output_weight[5] = math.nan
+    with pytest.raises(FloatingPointError, match="logits of token 1 of a response are not finite: the model's weights"):
+        _generate(model, single, temperature=temperature)

@@ -17,6 +17,8 @@ MPIRUN = {
     **{"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
     **{"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_RANK": "1", "PMIX_NAMESPACE": "prte-1@1"},
 }
+FLUX = {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_ID": "f1"}
+JSRUN = {"JSM_NAMESPACE_RANK": "1", "JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_LOCAL_RANK": "1"}
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 
 
@@ -150,3 +152,36 @@ def test_a_rank_takes_its_own_gpu_or_the_only_one_that_it_is_shown(gpus, local_r
             parallel.launched_device()
         return
     assert parallel.launched_device().index == device
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        (SRUN | {"MASTER_PORT": "5"}, "srun (Slurm)"),
+        (MPIRUN, "mpirun (Open MPI)"),
+        (HYDRA, "mpiexec (PMI)"),
+        (FLUX | {"MASTER_ADDR": "a"}, "flux run"),
+        (JSRUN | {"MASTER_ADDR": "a"}, "jsrun"),
+        (TORCHRUN, None),
+        ({}, None),
+    ],
+)
+def test_what_started_a_process_is_named(environment, launcher):
+    assert read_launch(environment).launcher == launcher
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (FLUX, r"flux run, as FLUX_TASK_RANK=1 of 2, which does not say on which host rank 0 is: set MASTER_ADDR"),
+        (JSRUN, r"jsrun, as JSM_NAMESPACE_RANK=1 of 2, which does not say on which host"),
+        (
+            {"PALS_RANKID": "1", "PALS_LOCAL_SIZE": "2"},
+            r"\(PALS\), as PALS_RANKID=1, which does not say how many there are",
+        ),
+    ],
+)
+def test_launchers_that_say_too_little_start_no_run_of_one(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        read_launch(environment)
+    assert not speaks(environment)

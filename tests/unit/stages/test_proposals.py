@@ -66,6 +66,7 @@ def test_rollout_files_are_read_in_turn_and_a_token_of_another_vocabulary_is_nam
     config = RunConfig(stage="brain")
     config.brain.rollout_data = str(tmp_path / "*.jsonl")
     config.model.vocab_size, config.training.global_batch_size = 10, 1
+    config.scoring.prior_load = config.scoring.reward_load = "elsewhere"
     layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
     run = SimpleNamespace(config=config, parallel=SimpleNamespace(gather_over_world=lambda item: [item]))
     files = RolloutFiles(run, Placement(config.training, layout, interleaved=False))
@@ -77,3 +78,24 @@ def test_rollout_files_are_read_in_turn_and_a_token_of_another_vocabulary_is_nam
     config.model.vocab_size, config.training.global_batch_size = 10, 2
     with pytest.raises(ValueError, match="holds 1 groups, not a multiple of global_batch_size=2"):
         files.rollouts(None, 0)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ({"tokens": [9], "log_proposal": -1.0}, "b.jsonl, b:1: token id 9 is outside 0..3"),
+        ({"tokens": [1]}, "b.jsonl:1: a response has neither log_proposal nor sampler_logprob"),
+        ({"tokens": [1], "log_proposal": -1.0}, "b.jsonl, b:1: a response has no reward: give --reward-load"),
+    ],
+)
+def test_what_is_wrong_with_the_last_file_stops_a_run_before_its_first_round(last, message, tmp_path):
+    good = {"tokens": [1], "log_proposal": -1.0, "reward": 0.5, "log_prior": -1.0}
+    for name, response in (("a", good), ("b", last)):
+        record = {"id": f"{name}:1", "index": 0, "prompt_tokens": [3], "responses": [response] * 2}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    config = RunConfig(stage="brain")
+    config.brain.rollout_data = str(tmp_path / "*.jsonl")
+    config.model.vocab_size, config.training.global_batch_size = 4, 1
+    layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
+    with pytest.raises(ValueError, match=message):
+        RolloutFiles(SimpleNamespace(config=config), Placement(config.training, layout, interleaved=False))

@@ -1,0 +1,163 @@
+"""Every bad input of the tables ends with one message that names culprit and cure, and leaves nothing that looks whole.
+
+`BadInput` in case.py says what a case is; cases_*.py are the tables, a category each. Almost all run in this process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+
+from bad_inputs import (
+    cases_checkpoints,
+    cases_configuration,
+    cases_environment,
+    cases_files,
+    cases_hf_folders,
+    cases_judges,
+    cases_places,
+    cases_prepared,
+    cases_records,
+    cases_rollouts,
+    cases_starts,
+    cases_templates,
+    cases_tokenizers,
+)
+from bad_inputs.assets import Assets, write_assets
+from bad_inputs.case import BadInput, Site
+from bad_inputs.running import LAUNCHER_VARIABLES, Outcome, run_apart, run_here, snapshot
+from megatron_brain.runtime import parallel
+
+TABLES: dict[str, list[BadInput]] = {
+    "configuration": cases_configuration.CASES,
+    "data file": cases_files.CASES,
+    "record": cases_records.CASES,
+    "prepared data": cases_prepared.CASES,
+    "tokenizer": cases_tokenizers.CASES,
+    "chat template": cases_templates.CASES,
+    "checkpoint": cases_checkpoints.CASES,
+    "start": cases_starts.CASES,
+    "Hugging Face folder": cases_hf_folders.CASES,
+    "rollouts": cases_rollouts.CASES,
+    "environment": cases_environment.CASES,
+    "judge": cases_judges.CASES,
+    "place to write": cases_places.CASES,
+}
+"""Cases by category."""
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[pytest.MonkeyPatch]:
+    """No launcher and no hub, and the process groups of the test session stay where a stage would leave its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in LAUNCHER_VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(parallel, "stop", lambda: None)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def assets(alone, single, tmp_path_factory) -> Iterator[Assets]:
+    """What the bad inputs are made of; no case may have changed it."""
+    root = tmp_path_factory.mktemp("assets")
+
+    def run(argv: list[str]) -> None:
+        assert run_here(argv) == 0, argv
+
+    made = write_assets(root, run)
+    before = snapshot(root)
+    yield made
+    assert snapshot(root) == before
+
+
+@pytest.fixture
+def site(assets, tmp_path, monkeypatch) -> Site:
+    """An empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return Site(tmp_path, assets)
+
+
+def _parameters() -> Iterator:
+    for category, cases in TABLES.items():
+        for case in cases:
+            marks = [pytest.mark.xfail(strict=True, reason=case.broken)] if case.broken else []
+            yield pytest.param(case, id=f"{category}: {case.name}", marks=marks)
+
+
+@pytest.mark.parametrize("case", _parameters())
+def test_one_message_names_culprit_and_cure_and_nothing_is_left_that_looks_complete(case, site, monkeypatch, capfd):
+    argv = [str(argument) for argument in case.argv(site)]
+    before = snapshot(site.folder)
+    outcome = _run(case, argv, monkeypatch, capfd)
+
+    told = f"{' '.join(argv[:1])} ended with {outcome.status}\nstdout: {outcome.out[-1500:]}\nstderr: {outcome.err}"
+    assert outcome.status == case.status, told
+    assert "Traceback (most recent call last)" not in outcome.out + outcome.err, told
+    said = outcome.out if case.on_stdout else outcome.message
+    assert not outcome.strange_lines, told
+    assert case.has_several_lines or case.on_stdout or said.count("\n") == 1, told
+    assert re.search(case.culprit, said), f"no {case.culprit!r}\n{told}"
+    assert re.search(case.cure, said), f"no {case.cure!r}\n{told}"
+    after = snapshot(site.folder)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    assert [name for name in changed if not any(fnmatch(name, pattern) for pattern in case.leaves)] == [], told
+
+
+def _run(case: BadInput, argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Outcome:
+    if case.as_process:
+        return run_apart(argv, case.environment)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    capfd.readouterr()
+    status = run_here(argv)
+    return Outcome(status, *capfd.readouterr())
+
+
+def commands_that_are_right(assets: Assets, folder: Path) -> dict[str, list[str]]:
+    """The commands that the tables give bad inputs to, with good ones."""
+    sft, pairs, prompts = (str(assets.records(kind)) for kind in ("sft", "pairs", "prompts"))
+    (folder / "judge.py").write_text("def score(prompts, responses, references):\n    return [1] * len(responses)\n")
+    return {
+        "sft": assets.sft_on(sft),
+        "sft on chats": assets.sft_on(str(assets.records("chats")), "--multi-turn-loss"),
+        "sft from Hugging Face": assets.sft("--train-data", sft, "--hf-model", str(assets.hf)),
+        "sft from nothing": assets.sft_from_sizes(str(assets.tokenizer)),
+        "sft resumed": assets.sft("--train-data", sft, "--load", str(assets.policy), "--train-iters", "3"),
+        "reward": assets.reward_on(pairs),
+        "brain": assets.brain_on(prompts),
+        "brain on rollouts": assets.brain_from("--rollout-data", str(assets.rollouts)),
+        "brain resumed": assets.brain_again(str(assets.brain)),
+        "generate": assets.generate_from(assets.policy),
+        "evaluate": assets.evaluate("--judge", "judge.py:score", "--reward-load", str(assets.reward)),
+        "check_data": assets.check(sft),
+        "preprocess_data": assets.preprocess(sft),
+        "train_tokenizer": assets.train_tokenizer(sft),
+        "convert_hf_to_megatron": ["convert_hf_to_megatron", "--hf-model", str(assets.hf), "--save", "converted"],
+        "convert_megatron_to_hf": assets.export(assets.policy),
+        "inspect_checkpoint": ["inspect_checkpoint", str(assets.policy)],
+        "plan": assets.plan(),
+    }
+
+
+def test_the_commands_succeed_where_nothing_is_wrong_with_their_input(site):
+    commands = commands_that_are_right(site.assets, site.folder)
+    statuses = {name: run_here(argv) for name, argv in commands.items()}
+    assert statuses == dict.fromkeys(commands, 0)
+    left = set(os.listdir(site.folder))
+    assert {"samples.jsonl", "report.json", "prepared.json", "made", "converted", "exported", "saved"} <= left
+
+
+def test_every_category_has_several_cases_and_no_two_cases_are_the_same():
+    names = [(category, case.name) for category, cases in TABLES.items() for case in cases]
+    assert len(names) == len(set(names)) >= 100
+    assert all(len(cases) >= 8 for cases in TABLES.values())
