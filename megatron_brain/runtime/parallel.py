@@ -175,10 +175,10 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
 def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | None) -> None:
     """Make megatron-core's process groups, or keep those there are where the layout is the same.
 
-    A gloo group costs threads in every process, so those of another layout are destroyed rather than left behind.
+    A gloo group costs threads in every process that wake up a hundred times a second, so those of another layout are
+    destroyed rather than left behind.
     """
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     layout = (
         config.tensor_model_parallel_size,
@@ -193,10 +193,11 @@ def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | N
         )
         if present == layout:
             return
-        old = vars(ProcessGroupCollection.use_mpu_process_groups()).values()
-        parallel_state.destroy_model_parallel()
-        for group in {id(group): group for group in old if isinstance(group, dist.ProcessGroup)}.values():
-            dist.destroy_process_group(group)
+        old = {group: name for name, group in vars(parallel_state).items() if isinstance(group, dist.ProcessGroup)}
+        parallel_state.destroy_model_parallel()  # which destroys those that it calls _GLOO, and no others
+        for group, name in old.items():
+            if not name.endswith("_GLOO"):
+                dist.destroy_process_group(group)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

@@ -58,8 +58,9 @@ class Outcome:
 def run_here(argv: Sequence[str]) -> int:
     """Exit status of a stage or a tool that runs in this process, its log on stderr."""
     root, package = logging.getLogger(), logging.getLogger("megatron_brain")
-    handlers, level = root.handlers[:], package.level
+    handlers, level, program = root.handlers[:], package.level, sys.argv[0]
     root.handlers.clear()  # else logging.basicConfig of the command would do nothing
+    sys.argv[0] = f"{argv[0]}.py"  # argparse, of a tool, begins its message with it
     try:
         if argv[0] in STAGE_SECTIONS:
             return stages.main(argv)
@@ -69,6 +70,7 @@ def run_here(argv: Sequence[str]) -> int:
     finally:
         root.handlers[:] = handlers
         package.setLevel(level)
+        sys.argv[0] = program
 
 
 def run_apart(argv: Sequence[str], environment: Mapping[str, str]) -> Outcome:

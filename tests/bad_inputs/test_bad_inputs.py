@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -81,10 +82,13 @@ def assets(alone, single, tmp_path_factory) -> Iterator[Assets]:
 
 
 @pytest.fixture
-def site(assets, tmp_path, monkeypatch) -> Site:
-    """An empty folder, which is the working directory."""
+def site(assets, tmp_path, monkeypatch) -> Iterator[Site]:
+    """An empty folder, which is the working directory; what was imported from it is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    return Site(tmp_path, assets)
+    yield Site(tmp_path, assets)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def _parameters() -> Iterator:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distributed.matrix import stage_flags, write_data
 from distributed.runs import open_trainer, start
 from distributed.world import Context, Layout, at
+from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.runtime import parallel
 
 _WAYS = {
     "brain": (),
@@ -38,6 +41,20 @@ def case_brains_loss_adds_no_collective_over_replicas(layout: Layout, context: C
             # The step's report has a sum and a count of every mean, and every maximum.
             report = 2 * len(stage.mean_metrics) + len(stage.max_metrics)
             assert sum(n for _, n in brain) - sum(n for _, n in sft) == report, differs
+
+
+def case_groups_of_another_layout_are_destroyed(layout: Layout, context: Context) -> None:
+    counts = []
+    for tensor_parallel in (1, context.world_size, 1, context.world_size):
+        parallel.start(ParallelConfig(tensor_model_parallel_size=tensor_parallel), seed=1)
+        counts.append(_gloo_threads())
+    assert counts[0] > 0 and len(set(counts[1:])) == 1, counts
+
+
+def _gloo_threads() -> int:
+    """Threads of this process that wait for gloo's sockets, one a process group."""
+    names = (task / "comm" for task in Path("/proc/self/task").iterdir())
+    return sum(name.read_text().startswith("gloo_tcp") for name in names)
 
 
 def _second_step(stage: str, layout: Layout, context: Context, *extra: str) -> tuple[list[tuple[str, int]], object]:

@@ -137,8 +137,9 @@ def tool(name: str, *flags: object) -> None:
 
 def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
     """Answer prompts as the generate stage does."""
+    unwritten = checkpoint.parent / "samples.jsonl"
     run = stage(
-        *("generate", "--load", checkpoint, "--prompts", records, "--max-prompts", PROMPTS, "--output", os.devnull),
+        *("generate", "--load", checkpoint, "--prompts", records, "--max-prompts", PROMPTS, "--output", unwritten),
         *("--temperature", 0, "--samples-per-prompt", 1, "--max-new-tokens", max_new_tokens),
     )
     prompts = read_prompts(run)
