@@ -3,12 +3,10 @@
 import contextlib
 import importlib
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_brain import files
-from megatron_brain.config.errors import AgreedError, OwnError
+from megatron_brain.config.errors import AgreedError, OwnError, is_ours
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.runtime import launch, signals
 
@@ -43,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         with files.explained():
             (_dry_run if config.training.dry_run else _run_stage)(config)
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         _report(error)
         return _USER_ERROR
@@ -67,7 +65,7 @@ def _dry_run(config: RunConfig) -> None:
     from megatron_brain.training import dry_run, dry_run_report
 
     report = dry_run_report.render(dry_run.inspect(config))
-    if launch.speaks():
+    if launch.is_reporting_rank():
         print(report)
 
 
@@ -86,16 +84,10 @@ def _usage(argv: Sequence[str]) -> str:
     )
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error on purpose, rather than a library it calls."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return Path(__file__).parent in raised_in.parents
-
-
 def _report(error: ValueError) -> None:
     """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
     torch = sys.modules.get("torch")
-    if launch.speaks() or isinstance(error, OwnError):
+    if launch.is_reporting_rank() or isinstance(error, OwnError):
         print(f"error: {error}", file=sys.stderr)
     elif torch is not None and torch.distributed.is_initialized() and not isinstance(error, AgreedError):
         print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)

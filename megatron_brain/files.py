@@ -57,7 +57,7 @@ def sync_tree(path: Path, *, but: str) -> None:
 def folder_problem(flag: str, place: str) -> str | None:
     """Why a folder cannot be made, or written to, in words that name the flag; None where it can.
 
-    Whether it can is tried: permissions do not tell it of a read-only disk. Nothing is left there.
+    A temporary file is made and removed, because permissions do not show a read-only disk.
     """
     reason = _unexpanded(place) or _refusal(Path(place).absolute())
     return None if reason is None else f"{flag} {place}: {reason}; give another folder"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import ConfigError, short
 
 
 class UserFunctionError(ConfigError):
@@ -92,25 +92,29 @@ class ScoringFunction:
             number = math.nan
         if not math.isfinite(number) or isinstance(score, str):
             raise UserFunctionError(
-                f"{self._what} returned {_short(score)} for the response to {record}; it must be a finite number"
+                f"{self._what} returned {short(score)} for the response to {record}; it must be a finite number"
             )
         return number
 
     def _first_failing(
         self, columns: tuple[list[str], ...], ids: Sequence[str], error: BaseException
     ) -> tuple[BaseException, str]:
-        """The first record that the function fails on by itself, found by halves, and the error it raises there."""
+        """The first record that the function fails on by itself, found by halves, and the error it raises there.
+
+        The function sees about as many records again as it has failed on: a call may cost time, or money.
+        """
         start, end = 0, len(ids)
         while end - start > 1:
             middle = (start + end) // 2
-            for half in ((start, middle), (middle, end)):
-                found = self._error_on(columns, *half)
-                if found is not None:
-                    (start, end), error = half, found
-                    break
+            found = self._error_on(columns, start, middle)
+            if found is not None:
+                end, error = middle, found
             else:
-                return error, f"on the records {ids[start]} to {ids[end - 1]} together"
-        return error, f"on the record {ids[start]}" if ids else "on no records"
+                start = middle  # It is in the other half, or in both together.
+        found = self._error_on(columns, start, end)
+        if found is None:
+            return error, f"on the records {ids[0]} to {ids[-1]} together" if ids else "on no records"
+        return found, f"on the record {ids[start]}"
 
     def _error_on(self, columns: tuple[list[str], ...], start: int, end: int) -> BaseException | None:
         try:
@@ -125,8 +129,3 @@ class ScoringFunction:
         own = next((place for place, frame in enumerate(frames) if frame.filename == self._path), len(frames))
         told = "".join([*traceback.format_list(frames[own:]), *traceback.format_exception_only(error)]).rstrip()
         return UserFunctionError(f"{self._what} raised {type(error).__name__} {where}; its own traceback:\n{told}")
-
-
-def _short(score: Any) -> str:
-    text = repr(score)
-    return text if len(text) <= 60 else text[:57] + "..."

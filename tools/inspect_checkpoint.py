@@ -15,8 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_brain.checkpointing import inspection, read_info
-from megatron_brain.checkpointing.errors import DamagedError
-from megatron_brain.checkpointing.storage import CheckpointError
+from megatron_brain.checkpointing.errors import CheckpointError, DamagedError
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.files import explained
 

@@ -11,6 +11,7 @@
     tokenizer/                               the tokenizer
 """
 
+from megatron_brain.checkpointing.errors import CheckpointError
 from megatron_brain.checkpointing.folders import (
     CheckpointInfo,
     has_checkpoint,
@@ -25,7 +26,6 @@ from megatron_brain.checkpointing.save import (
     publish_checkpoint,
     tokenizer_files,
 )
-from megatron_brain.checkpointing.storage import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -12,5 +12,9 @@ CURE = (
 """What helps where a file may be whole and is not what was saved."""
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read on some rank; raised on all of them."""
+
+
 class DamagedError(ConfigError):
     """A checkpoint is there and not, or no more, what was saved."""

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import xxhash
-
-from megatron_brain.checkpointing.checksums import file_checksum
+from megatron_brain.checkpointing.checksums import file_checksum, json_checksum
 from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
 from megatron_brain.checkpointing.index import DATA_FILES
 from megatron_brain.config.errors import ConfigError
@@ -76,7 +74,7 @@ class CheckpointInfo:
         """Write it into a folder."""
         values = dataclasses.asdict(self)
         del values["path"]
-        write_whole(folder / INFO, json.dumps({**values, _CHECKSUM: _checksum_of(values)}, indent=2))
+        write_whole(folder / INFO, json.dumps({**values, _CHECKSUM: json_checksum(values)}, indent=2))
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
@@ -139,7 +137,7 @@ def read_info(directory: str | Path) -> CheckpointInfo:
     for name, kind in kinds.items():
         if not _is_of(values[name], kind):
             raise DamagedError(f"{path / INFO} is damaged: its {name} is {values[name]!r}. {COPY}")
-    if written is not None and written != _checksum_of(values):
+    if written is not None and written != json_checksum(values):
         raise DamagedError(
             f"{path / INFO} is damaged: it is not what was written, by its checksum. {COPY}; after an edit that was "
             f"meant, remove its {_CHECKSUM!r}"
@@ -234,10 +232,6 @@ def remove_leftovers(root: Path) -> None:
         elif path.suffix in (_PARTIAL, _REPLACED, _REMOVED):
             log.info("removing %s, which an interrupted save left", path)
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _checksum_of(values: dict) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _is_of(value: object, kind: object) -> bool:

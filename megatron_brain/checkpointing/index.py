@@ -92,6 +92,7 @@ def read_index(folder: Path) -> Index:
         files = index["files"]
         _check_files(folder, files)
         boxes = {key: _stored_boxes(key, tensor, files) for key, tensor in index["tensors"].items()}
+        _check_checksums(boxes)
     except FileNotFoundError as error:
         raise DamagedError(
             f"{folder} has no {INDEX}: it is damaged, or not a checkpoint of this version. {COPY}"
@@ -112,6 +113,13 @@ def _check_files(folder: Path, files: dict[str, int]) -> None:
             raise ValueError(f"{name} is not there; do all nodes see this folder?")
         if there[name] != size:
             raise ValueError(f"{name} has {there[name]} bytes, written were {size}")
+
+
+def _check_checksums(boxes: dict[str, list[StoredBox]]) -> None:
+    """All parts have a checksum, or none has, as before they were made."""
+    without = sorted(key for key, stored in boxes.items() if any(box.checksum is None for box in stored))
+    if without and any(box.checksum is not None for stored in boxes.values() for box in stored):
+        raise ValueError(f"{without[0]} has no checksum, and others have")
 
 
 def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredBox]:

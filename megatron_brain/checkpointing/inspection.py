@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import torch
 import yaml
 
-from megatron_brain.checkpointing.checksums import damage
+from megatron_brain.checkpointing.checksums import json_checksum
+from megatron_brain.checkpointing.data_files import by_file, opened, stored_name
 from megatron_brain.checkpointing.errors import COPY, DamagedError
 from megatron_brain.checkpointing.folders import INFO, CheckpointInfo, require_files
 from megatron_brain.checkpointing.index import Index, StoredBox, read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
-from megatron_brain.checkpointing.storage import opened, stored_name
+from megatron_brain.checkpointing.verification import find_damaged_boxes
 from megatron_brain.config.fields import stage_fields
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -89,7 +90,7 @@ def examine(info: CheckpointInfo, *, finite: bool = False) -> Examination:
         require_files(info)
     except DamagedError as error:
         problems.append(str(error))
-    problems += [f"{name}: not what was saved" for name in damage(boxes, info.path)]
+    problems += [f"{name}: not what was saved" for name in find_damaged_boxes(boxes, info.path)]
     if finite:
         problems += [f"{name}: {count:,} values are not finite" for name, count in _not_finite(index, boxes)]
     return Examination(
@@ -120,7 +121,7 @@ def _position(info: CheckpointInfo) -> Iterator[str]:
         taken = info.iteration * state["global_batch_size"]
         yield f"{taken:,} samples taken: {taken / samples:.2f} passes over {samples:,}"
     for flag, contents in info.stage_state.get("data", {}).items():
-        yield f"--{flag.replace('_', '-')}: {contents['count']:,} records, fingerprint {contents['blocks'][0]}..."
+        yield f"--{flag.replace('_', '-')}: {contents['count']:,} records, fingerprint {json_checksum(contents)}"
     if "scheduler" in info.trainer_state:
         steps = info.trainer_state["optimizer_steps"]
         yield f"optimizer steps {steps}, learning-rate schedule at {info.trainer_state['scheduler'].get('num_steps')}"
@@ -165,10 +166,8 @@ def _part_of(key: str) -> str:
 
 
 def _not_finite(index: Index, boxes: list[StoredBox]) -> Iterator[tuple[str, int]]:
-    for box in boxes:
-        if not box.part.dtype.is_floating_point:
-            continue
-        with opened(index.folder / box.file) as data:
-            count = int((~torch.isfinite(data.get_tensor(stored_name(box.part)).float())).sum())
-        if count:
-            yield f"{stored_name(box.part)} in {box.file}", count
+    for file, batch in by_file((box for box in boxes if box.part.dtype.is_floating_point), of=lambda box: box):
+        with opened(index.folder / file) as data:
+            values = ((box, data.get_tensor(stored_name(box.part))) for box in batch)
+            counts = [(box, int((~torch.isfinite(tensor.float())).sum())) for box, tensor in values]
+        yield from ((f"{stored_name(box.part)} in {file}", count) for box, count in counts if count)

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_brain.checkpointing import folders
 from megatron_brain.checkpointing.boxes import Box, share_of
+from megatron_brain.checkpointing.errors import CheckpointError
 from megatron_brain.checkpointing.folders import CheckpointInfo
 from megatron_brain.checkpointing.index import DATA_FILES, read_index
 from megatron_brain.checkpointing.state import (
@@ -24,7 +25,7 @@ from megatron_brain.checkpointing.state import (
     random_boxes,
     stored_weights,
 )
-from megatron_brain.checkpointing.storage import CheckpointError, write_boxes
+from megatron_brain.checkpointing.storage import write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import Tokenizer

@@ -3,9 +3,8 @@
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,19 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, Part, divide
-from megatron_brain.checkpointing.checksums import checksum, here, my_share, require_sound
-from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
+from megatron_brain.checkpointing.checksums import checksum
+from megatron_brain.checkpointing.data_files import by_file, opened, stored_name
+from megatron_brain.checkpointing.errors import COPY, CheckpointError, DamagedError
 from megatron_brain.checkpointing.index import INDEX, Index, StoredBox, read_index, write_index
+from megatron_brain.checkpointing.verification import host_and_parts, my_share, require_sound
 from megatron_brain.config.errors import AgreedError, ConfigError
-from megatron_brain.files import explained
 
 log = logging.getLogger(__name__)
-
-_MAPPED_BYTES = 256 * 2**20
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read on some rank; raised on all of them."""
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -115,13 +109,10 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
     overlaps = [
         (stored, box) for box in boxes for stored in index.boxes[box.key] if _overlap(stored.part, box.part) is not None
     ]
-    overlaps.sort(key=lambda pair: (pair[0].file, pair[0].part.key, pair[0].part.offset))
-    for file, pairs in itertools.groupby(overlaps, key=lambda pair: pair[0].file):
-        for batch in _batches(pairs):
-            # What was read of a file counts as this process's memory until the file is closed.
-            with opened(index.folder / file) as data:
-                for stored, box in batch:
-                    _copy(data, stored.part, box)
+    for file, batch in by_file(overlaps, of=lambda pair: pair[0]):
+        with opened(index.folder / file) as data:
+            for stored, box in batch:
+                _copy(data, stored.part, box)
 
 
 def read_part(part: Part, index: Index) -> Tensor:
@@ -182,7 +173,7 @@ def read_boxes(
         )
     needed = _needed(wanted, index)
     if verify and index.has_checksums:
-        needed = my_share(needed, _gather(here(needed)), dist.get_rank())
+        needed = my_share(needed, _gather(host_and_parts(needed)), dist.get_rank())
         _on_all(lambda: require_sound(needed, folder))
     elif verify and dist.get_rank() == 0:
         log.info("%s has no checksums, being of an earlier version: what is read is not verified", folder)
@@ -243,11 +234,6 @@ def _raise_failures(errors: Sequence[str | None]) -> None:
         raise CheckpointError("; ".join(found))
 
 
-def stored_name(part: Part) -> str:
-    """Name of a box in its file."""
-    return f"{part.key}@{','.join(map(str, part.offset))}"
-
-
 def _check_wanted(boxes: Sequence[Box], index: Index) -> None:
     missing = sorted({box.key for box in boxes if index.shape(box.key) is None})
     if missing:
@@ -266,38 +252,6 @@ def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
     ends = map(min, one.end, other.end)
     both = list(zip(starts, ends, strict=True))
     return both if all(start < end for start, end in both) else None
-
-
-def _batches(pairs: Iterable[tuple[StoredBox, Box]]) -> Iterator[list[tuple[StoredBox, Box]]]:
-    """Cut where the boxes of a batch together would be larger than what may be mapped."""
-    batch, mapped = [], 0
-    for stored, box in pairs:
-        if batch and mapped + stored.part.nbytes > _MAPPED_BYTES:
-            yield batch
-            batch, mapped = [], 0
-        batch.append((stored, box))
-        mapped += stored.part.nbytes
-    yield batch
-
-
-@contextmanager
-def opened(path: Path) -> Iterator:
-    """A file of boxes, to read from.
-
-    Raises:
-        DamagedError: it is damaged.
-        ConfigError: it may not be read.
-        CheckpointError: the disk does not give it.
-    """
-    try:
-        with explained():
-            path.open("rb").close()  # The library says of any file that it may not open that it is not there.
-        with safe_open(path, framework="pt") as data:
-            yield data
-    except SafetensorError as error:
-        raise DamagedError(f"{path} is damaged: {error}. {CURE}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @torch.no_grad()

@@ -1,13 +1,30 @@
 """The error a user's configuration gets."""
 
+import traceback
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parents[1]
+
 
 class ConfigError(ValueError):
     """A key, value or layout that cannot work; the message names it, where it was set and what would be right."""
 
 
 class AgreedError(ConfigError):
-    """A mistake that all ranks, being connected, know of in the same words: it is enough that one says it."""
+    """An error that every rank raises with the same text. Rank 0 alone prints it."""
 
 
 class OwnError(ConfigError):
-    """A mistake that one process alone may see, as in its own variables: it says so, whatever its rank."""
+    """An error that may concern this process alone, such as one in its own variables. Every rank prints it."""
+
+
+def is_ours(error: ValueError) -> bool:
+    """Whether this package raised the error on purpose, rather than a library it calls."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return _PACKAGE in raised_in.parents
+
+
+def short(value: object) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

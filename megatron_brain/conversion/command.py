@@ -20,7 +20,7 @@ from megatron_brain.conversion.workers import Workers
 from megatron_brain.files import folder_problem
 from megatron_brain.flag_types import not_negative
 from megatron_brain.runtime import parallel
-from megatron_brain.runtime.launch import speaks
+from megatron_brain.runtime.launch import is_reporting_rank
 
 
 class Conversion(Protocol):
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     Returns:
         the exit status: 1 where the two models differ or a process failed, 2 for a mistake in what was asked for.
     """
-    tells = speaks()
+    prints = is_reporting_rank()
     try:
         said = _convert(args, source, Workers(), prepare)
     except MismatchError as error:
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
     except ConversionError as error:
         status, said = 1, f"error: {error}"
     except ValueError as error:
-        status, said, tells = 2, f"error: {error}", tells or isinstance(error, OwnError)
+        status, said, prints = 2, f"error: {error}", prints or isinstance(error, OwnError)
     else:
         status = 0
-    if tells:
+    if prints:
         print(said, file=sys.stderr if status else sys.stdout, flush=True)
     return status
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_brain.checkpointing import read_info, require_files
 from megatron_brain.checkpointing.boxes import Part
-from megatron_brain.checkpointing.checksums import require_sound
 from megatron_brain.checkpointing.index import read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import read_part, write_safetensors
+from megatron_brain.checkpointing.verification import require_sound
 from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import Comparison, compare_with_hf

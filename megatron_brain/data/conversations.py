@@ -7,12 +7,14 @@ the place of the record, for error messages.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_brain.config.errors import short
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import require_json, require_text, without_nulls
 
@@ -35,6 +37,17 @@ _MASKS = ("train", "trainable", "training", "train_detail", "loss", "loss_mask",
 _TOOLS = ("tools", "functions")
 """What belongs to a record, and stands in the system message of some."""
 
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Fields of what is no text, of a record or of a message."""
+
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")
+"""Names of the schema of a tool's arguments: OpenAI's, Anthropic's and MCP's."""
+
+_INNER_SCHEMAS = {"properties": dict, "items": dict, "required": list, "enum": list}
+"""Parts of a schema that may be JSON text."""
+
+_BLANK_TEXTS = ("", "[]", "{}", "null")
+
 _OWN_VARIABLES = (
     *("messages", "tools", "add_generation_prompt", "chat_template", "conversations"),
     *("continue_final_message", "return_assistant_tokens_mask"),
@@ -42,9 +55,14 @@ _OWN_VARIABLES = (
 """Variables of a template that are not the record's to set, and settings of the function that renders it."""
 
 
-_MESSAGES_BEGIN = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|name|weight|tool_calls)["']\s*:""")
-_ROLE = re.compile(r"""["']role["']\s*:\s*["'](?:system|developer|user|assistant|tool|function)["']""")
-"""What a text of messages begins with, and holds."""
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "human", "gpt")
+_ROLE_IN_TEXT = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(_ROLES)})["']""")
+"""What stands in any text of messages."""
+
+_LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
+
+_MISNAMED_ARGUMENTS = ("parameters", "input", "args", "kwargs", "params")
+"""What others call the arguments of a call."""
 
 
 def is_messages(value: Any) -> bool:
@@ -134,6 +152,11 @@ def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
             yield function
 
 
+def change_function(call: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A call with its function changed, which is the call itself where it has no wrapper."""
+    return {**call, "function": change(call["function"])} if "function" in call else change(call)
+
+
 def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
     """Prompt, chosen and rejected completion of two conversations that share their beginning.
 
@@ -172,16 +195,45 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
 
 def refuse_text_of_messages(value: Any, key: str, where: str) -> None:
     """Raise RecordError where a text is messages as JSON or Python writes them: it would be learned with its quotes."""
-    if isinstance(value, str) and _MESSAGES_BEGIN.match(value) and _ROLE.search(value):
+    if isinstance(value, str) and _writes_messages(value.strip()):
         raise RecordError(
             where, "JSON as text", f"field {key!r} is the text of messages: give the list itself, not its text"
         )
 
 
-def short(value: Any) -> str:
-    """A value for an error message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _writes_messages(text: str) -> bool:
+    if not text.startswith(("[", "{", '"')) or not text.endswith(("]", "}", '"')):
+        return False
+    if not _ROLE_IN_TEXT.search(text.replace("\\", "")):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return bool(_LIST_OF_OBJECTS.match(text))  # NumPy writes no commas between them.
+    return _writes_messages(found.strip()) if isinstance(found, str) else _holds_messages(found)
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a value is a message, a list of them, or an object with such a list."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(member, dict) and _has_role(member) for member in value)
+    if not isinstance(value, dict):
+        return False
+    return _has_role(value) or any(
+        isinstance(value.get(name), list) and _holds_messages(value[name]) for name in ("messages", "conversations")
+    )
+
+
+def _has_role(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in _ROLES or (message.get("from") in _ROLES and "value" in message)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether there is nothing in a field: null, an empty list, object or text, or the JSON text of one."""
+    return not without_nulls(value) or (isinstance(value, str) and value.strip() in _BLANK_TEXTS)
 
 
 def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
@@ -234,9 +286,13 @@ def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:
     cure = "give 'weight': 0 or 1 on assistant messages"
     if masks := [name for name in _MASKS if message.get(name) is not None]:
         raise RecordError(where, "unsupported field", f"{place} has {masks[0]!r}, which is not supported: {cure}")
-    elsewhere = {"function_call": "give it in 'tool_calls'", **dict.fromkeys(_TOOLS, "give it as the record's 'tools'")}
+    elsewhere = {
+        "function_call": "give it in 'tool_calls'",
+        **dict.fromkeys(_TOOLS, "give it as the record's 'tools'"),
+        **dict.fromkeys(MEDIA, "only texts are read; remove it"),
+    }
     for name, advice in elsewhere.items():
-        if without_nulls(message.get(name)):
+        if not is_blank(message.get(name)):
             raise RecordError(where, "unsupported field", f"{place} has {name!r}, which is not supported: {advice}")
     if message.get("reasoning_details") and not thoughts_of(message):
         raise RecordError(
@@ -264,10 +320,12 @@ def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise RecordError(where, "bad messages", f"{place} must be an object, not {short(call)}")
     if "function" in call:
+        _refuse_misnamed_arguments(call, ("arguments", *_MISNAMED_ARGUMENTS), f"{place}.function", where)
         return {**call, "function": _check_call(call["function"], f"{place}.function", where)}
     if not isinstance(call.get("name"), str):
         raise RecordError(where, "bad messages", f"{place} has no text 'name', the function that is called")
     if "arguments" not in call:
+        _refuse_misnamed_arguments(call, _MISNAMED_ARGUMENTS, place, where)
         return {**call, "arguments": {}}
     arguments = _from_json(call["arguments"], dict, f"{place}.arguments", where, blank=dict)
     if not isinstance(arguments, dict):
@@ -279,20 +337,45 @@ def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
     return {**call, "arguments": require_json(arguments, f"{place}.arguments", where)}
 
 
+def _refuse_misnamed_arguments(call: Mapping[str, Any], names: Sequence[str], place: str, where: str) -> None:
+    """Raise where a call has its arguments under another name, or in another place: they would be left out."""
+    if misnamed := [name for name in names if not is_blank(call.get(name))]:
+        raise RecordError(
+            where,
+            "unsupported field",
+            f"{place} has no 'arguments', and {misnamed[0]!r} is given: rename it to 'arguments', beside 'name'",
+        )
+
+
 def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:
-    """A tool with its parameters as an object."""
+    """A tool with its schemas as objects."""
     tool = _from_json(tool, dict, place, where)
     if not isinstance(tool, dict):
         raise RecordError(where, "bad tools", f"{place} must be an object, not {short(tool)}")
     tool = without_nulls(tool)
     if "function" in tool:
         return {**tool, "function": _check_tool(tool["function"], f"{place}.function", where)}
-    if "parameters" not in tool:
-        return tool
-    parameters = _from_json(tool["parameters"], dict, f"{place}.parameters", where, blank=dict)
-    if not isinstance(parameters, dict):
-        raise RecordError(where, "bad tools", f"{place}.parameters must be an object, not {short(parameters)}")
-    return {**tool, "parameters": parameters}
+    schemas = {
+        name: _check_schema(tool[name], f"{place}.{name}", where, blank=dict) for name in _SCHEMAS if name in tool
+    }
+    return {**tool, **schemas}
+
+
+def _check_schema(schema: Any, place: str, where: str, *, blank: type | None = None) -> dict[str, Any]:
+    """A JSON schema as an object, with those of its properties."""
+    schema = _from_json(schema, dict, place, where, blank=blank)
+    if not isinstance(schema, dict):
+        raise RecordError(where, "bad tools", f"{place} must be an object, not {short(schema)}")
+    schema = dict(schema)
+    for name, kind in _INNER_SCHEMAS.items():
+        if isinstance(schema.get(name), str):
+            schema[name] = _from_json(schema[name], kind, f"{place}.{name}", where)
+    if isinstance(properties := schema.get("properties"), dict):
+        schema["properties"] = {
+            name: _check_schema(inner, f"{place}.properties.{name}", where) if isinstance(inner, str | dict) else inner
+            for name, inner in properties.items()
+        }
+    return schema
 
 
 def _from_json(value: Any, kind: type, what: str, where: str, *, blank: type | None = None) -> Any:

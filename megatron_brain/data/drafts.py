@@ -20,11 +20,10 @@ from megatron_brain.data.turns import encode_all_turns
 
 _LARGEST = sys.float_info.max
 
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 _DISLIKED = ("false", "0", "0.0", "no")
 """Spellings of a `label` of unpaired preferences that says not to learn a completion."""
-_MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
+_TOKEN_MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
 
 
 @dataclass(kw_only=True)
@@ -205,16 +204,16 @@ def _refuse_unsupported(record: Mapping[str, Any], where: str) -> None:
         isinstance(record.get(name), list) for name in ("prompt", "chosen", "completion")
     )
     cures = {
-        **dict.fromkeys(_MEDIA, "only texts are read; remove it"),
+        **dict.fromkeys(conversations.MEDIA, "only texts are read; remove it"),
         **dict.fromkeys(_WEIGHTS, "all records count alike; remove it, or give 'weight': 0 or 1 on assistant messages"),
-        **dict.fromkeys(_MASKS, "give messages with 'weight': 0 or 1 and --multi-turn-loss"),
+        **dict.fromkeys(_TOKEN_MASKS, "give messages with 'weight': 0 or 1 and --multi-turn-loss"),
         **(dict.fromkeys(("functions", "function_call"), "give the functions as 'tools'") if is_chat else {}),
         "system": f"{'' if is_chat else 'give messages, and '}give it as the first message, with the role system",
         **({} if is_chat else {"tools": "a text has no place for it; give messages"}),
     }
     for name, cure in cures.items():
         value = record.get(name)
-        changes = value not in (None, 1) if name in _WEIGHTS else bool(value)
+        changes = value not in (None, 1) if name in _WEIGHTS else not conversations.is_blank(value)
         if changes:
             raise RecordError(where, "unsupported field", f"field {name!r} is not supported: {cure}")
 

@@ -3,8 +3,9 @@
 A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the
 words of a message somewhere in the text proves nothing: the same words may stand elsewhere. So the conversation is
 rendered once more with every word replaced by one that stands nowhere else, and each of those must be there. What a
-template writes depends on the shape of a conversation (roles, fields, tags in the texts) and hardly on its words: one
-conversation of each shape is asked for, and of the others only that what is learned stands in its turn.
+template writes depends on the shape of a conversation (roles, fields, the template's own tags in the texts) and hardly
+on its words. So the first conversation of each shape is rendered once more; of later ones, only the learned turns are
+searched.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from megatron_brain.data.conversations import THOUGHTS, called_functions, short, thoughts_of
+from megatron_brain.config.errors import short
+from megatron_brain.data.conversations import THOUGHTS, called_functions, change_function, thoughts_of
 from megatron_brain.data.errors import RecordError
 
 if TYPE_CHECKING:
     from megatron_brain.data.chat import Chat
+    from megatron_brain.data.tokenizer import Tokenizer
 
 _CURE = "use a template that keeps it (--chat-template FILE), or remove it from the record"
 _SPOKEN = ("content", *THOUGHTS, "refusal")
@@ -29,6 +33,9 @@ _NAMED_BY_CALL = ("tool", "function", "ipython")
 _TAG = r"<[^<>\s][^<>\n]{0,60}>|\[/?[A-Z_]+\]|(?<![\w/])/\w+"
 _TAG_OR_WORD = re.compile(rf"({_TAG})|\w+")
 _TAGS, _WORD = re.compile(_TAG), re.compile(r"\w")
+_STAND_IN = re.compile(r"zq\d+x|73\d{8}")
+_COMPLETE: WeakKeyDictionary[Tokenizer, set[tuple]] = WeakKeyDictionary()
+"""Shapes of conversations that a tokenizer's templates were found to leave nothing out of."""
 
 
 class Span(NamedTuple):
@@ -57,13 +64,14 @@ def require_written(
         if (part := _missing_part(messages[index], text, span)) is not None:
             raise _left_out(chat, index, part)
     wanted = [index for index, message in enumerate(messages) if message["role"] != "assistant" or index in learned]
-    shape = (*map(_shape_of, messages), tuple(wanted), chat.settings, add_generation_prompt)
-    if shape in chat.tokenizer.written_shapes:
+    shape = (shape_of(chat, count), tuple(wanted), add_generation_prompt)
+    known = _COMPLETE.setdefault(chat.tokenizer, set())
+    if shape in known:
         return
     _require_words(chat, messages, wanted, add_generation_prompt=add_generation_prompt)
     for index in learned:
         _require_arguments_without_words(chat, messages, index, text)
-    chat.tokenizer.written_shapes.add(shape)
+    known.add(shape)
 
 
 def _require_words(
@@ -77,20 +85,24 @@ def _require_words(
             written = chat.render(replaced, add_generation_prompt=add_generation_prompt)
         except RecordError:
             continue  # The template looks into the calls; those it writes it was found to write in their turn.
+        there = set(_STAND_IN.findall(written))
         for word in probe.words:
-            if word.index in wanted and word.stand_in not in written:
+            if word.index in wanted and word.stand_in not in there:
                 raise _left_out(chat, word.index, word.part)
         return
 
 
 def _require_arguments_without_words(chat: Chat, messages: Sequence[Mapping[str, Any]], index: int, text: str) -> None:
-    """The same of arguments that are neither words nor numbers, such as true: without them, another text is written."""
+    """Arguments such as true have no words to replace: they are left out, and another text must be written then."""
     calls = messages[index].get("tool_calls", [])
     for place, function in enumerate(called_functions(calls)):
         arguments = function.get("arguments")
         if not arguments or _has_words(arguments):
             continue
-        emptied = [_with_arguments(call, {}) if i == place else call for i, call in enumerate(calls)]
+        emptied = [
+            change_function(call, lambda function: {**function, "arguments": {}}) if i == place else call
+            for i, call in enumerate(calls)
+        ]
         others = [*messages[:index], {**messages[index], "tool_calls": emptied}, *messages[index + 1 :]]
         if chat.render(others, add_generation_prompt=False) == text:
             raise _left_out(chat, index, f"{function['name']}({arguments})")
@@ -130,10 +142,16 @@ def _left_out(chat: Chat, index: int, part: str) -> RecordError:
     return RecordError(chat.where, "chat template", message)
 
 
-def _shape_of(message: Mapping[str, Any]) -> tuple:
-    """What a template's decisions about a message can depend on."""
+def shape_of(chat: Chat, count: int) -> tuple:
+    """What a template's decisions about the first `count` messages can depend on."""
+    source = "".join(chat.tokenizer.chat_templates.values())
+    return (*(_shape_of_message(message, source) for message in chat.messages[:count]), chat.settings)
+
+
+def _shape_of_message(message: Mapping[str, Any], source: str) -> tuple:
+    """The same of a message. Of the tags in its texts, those count that stand in the template's source."""
     said = tuple(
-        (name, tuple(_TAGS.findall(message[name])), bool(_WORD.search(message[name])))
+        (name, tuple(tag for tag in _TAGS.findall(message[name]) if tag in source), bool(_WORD.search(message[name])))
         for name in (*_SPOKEN, "name")
         if message.get(name)
     )
@@ -158,12 +176,6 @@ def _has_words(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_WORD.search(value))
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _with_arguments(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    if "function" in call:
-        return {**call, "function": _with_arguments(call["function"], arguments)}
-    return {**call, "arguments": arguments}
 
 
 def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | None:
@@ -222,18 +234,19 @@ class _Probe:
             },
         }
         if self._with_calls and message.get("tool_calls"):
-            replaced["tool_calls"] = [self._in_call(call, index) for call in message["tool_calls"]]
+            replaced["tool_calls"] = [
+                change_function(call, lambda function: self._in_function(function, index))
+                for call in message["tool_calls"]
+            ]
         return replaced
 
     def _in_text(self, text: str, index: int) -> str:
         return _TAG_OR_WORD.sub(lambda match: match[1] or self._new(index, text), text)
 
-    def _in_call(self, call: Mapping[str, Any], index: int) -> dict[str, Any]:
-        if "function" in call:
-            return {**call, "function": self._in_call(call["function"], index)}
-        replaced = {**call, "name": self._new(index, call["name"])}
-        if "arguments" in call:
-            replaced["arguments"] = self._in_value(call["arguments"], index)
+    def _in_function(self, function: Mapping[str, Any], index: int) -> dict[str, Any]:
+        replaced = {**function, "name": self._new(index, function["name"])}
+        if "arguments" in function:
+            replaced["arguments"] = self._in_value(function["arguments"], index)
         return replaced
 
     def _in_value(self, value: Any, index: int) -> Any:

@@ -85,7 +85,10 @@ def parse_record(where: str, raw: Any) -> dict[str, Any]:
         raise RecordError(
             where, "no JSON object", f"must be a JSON object with named fields, not {type(value).__name__}"
         )
-    return json_values.without_nulls(value)
+    try:
+        return json_values.without_nulls(value)
+    except RecursionError as error:
+        raise RecordError(where, "nested too deeply", "is nested too deeply to be read; remove the record") from error
 
 
 def source_files(source: str) -> list[Path]:

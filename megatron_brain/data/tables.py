@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_brain.data.errors import RecordError
+from megatron_brain.data.json_values import require_text
 
 if TYPE_CHECKING:
     import datasets
@@ -173,6 +174,8 @@ def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | Reco
             [fields[name]] = _values(column)
         except UnicodeDecodeError as error:
             return _no_text(where, f"field {name!r}", error)
+        except RecordError as error:
+            return RecordError(where, error.kind, f"field {name!r}: {error.message}")
         except KeyError as error:  # of a map
             return RecordError(where, "wrong type", f"field {name!r} has a key twice: write the table anew ({error})")
         except json.JSONDecodeError as error:
@@ -226,7 +229,7 @@ def _from_json(value: Any, kind: pyarrow.DataType) -> Any:
     if value is None:
         return None
     if _is_json(kind):
-        return json.loads(value)
+        return json.loads(value) if "\\u" not in value else require_text(json.loads(value), "")
     if isinstance(value, list):
         return [_from_json(member, kind.value_type) for member in value]
     if pyarrow.types.is_map(kind):

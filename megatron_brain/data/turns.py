@@ -19,11 +19,13 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
+from weakref import WeakKeyDictionary
 
+from megatron_brain.config.errors import short
 from megatron_brain.data.chat import Chat, require_answer, require_begins, require_closed
-from megatron_brain.data.conversations import short, weight_of
+from megatron_brain.data.conversations import weight_of
 from megatron_brain.data.errors import RecordError
-from megatron_brain.data.omissions import Span, require_written
+from megatron_brain.data.omissions import Span, require_written, shape_of
 from megatron_brain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ _MARK_CURE = (
     "in the chat template (--chat-template FILE), or train on the last turn only (without --multi-turn-loss)"
 )
 _KIND = "unmarked assistant turns"
+_AGREED: WeakKeyDictionary[Tokenizer, set[tuple]] = WeakKeyDictionary()
+"""Shapes of conversations in which a tokenizer's marks were found to be what growing conversations tell."""
 
 
 def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
@@ -88,12 +92,17 @@ def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
         return text, _grown(chat, text, indices)
     text, marks = chat.marked()
     turns = _marked(chat, text, indices, marks)
+    # Both ways are compared once for each shape: growing conversations are rendered turn by turn.
+    known, shape = _AGREED.setdefault(chat.tokenizer, set()), shape_of(chat, len(chat.messages))
+    if shape in known:
+        return text, turns
     try:
         grown = _grown(chat, text, indices)
     except RecordError:
-        return text, turns  # The text of a turn depends on what follows it.
+        grown = turns  # The text of a turn depends on what follows it.
     for index in indices:
         _require_same(chat, text, index, turns[index], grown[index])
+    known.add(shape)
     return text, turns
 
 

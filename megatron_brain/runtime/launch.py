@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from megatron_brain.config.errors import ConfigError, OwnError
 
 _FIRST_PORT, _PORTS, _LAST_PORT = 20_000, 10_000, 65_535
+_DEFAULT_PORT = 29_500
+"""torchrun's, where no name of the job is known."""
 _CURE = "Start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT on every process"
 
 
@@ -157,8 +159,8 @@ def processes_of_node(default: int, environment: Mapping[str, str] | None = None
     return _number(environment, "LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in environment else default
 
 
-def speaks(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this process tells what all of them find; also where they do not know of each other."""
+def is_reporting_rank(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process prints the messages that are the same on all ranks."""
     environment = os.environ if environment is None else environment
     names = ("RANK", *(launcher.rank for launcher in _LAUNCHERS))
     first = next((environment[name] for name in names if environment.get(name)), "0")
@@ -266,11 +268,9 @@ def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
 
 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
-    """A port that all processes of a job come to, and others of another job."""
+    """A port that all processes of a job come to; those of another job come to another where the job has a name."""
     job = [environment[name] for name in launcher.job if name in environment]
-    # On one node, the launcher is the parent of all processes.
-    known = " ".join(job) if job else str(os.getppid())
-    return _FIRST_PORT + zlib.crc32(known.encode()) % _PORTS
+    return _FIRST_PORT + zlib.crc32(" ".join(job).encode()) % _PORTS if job else _DEFAULT_PORT
 
 
 def _given_port(environment: Mapping[str, str]) -> int | None:

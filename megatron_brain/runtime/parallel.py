@@ -122,13 +122,13 @@ def launched_device() -> torch.device:
     if cpu_backend.needs_cpu_backend():
         return torch.device("cpu")
     launch = read_launch()
+    if torch.cuda.device_count() == 1:  # A launcher may show each process its own GPU alone.
+        return torch.device("cuda", 0)
     if launch.local_rank is None and launch.world_size > 1:
         raise ConfigError(
             f"LOCAL_RANK is not set on rank {launch.rank} of {launch.world_size}: which of this node's GPUs is its own?"
         )
-    # A launcher may show each process one GPU alone.
-    one_each = torch.cuda.device_count() == 1
-    return torch.device("cuda", 0 if one_each else launch.local_rank or 0)
+    return torch.device("cuda", launch.local_rank or 0)
 
 
 def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -> Parallel:

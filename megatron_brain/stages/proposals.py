@@ -20,7 +20,7 @@ from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rol
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.run_length import rounds
-from megatron_brain.training.same_data import require_same_rollouts
+from megatron_brain.training.same_data import read_on_all, require_same_rollouts
 from megatron_brain.training.trainer import Trainer
 
 
@@ -176,7 +176,7 @@ class RolloutFiles:
         self._run, self._placement = run, placement
         self._files = rollout_files(run.config.brain.rollout_data)
         # All of them now: what is wrong with the last file must not stop a run after days.
-        groups = {path: len(read_round(run.config, path)) for path in self._files}
+        groups = {path: len(self._read(path)) for path in self._files}
         self.groups_per_round = groups[self._files[0]]
         other = next((path for path in self._files if groups[path] != self.groups_per_round), None)
         if other is not None and run.config.brain.refresh_interval is None:
@@ -193,9 +193,12 @@ class RolloutFiles:
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Read this replica's rollouts of a round, from the first file again after the last."""
         path = self._files[number % len(self._files)]
-        rollouts = read_round(self._run.config, path)
+        rollouts = self._read(path)
         require_same_rollouts(rollouts, path, self._run.parallel)
         return self._placement.deal([dataclasses.replace(rollout, index=i) for i, rollout in enumerate(rollouts)])
+
+    def _read(self, path: str) -> list[Rollout]:
+        return read_on_all(lambda: read_round(self._run.config, path), self._run.parallel)
 
 
 def read_round(config: RunConfig, path: str) -> list[Rollout]:

@@ -30,10 +30,10 @@ from megatron_brain.models.fp8_weights import written
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
-from megatron_brain.runtime.launch import speaks
+from megatron_brain.runtime.launch import is_reporting_rank
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
-from megatron_brain.training.same_data import require_same_data
+from megatron_brain.training.same_data import read_on_all, require_same_data
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ class Run:
             source, reader, split, limit: as `read_corpus` takes them.
 
         Raises:
-            ValueError: a bad record, or prepared data that does not fit the run.
-            RuntimeError: on all ranks, where some have read other records than rank 0.
+            AgreedError: on all ranks: a bad record, prepared data that does not fit the run, or other records than
+                those of rank 0.
         """
-        corpus = read_corpus(source, reader, split=split, limit=limit)
+        corpus = read_on_all(lambda: read_corpus(source, reader, split=split, limit=limit), self.parallel)
         require_same_data(corpus, reader, f"--{flag.replace('_', '-')} {source}", self.parallel)
         self.corpora[flag] = corpus
         return corpus.items
@@ -98,6 +98,8 @@ class Run:
             ValueError: the model's vocabulary is another one, or the layout does not fit it.
         """
         info = read_info(directory)
+        if self.config.checkpoint.verify:
+            require_files(info)
         model = resolve_frozen(self.config, info, self.parallel.world_size)
         # Modules draw initial values that nobody uses: what a run draws must not depend on when a scorer is loaded.
         fp8 = without_history(self.config.fp8)
@@ -184,15 +186,25 @@ def fix_template_date(
 
     Args:
         parallel: rank 0's clock counts where neither --template-date nor the checkpoint says it; None: this one's.
+
+    Raises:
+        AgreedError: the templates of some ranks write a date and those of others do not.
     """
     asked = config.tokenizer.template_date
+    date = asked or (start_from.template_date if start_from is not None else "") or now()
+    if parallel is not None:
+        told = parallel.gather_over_world((tokenizer.uses_clock, date))
+        date = told[0][1]
+        if len({uses_clock for uses_clock, _ in told}) > 1:
+            other = next(rank for rank, (uses_clock, _) in enumerate(told) if uses_clock != told[0][0])
+            raise AgreedError(
+                f"rank 0 and rank {other} have other chat templates, of which one writes the date: put one copy of the "
+                "tokenizer where all nodes see it"
+            )
     if not tokenizer.uses_clock:
         if asked is not None:
             log.warning("template_date=%s has no effect: the chat template writes no date", asked)
         return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, template_date=None))
-    date = asked or (start_from.template_date if start_from is not None else "") or now()
-    if parallel is not None:
-        date = parallel.gather_over_world(date)[0]
     tokenizer.template_time = parse_date(date)
     log.info(
         "the chat template writes the date: it is %s for the whole run and its checkpoints (--template-date)", date
@@ -205,7 +217,7 @@ def _check_same_layers(parallel: Parallel, impl: str, reason: str) -> None:
     found = parallel.gather_over_world((impl, reason))
     if len({chosen for chosen, _ in found}) > 1:
         told = "; ".join(f"rank {rank}: {chosen} ({why})" for rank, (chosen, why) in enumerate(found))
-        raise RuntimeError(f"ranks would have different layers: {told}. Mend that, or use --transformer-impl local")
+        raise AgreedError(f"ranks would have different layers: {told}. Mend that, or use --transformer-impl local")
 
 
 def _check_same_start(parallel: Parallel, start_from: CheckpointInfo | None, *, resuming: bool) -> None:
@@ -214,9 +226,7 @@ def _check_same_start(parallel: Parallel, start_from: CheckpointInfo | None, *, 
     found = parallel.gather_over_world(mine)
     if len(set(found)) > 1:
         told = "; ".join(f"rank {rank}: {start[0] if start else 'none'}" for rank, start in enumerate(found))
-        raise RuntimeError(
-            f"ranks found different checkpoints to start from: {told}. Name one iter_ folder with --load"
-        )
+        raise AgreedError(f"ranks found different checkpoints to start from: {told}. Name one iter_ folder with --load")
 
 
 def find_start(config: RunConfig) -> tuple[CheckpointInfo | None, bool]:
@@ -316,6 +326,6 @@ def _without_sizes(model: ModelConfig) -> ModelConfig:
 
 def set_up_logging() -> None:
     """Messages of this package on rank 0, warnings of others."""
-    level = logging.INFO if speaks() else logging.ERROR
+    level = logging.INFO if is_reporting_rank() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_brain").setLevel(level)

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
-from megatron_brain.config.errors import AgreedError
+from megatron_brain.config.errors import AgreedError, is_ours
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.corpus import Corpus, place_of
 from megatron_brain.data.records import RecordReader
+from megatron_brain.files import explained
 from megatron_brain.runtime.parallel import Parallel
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def read_on_all(read: Callable[[], T], parallel: Parallel) -> T:
+    """What `read` returns on this rank. All ranks call it, and where it fails on one, it fails on all.
+
+    Raises:
+        AgreedError: what the first rank that failed says, with the ranks where they are not all.
+    """
+    result, problem = None, None
+    try:
+        with explained():
+            result = read()
+    except ValueError as error:
+        if not is_ours(error):
+            raise
+        problem = error
+    told = parallel.gather_over_world(None if problem is None else str(problem))
+    failed = [rank for rank, text in enumerate(told) if text is not None]
+    if failed:
+        first = told[failed[0]]
+        raise AgreedError(first if len(failed) == len(told) else f"{first} ({_named(failed)} alone)") from problem
+    return result
 
 
 def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel: Parallel) -> None:
@@ -28,7 +53,7 @@ def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel:
         name: of the source, for the error.
 
     Raises:
-        RuntimeError: on all ranks; names the ranks and the first record that differs.
+        AgreedError: on all ranks; names the ranks and the first record that differs.
     """
     mine = corpus.contents
     everyone: list[Contents] = parallel.gather_over_world(mine)
@@ -46,23 +71,28 @@ def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel:
         pairs = zip(told[0], told[others[0]], strict=True)
         (_, here), (_, there) = next(pair for pair in pairs if pair[0][0] != pair[1][0])
         said = f"the first that differs is {here} on rank 0, {there} on rank {others[0]}"
-    ranks = ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
-    raise RuntimeError(
-        f"{name}: ranks have read other records than rank 0 (ranks {ranks}): {said}. Is the file, or the tokenizer, "
+    raise AgreedError(
+        f"{name}: ranks have read other records than rank 0 ({_named(others)}): {said}. Is the file, or the tokenizer, "
         "another one on some node? Put one copy where all nodes see it"
     )
 
 
 def require_same_rollouts(rollouts: Sequence[Any], path: str, parallel: Parallel) -> None:
-    """Raise RuntimeError on all ranks where some have read other rollouts from a file than rank 0. All call it."""
+    """Raise AgreedError on all ranks where some have read other rollouts from a file than rank 0. All call it."""
     told = [json.dumps(rollout.as_dict(), sort_keys=True) for rollout in rollouts]
     everyone = parallel.gather_over_world(xxhash.xxh3_64_hexdigest("\n".join(told).encode()))
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if others:
-        raise RuntimeError(
-            f"{path}: ranks {', '.join(map(str, others[:8]))} have read other rollouts than rank 0. Is the file "
-            "another one on some node? Put one copy where all nodes see it"
+        raise AgreedError(
+            f"{path}: {_named(others)} have read other rollouts than rank 0. Is the file another one on some node? Put "
+            "one copy where all nodes see it"
         )
+
+
+def _named(ranks: Sequence[int]) -> str:
+    """Ranks in words."""
+    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
 def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, Any] | None) -> None:
@@ -76,7 +106,7 @@ def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, An
         AgreedError: names what differs and between which records.
     """
     if state is None:
-        log.info("the checkpoint has no fingerprint of its data: that they are the same is told by their number alone")
+        log.info("the checkpoint has no fingerprint of its data: only the number of records can be compared")
         return
     for flag, corpus in corpora.items():
         earlier = state.get(flag)

@@ -93,6 +93,7 @@ def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context:
 def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: Context) -> None:
     """As where another job is saving, or storage shows nodes different contents; and a rank that finds none at all."""
     from megatron_brain.checkpointing import CheckpointError, load_weights, read_info
+    from megatron_brain.config.errors import AgreedError
 
     path = context.shared / f"different_{context.world_size}"
     flags = [*random_start(context), "--train-iters", "9"]
@@ -103,7 +104,7 @@ def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: C
     if context.world_size == 1:
         return
     mine = path / f"iter_000000{1 + trainer.parallel.rank}"
-    with pytest.raises(RuntimeError, match="rank 0: iter_0000001; rank 1: iter_0000002"):
+    with pytest.raises(AgreedError, match="rank 0: iter_0000001; rank 1: iter_0000002"):
         open_trainer("sft", flags_of("sft", layout, context, *flags, "--load", str(mine)))
     with pytest.raises(CheckpointError, match="different checkpoints in .*: iter_0000001, iter_0000002"):
         load_weights(read_info(mine), trainer.chunks, head="policy")

@@ -9,6 +9,7 @@ import pytest
 
 from distributed.runs import flags_of, open_trainer, random_start, step
 from distributed.world import Context, Layout, at
+from megatron_brain.config.errors import AgreedError
 
 _two = at(lambda layout: layout.name in ("tp2", "dp2"))
 _DATED = (
@@ -89,10 +90,35 @@ def case_a_rank_with_another_file_is_named(layout: Layout, context: Context) -> 
     edited = _write(folder / f"edited_{_rank()}.jsonl", _chats(13 if is_other else None))
     if last == 0:
         return
-    with pytest.raises(RuntimeError, match=rf"ranks {last}\): rank 0 has 20 records of it, rank {last} 19.*one copy"):
+    with pytest.raises(AgreedError, match=rf"rank {last}\): rank 0 has 20 records of it, rank {last} 19.*one copy"):
         open_trainer("sft", _flags(layout, context, shorter, *with_template))
-    with pytest.raises(RuntimeError, match=rf"edited_0.jsonl:14 on rank 0, .*edited_{last}.jsonl:14 on rank {last}"):
+    with pytest.raises(AgreedError, match=rf"edited_0.jsonl:14 on rank 0, .*edited_{last}.jsonl:14 on rank {last}"):
         open_trainer("sft", _flags(layout, context, edited, *with_template))
+
+
+@_two
+def case_what_one_rank_alone_finds_wrong_stops_all(layout: Layout, context: Context) -> None:
+    """No rank is left waiting for the one that has stopped."""
+    folder, last = _folder(layout, context, "one_rank"), context.world_size - 1
+    if last == 0:
+        return
+    is_other = _rank() == last
+    template = folder / f"template_{_rank()}.jinja"
+    folder.mkdir(exist_ok=True)
+    template.write_text(_DATED.replace("{{ strftime_now('%d %b %H:%M') }}\n", ""))
+    missing = folder / ("missing.jsonl" if is_other else f"there_{_rank()}.jsonl")
+    if not is_other:
+        _write(missing, _chats())
+    with pytest.raises(AgreedError, match=rf"missing.jsonl: no such file.*\(rank {last} alone\)"):
+        open_trainer("sft", _flags(layout, context, missing, "--chat-template", str(template)))
+    bad = _write(folder / f"bad_{_rank()}.jsonl", [*_chats(), {"messages": []}])
+    with pytest.raises(AgreedError, match=r"bad_0.jsonl:21: "):
+        open_trainer("sft", _flags(layout, context, bad, "--chat-template", str(template)))
+    for with_clock in (is_other, not is_other):
+        dated = folder / f"dated_{_rank()}.jinja"
+        dated.write_text(_DATED if with_clock else template.read_text())
+        with pytest.raises(AgreedError, match=r"other chat templates, of which one writes the date"):
+            open_trainer("sft", _flags(layout, context, missing, "--chat-template", str(dated)))
 
 
 def _rank() -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy
+import xxhash
 
 from megatron_brain.config.errors import ConfigError
 
@@ -37,14 +38,24 @@ class Document:
     sequences: Sequence[Sequence[int]]
     fields: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_checksum(self, value: int) -> Document:
-        """The same with a checksum of its item, 64 bits."""
-        return Document(self.sequences, {**self.fields, "checksum": f"{value:016x}"})
+    def with_checksum(self) -> Document:
+        """The same with a checksum among its fields."""
+        return Document(self.sequences, {**self.fields, "checksum": self._checksum()})
 
-    def require_checksum(self, value: int) -> None:
-        """Raise ValueError where the checksum that was written is not this one."""
-        if self.fields.get("checksum") != f"{value:016x}":
+    def require_checksum(self) -> None:
+        """Raise ValueError where the document is not the one that the checksum was made of."""
+        if self.fields.get("checksum") != self._checksum():
             raise ValueError("it is not what was written, by its checksum")
+
+    def _checksum(self) -> str:
+        """XXH3 of 64 bits over the sequences and all other fields that are not null."""
+        digest = xxhash.xxh3_64()
+        for sequence in self.sequences:
+            digest.update(len(sequence).to_bytes(8, "little"))
+            digest.update(numpy.asarray(sequence, dtype=numpy.int64).tobytes())
+        fields = {name: value for name, value in self.fields.items() if name != "checksum" and value is not None}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+        return digest.hexdigest()
 
 
 class DocumentReader(ABC):

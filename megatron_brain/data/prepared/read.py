@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_brain.config.errors import ConfigError
@@ -21,21 +21,11 @@ class PreparedItems(Sequence[Item]):
 
     Args:
         documents: the first `count` of which are the items.
-        checksum: of an item, by which what is read is compared with what was written.
         prefix: of the files, for what is damaged.
     """
 
-    def __init__(
-        self,
-        documents: DocumentReader,
-        codec: Codec[Item],
-        count: int,
-        *,
-        checksum: Callable[[Item], int],
-        prefix: str,
-    ) -> None:
-        self._documents, self._codec, self._count = documents, codec, count
-        self._checksum, self._prefix = checksum, prefix
+    def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int, *, prefix: str) -> None:
+        self._documents, self._codec, self._count, self._prefix = documents, codec, count, prefix
 
     def __len__(self) -> int:
         return self._count
@@ -44,9 +34,8 @@ class PreparedItems(Sequence[Item]):
         place = range(self._count)[index]
         document = self._documents[place]
         try:
-            item = self._codec.decode(document)
-            document.require_checksum(self._checksum(item))
-            return item
+            document.require_checksum()
+            return self._codec.decode(document)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self._prefix}: document {place} is damaged ({type(error).__name__}: {error}): copy the files again, "
@@ -85,7 +74,7 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    items = PreparedItems(documents, CODECS[info.stage], count, checksum=reader.hash, prefix=prefix)
+    items = PreparedItems(documents, CODECS[info.stage], count, prefix=prefix)
     if count == len(documents):
         return items, report, Contents.from_dict(info.contents)
     return items, report, reader.contents(list(map(reader.hash, items)))

@@ -48,7 +48,6 @@ class Tokenizer(ABC):
         special_ids: ids of special tokens, which only a chat template writes into a text.
         special_texts: their texts.
         chat_templates: the Jinja templates of chat records by name; "default" is that of records without tools.
-        written_shapes: shapes of conversations that the templates were found to leave nothing out of.
         template_time: what templates that write a date take for now, the same for a whole run.
     """
 
@@ -61,7 +60,6 @@ class Tokenizer(ABC):
     special_ids: frozenset[int] = frozenset()
     special_texts: frozenset[str] = frozenset()
     chat_templates: Mapping[str, str] = {}
-    written_shapes: set
     template_time: datetime
 
     @property
@@ -94,9 +92,17 @@ class Tokenizer(ABC):
         """
         return self.encode_batch(texts, parse_special=parse_special)
 
+    @property
+    def marks_words(self) -> bool:
+        """Whether a word mark is put before every text, which a response that follows a prompt must not have."""
+        return False
+
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of a response: what follows the text of its prompt, a space at its beginning included."""
-        return self.decode(ids)
+        if not self.marks_words:
+            return self.decode(ids)
+        letter = self.encode("a")
+        return self.decode([*letter, *ids]).removeprefix(self.decode(letter))
 
     @abstractmethod
     def save(self, directory: str | Path) -> None:
@@ -157,6 +163,8 @@ class Tokenizer(ABC):
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """Token ids of consecutive pieces of one rendered chat: no token reaches from one piece into the next."""
+        if not self.marks_words:
+            return self.encode_batch(pieces, parse_special=True)
         first, *rest = pieces
         encoded = self.encode_batch([first], parse_special=True)
         for text in rest:

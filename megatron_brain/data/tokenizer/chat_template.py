@@ -247,7 +247,9 @@ class ChatRenderer:
                 written = json.dumps(arguments) if text_arguments else _CALLED
                 if self._writes(template, calling, tried, wanted=written, but_not=repr(arguments)):
                     return tried
-        return dialect
+        # It writes no calls, which is told later: they must not fail before.
+        takes = (replace(dialect, no_content=no_content) for no_content in ("absent", "null", "empty"))
+        return next((tried for tried in takes if self._writes(template, calling, tried, wanted="")), dialect)
 
     def _writes(
         self, template: str, messages: Messages, dialect: _Dialect, *, wanted: str = _WORD, but_not: str | None = None

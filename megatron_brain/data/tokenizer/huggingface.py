@@ -57,7 +57,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special_texts = frozenset(self.hf.convert_ids_to_tokens(sorted(self.special_ids)))
         self._chats = ChatRenderer(self.hf)
         self.chat_templates = self._chats.templates
-        self.written_shapes = set()
         backend = getattr(self.hf, "backend_tokenizer", None)
         self._unmarked = None if backend is None else without_word_mark(backend)
         self._marks_after_added = self._unmarked is not None and self._finds_mark_after_added()
@@ -179,11 +178,9 @@ class HuggingFaceTokenizer(Tokenizer):
         known = [i for i in ids if 0 <= i < self.vocab_size]
         return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def decode_response(self, ids: Sequence[int]) -> str:
-        if self._unmarked is None:
-            return self.decode(ids)
-        letter = self.encode(_LETTER)
-        return self.decode([*letter, *ids]).removeprefix(self.decode(letter))
+    @property
+    def marks_words(self) -> bool:
+        return self._unmarked is not None
 
     def save(self, directory: str | Path) -> None:
         self.hf.save_pretrained(str(directory))

@@ -97,11 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
 
-    def decode_response(self, ids: Sequence[int]) -> str:
-        if self._unmarked is None:
-            return self.decode(ids)
-        letter = self.encode("a")
-        return self.decode([*letter, *ids]).removeprefix(self.decode(letter))
+    @property
+    def marks_words(self) -> bool:
+        return self._unmarked is not None
 
     def save(self, directory: str | Path) -> None:
         target = Path(directory) / SENTENCEPIECE_FILE

@@ -11,9 +11,10 @@ from helpers.tiny_training import Training, equal_weights
 
 from megatron_brain.checkpointing import load_weights, read_info, read_records, require_files
 from megatron_brain.checkpointing.boxes import Part
-from megatron_brain.checkpointing.checksums import checksum, damage, my_share
+from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.folders import INFO
 from megatron_brain.checkpointing.index import INDEX, StoredBox, read_index
+from megatron_brain.checkpointing.verification import find_damaged_boxes, my_share
 from megatron_brain.config.errors import ConfigError
 
 DATA = "weights_00000.safetensors"
@@ -65,7 +66,7 @@ def test_a_flipped_bit_is_found_named_and_read_only_if_asked_to(key, bit, saved,
 def test_of_what_is_damaged_only_what_is_read_matters(saved, single):
     flip(saved / DATA, place_of(saved, "optimizer.exp_avg.decoder.final_layernorm.weight"))
     load_weights(read_info(saved), Training(single).chunks, head="policy")
-    assert list(damage((box for boxes in read_index(saved).boxes.values() for box in boxes), saved)) == [
+    assert list(find_damaged_boxes((box for boxes in read_index(saved).boxes.values() for box in boxes), saved)) == [
         f"optimizer.exp_avg.decoder.final_layernorm.weight@0 in {DATA}"
     ]
 
@@ -204,3 +205,10 @@ def test_the_tool_tells_a_mistake_from_damage(inspect_checkpoint, saved, tmp_pat
     as_before_checksums(saved)
     assert inspect_checkpoint([str(saved)]) == 0
     assert "not verified: it is of an earlier version" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_which_one_part_has_lost_its_checksum_is_damaged(saved):
+    index = saved / "tensors.json"
+    index.write_text(index.read_text().replace('"checksum"', '"chdcksum"', 1))
+    with pytest.raises(ConfigError, match=r"tensors.json: .* has no checksum, and others have\. Copy it again"):
+        read_index(saved)

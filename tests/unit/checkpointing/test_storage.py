@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_brain.checkpointing import storage
+from megatron_brain.checkpointing import data_files, storage
 from megatron_brain.checkpointing.boxes import Box
 from megatron_brain.checkpointing.index import INDEX, read_index, write_index
 from megatron_brain.checkpointing.storage import (
@@ -166,7 +166,7 @@ def test_of_a_file_only_what_is_needed_is_read(tmp_path, mapped):
 
 
 def test_a_large_file_is_let_go_of_while_it_is_read(tmp_path, mapped, monkeypatch):
-    monkeypatch.setattr(storage, "_MAPPED_BYTES", 8 * 2**20)
+    monkeypatch.setattr(data_files, "_MAPPED_BYTES", 8 * 2**20)
     boxes = [box(f"w{number}", torch.full((2**20,), float(number))) for number in range(16)]
     write_index(tmp_path, write_file(boxes, tmp_path / DATA))
     stored = read_tensors(tmp_path)

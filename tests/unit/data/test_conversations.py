@@ -387,7 +387,9 @@ def test_a_label_that_says_something_else_is_no_hindrance(thinking, label):
 @pytest.mark.parametrize(
     "spelled",
     [json.dumps([USER]), json.dumps([USER], indent=2), str([USER]), json.dumps(USER), f" {[USER, ANSWER]}",
-     str([{"content": "a", "role": "user"}]), str([USER, ANSWER]).replace("}, {", "}\n {")],
+     str([{"content": "a", "role": "user"}]), str([USER, ANSWER]).replace("}, {", "}\n {"),
+     json.dumps([{"id": 1, **USER}]), json.dumps([{"thinking": None, **ANSWER}]), json.dumps({"messages": [USER]}),
+     json.dumps([{"from": "human", "value": "a"}]), json.dumps(json.dumps([USER]))],
 )  # fmt: skip
 def test_messages_written_as_a_text_are_no_prompt(thinking, field, spelled):
     record = {"prompt": "a", "completion": "b", field: spelled}
@@ -397,8 +399,9 @@ def test_messages_written_as_a_text_are_no_prompt(thinking, field, spelled):
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"a": 1}] is JSON', '{"role": "engineer", "place": "Ulm"}', 'say {"role": "user", "content": "a"}', "[user]: a"],
-)
+    ['[{"a": 1}] is JSON', '{"role": "engineer", "place": "Ulm"}', 'say {"role": "user", "content": "a"}', "[user]: a",
+     f"{json.dumps([USER])} What does this say?", json.dumps({"log": [USER]}), '"role": "user" is a field'],
+)  # fmt: skip
 def test_other_json_is_a_text_like_any(thinking, text):
     assert not isinstance(ids(thinking, {"prompt": text, "completion": text}), str)
 
@@ -437,3 +440,68 @@ def test_a_last_message_that_only_calls_a_tool_is_an_answer_in_every_stage(think
         assert prompt.tokens == sft.prompt == preference.group.prompt
         assert prompt.reference == '<call>{"name": "get_time", "arguments": {"city": "Ulm", "count": 2}}</call>'
     assert sft.responses[0] == preference.group.responses[0] != preference.group.responses[1]
+
+
+@pytest.mark.parametrize("name", ["parameters", "input", "args", "kwargs"])
+def test_a_call_whose_arguments_have_another_name_does_not_lose_them(thinking, name):
+    for function in ({"name": "f", name: {"city": "Ulm"}}, {"name": "f", "arguments": None, name: '{"city": "Ulm"}'}):
+        for calls in ([function], [{"type": "function", "function": function}]):
+            messages = [USER, {"role": "assistant", "tool_calls": calls}]
+            with pytest.raises(RecordError, match=rf"tool_calls\[0\].* no 'arguments', and '{name}' is given: rename"):
+                SFTReader(thinking, LIMITS).draft("x:1", {"messages": messages})
+    nothing = [USER, {"role": "assistant", "tool_calls": [{"name": "f", name: {}}]}]
+    assert ids(thinking, {"messages": nothing}) == ids(thinking, {"messages": [USER, called("f", {})]})
+
+
+def called(name, arguments):
+    return {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
+
+
+def test_arguments_beside_the_function_are_not_lost(thinking):
+    messages = [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}]
+    with pytest.raises(RecordError, match=r"tool_calls\[0\].function has no 'arguments', and 'arguments' is given"):
+        SFTReader(thinking, LIMITS).draft("x:1", {"messages": messages})
+
+
+@pytest.mark.parametrize("name", ["image", "images", "audio", "videos"])
+def test_what_is_no_text_in_a_message_is_refused_by_name(thinking, name):
+    with pytest.raises(RecordError, match=rf"messages\[0\] \(user\) has '{name}', which is not supported: only texts"):
+        SFTReader(thinking, LIMITS).draft("x:1", {"messages": [{**USER, name: ["a.png"]}, ANSWER]})
+    assert ids(thinking, {"messages": [{**USER, name: []}, ANSWER]}) == ids(thinking, {"messages": [USER, ANSWER]})
+
+
+@pytest.mark.parametrize("nothing", ["[]", "null", " ", "{}"])
+def test_no_tools_as_json_text_are_none(thinking, nothing):
+    texts = {"prompt": "a", "completion": " b"}
+    assert ids(thinking, {**texts, "tools": nothing}) == ids(thinking, texts)
+    chat = {"messages": [USER, ANSWER]}
+    assert ids(thinking, {"messages": [{**USER, "tools": nothing}, ANSWER]}) == ids(thinking, chat)
+
+
+@pytest.mark.parametrize("key", ["parameters", "input_schema", "inputSchema"])
+def test_schemas_are_objects_at_every_depth(key):
+    city = {"type": "string", "enum": ["Ulm"]}
+    schema = {"type": "object", "properties": {"city": city, "at": {"items": city}}, "required": ["city"]}
+    as_text = {
+        **schema,
+        "properties": json.dumps({"city": json.dumps(city), "at": {"items": json.dumps(city)}}),
+        "required": json.dumps(["city"]),
+    }
+    wanted = [{"name": "f", key: schema}]
+    for spelled in (
+        as_text,
+        json.dumps(as_text),
+        {**schema, "properties": {**schema["properties"], "city": json.dumps(city)}},
+    ):
+        assert check_tools({"tools": [{"name": "f", key: spelled}]}, "x:1") == wanted
+    with pytest.raises(RecordError, match=rf"tools\[0\].{key}.properties must be an object, and is a text that is no"):
+        check_tools({"tools": [{"name": "f", key: {"properties": "city: string"}}]}, "x:1")
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json"])
+def test_what_is_nested_too_deeply_is_named(kind, thinking, tmp_path):
+    deep = "[" * 700 + "]" * 700
+    fine = '{"prompt": "a", "completion": "b"}'
+    (tmp_path / kind).write_text(f'{fine}\n{fine[:-1]}, "x": {deep}}}\n')
+    with pytest.raises(RecordError, match=rf"{kind}:2: is nested too deeply"):
+        read_corpus(str(tmp_path / kind), SFTReader(thinking, LIMITS))

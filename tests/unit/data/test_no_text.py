@@ -162,3 +162,14 @@ def test_a_compressed_file_that_is_damaged_is_named(kind, state, hf_marked, tmp_
     path.write_bytes(data)
     with pytest.raises(ValueError, match=f"{path}: (cannot be read|the file is empty)"):
         read_corpus(str(path), settings(hf_marked).build())
+
+
+@pytest.mark.parametrize("escape", [r"\ud83d", r"\udc00 \ud800"])
+def test_half_a_surrogate_in_a_column_of_json_is_none_either(escape, hf_marked, tmp_path):
+    column = pyarrow.array([json.dumps("a"), f'"{escape}"', r'"\ud83d\ude00"'], pyarrow.json_())
+    table = pyarrow.table({"prompt": ["a"] * 3, "completion": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet\[1\]: field 'completion': .*surrogate"):
+        read_corpus(str(tmp_path / "a.parquet"), settings(hf_marked).build())
+    pyarrow.parquet.write_table(table.take([0, 2]), tmp_path / "b.parquet")
+    assert len(read_corpus(str(tmp_path / "b.parquet"), settings(hf_marked).build()).items) == 2

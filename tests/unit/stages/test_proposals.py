@@ -12,6 +12,8 @@ from megatron_brain.stages.placement import Placement
 from megatron_brain.stages.proposals import GivenPairs, RolloutFiles
 from megatron_brain.training.run import Run
 
+ALONE = SimpleNamespace(gather_over_world=lambda item: [item])
+
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
@@ -25,9 +27,8 @@ def given_pairs(assets, *, replicas=1):
     config = RunConfig(stage="brain")
     config.data.train_data, config.data.seq_length = str(assets / "pairs.jsonl"), 128
     config.brain.prompts_per_round, config.training.global_batch_size = 16, 8
-    alone = SimpleNamespace(gather_over_world=lambda item: [item])
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(assets / "tokenizer"))
-    run = Run(config=config, parallel=alone, tokenizer=tokenizer, start_from=None, resuming=False)
+    run = Run(config=config, parallel=ALONE, tokenizer=tokenizer, start_from=None, resuming=False)
     layouts = [SimpleNamespace(dp_rank=rank, dp_size=replicas, tp_size=1, pp_size=1) for rank in range(replicas)]
     return [GivenPairs(run, Placement(config.training, layout, interleaved=False)) for layout in layouts]
 
@@ -68,7 +69,7 @@ def test_rollout_files_are_read_in_turn_and_a_token_of_another_vocabulary_is_nam
     config.model.vocab_size, config.training.global_batch_size = 10, 1
     config.scoring.prior_load = config.scoring.reward_load = "elsewhere"
     layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
-    run = SimpleNamespace(config=config, parallel=SimpleNamespace(gather_over_world=lambda item: [item]))
+    run = SimpleNamespace(config=config, parallel=ALONE)
     files = RolloutFiles(run, Placement(config.training, layout, interleaved=False))
     assert files.rounds(3.0) == 2
     assert [files.rollouts(None, number)[0].id for number in range(3)] == ["a:1", "b:1", "a:1"]
@@ -98,4 +99,6 @@ def test_what_is_wrong_with_the_last_file_stops_a_run_before_its_first_round(las
     config.model.vocab_size, config.training.global_batch_size = 4, 1
     layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
     with pytest.raises(ValueError, match=message):
-        RolloutFiles(SimpleNamespace(config=config), Placement(config.training, layout, interleaved=False))
+        RolloutFiles(
+            SimpleNamespace(config=config, parallel=ALONE), Placement(config.training, layout, interleaved=False)
+        )

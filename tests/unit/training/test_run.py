@@ -5,7 +5,7 @@ import types
 import pytest
 from helpers.assets import size_flags, write_assets
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.config.errors import AgreedError, ConfigError
 from megatron_brain.config.loader import load_config
 from megatron_brain.training.run import _check_same_layers, open_run
 
@@ -17,7 +17,7 @@ def ranks(*found):
 
 def test_nodes_with_and_without_transformer_engine_are_told_apart():
     there, missing = ("transformer_engine", "version 2.16.0"), ("local", "transformer_engine is not installed")
-    with pytest.raises(RuntimeError, match=r"rank 1: local \(transformer_engine is not installed\)\. Mend that"):
+    with pytest.raises(AgreedError, match=r"rank 1: local \(transformer_engine is not installed\)\. Mend that"):
         _check_same_layers(ranks(there, missing), *there)
 
 

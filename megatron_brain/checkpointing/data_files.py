@@ -1,0 +1,71 @@
+"""A checkpoint's data files, to read from."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.errors import CURE, CheckpointError, DamagedError
+from megatron_brain.checkpointing.index import StoredBox
+from megatron_brain.files import explained
+
+T = TypeVar("T")
+
+_MAPPED_BYTES = 256 * 2**20
+
+
+def stored_name(part: Part) -> str:
+    """Name of a box in its file."""
+    return f"{part.key}@{','.join(map(str, part.offset))}"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator:
+    """A file of boxes, to read from.
+
+    Raises:
+        DamagedError: it is damaged.
+        ConfigError: it may not be read.
+        CheckpointError: the disk does not give it.
+    """
+    try:
+        with explained():
+            path.open("rb").close()  # The library says of any file that it may not open that it is not there.
+        with safe_open(path, framework="pt") as data:
+            yield data
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {error}. {CURE}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def by_file(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[tuple[str, list[T]]]:
+    """Items in batches of one file, with its name: as much as may be read before the file is closed.
+
+    What was read of a file counts as this process's memory until then. So a batch is at most 256 MiB, or one box.
+
+    Args:
+        items: in any order.
+        of: the box of an item.
+    """
+    ordered = sorted(items, key=lambda item: (of(item).file, of(item).part.key, of(item).part.offset))
+    for file, members in itertools.groupby(ordered, key=lambda item: of(item).file):
+        for batch in _batches(members, of):
+            yield file, batch
+
+
+def _batches(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[list[T]]:
+    """Cut where the boxes of a batch together would be larger than what may be mapped."""
+    batch, mapped = [], 0
+    for item in items:
+        nbytes = of(item).part.nbytes
+        if batch and mapped + nbytes > _MAPPED_BYTES:
+            yield batch
+            batch, mapped = [], 0
+        batch.append(item)
+        mapped += nbytes
+    yield batch
