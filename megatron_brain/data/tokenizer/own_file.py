@@ -120,9 +120,12 @@ def _read_own(place: str) -> Tokenizer | None:
 
 def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
     """In words, the first text that has other ids than in the file."""
+    texts = list(_probes(own))
     for literal in (False, True):
         own.encode_special_tokens = literal
-        for text in _probes(own):
+        if _ids(hf, texts, literal=literal) == [e.ids for e in own.encode_batch(texts, add_special_tokens=False)]:
+            continue
+        for text in texts:
             theirs, ours = _ids(hf, text, literal=literal), own.encode(text, add_special_tokens=False).ids
             if isinstance(theirs, str):
                 return f"cannot encode {text[:60]!r} ({theirs}), and {_FILE} can"
@@ -134,8 +137,8 @@ def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
     return None
 
 
-def _ids(hf: PreTrainedTokenizerBase, text: str, *, literal: bool = True) -> list[int] | str:
-    """The ids of a text, or why there are none: a class may lack what the vocabulary of another needs."""
+def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list | str:
+    """The ids of a text or of several, or why there are none: a class may lack what another's vocabulary needs."""
     try:
         return hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
     except Exception as error:  # whatever the class raises
