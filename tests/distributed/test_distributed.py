@@ -13,7 +13,7 @@ from helpers.assets import write_assets
 from distributed.world import LAYOUTS, case_names
 
 _WORLD = Path(__file__).parent / "world.py"
-_TIMEOUT_SECONDS = 900
+_TIMEOUT_SECONDS = 1800
 _NAMES = {size: case_names(size) for size in LAYOUTS}
 
 
