@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _FILE = "tokenizer.json"
 _VOCABULARIES = (_FILE, "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json", "*.spm")
 _SPECIAL_TOKENS_TRIED = 64
+_LONGEST = 300
+"""Characters of a text: every start of a run waits for them."""
 _LETTER = "a"
 _DIGITS = ("0", "7 1650", "2026-11-30", "12345678901234567890", "3.14159e-05", "a1b22c333")
 
@@ -157,7 +159,7 @@ def _not_encoded(own: Tokenizer) -> str | None:
 
 def _probes(own: Tokenizer) -> Iterator[str]:
     yield from _DIGITS
-    yield from AWKWARD_TEXTS
+    yield from (text[:_LONGEST] for text in AWKWARD_TEXTS)
     added = [token.content for token in own.get_added_tokens_decoder().values()]
     for token in added[:_SPECIAL_TOKENS_TRIED]:
         yield f"a{token} b{token}\n{token}{token}c"
