@@ -22,7 +22,7 @@ class Chat:
         tokenizer: renders them.
         messages: what `conversations.check_messages` returned.
         where: place of the record, for error messages.
-        tools: what `conversations.check_tools` returned.
+        tools: what `tools.check_tools` returned.
         template_kwargs: further variables of the template.
 
     Attributes:

@@ -11,12 +11,13 @@ import ast
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_brain.config.errors import short
 from megatron_brain.data.errors import RecordError
-from megatron_brain.data.json_values import require_json, require_text, without_nulls
+from megatron_brain.data.json_values import from_json, is_blank, require_json, without_nulls
+from megatron_brain.data.tools import check_call
 
 Messages = list[dict[str, Any]]
 
@@ -40,14 +41,6 @@ _TOOLS = ("tools", "functions")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Fields of what is no text, of a record or of a message."""
 
-_SCHEMAS = ("parameters", "input_schema", "inputSchema")
-"""Names of the schema of a tool's arguments: OpenAI's, Anthropic's and MCP's."""
-
-_INNER_SCHEMAS = {"properties": dict, "items": dict, "required": list, "enum": list}
-"""Parts of a schema that may be JSON text."""
-
-_BLANK_TEXTS = ("", "[]", "{}", "null")
-
 _OWN_VARIABLES = (
     *("messages", "tools", "add_generation_prompt", "chat_template", "conversations"),
     *("continue_final_message", "return_assistant_tokens_mask"),
@@ -60,9 +53,6 @@ _ROLE_IN_TEXT = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(_RO
 """What stands in any text of messages."""
 
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
-
-_MISNAMED_ARGUMENTS = ("parameters", "input", "args", "kwargs", "params")
-"""What others call the arguments of a call."""
 
 
 def is_messages(value: Any) -> bool:
@@ -80,29 +70,12 @@ def check_messages(messages: Any, key: str, where: str) -> Messages:
         RecordError: not a list of one or more objects with a text role and a text; a field that says which messages
             are learned in a way that is not supported. Names `where` and `key`.
     """
-    messages = _from_json(messages, list, repr(key), where)
+    messages = from_json(messages, list, repr(key), where)
     if not is_messages(messages) or not messages:
         raise RecordError(
             where, "bad messages", f"{key!r} must be a list of one or more messages {{'role', 'content'}}"
         )
     return [_check_message(message, f"{key}[{index}]", where) for index, message in enumerate(messages)]
-
-
-def check_tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """The functions that a record's ``tools`` describe, as objects; None where there are none.
-
-    The field, a tool and the parameters of one may be JSON text.
-
-    Raises:
-        RecordError: it is no list of objects, or holds what is no JSON.
-    """
-    tools = _from_json(record.get("tools"), list, "field 'tools'", where, blank=list)
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise RecordError(where, "bad tools", f"field 'tools' must be a list of objects, not {short(tools)}")
-    checked = [_check_tool(tool, f"tools[{index}]", where) for index, tool in enumerate(tools)]
-    return require_json(checked, "tools", where)
 
 
 def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -112,7 +85,7 @@ def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, An
         RecordError: it is no object, holds what is no JSON, or sets what the record's other fields do.
     """
     name = "chat_template_kwargs"
-    kwargs = _from_json(record.get(name), dict, f"field {name!r}", where, blank=dict)
+    kwargs = from_json(record.get(name), dict, f"field {name!r}", where, blank=dict)
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict):
@@ -142,19 +115,6 @@ def weight_of(message: Mapping[str, Any]) -> bool:
 def thoughts_of(message: Mapping[str, Any]) -> list[str]:
     """What was thought before the answer, as separate fields tell it."""
     return [message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()]
-
-
-def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
-    """Tools or calls of tools, without the wrapper ``{"type": "function", "function": ...}`` where there is one."""
-    for tool in tools or ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if isinstance(function, dict):
-            yield function
-
-
-def change_function(call: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A call with its function changed, which is the call itself where it has no wrapper."""
-    return {**call, "function": change(call["function"])} if "function" in call else change(call)
 
 
 def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> tuple[Messages, Messages, Messages]:
@@ -231,11 +191,6 @@ def _has_role(message: Mapping[str, Any]) -> bool:
     return message.get("role") in _ROLES or (message.get("from") in _ROLES and "value" in message)
 
 
-def is_blank(value: Any) -> bool:
-    """Whether there is nothing in a field: null, an empty list, object or text, or the JSON text of one."""
-    return not without_nulls(value) or (isinstance(value, str) and value.strip() in _BLANK_TEXTS)
-
-
 def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or not role.strip():
@@ -243,14 +198,14 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
     place = f"{place} ({role})"
     _check_fields(message, place, where)
     plain = without_nulls(message)
-    calls = _from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
+    calls = from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
     if calls:
         if not isinstance(calls, list):
             raise RecordError(
                 where, "bad messages", f"{place}: 'tool_calls' must be a list of objects, not {short(calls)}"
             )
         plain["tool_calls"] = [
-            _check_call(call, f"{place}: tool_calls[{index}]", where) for index, call in enumerate(calls)
+            check_call(call, f"{place}: tool_calls[{index}]", where) for index, call in enumerate(calls)
         ]
     content = plain.get("content")
     if content == "" and calls:  # Some templates write calls only where there is no content.
@@ -312,96 +267,3 @@ def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:
     for name in (*THOUGHTS, "name", "refusal"):
         if not isinstance(message.get(name), str | None):
             raise RecordError(where, "bad messages", f"{place}: {name!r} must be a text, not {short(message[name])}")
-
-
-def _check_call(call: Any, place: str, where: str) -> dict[str, Any]:
-    """A call of a tool with its arguments as an object."""
-    call = _from_json(call, dict, place, where)
-    if not isinstance(call, dict):
-        raise RecordError(where, "bad messages", f"{place} must be an object, not {short(call)}")
-    if "function" in call:
-        _refuse_misnamed_arguments(call, ("arguments", *_MISNAMED_ARGUMENTS), f"{place}.function", where)
-        return {**call, "function": _check_call(call["function"], f"{place}.function", where)}
-    if not isinstance(call.get("name"), str):
-        raise RecordError(where, "bad messages", f"{place} has no text 'name', the function that is called")
-    if "arguments" not in call:
-        _refuse_misnamed_arguments(call, _MISNAMED_ARGUMENTS, place, where)
-        return {**call, "arguments": {}}
-    arguments = _from_json(call["arguments"], dict, f"{place}.arguments", where, blank=dict)
-    if not isinstance(arguments, dict):
-        raise RecordError(
-            where,
-            "bad messages",
-            f"{place}.arguments must be an object, or the JSON text of one, not {short(call['arguments'])}",
-        )
-    return {**call, "arguments": require_json(arguments, f"{place}.arguments", where)}
-
-
-def _refuse_misnamed_arguments(call: Mapping[str, Any], names: Sequence[str], place: str, where: str) -> None:
-    """Raise where a call has its arguments under another name, or in another place: they would be left out."""
-    if misnamed := [name for name in names if not is_blank(call.get(name))]:
-        raise RecordError(
-            where,
-            "unsupported field",
-            f"{place} has no 'arguments', and {misnamed[0]!r} is given: rename it to 'arguments', beside 'name'",
-        )
-
-
-def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:
-    """A tool with its schemas as objects."""
-    tool = _from_json(tool, dict, place, where)
-    if not isinstance(tool, dict):
-        raise RecordError(where, "bad tools", f"{place} must be an object, not {short(tool)}")
-    tool = without_nulls(tool)
-    if "function" in tool:
-        return {**tool, "function": _check_tool(tool["function"], f"{place}.function", where)}
-    schemas = {
-        name: _check_schema(tool[name], f"{place}.{name}", where, blank=dict) for name in _SCHEMAS if name in tool
-    }
-    return {**tool, **schemas}
-
-
-def _check_schema(schema: Any, place: str, where: str, *, blank: type | None = None) -> dict[str, Any]:
-    """A JSON schema as an object, with those of its properties."""
-    schema = _from_json(schema, dict, place, where, blank=blank)
-    if not isinstance(schema, dict):
-        raise RecordError(where, "bad tools", f"{place} must be an object, not {short(schema)}")
-    schema = dict(schema)
-    for name, kind in _INNER_SCHEMAS.items():
-        if isinstance(schema.get(name), str):
-            schema[name] = _from_json(schema[name], kind, f"{place}.{name}", where)
-    if isinstance(properties := schema.get("properties"), dict):
-        schema["properties"] = {
-            name: _check_schema(inner, f"{place}.properties.{name}", where) if isinstance(inner, str | dict) else inner
-            for name, inner in properties.items()
-        }
-    return schema
-
-
-def _from_json(value: Any, kind: type, what: str, where: str, *, blank: type | None = None) -> Any:
-    """The value; where it is a text, the list or object that the text is the JSON of.
-
-    Args:
-        kind: what the text must stand for.
-        blank: makes the value of a text of nothing but white space.
-
-    Raises:
-        RecordError: the text is no JSON, or of something else.
-    """
-    if not isinstance(value, str):
-        return value
-    if blank is not None and not value.strip():
-        return blank()
-    named = {list: "a list", dict: "an object"}[kind]
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            where, "JSON as text", f"{what} must be {named}, and is a text that is no JSON ({error}): {short(value)}"
-        ) from error
-    if found is None and blank is not None:
-        return blank()
-    if not isinstance(found, kind):
-        raise RecordError(where, "JSON as text", f"{what} must be {named}, and is the JSON text of {short(found)}")
-    require_text(found, where)
-    return without_nulls(found)

@@ -15,7 +15,9 @@ from megatron_brain.data import conversations
 from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
 from megatron_brain.data.conversations import Messages
 from megatron_brain.data.errors import RecordError
+from megatron_brain.data.json_values import is_blank
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns
 
 _LARGEST = sys.float_info.max
@@ -136,7 +138,7 @@ def _reference_text(
 
 
 def _chat(tokenizer: Tokenizer, record: Mapping[str, Any], messages: Messages, where: str) -> Chat:
-    tools = conversations.check_tools(record, where)
+    tools = check_tools(record, where)
     if record.get("documents") and any("documents" in text for text in tokenizer.chat_templates.values()):
         raise RecordError(
             where,
@@ -213,7 +215,7 @@ def _refuse_unsupported(record: Mapping[str, Any], where: str) -> None:
     }
     for name, cure in cures.items():
         value = record.get(name)
-        changes = value not in (None, 1) if name in _WEIGHTS else not conversations.is_blank(value)
+        changes = value not in (None, 1) if name in _WEIGHTS else not is_blank(value)
         if changes:
             raise RecordError(where, "unsupported field", f"field {name!r} is not supported: {cure}")
 

@@ -6,11 +6,13 @@ import json
 import math
 from typing import Any
 
+from megatron_brain.config.errors import short
 from megatron_brain.data.errors import RecordError
 
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors put before a text."""
 _JSON_CURE = "write one object a line, or an array of them in a .json file"
+_BLANK_TEXTS = ("", "[]", "{}", "null")
 _TEXT_CURE = "write the file as UTF-8, where an emoji is one character and not two surrogates"
 
 
@@ -78,3 +80,37 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nulls(member) for member in value]
     return value
+
+
+def is_blank(value: Any) -> bool:
+    """Whether there is nothing in a field: null, an empty list, object or text, or the JSON text of one."""
+    return not without_nulls(value) or (isinstance(value, str) and value.strip() in _BLANK_TEXTS)
+
+
+def from_json(value: Any, kind: type, what: str, where: str, *, blank: type | None = None) -> Any:
+    """The value; where it is a text, the list or object that the text is the JSON of.
+
+    Args:
+        kind: what the text must stand for.
+        blank: makes the value of a text of nothing but white space.
+
+    Raises:
+        RecordError: the text is no JSON, or of something else.
+    """
+    if not isinstance(value, str):
+        return value
+    if blank is not None and not value.strip():
+        return blank()
+    named = {list: "a list", dict: "an object"}[kind]
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            where, "JSON as text", f"{what} must be {named}, and is a text that is no JSON ({error}): {short(value)}"
+        ) from error
+    if found is None and blank is not None:
+        return blank()
+    if not isinstance(found, kind):
+        raise RecordError(where, "JSON as text", f"{what} must be {named}, and is the JSON text of {short(found)}")
+    require_text(found, where)
+    return without_nulls(found)

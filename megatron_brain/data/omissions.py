@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from megatron_brain.config.errors import short
-from megatron_brain.data.conversations import THOUGHTS, called_functions, change_function, thoughts_of
+from megatron_brain.data.conversations import THOUGHTS, thoughts_of
 from megatron_brain.data.errors import RecordError
+from megatron_brain.data.tools import called_functions, change_function
 
 if TYPE_CHECKING:
     from megatron_brain.data.chat import Chat

@@ -69,3 +69,15 @@ UNFINISHED_RUN = ("saved", "saved/config.yaml", "saved/metrics.jsonl", "saved/ev
 """What a run leaves that stopped before its first checkpoint."""
 UNFINISHED_PREPARATION = ("prepared.parts*",)
 """What a preparation leaves that stopped: the same command goes on with it."""
+
+
+def brain(*flags: str) -> Maker:
+    return lambda site: site.assets.brain_on(str(site.assets.records("prompts")), *flags)
+
+
+def generate(*flags: str) -> Maker:
+    return lambda site: site.assets.generate_from(site.assets.policy, *flags)
+
+
+def evaluate(*flags: str) -> Maker:
+    return lambda site: site.assets.evaluate("--reward-load", str(site.assets.reward), *flags)

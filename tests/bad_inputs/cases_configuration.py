@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bad_inputs.case import BadInput, Maker
+from bad_inputs.case import BadInput, Maker, brain, evaluate, generate
 
 
 def _sft(*flags: str) -> Maker:
@@ -14,18 +14,6 @@ def _yaml(content: str | bytes) -> Maker:
         return site.assets.sft("--config", site.write("run.yaml", content))
 
     return make
-
-
-def _brain(*flags: str) -> Maker:
-    return lambda site: site.assets.brain_on(str(site.assets.records("prompts")), *flags)
-
-
-def _generate(*flags: str) -> Maker:
-    return lambda site: site.assets.generate_from(site.assets.policy, *flags)
-
-
-def _evaluate(*flags: str) -> Maker:
-    return lambda site: site.assets.evaluate("--reward-load", str(site.assets.reward), *flags)
 
 
 def _plan(*flags: str) -> Maker:
@@ -142,12 +130,12 @@ CASES = [
         r"raise it to 29 or more",
         leaves=["saved*"],
     ),
-    BadInput("one sample", _brain("--samples-per-prompt", "1"), r"samples_per_prompt=1", r"use 2 or more"),
-    BadInput("greedy samples", _brain("--temperature", "0"), r"temperature=0.0", r"above 0"),
-    BadInput("half a step", _brain("--prompts-per-round", "5"), r"prompts_per_round=5", r"use 4 or 6"),
-    BadInput("no room", _generate("--max-new-tokens", "64"), r"max_new_tokens=64 leaves no room", r"seq_length=64"),
-    BadInput("no prompt", _generate("--max-prompts", "0"), r"max_prompts=0", r"at least 1"),
-    BadInput("no resampling", _evaluate("--bootstrap-samples", "0"), r"bootstrap_samples=0", r"at least 1"),
+    BadInput("one sample", brain("--samples-per-prompt", "1"), r"samples_per_prompt=1", r"use 2 or more"),
+    BadInput("greedy samples", brain("--temperature", "0"), r"temperature=0.0", r"above 0"),
+    BadInput("half a step", brain("--prompts-per-round", "5"), r"prompts_per_round=5", r"use 4 or 6"),
+    BadInput("no room", generate("--max-new-tokens", "64"), r"max_new_tokens=64 leaves no room", r"seq_length=64"),
+    BadInput("no prompt", generate("--max-prompts", "0"), r"max_prompts=0", r"at least 1"),
+    BadInput("no resampling", evaluate("--bootstrap-samples", "0"), r"bootstrap_samples=0", r"at least 1"),
     BadInput("no judgement", lambda site: site.assets.evaluate(), r"reward_load and judge", r"--reward-load, --judge"),
     # Tools.
     BadInput("no GPU", _plan("--gpus", "0"), r"--gpus: 0", r"at least 1", has_several_lines=True),

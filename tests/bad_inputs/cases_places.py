@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import os
 
-from bad_inputs.case import BadInput, Maker, Site
+from bad_inputs.case import BadInput, Maker, Site, brain, evaluate, generate
 
 
 def _sft(*flags: str) -> Maker:
     return lambda site: site.assets.sft_on(str(site.assets.records("sft")), *flags)
-
-
-def _brain(*flags: str) -> Maker:
-    return lambda site: site.assets.brain_on(str(site.assets.records("prompts")), *flags)
-
-
-def _generate(*flags: str) -> Maker:
-    return lambda site: site.assets.generate_from(site.assets.policy, *flags)
-
-
-def _evaluate(*flags: str) -> Maker:
-    return lambda site: site.assets.evaluate("--reward-load", str(site.assets.reward), *flags)
 
 
 def _convert(*flags: str) -> Maker:
@@ -69,7 +57,7 @@ def _file(command: Maker) -> Maker:
 
 def _over_prompts(site: Site) -> list[str]:
     site.write("p.jsonl", site.assets.records("prompts").read_text())
-    return _generate("--prompts", "p.jsonl", "--output", "p.jsonl")(site)
+    return generate("--prompts", "p.jsonl", "--output", "p.jsonl")(site)
 
 
 def _over_input(site: Site) -> list[str]:
@@ -108,34 +96,34 @@ CASES = [
     BadInput(
         "the log under /proc", _sft("--tensorboard-dir", "/proc/x"), r"--tensorboard-dir /proc/x: " + _PROC, _FOLDER
     ),
-    BadInput("a file for rollouts", _file(_brain("--rollout-dir", "x")), r"--rollout-dir x: .*" + _IS_FILE, _FOLDER),
-    BadInput("rollouts under /proc", _brain("--rollout-dir", "/proc/x"), r"--rollout-dir /proc/x: " + _PROC, _FOLDER),
+    BadInput("a file for rollouts", _file(brain("--rollout-dir", "x")), r"--rollout-dir x: .*" + _IS_FILE, _FOLDER),
+    BadInput("rollouts under /proc", brain("--rollout-dir", "/proc/x"), r"--rollout-dir /proc/x: " + _PROC, _FOLDER),
     BadInput(
         "a folder for samples",
-        _beside("folder", _generate("--output", "x")),
+        _beside("folder", generate("--output", "x")),
         r"--output x: is a folder",
         r"a file in it",
     ),
     BadInput(
-        "samples without a name", _generate("--output", "x/"), r"--output x/: is a folder", r"name of a file in it"
+        "samples without a name", generate("--output", "x/"), r"--output x/: is a folder", r"name of a file in it"
     ),
-    BadInput("samples in a file", _file(_generate("--output", "x/y")), r"--output x/y: .*" + _IS_FILE, _OTHER_FILE),
-    BadInput("samples under /proc", _generate("--output", "/proc/x"), r"--output /proc/x: " + _PROC, _OTHER_FILE),
+    BadInput("samples in a file", _file(generate("--output", "x/y")), r"--output x/y: .*" + _IS_FILE, _OTHER_FILE),
+    BadInput("samples under /proc", generate("--output", "/proc/x"), r"--output /proc/x: " + _PROC, _OTHER_FILE),
     BadInput(
         "a pipe for samples",
-        _beside("pipe", _generate("--output", "x")),
+        _beside("pipe", generate("--output", "x")),
         r"--output x: is a device or a pipe",
         _OTHER_FILE,
     ),
-    BadInput("a link for samples", _beside("link", _generate("--output", "x")), r"--output x: is a link", _OTHER_FILE),
+    BadInput("a link for samples", _beside("link", generate("--output", "x")), r"--output x: is a link", _OTHER_FILE),
     BadInput("samples over the prompts", _over_prompts, r"--output p.jsonl: would replace the prompts", _OTHER_FILE),
     BadInput(
         "a folder for a report",
-        _beside("folder", _evaluate("--output", "x")),
+        _beside("folder", evaluate("--output", "x")),
         r"--output x: is a folder",
         r"a file in it",
     ),
-    BadInput("a report under /proc", _evaluate("--output", "/proc/x"), r"--output /proc/x: " + _PROC, _OTHER_FILE),
+    BadInput("a report under /proc", evaluate("--output", "/proc/x"), r"--output /proc/x: " + _PROC, _OTHER_FILE),
     # Tools.
     BadInput("a file to convert to", _file(_convert("--save", "x")), r"--save x: .*" + _IS_FILE, _FOLDER),
     BadInput("converted under /proc", _convert("--save", "/proc/x"), r"--save /proc/x: " + _PROC, _FOLDER),

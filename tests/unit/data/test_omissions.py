@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
-from megatron_brain.data.conversations import check_messages, check_tools
+from megatron_brain.data.conversations import check_messages
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import without_nulls
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns
 
 # White space of its own around thoughts, written in two fields or one: Qwen 3, GLM 4.5, Nemotron.

@@ -10,9 +10,10 @@ from helpers.tiny_tokenizers import write_hf_tokenizer
 from hypothesis import given, settings
 
 from megatron_brain.data.chat import Chat
-from megatron_brain.data.conversations import check_messages, check_tools
+from megatron_brain.data.conversations import check_messages
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns, locate_turns
 
 HEAD = "{{ bos_token }}"
