@@ -110,7 +110,7 @@ def case_what_one_rank_alone_finds_wrong_stops_all(layout: Layout, context: Cont
     if not is_other:
         _write(missing, _chats())
     with pytest.raises(AgreedError, match=rf"missing.jsonl: no such file.*\(rank {last} alone\)"):
-        open_trainer("sft", _flags(layout, context, missing, "--chat-template", str(template)))
+        open_trainer("sft", _flags(layout, context, str(missing), "--chat-template", str(template)))
     bad = _write(folder / f"bad_{_rank()}.jsonl", [*_chats(), {"messages": []}])
     with pytest.raises(AgreedError, match=r"bad_0.jsonl:21: "):
         open_trainer("sft", _flags(layout, context, bad, "--chat-template", str(template)))
@@ -118,7 +118,7 @@ def case_what_one_rank_alone_finds_wrong_stops_all(layout: Layout, context: Cont
         dated = folder / f"dated_{_rank()}.jinja"
         dated.write_text(_DATED if with_clock else template.read_text())
         with pytest.raises(AgreedError, match=r"other chat templates, of which one writes the date"):
-            open_trainer("sft", _flags(layout, context, missing, "--chat-template", str(dated)))
+            open_trainer("sft", _flags(layout, context, str(missing), "--chat-template", str(dated)))
 
 
 def _rank() -> int:

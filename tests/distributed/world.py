@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -153,6 +154,26 @@ def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]
         yield full_name, "\n".join(failed) or None
 
 
+def share_one_gloo_device() -> None:
+    """Let all process groups of this process share one device of gloo.
+
+    Each has one of its own, with a thread that wakes up a hundred times a second for as long as anything refers to the
+    group. Layout after layout there are hundreds of them, which take a third of the machine.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    device = dist.ProcessGroupGloo.create_default_device()
+
+    class SharingGloo(dist.ProcessGroupGloo):
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = dist.ProcessGroupGloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharingGloo
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--assets", type=Path, required=True)
@@ -161,6 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     is_writer = os.environ.get("RANK", "0") == "0"
+    share_one_gloo_device()
     context = Context(assets=args.assets, shared=args.results.parent, world_size=world_size)
     results: dict[str, str | None] = {}
     start = time.perf_counter()
