@@ -12,7 +12,7 @@ from pathlib import Path
 
 from helpers.assets import SIZES, WORDS, size_flags
 
-STEPS = 4
+STEPS = 3
 GLOBAL_BATCH_SIZE = 8
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 2e-2
