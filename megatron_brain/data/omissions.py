@@ -13,17 +13,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from megatron_brain.config.errors import short
+from megatron_brain.data.chat import Chat, Span
 from megatron_brain.data.conversations import THOUGHTS, thoughts_of
 from megatron_brain.data.errors import RecordError
+from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tools import called_functions, change_function
-
-if TYPE_CHECKING:
-    from megatron_brain.data.chat import Chat
-    from megatron_brain.data.tokenizer import Tokenizer
 
 _CURE = "use a template that keeps it (--chat-template FILE), or remove it from the record"
 _SPOKEN = ("content", *THOUGHTS, "refusal")
@@ -37,13 +35,6 @@ _TAGS, _WORD = re.compile(_TAG), re.compile(r"\w")
 _STAND_IN = re.compile(r"zq\d+x|73\d{8}")
 _COMPLETE: WeakKeyDictionary[Tokenizer, set[tuple]] = WeakKeyDictionary()
 """Shapes of conversations that a tokenizer's templates were found to leave nothing out of."""
-
-
-class Span(NamedTuple):
-    """Characters [start, end) of a rendered text."""
-
-    start: int
-    end: int
 
 
 def require_written(
@@ -107,28 +98,6 @@ def _require_arguments_without_words(chat: Chat, messages: Sequence[Mapping[str,
         others = [*messages[:index], {**messages[index], "tool_calls": emptied}, *messages[index + 1 :]]
         if chat.render(others, add_generation_prompt=False) == text:
             raise _left_out(chat, index, f"{function['name']}({arguments})")
-
-
-def require_tools(chat: Chat, text: str, without: str) -> None:
-    """Raise where a template leaves out the tools.
-
-    Args:
-        chat: a conversation with tools.
-        text, without: messages of it as the template writes them with the tools and without.
-
-    Raises:
-        RecordError: it does; names one.
-    """
-    names = [function.get("name") for function in called_functions(chat.tools)]
-    left_out = names if text == without else [name for name in names if isinstance(name, str) and name not in text]
-    if left_out:
-        named = f"the tool {left_out[0]!r}" if left_out[0] else "a tool without a name"
-        raise RecordError(
-            chat.where,
-            "chat template",
-            f"the chat template leaves out {named}: use a template that writes 'tools' (--chat-template FILE), or "
-            "remove the field",
-        )
 
 
 def _left_out(chat: Chat, index: int, part: str) -> RecordError:

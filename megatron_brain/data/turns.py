@@ -22,10 +22,11 @@ from itertools import chain, pairwise
 from weakref import WeakKeyDictionary
 
 from megatron_brain.config.errors import short
-from megatron_brain.data.chat import Chat, require_answer, require_begins, require_closed
+from megatron_brain.data.chat import Chat, Span
 from megatron_brain.data.conversations import weight_of
 from megatron_brain.data.errors import RecordError
-from megatron_brain.data.omissions import Span, require_written, shape_of
+from megatron_brain.data.last_turn import require_answer, require_begins, require_closed
+from megatron_brain.data.omissions import require_written, shape_of
 from megatron_brain.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_brain.checkpointing import load_weights
 from megatron_brain.config.errors import ConfigError
-from megatron_brain.data.chat import encode_answer
 from megatron_brain.data.groups import Group
+from megatron_brain.data.last_turn import encode_answer
 from megatron_brain.data.records import Prompt
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.files import write_whole

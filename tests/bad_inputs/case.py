@@ -61,8 +61,6 @@ class BadInput:
     """Patterns of files and folders that may be left, none of which looks complete."""
     as_process: bool = False
     """Whether to run it as a process of its own, as a user does; slow."""
-    broken: str = ""
-    """Why the program does not do this yet; the test is then expected to fail."""
 
 
 UNFINISHED_RUN = ("saved", "saved/config.yaml", "saved/metrics.jsonl", "saved/events.out.*")

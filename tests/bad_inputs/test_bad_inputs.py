@@ -94,8 +94,7 @@ def site(assets, tmp_path, monkeypatch) -> Iterator[Site]:
 def _parameters() -> Iterator:
     for category, cases in TABLES.items():
         for case in cases:
-            marks = [pytest.mark.xfail(strict=True, reason=case.broken)] if case.broken else []
-            yield pytest.param(case, id=f"{category}: {case.name}", marks=marks)
+            yield pytest.param(case, id=f"{category}: {case.name}")
 
 
 @pytest.mark.parametrize("case", _parameters())

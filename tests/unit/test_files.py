@@ -1,13 +1,14 @@
 """Whether a place can be written to, told before anything is."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from megatron_brain.files import file_problem, folder_problem
 
-needs_rights = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+NOBODY = 65534
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,16 @@ def test_a_place_that_is_only_read_is_told():
         assert "/proc cannot be written to" in problem
 
 
-@needs_rights
-def test_a_folder_without_the_right_to_write_is_told():
-    Path("locked").mkdir(mode=0o500)
-    assert "locked cannot be written to (Permission denied)" in folder_problem("--save", "locked/a")
+def test_a_folder_without_the_right_to_write_is_told(tmp_path):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # Not below tmp_path, which nobody else may look into.
+        locked = Path(folder) / "locked"
+        locked.mkdir(mode=0o555)
+        Path(folder).chmod(0o755)
+        if user == 0:  # root may write anywhere
+            os.seteuid(NOBODY)
+        try:
+            problem = folder_problem("--save", str(locked / "a"))
+        finally:
+            os.seteuid(user)
+    assert "locked cannot be written to (Permission denied)" in problem

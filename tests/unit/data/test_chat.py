@@ -1,8 +1,9 @@
 import pytest
 from helpers.tiny_tokenizers import CHATML, CHATML_MARKED, write_hf_tokenizer
 
-from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
+from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages, split_shared_dialogue, split_shared_messages
+from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.turns import encode_all_turns
 

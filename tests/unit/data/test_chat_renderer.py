@@ -10,8 +10,9 @@ from helpers.conversations import THINKING
 from helpers.tiny_tokenizers import CHATML, write_hf_tokenizer
 from transformers import AutoTokenizer
 
-from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
+from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages
+from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError, read_template
 from megatron_brain.data.turns import encode_all_turns

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pytest
 from helpers.tiny_tokenizers import CHATML, CHATML_MARKED, train_sentencepiece, write_hf_tokenizer
 
-from megatron_brain.data.chat import Chat, render_last_turn
+from megatron_brain.data.chat import Chat
+from megatron_brain.data.last_turn import render_last_turn
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_brain.data.turns import encode_all_turns
 

@@ -7,10 +7,11 @@ from helpers.tiny_tokenizers import CHATML, write_hf_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_brain.data.chat import Chat, render_last_turn, render_prompt
+from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages
 from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import without_nulls
+from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns

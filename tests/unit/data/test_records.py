@@ -1,7 +1,8 @@
 import pytest
 
 from megatron_brain.config.data import DataConfig
-from megatron_brain.data.chat import Chat, render_prompt
+from megatron_brain.data.chat import Chat
+from megatron_brain.data.last_turn import render_prompt
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 
 ROOMY = DataConfig(seq_length=512)

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_brain.config.data import DataConfig
-from megatron_brain.data.chat import encode_answer
+from megatron_brain.data.last_turn import encode_answer
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_brain.data.tokenizer.base import Before
