@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_brain import files
-from megatron_brain.config.errors import AgreedError, OwnError, is_ours
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.errors import AgreedError, OwnError, is_ours
 from megatron_brain.runtime import launch, signals
 
 _STAGES = {
@@ -54,7 +54,9 @@ def _run_stage(config: RunConfig) -> None:
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
         run = open_run(config)
-        stage = importlib.import_module(f"megatron_brain.stages.{config.stage}")
+        stage = importlib.import_module(
+            f"megatron_brain.stages.{config.stage}" + (".stage" if config.stage == "brain" else "")
+        )
         # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
         with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
             stage.main(run)
@@ -62,7 +64,8 @@ def _run_stage(config: RunConfig) -> None:
 
 
 def _dry_run(config: RunConfig) -> None:
-    from megatron_brain.training import dry_run, dry_run_report
+    from megatron_brain.dry_run import inspect as dry_run
+    from megatron_brain.dry_run import report as dry_run_report
 
     report = dry_run_report.render(dry_run.inspect(config))
     if launch.is_reporting_rank():

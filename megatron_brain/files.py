@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 _CURES = {
     errno.EACCES: "give this user the right to it, or name another place",

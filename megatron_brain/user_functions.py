@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from megatron_brain.config.errors import ConfigError, short
+from megatron_brain.errors import ConfigError, short
 
 
 class UserFunctionError(ConfigError):

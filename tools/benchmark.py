@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
 from megatron_brain.runtime import parallel
 

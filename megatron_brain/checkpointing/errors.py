@@ -1,6 +1,6 @@
 """What is wrong with a checkpoint that is there, and what helps."""
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 COPY = "Copy it again from where it was saved, or load an earlier checkpoint (--load DIR/iter_NNNNNNN)"
 """What helps where a file is not whole."""

@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin
 from megatron_brain.checkpointing.checksums import file_checksum, json_checksum
 from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
 from megatron_brain.checkpointing.index import DATA_FILES
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import sync_folder, write_whole
 
 log = logging.getLogger(__name__)

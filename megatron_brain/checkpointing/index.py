@@ -10,7 +10,7 @@ import torch
 
 from megatron_brain.checkpointing.boxes import Part, tiles
 from megatron_brain.checkpointing.errors import COPY, DamagedError
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
 
 INDEX = "tensors.json"

@@ -18,8 +18,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import Box, range_boxes
-from megatron_brain.models.fp8_state import scales
-from megatron_brain.models.fp8_weights import outlined
+from megatron_brain.models.fp8.state import scales
+from megatron_brain.models.fp8.weights import outlined
 from megatron_brain.models.initialize import VOCABULARY_WEIGHTS, sharded_tensors
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel

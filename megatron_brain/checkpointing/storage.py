@@ -19,7 +19,7 @@ from megatron_brain.checkpointing.data_files import by_file, opened, stored_name
 from megatron_brain.checkpointing.errors import COPY, CheckpointError, DamagedError
 from megatron_brain.checkpointing.index import INDEX, Index, StoredBox, read_index, write_index
 from megatron_brain.checkpointing.verification import host_and_parts, my_share, require_sound
-from megatron_brain.config.errors import AgreedError, ConfigError
+from megatron_brain.errors import AgreedError, ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@
 be in --hf-model or in a checkpoint) and before `init_process_group`, so that an impossible layout costs no start-up.
 """
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.errors import ConfigError
 
 _EXPLICIT_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 

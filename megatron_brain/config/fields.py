@@ -16,8 +16,8 @@ import types
 import typing
 from dataclasses import dataclass
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.errors import ConfigError
 
 _EXPECTED = {
     int: "an integer",

@@ -5,10 +5,10 @@ What megatron-core and Transformer Engine would ignore in silence or refuse in t
 `validate_fp8_device` when the device is, before weights are made.
 """
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.errors import ConfigError
 
 _CAPABILITY = {"mxfp8": (10, 0), "blockwise": (9, 0)}
 """Least compute capability of a recipe, as Transformer Engine's `check_recipe_support` has it."""

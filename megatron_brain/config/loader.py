@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import yaml
 
 from megatron_brain.config.checks import require
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import (
     FieldSpec,
     all_fields,
@@ -29,6 +28,7 @@ from megatron_brain.config.fields import (
     stage_fields,
 )
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_brain.config.errors import ConfigError, OwnError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
+from megatron_brain.errors import ConfigError, OwnError
 from megatron_brain.files import folder_problem
 from megatron_brain.flag_types import not_negative
 from megatron_brain.runtime import parallel

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Mapping
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.family import refuse
+from megatron_brain.errors import ConfigError
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 FILE = "generation_config.json"
 

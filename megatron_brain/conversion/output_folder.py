@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.conversion.workers import Workers
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import sync_folder
 
 

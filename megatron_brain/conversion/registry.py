@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion import families
 from megatron_brain.conversion.family import Family, UnsupportedFamily
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.provider import Head
 
 _ADAPTER = "adapter_config.json"

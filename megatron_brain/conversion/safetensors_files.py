@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import explained
 
 SINGLE = "model.safetensors"

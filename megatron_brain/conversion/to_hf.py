@@ -17,7 +17,6 @@ from megatron_brain.checkpointing.index import read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import read_part, write_safetensors
 from megatron_brain.checkpointing.verification import require_sound
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.compare import Comparison, compare_with_hf
 from megatron_brain.conversion.family import Weight
@@ -28,6 +27,7 @@ from megatron_brain.conversion.safetensors_files import INDEX
 from megatron_brain.conversion.workers import Workers
 from megatron_brain.conversion.write_behind import write_behind
 from megatron_brain.data.tokenizer import build_tokenizer, check_fits
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import sync_tree, write_whole
 from megatron_brain.models.architecture import resolve
 from megatron_brain.runtime.parallel import Parallel

@@ -8,9 +8,9 @@ from safetensors import SafetensorError
 
 from megatron_brain import files
 from megatron_brain.checkpointing import CheckpointError
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.conversion.errors import ConversionError, MismatchError
+from megatron_brain.errors import ConfigError
 from megatron_brain.runtime import parallel
 
 log = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megatron_brain.data.conversations import Messages
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError
 from megatron_brain.data.tools import called_functions
+from megatron_brain.errors import RecordError
 
 
 class Span(NamedTuple):

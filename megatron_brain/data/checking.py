@@ -19,7 +19,6 @@ from itertools import islice
 import numpy
 
 from megatron_brain.config.template_date import now
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.lengths import Ids, ReadReport
 from megatron_brain.data.prepared.info import refuse_prepared
 from megatron_brain.data.reading_settings import ReadingSettings
@@ -28,6 +27,7 @@ from megatron_brain.data.sources import RawRecord, Record, parse_record, raw_rec
 from megatron_brain.data.text_hints import TextHints, missing_space
 from megatron_brain.data.tokenizer.kinds import token_kinds
 from megatron_brain.data.workers import map_in_order
+from megatron_brain.errors import RecordError
 
 _CHUNK = 2000
 _NEXT_TURN = "\n\nHuman:"

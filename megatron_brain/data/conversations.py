@@ -14,10 +14,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_brain.config.errors import short
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import from_json, is_blank, require_json, without_nulls
 from megatron_brain.data.tools import check_call
+from megatron_brain.errors import RecordError, short
 
 Messages = list[dict[str, Any]]
 

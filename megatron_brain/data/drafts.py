@@ -14,12 +14,12 @@ from typing import Any, Literal
 from megatron_brain.data import conversations
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import Messages
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import is_blank
 from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import RecordError
 
 _LARGEST = sys.float_info.max
 

@@ -6,8 +6,7 @@ import json
 import math
 from typing import Any
 
-from megatron_brain.config.errors import short
-from megatron_brain.data.errors import RecordError
+from megatron_brain.errors import RecordError, short
 
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors put before a text."""

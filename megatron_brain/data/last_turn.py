@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_brain.data.chat import Chat, Span
 from megatron_brain.data.conversations import is_said
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.omissions import require_written
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
+from megatron_brain.errors import RecordError
 
 
 def render_prompt(chat: Chat) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-from megatron_brain.data.errors import RecordError
+from megatron_brain.errors import RecordError
 
 Ids = tuple[int, ...]
 

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from megatron_brain.config.errors import short
 from megatron_brain.data.chat import Chat, Span
 from megatron_brain.data.conversations import THOUGHTS, thoughts_of
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tools import called_functions, change_function
+from megatron_brain.errors import RecordError, short
 
 _CURE = "use a template that keeps it (--chat-template FILE), or remove it from the record"
 _SPOKEN = ("content", *THOUGHTS, "refusal")

@@ -90,7 +90,7 @@ def reading_settings(args: argparse.Namespace) -> ReadingSettings:
     """
     # Imported here, not in the worker processes: whatever reads checkpoints imports all of megatron-core.
     from megatron_brain.checkpointing import read_info
-    from megatron_brain.training.run import locate_tokenizer
+    from megatron_brain.checkpointing.locate_tokenizer import locate_tokenizer
 
     asked = TokenizerConfig(
         tokenizer_type=args.tokenizer_type,

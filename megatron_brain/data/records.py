@@ -19,7 +19,6 @@ import numpy
 
 from megatron_brain.data.contents import Contents, contents_of, hash_item
 from megatron_brain.data.drafts import Draft, draft_demonstration, draft_preference, draft_prompt
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.lengths import (
     Ids,
@@ -34,6 +33,7 @@ from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
+from megatron_brain.errors import RecordError
 
 _BATCH = 1000
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_brain.data import json_values, tables
-from megatron_brain.data.errors import RecordError
+from megatron_brain.errors import RecordError
 
 Record = tuple[str, dict[str, Any]]
 """Place of the record (``file:line``, ``file[row]`` or ``name[split][row]``) and its fields."""

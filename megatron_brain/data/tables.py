@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import require_text
+from megatron_brain.errors import RecordError
 
 if TYPE_CHECKING:
     import datasets

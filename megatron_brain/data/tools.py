@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_brain.config.errors import short
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import from_json, is_blank, require_json, without_nulls
+from megatron_brain.errors import RecordError, short
 
 _MISNAMED_ARGUMENTS = ("parameters", "input", "args", "kwargs", "params")
 """What others call the arguments of a call."""

@@ -21,13 +21,12 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
 from weakref import WeakKeyDictionary
 
-from megatron_brain.config.errors import short
 from megatron_brain.data.chat import Chat, Span
 from megatron_brain.data.conversations import weight_of
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.last_turn import require_answer, require_begins, require_closed
 from megatron_brain.data.omissions import require_written, shape_of
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.errors import RecordError, short
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from megatron_brain.generation.batch import Batch, Sample
 from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, PrefillLayout
 from megatron_brain.generation.choose import choose_tokens, draw_uniforms
 from megatron_brain.generation.pipeline import trunk_forward
-from megatron_brain.logprobs import local_logits
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.gpt import PolicyModel
+from megatron_brain.models.logprobs import local_logits
 from megatron_brain.runtime.parallel import Parallel
 
 Prompt = tuple[int, ...]

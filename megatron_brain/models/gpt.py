@@ -14,8 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.logprobs import vocab_parallel_logprobs
 from megatron_brain.models.attention import PackedLayout
+from megatron_brain.models.logprobs import vocab_parallel_logprobs
 from megatron_brain.models.rotary import Rotated
 
 

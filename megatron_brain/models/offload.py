@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_brain.models.fp8_state import forget_weights
+from megatron_brain.models.fp8.state import forget_weights
 
 
 class HostWeights:

@@ -8,15 +8,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.models import fp8_weights
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.models.fp8_emulation import emulated_format
+from megatron_brain.models.fp8 import weights as fp8_weights
+from megatron_brain.models.fp8.emulation import emulated_format
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.gpt import PolicyModel, RewardModel
 from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel

@@ -7,12 +7,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.activation import activation_module
 from megatron_brain.models.attention import CoreAttention
-from megatron_brain.models.fp8_emulation import emulate_fp8
+from megatron_brain.models.fp8.emulation import emulate_fp8
 from megatron_brain.models.norm import NORMS, RMSNorm
 from megatron_brain.models.parallel_residual import ParallelResidualLayer
 from megatron_brain.models.te_attention import TransformerEngineAttention

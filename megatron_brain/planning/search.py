@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.checks import require, validate_layout
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import RunConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.memory import Memory, stage_memory

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
-from megatron_brain.logit_blocks import block_shape, positions_of_whole_rows
 from megatron_brain.models.architecture import padded_vocab_size
+from megatron_brain.models.logit_blocks import block_shape, positions_of_whole_rows
 from megatron_brain.planning.communication import (
     context_seconds,
     data_seconds,

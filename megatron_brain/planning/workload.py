@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_brain.config.checks import data_parallel_size
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.training.run_length import steps_per_round
+from megatron_brain.config.run_length import steps_per_round
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]

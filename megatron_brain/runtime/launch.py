@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
-from megatron_brain.config.errors import ConfigError, OwnError
+from megatron_brain.errors import ConfigError, OwnError
 
 _FIRST_PORT, _PORTS, _LAST_PORT = 20_000, 10_000, 65_535
 _DEFAULT_PORT = 29_500

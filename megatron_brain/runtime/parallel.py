@@ -10,8 +10,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.runtime import cpu_backend
 from megatron_brain.runtime.launch import read_launch
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_brain.checkpointing import load_weights
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.groups import Group
 from megatron_brain.data.last_turn import encode_answer
 from megatron_brain.data.records import Prompt
 from megatron_brain.data.tokenizer.base import Before
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
 from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
-from megatron_brain.statistics import Estimate, bootstrap, wins
+from megatron_brain.stages.intervals import Estimate, bootstrap, wins
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups

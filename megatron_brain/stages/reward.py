@@ -10,7 +10,7 @@ from megatron_brain.data.corpus import OnDemand
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.records import PreferencePair, PreferenceReader
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
-from megatron_brain.stages.samples import SampledStage
+from megatron_brain.stages.dataset_stage import SampledStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer

@@ -11,7 +11,7 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.packing import pack_by_length
 from megatron_brain.data.records import SFTReader
 from megatron_brain.objectives.sft import negative_log_likelihood
-from megatron_brain.stages.samples import SampledStage
+from megatron_brain.stages.dataset_stage import SampledStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer

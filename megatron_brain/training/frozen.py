@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_brain.checkpointing import CheckpointInfo, read_info
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.offload import HostWeights
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.training.run import Run

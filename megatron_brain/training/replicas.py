@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_brain.models.fp8_weights import in_full
+from megatron_brain.models.fp8.weights import in_full
 from megatron_brain.models.parameter_names import global_parameters
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel

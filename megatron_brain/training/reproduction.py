@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
 from megatron_brain.files import write_whole
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.parameter_names import global_parameters
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import json_number

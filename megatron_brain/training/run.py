@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_weights, read_info, require_files
+from megatron_brain.checkpointing.locate_tokenizer import locate_tokenizer
 from megatron_brain.config.checks import validate_layout
-from megatron_brain.config.data import TokenizerConfig
-from megatron_brain.config.errors import AgreedError, ConfigError
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
@@ -23,10 +22,11 @@ from megatron_brain.data.corpus import Corpus, read_corpus
 from megatron_brain.data.records import Item, RecordReader
 from megatron_brain.data.sources import source_files
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer, check_fits
+from megatron_brain.errors import AgreedError, ConfigError
 from megatron_brain.files import file_problem, folder_problem
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
-from megatron_brain.models.fp8_state import without_history
-from megatron_brain.models.fp8_weights import written
+from megatron_brain.models.fp8.state import without_history
+from megatron_brain.models.fp8.weights import written
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
@@ -301,23 +301,6 @@ def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tupl
     tokenizer = build_tokenizer(kind, place, config.tokenizer.chat_template)
     check_fits(tokenizer, config.model.vocab_size)
     return tokenizer, dataclasses.replace(config, tokenizer=settings)
-
-
-def locate_tokenizer(
-    asked: TokenizerConfig, start_from: CheckpointInfo | None, hf_model: str | None
-) -> tuple[str, str]:
-    """Type and place of the tokenizer: the one asked for, or else the checkpoint's or the Hugging Face model's.
-
-    Raises:
-        ConfigError: none of them is given.
-    """
-    if asked.tokenizer_model is not None:
-        return asked.tokenizer_type, asked.tokenizer_model
-    if start_from is not None:
-        return start_from.tokenizer_type, str(start_from.tokenizer_dir)
-    if hf_model is not None:
-        return "HuggingFaceTokenizer", hf_model
-    raise ConfigError("no tokenizer: give --tokenizer-model, or --load or --hf-model which bring one")
 
 
 def _without_sizes(model: ModelConfig) -> ModelConfig:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from megatron_brain.config.errors import AgreedError, is_ours
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.corpus import Corpus, place_of
 from megatron_brain.data.records import RecordReader
+from megatron_brain.errors import AgreedError, is_ours
 from megatron_brain.files import explained
 from megatron_brain.runtime.parallel import Parallel
 

@@ -9,13 +9,47 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_brain.config.training import TrainingConfig
+from megatron_brain.data.group_schedule import GroupLengths, MicroBatch, plan_groups
 from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.report import LossOutput
 
 LossFunction = Callable[[Tensor, PackedBatch], LossOutput]
+
+
+def plan_step(
+    groups: Sequence[Group],
+    training: TrainingConfig,
+    parallel: Parallel,
+    *,
+    interleaved: bool,
+    round_to: int,
+    step: int,
+    splittable: bool,
+) -> list[MicroBatch]:
+    """This replica's micro-batches of a step over `groups`, of at most --max-tokens-per-micro-batch.
+
+    Args:
+        groups: of the whole global batch, the same on every rank.
+        interleaved: the pipeline schedule needs whole rounds of micro-batches.
+        round_to: what lengths of packed sequences are multiples of.
+        step: number of the step, which with the seed decides ties.
+        splittable: whether a group that does not fit may be cut.
+    """
+    return plan_groups(
+        [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
+        replicas=parallel.dp_size,
+        max_tokens=training.max_tokens_per_micro_batch,
+        seed=training.seed + step,
+        shared_prefix=training.shared_prefix,
+        splittable=splittable,
+        round_to=round_to,
+        count_multiple_of=parallel.pp_size if interleaved else 1,
+        labels=[group.record_id for group in groups],
+    )[parallel.dp_rank]
 
 
 def pack_micro_batches(

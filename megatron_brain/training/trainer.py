@@ -17,8 +17,9 @@ from megatron_brain.checkpointing import (
     read_info,
     read_records,
 )
+from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.runtime import signals
 from megatron_brain.training.guards import StepGuard
@@ -31,7 +32,6 @@ from megatron_brain.training.optimizer import (
 from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
-from megatron_brain.training.run_length import check_warmup
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import logging
 import os
 import re
@@ -100,10 +100,4 @@ def _path(tool: str) -> Path:
 
 
 def _tool(name: str) -> ModuleType:
-    module = sys.modules.get(f"tools.{name}")
-    if module is None:
-        spec = importlib.util.spec_from_file_location(f"tools.{name}", _path(name))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[f"tools.{name}"] = module
-    return module
+    return importlib.import_module(f"megatron_brain.commands.{name}")

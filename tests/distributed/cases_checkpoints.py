@@ -93,7 +93,7 @@ def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context:
 def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: Context) -> None:
     """As where another job is saving, or storage shows nodes different contents; and a rank that finds none at all."""
     from megatron_brain.checkpointing import CheckpointError, load_weights, read_info
-    from megatron_brain.config.errors import AgreedError
+    from megatron_brain.errors import AgreedError
 
     path = context.shared / f"different_{context.world_size}"
     flags = [*random_start(context), "--train-iters", "9"]

@@ -9,7 +9,7 @@ import pytest
 
 from distributed.runs import flags_of, open_trainer, random_start, step
 from distributed.world import Context, Layout, at
-from megatron_brain.config.errors import AgreedError
+from megatron_brain.errors import AgreedError
 
 _two = at(lambda layout: layout.name in ("tp2", "dp2"))
 _DATED = (

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.world import Context, Layout, at
-from megatron_brain import logprobs
+from megatron_brain.models import logprobs
 
 POSITIONS, WIDTH, ROWS, TEMPERATURE = 11, 6, 40, 0.7
 # No padding; some on the last rank; half of the rows, so that with two ranks the last has nothing else; almost all.

@@ -275,7 +275,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     # Imported once, here, for all ranks to come.
-    for stage in ("sft", "reward", "brain"):
+    for stage in ("sft", "reward", "brain.stage"):
         importlib.import_module(f"megatron_brain.stages.{stage}")
     report = run_faults(args.folder, stage=args.stage, kills=args.kills, count=args.ranks, seed=args.seed)
     print(json.dumps(vars(report), indent=2))

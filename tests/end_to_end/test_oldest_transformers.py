@@ -5,7 +5,7 @@ work/oldest/bin/pip install torch==2.13.0 transformers==4.56.0
 OLDEST_TRANSFORMERS=work/oldest/bin/python python -m pytest -s tests/end_to_end/test_oldest_transformers.py
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -32,9 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tool(name, *flags):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"megatron_brain.commands.{name}")
     assert module.main([*map(str, flags)]) == 0
 
 

@@ -14,7 +14,6 @@ vLLM wants a torch for CPUs: where pip's index serves one for CUDA, point PIP_EX
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import random
@@ -123,15 +122,13 @@ def stage(name: str, *flags: object) -> Run:
 def train(name: str, *flags: object) -> Run:
     """Run a training stage as its command would, quietly."""
     run = stage(name, *flags, "--no-progress")
-    importlib.import_module(f"megatron_brain.stages.{name}").main(run)
+    importlib.import_module("megatron_brain.stages." + name.replace("brain", "brain.stage")).main(run)
     return run
 
 
 def tool(name: str, *flags: object) -> None:
     """Run a script of tools/ in this process; it compares what it wrote."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"megatron_brain.commands.{name}")
     assert module.main([*map(str, flags)]) == 0
 
 

@@ -25,7 +25,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models import provider
 from megatron_brain.models.architecture import resolve
-from megatron_brain.models.fp8_emulation import E4M3, E5M2, emulated_linear, quantize
+from megatron_brain.models.fp8.emulation import E4M3, E5M2, emulated_linear, quantize
 from megatron_brain.runtime import parallel
 
 FACTORY = "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"

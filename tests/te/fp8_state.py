@@ -37,7 +37,9 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group
 from megatron_brain.generation.sampler import Sampler
-from megatron_brain.models import fp8_state, fp8_weights, provider
+from megatron_brain.models import provider
+from megatron_brain.models.fp8 import state as fp8_state
+from megatron_brain.models.fp8 import weights as fp8_weights
 from megatron_brain.models.offload import HostWeights
 from megatron_brain.runtime import parallel
 from megatron_brain.training import run as opening

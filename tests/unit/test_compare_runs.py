@@ -1,18 +1,15 @@
 """Metrics of runs side by side, by hand."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from megatron_brain.commands import compare_runs
 
 
 @pytest.fixture
-def compare(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("compare_runs").main
+def compare():
+    return compare_runs.main
 
 
 def write(path, losses):

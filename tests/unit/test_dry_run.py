@@ -196,7 +196,7 @@ def test_memory_counts_a_reward_model_of_its_own_size(dry_run, assets, monkeypat
         seen.append({model.name: model.model.num_layers for model in workload.frozen_models})
         return Memory(phase="training", stage=0)
 
-    monkeypatch.setattr("megatron_brain.training.dry_run_report.estimate_memory", estimate)
+    monkeypatch.setattr("megatron_brain.dry_run.report.estimate_memory", estimate)
     argv = ["--load", f"{assets}/policy", "--finetune", "--reward-load", f"{assets}/small", "--seq-length", "128"]
     dry_run(1, "brain", *argv, "--train-data", f"{assets}/prompts.jsonl")
     assert seen == [{"prior": 4, "reward": 2}]

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from megatron_brain import __main__ as command
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.errors import ConfigError
 
 
 def run(*args):

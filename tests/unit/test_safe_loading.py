@@ -15,12 +15,12 @@ import torch
 from helpers.tiny_tokenizers import write_hf_tokenizer
 from transformers import AutoTokenizer
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import all_fields
 from megatron_brain.config.loader import load_config
 from megatron_brain.conversion import read_hf_architecture
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.data.tokenizer import build_tokenizer
+from megatron_brain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 

@@ -32,10 +32,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from benchmarks.models import write_tokenizer
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion.registry import family_for_export
 from megatron_brain.conversion.safetensors_files import INDEX
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import resolve
 
 REQUIRED = 0.6

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 TOLERANCE = 0.15
 """How far the line's slope may lie from proportionality, and a size's time per token from the others'."""

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.precisions import PRECISIONS, SCORED, Model, beginnings, draw
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.data.groups import Group
+from megatron_brain.errors import ConfigError
 from megatron_brain.objectives.brain import (
     brain_loss_gradient,
     effective_sample_size,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.timing import in_turns
-from megatron_brain.logprobs import DEFAULT_CHUNK_SIZE, vocab_parallel_logprobs
+from megatron_brain.models.logprobs import DEFAULT_CHUNK_SIZE, vocab_parallel_logprobs
 
 WHOLE = "full_logits"
 OURS = ["recompute", "known_gradient"]

@@ -23,8 +23,8 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import allocations
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import load_config
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.memory import Memory, stage_memory
 from megatron_brain.planning.workload import from_run_config
@@ -237,7 +237,9 @@ def measure_steps(stage: str, flags: list[str], *, steps: int = _STEPS) -> dict:
 
 def _train(stage: str, flags: list[str], steps: int) -> None:
     from megatron_brain.generation.sampler import Sampler
-    from megatron_brain.stages import brain, reward, rounds, sft
+    from megatron_brain.stages import reward, sft
+    from megatron_brain.stages.brain import rounds
+    from megatron_brain.stages.brain import stage as brain
     from megatron_brain.training import trainer
     from megatron_brain.training.run import open_run
 

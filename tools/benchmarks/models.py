@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.conversion.registry import family_for_export
 from megatron_brain.conversion.weights import hf_tensors
 from megatron_brain.data.groups import Group
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.objectives.brain import brain_loss, posterior_log_weights
-from megatron_brain.stages.brain import BrainStage
-from megatron_brain.stages.rollouts import Response, Rollout, write_rollouts
+from megatron_brain.stages.brain.rollouts import Response, Rollout, write_rollouts
+from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.training.run import Run, open_run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 from megatron_brain.training.trainer import Trainer

@@ -33,8 +33,8 @@ from benchmarks.models import (
     write_hf_model,
 )
 from benchmarks.timing import compare, in_turns
-from megatron_brain.config.errors import ConfigError
-from megatron_brain.stages.rollouts import Rollout
+from megatron_brain.errors import ConfigError
+from megatron_brain.stages.brain.rollouts import Rollout
 
 PARTS = ("update", "scoring", "line")
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy
 import xxhash
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 Format = Literal["indexed", "arrow"]
 FILES: dict[Format, tuple[str, ...]] = {"indexed": (".bin", ".idx"), "arrow": (".arrow",)}

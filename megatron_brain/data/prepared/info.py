@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.lengths import ReadReport
 from megatron_brain.data.prepared.documents import FILES, Format
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
 
 FORMAT_VERSION = 2

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.template_date import now
 from megatron_brain.data.lengths import ReadReport, make_report
 from megatron_brain.data.prepared.codecs import CODECS
@@ -38,6 +37,7 @@ from megatron_brain.data.records import RecordReader, Tokenised
 from megatron_brain.data.sources import RawRecord, parse_record, raw_records, source_files
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.data.workers import map_in_order
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import file_problem, sync_folder, sync_tree, write_whole
 
 log = logging.getLogger(__name__)

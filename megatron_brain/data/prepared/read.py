@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.lengths import ReadReport
 from megatron_brain.data.prepared.codecs import CODECS, Codec
@@ -14,6 +13,7 @@ from megatron_brain.data.prepared.documents import DocumentReader, open_document
 from megatron_brain.data.prepared.info import TOOL, PreparedInfo, read_info
 from megatron_brain.data.records import Item, RecordReader
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
+from megatron_brain.errors import ConfigError
 
 
 class PreparedItems(Sequence[Item]):

@@ -1,9 +1,7 @@
 """A checkpoint that rotted is not loaded without a word: every kind of file, one bit at a time."""
 
-import importlib.util
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +13,10 @@ from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.folders import INFO
 from megatron_brain.checkpointing.index import INDEX, StoredBox, read_index
 from megatron_brain.checkpointing.verification import find_damaged_boxes, my_share
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.commands import inspect_checkpoint as inspect_command
+from megatron_brain.errors import ConfigError
 
 DATA = "weights_00000.safetensors"
-TOOL = Path(__file__).parents[3] / "tools" / "inspect_checkpoint.py"
 
 
 @pytest.fixture
@@ -158,10 +156,7 @@ def test_processes_of_a_node_look_at_each_box_once_that_any_of_them_needs():
 
 @pytest.fixture
 def inspect_checkpoint():
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main
+    return inspect_command.main
 
 
 def test_the_tool_says_what_a_checkpoint_holds_and_that_it_is_sound(inspect_checkpoint, saved, capsys):

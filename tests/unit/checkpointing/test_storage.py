@@ -19,7 +19,7 @@ from megatron_brain.checkpointing.storage import (
     write_boxes,
     write_file,
 )
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 
 DATA = "weights_00000.safetensors"
 

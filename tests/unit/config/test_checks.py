@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_brain.config.checks import data_parallel_size, validate_layout
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict, load_config
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.errors import ConfigError
 
 SMOLLM = ModelConfig(num_layers=30, hidden_size=576, num_attention_heads=9, num_query_groups=3)
 LLAMA = ModelConfig(num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)

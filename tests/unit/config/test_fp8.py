@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from megatron_brain.config.checks import require, validate_layout
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.loader import config_from_dict, load_config
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.errors import ConfigError
 
 START = {
     "sft": {"train_data": "t.jsonl", "load": "ckpt"},

@@ -6,7 +6,6 @@ import sys
 import pytest
 import yaml
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import all_fields, section_fields, section_help, stage_fields
 from megatron_brain.config.loader import (
     build_parser,
@@ -17,6 +16,7 @@ from megatron_brain.config.loader import (
     save_config,
 )
 from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.errors import ConfigError
 
 REQUIRED = {
     "sft": {"train_data": "t.jsonl", "load": "ckpt"},

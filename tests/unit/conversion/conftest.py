@@ -1,6 +1,6 @@
 """Tiny random Hugging Face models, and how they get into a chunk."""
 
-import importlib.util
+import importlib
 import shutil
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.conversion import load_hf_weights, read_hf_model
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model
-
-TOOLS = Path(__file__).parents[3] / "tools"
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +56,6 @@ def tool():
     """A function that imports a script of tools/ by its name."""
 
     def import_(name: str):
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return importlib.import_module(f"megatron_brain.commands.{name}")
 
     return import_

@@ -12,10 +12,10 @@ from helpers.hf_models import HF_MODELS
 from transformers import AutoConfig, AutoModelForCausalLM
 from unit.conversion.published import GEMMA_2_2B, PUBLISHED
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion import read_hf_architecture
 from megatron_brain.conversion.registry import FAMILIES, family_for_export
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 
 BY_TYPE = {family.model_type: family for family in FAMILIES}

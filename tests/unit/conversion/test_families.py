@@ -8,7 +8,6 @@ from helpers.hf_models import HF_MODELS, build_hf_model
 from safetensors.torch import load_file, save_file
 
 from megatron_brain.checkpointing.state import model_boxes
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.conversion import read_hf_model
 from megatron_brain.conversion.fusion import GATE_UP, QKV, STACKED_QKV, TRANSPOSED, TRANSPOSED_STACKED_QKV
@@ -16,8 +15,9 @@ from megatron_brain.conversion.registry import FAMILIES
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.conversion.weights import hf_tensors
 from megatron_brain.data.groups import Group, pack_groups
-from megatron_brain.logprobs import local_logits
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.attention import PackedLayout
+from megatron_brain.models.logprobs import local_logits
 
 LENGTH = 24
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.conversion import read_hf_model
+from megatron_brain.errors import ConfigError
 
 OUTPUT, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

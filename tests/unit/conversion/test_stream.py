@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from megatron_brain.checkpointing.folders import list_files
 from megatron_brain.checkpointing.index import write_index
 from megatron_brain.checkpointing.storage import read_tensors, write_file
 from megatron_brain.config.data import TokenizerConfig
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
 from megatron_brain.conversion import to_checkpoint, to_hf
 from megatron_brain.conversion.output_folder import verified_folder
@@ -32,6 +30,7 @@ from megatron_brain.conversion.to_hf import ToHF
 from megatron_brain.conversion.workers import ConversionError, Workers
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.data.tokenizer import build_tokenizer
+from megatron_brain.errors import ConfigError
 
 
 @pytest.fixture
@@ -283,17 +282,14 @@ def write_two(tensors, path, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     write(tensors, path, **options)
 to_hf.write_safetensors = write_two
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import convert_megatron_to_hf
+from megatron_brain.commands import convert_megatron_to_hf
 convert_megatron_to_hf.main(sys.argv[1:])
 """
 
 
 def test_a_killed_conversion_leaves_nothing_under_the_final_name(write_hf, convert_in, convert_out, tmp_path):
     checkpoint = convert_in(write_hf())
-    tool = Path(__file__).parents[3] / "tools" / "convert_megatron_to_hf.py"
-    command = [sys.executable, "-c", KILLED, tool, "--load", checkpoint, "--save", tmp_path / "final"]
+    command = [sys.executable, "-c", KILLED, "--load", checkpoint, "--save", tmp_path / "final"]
     died = subprocess.run([*command, "--max-shard-size", "20KB"], capture_output=True, text=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (tmp_path / "final").exists()

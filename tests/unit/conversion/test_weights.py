@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.conversion import load_hf_weights
 from megatron_brain.conversion.safetensors_files import INDEX, SafetensorsReader
+from megatron_brain.errors import ConfigError
 
 
 def rewrite(directory, change):

@@ -1,12 +1,11 @@
 """Checking a data set: every problem once, with its place, and errors are exactly what stops a stage."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
 
+from megatron_brain.commands import check_data
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data import checking
 from megatron_brain.data.checking import check
@@ -14,7 +13,6 @@ from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import read_records
 from megatron_brain.data.sources import parse_record, raw_records
 
-TOOL = Path(__file__).parents[3] / "tools" / "check_data.py"
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "a short summary"}
 FINE = {"prompt": "hello\nTL;DR:", "completion": " fast"}
@@ -174,23 +172,20 @@ def test_contents_that_are_no_text_are_errors_of_their_record(hf, tmp_path):
 
 
 def test_exit_statuses_tell_errors_warnings_and_mistakes_apart(hf_dir, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("check_data", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     fine = write(tmp_path / "fine.jsonl", [FINE])
     warned = write(tmp_path / "warned.jsonl", [FINE] * 4)
     wrong = write(tmp_path / "wrong.jsonl", [FINE, *["{"] * 5])
     flags = ["--stage", "sft", "--hf-model", hf_dir, "--workers", "1"]
-    assert tool.main([*flags, "--input", fine, "--strict"]) == 0
-    assert tool.main([*flags, "--input", warned]) == 0
-    assert tool.main([*flags, "--input", warned, "--strict"]) == 1
+    assert check_data.main([*flags, "--input", fine, "--strict"]) == 0
+    assert check_data.main([*flags, "--input", warned]) == 0
+    assert check_data.main([*flags, "--input", warned, "--strict"]) == 1
     capsys.readouterr()
-    assert tool.main([*flags, "--input", wrong, "--max-shown", "2"]) == 1
+    assert check_data.main([*flags, "--input", wrong, "--max-shown", "2"]) == 1
     said = capsys.readouterr().out
     assert "error: invalid JSON: 5\n" in said and said.count("wrong.jsonl:") == 3 and "and 3 more" in said
-    assert tool.main([*flags, "--input", fine, "--seq-length", "1"]) == 2
+    assert check_data.main([*flags, "--input", fine, "--seq-length", "1"]) == 2
     assert "at least 2" in capsys.readouterr().err
-    assert tool.main([*flags, "--input", fine, str(tmp_path / "none.jsonl")]) == 2
+    assert check_data.main([*flags, "--input", fine, str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
 
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_brain.config.data import DataConfig
-from megatron_brain.config.errors import AgreedError
 from megatron_brain.data.contents import Contents, contents_of, hash_item
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+from megatron_brain.errors import AgreedError
 from megatron_brain.training.same_data import as_state, require_same_as_before
 
 LIMITS = DataConfig(seq_length=128)

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.conversations import check_messages, check_template_kwargs
 from megatron_brain.data.corpus import read_corpus
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.sources import load_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tools import check_tools
+from megatron_brain.errors import RecordError
 
 LIMITS = DataConfig(seq_length=4096)
 USER = {"role": "user", "content": "what time is it?"}

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import without_nulls
 from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import RecordError
 
 # White space of its own around thoughts, written in two fields or one: Qwen 3, GLM 4.5, Nemotron.
 RESPACED = THINKING.replace(

@@ -7,12 +7,12 @@ import numpy
 import pytest
 
 from megatron_brain.config.data import DataConfig
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.corpus import num_tokens, read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
+from megatron_brain.errors import ConfigError
 
 USER = {"role": "user", "content": "hello, how are you?"}
 GOOD = {"role": "assistant", "content": "a short summary é\u2028"}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import pickle
@@ -17,14 +17,13 @@ import numpy
 import psutil
 import pytest
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared import preparation
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.workers import WorkerKilledError, map_in_order
+from megatron_brain.errors import ConfigError
 
-TOOLS = Path(__file__).parents[3] / "tools"
 WORDS = ["the", "quick", "brown", "fox", "over", "lazy", "dog", "again", "hello", "world", "fast", "small", "editor"]
 
 
@@ -64,10 +63,7 @@ def make_job(corpus, hf_dir, tmp_path):
 
 
 def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+    return importlib.import_module(f"megatron_brain.commands.{name}")
 
 
 def files(job) -> dict[str, bytes]:

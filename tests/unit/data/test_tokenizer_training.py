@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,19 +7,15 @@ from datasets import Dataset
 from helpers.tiny_tokenizers import LINES
 from transformers import AutoTokenizer
 
+from megatron_brain.commands import train_tokenizer
 from megatron_brain.data.tokenizer import build_tokenizer
 from megatron_brain.data.tokenizer.export import AWKWARD_TEXTS
 from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, corpus_lines, measure, train
 
-TOOL = Path(__file__).parents[3] / "tools" / "train_tokenizer.py"
-
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_tokenizer", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return train_tokenizer
 
 
 @pytest.fixture

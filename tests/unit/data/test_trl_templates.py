@@ -16,12 +16,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages, check_template_kwargs
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.json_values import without_nulls
 from megatron_brain.data.last_turn import render_last_turn
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import RecordError
 
 TEMPLATES = sorted(Path(trl.__file__).parent.glob("chat_templates/*_training.jinja"))
 SPECIAL = re.compile(

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.conversations import check_messages
-from megatron_brain.data.errors import RecordError
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tools import check_tools
 from megatron_brain.data.turns import encode_all_turns, locate_turns
+from megatron_brain.errors import RecordError
 
 HEAD = "{{ bos_token }}"
 TAIL = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"

@@ -10,7 +10,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.models.architecture import resolve
-from megatron_brain.models.fp8_emulation import (
+from megatron_brain.models.fp8.emulation import (
     E4M3,
     E5M2,
     E4M3ColumnParallelLinear,
@@ -20,7 +20,7 @@ from megatron_brain.models.fp8_emulation import (
     emulated_linear,
     quantize,
 )
-from megatron_brain.models.fp8_state import switched_off
+from megatron_brain.models.fp8.state import switched_off
 from megatron_brain.models.provider import build_model
 from megatron_brain.runtime.parallel import Parallel
 

@@ -8,7 +8,7 @@ from megatron.core.enums import Fp8Recipe
 from torch import nn
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.offload import HostWeights
 
 

@@ -9,10 +9,10 @@ from helpers.assets import SIZES
 from helpers.tiny_training import Training
 
 from megatron_brain.checkpointing.state import model_boxes, optimizer_boxes
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.models import provider, specs
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.parallel_residual import ParallelResidualLayer

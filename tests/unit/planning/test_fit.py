@@ -5,10 +5,10 @@ import itertools
 from pathlib import Path
 
 import pytest
+from planner_study.fit import fit, model_tflops, residual_table, residuals
+from planner_study.published import FITTED, PUBLISHED
 
-from megatron_brain.planning.fit import fit, model_tflops, residual_table, residuals
 from megatron_brain.planning.machine import MACHINES
-from megatron_brain.planning.published import FITTED, PUBLISHED
 
 RESULTS = tuple(PUBLISHED.values())
 
@@ -56,5 +56,5 @@ def test_published_layouts_fill_their_gpus():
 def test_the_page_shows_all_residuals():
     page = Path(__file__).parents[3] / "docs" / "planner.md"
     assert residual_table(MACHINES["h100"]) in page.read_text(encoding="utf-8"), (
-        "run: python -m megatron_brain.planning.fit"
+        "run: PYTHONPATH=tools python -m planner_study.fit"
     )

@@ -1,6 +1,5 @@
 """tools/plan.py end to end."""
 
-import importlib.util
 import json
 import resource
 import subprocess
@@ -9,16 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_brain.commands import plan as plan_tool
+
 ROOT = Path(__file__).parents[3]
 EXAMPLE = (
     "--model llama3-70b --gpus 64 --gpu h100 --stage brain --samples-per-prompt 16 --prompt-length 512 "
     "--response-length 128"
 )
-
-
-SPEC = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-plan_tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(plan_tool)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from megatron_brain.planning import scaling
+from planner_study import scaling
 
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 
@@ -35,4 +34,6 @@ def test_a_page_without_a_marker_is_refused(made):
 def test_the_page_shows_the_table_of_strong_scaling():
     """One of four: the others search for longer."""
     shown = f"<!-- strong: begin -->\n{scaling.strong_scaling()}\n<!-- strong: end -->"
-    assert shown in PAGE.read_text(encoding="utf-8"), "run: python -m megatron_brain.planning.scaling docs/scaling.md"
+    assert shown in PAGE.read_text(encoding="utf-8"), (
+        "run: PYTHONPATH=tools python -m planner_study.scaling docs/scaling.md"
+    )

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_brain.config.checks import require, validate_layout
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.loader import config_from_dict, load_config
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import estimate_memory

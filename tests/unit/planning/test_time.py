@@ -7,7 +7,7 @@ from helpers.planning import RATES, ideal_machine, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_brain.logit_blocks import block_shape
+from megatron_brain.models.logit_blocks import block_shape
 from megatron_brain.planning.communication import ring_share, tensor_volume
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset

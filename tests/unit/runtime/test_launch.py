@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_brain.config.errors import ConfigError
+from megatron_brain.errors import ConfigError
 from megatron_brain.runtime import parallel
 from megatron_brain.runtime.launch import Launch, first_host, is_reporting_rank, pretended_world_size, read_launch
 

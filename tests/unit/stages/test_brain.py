@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.stages.brain import BrainStage
+from megatron_brain.stages.brain.stage import BrainStage
 
 
 def stage(*, proposal_is_policy: bool = True) -> SimpleNamespace:

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_brain.config.training import TrainingConfig
 from megatron_brain.data.group_schedule import GroupDoesNotFitError
-from megatron_brain.stages.placement import Part, Placement, rollouts_in
-from megatron_brain.stages.rollouts import Response, Rollout
+from megatron_brain.stages.brain.placement import Part, Placement, rollouts_in
+from megatron_brain.stages.brain.rollouts import Response, Rollout
 
 
 def rollout(index, prompt=6, responses=(3, 4, 5)):

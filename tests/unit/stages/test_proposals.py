@@ -8,8 +8,8 @@ from helpers.assets import write_assets
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import build_tokenizer
-from megatron_brain.stages.placement import Placement
-from megatron_brain.stages.proposals import GivenPairs, RolloutFiles
+from megatron_brain.stages.brain.placement import Placement
+from megatron_brain.stages.brain.proposals import GivenPairs, RolloutFiles
 from megatron_brain.training.run import Run
 
 ALONE = SimpleNamespace(gather_over_world=lambda item: [item])

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_brain.data.groups import pack_groups
-from megatron_brain.stages import rollouts as rollouts_module
-from megatron_brain.stages.rollouts import (
+from megatron_brain.stages.brain import rollouts as rollouts_module
+from megatron_brain.stages.brain.rollouts import (
     Response,
     Rollout,
     read_rollouts,

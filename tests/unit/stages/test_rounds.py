@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.stages.rollouts import Response, Rollout
-from megatron_brain.stages.rounds import RoundMaker
+from megatron_brain.stages.brain.rollouts import Response, Rollout
+from megatron_brain.stages.brain.rounds import RoundMaker
 
 
 def maker(limit=0.1, **run):

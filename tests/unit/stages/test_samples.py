@@ -6,7 +6,7 @@ import pytest
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group
-from megatron_brain.stages.samples import SampledStage
+from megatron_brain.stages.dataset_stage import SampledStage
 from megatron_brain.training.trainer import Trainer
 
 SAMPLES = [[Group(prompt=(1,), responses=((i,),)), Group(prompt=(2,), responses=((i,),))] for i in range(10)]

@@ -12,7 +12,7 @@ from helpers.assets import size_flags, write_assets
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group, pack_groups
-from megatron_brain.models import fp8_state
+from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.stages.sft import SFTStage
 from megatron_brain.training import guards
 from megatron_brain.training import trainer as trainer_module

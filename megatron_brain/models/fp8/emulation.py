@@ -113,7 +113,7 @@ class _Emulated:
 
     gradient_type: torch.dtype
     emulates_fp8 = True
-    """Off where a model in FP8 computes without it, see fp8_state.py."""
+    """Off where a model in FP8 computes without it, see models/fp8/state.py."""
 
     def _forward_impl(
         self,

@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from megatron_brain.config.errors import AgreedError
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run_length import iterations
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
+from megatron_brain.errors import AgreedError
 from megatron_brain.models.provider import Head
-from megatron_brain.stages.placement import plan_step
 from megatron_brain.training.run import Run
-from megatron_brain.training.run_length import iterations
 from megatron_brain.training.same_data import as_state, require_same_as_before
+from megatron_brain.training.schedule import plan_step
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from megatron_brain.config.errors import ConfigError, short
 from megatron_brain.data.groups import Group
 from megatron_brain.data.sources import load_records
+from megatron_brain.errors import ConfigError, short
 from megatron_brain.files import write_whole
 
 _LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")

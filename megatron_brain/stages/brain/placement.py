@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_brain.config.training import TrainingConfig
-from megatron_brain.data.group_schedule import GroupLengths, MicroBatch, plan_groups
 from megatron_brain.data.groups import Group
 from megatron_brain.data.order import Item, replica_share
 from megatron_brain.runtime.parallel import Parallel
-from megatron_brain.stages.rollouts import Rollout
+from megatron_brain.stages.brain.rollouts import Rollout
+from megatron_brain.training.schedule import plan_step
 
 
 @dataclass(frozen=True)
@@ -130,38 +130,6 @@ class Placement:
             [Part(rollouts[piece.group], piece.responses, piece.num_pieces == 1) for piece in micro_batch]
             for micro_batch in plan
         ]
-
-
-def plan_step(
-    groups: Sequence[Group],
-    training: TrainingConfig,
-    parallel: Parallel,
-    *,
-    interleaved: bool,
-    round_to: int,
-    step: int,
-    splittable: bool,
-) -> list[MicroBatch]:
-    """This replica's micro-batches of a step over `groups`, of at most --max-tokens-per-micro-batch.
-
-    Args:
-        groups: of the whole global batch, the same on every rank.
-        interleaved: the pipeline schedule needs whole rounds of micro-batches.
-        round_to: what lengths of packed sequences are multiples of.
-        step: number of the step, which with the seed decides ties.
-        splittable: whether a group that does not fit may be cut.
-    """
-    return plan_groups(
-        [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
-        replicas=parallel.dp_size,
-        max_tokens=training.max_tokens_per_micro_batch,
-        seed=training.seed + step,
-        shared_prefix=training.shared_prefix,
-        splittable=splittable,
-        round_to=round_to,
-        count_multiple_of=parallel.pp_size if interleaved else 1,
-        labels=[group.record_id for group in groups],
-    )[parallel.dp_rank]
 
 
 def rollouts_in(steps: Sequence[Step]) -> list[Rollout]:

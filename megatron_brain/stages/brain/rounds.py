@@ -10,9 +10,9 @@ import torch
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.objectives.brain import posterior_log_weights
-from megatron_brain.stages.placement import Placement, Step, rollouts_in
-from megatron_brain.stages.proposals import open_proposal
-from megatron_brain.stages.rollouts import Rollout, write_rollouts
+from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
+from megatron_brain.stages.brain.proposals import open_proposal
+from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer

@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md, made by the planner.
 
-    python -m megatron_brain.planning.scaling docs/scaling.md
+    PYTHONPATH=tools python -m planner_study.scaling docs/scaling.md
 
 rewrites the parts of the file between markers. A test compares one of them with the planner.
 """

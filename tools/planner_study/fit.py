@@ -1,6 +1,6 @@
 """Fits the efficiency of a machine to published throughput, and predicts what it was not fitted to.
 
-    python -m megatron_brain.planning.fit
+    PYTHONPATH=tools python -m planner_study.fit
 
 prints the residuals of every choice of results to fit, as docs/planner.md has them.
 """
@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 
 from megatron_brain.planning.machine import MACHINES, Machine
-from megatron_brain.planning.published import FITTED, PUBLISHED, Published
 from megatron_brain.planning.sizes import model_flops
 from megatron_brain.planning.time import training_time
+from planner_study.published import FITTED, PUBLISHED, Published
 
 
 def predicted(result: Published, machine: Machine) -> float:

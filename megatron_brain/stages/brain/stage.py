@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_brain.config.run_length import steps_per_round
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.objectives.brain import (
     brain_loss,
@@ -13,13 +14,12 @@ from megatron_brain.objectives.brain import (
     effective_sample_size,
     policy_log_weights,
 )
-from megatron_brain.stages.placement import Step
-from megatron_brain.stages.rollouts import rollout_from_dict
-from megatron_brain.stages.rounds import Round, RoundMaker
-from megatron_brain.stages.samples import check_unchanged, fixed_settings
+from megatron_brain.stages.brain.placement import Step
+from megatron_brain.stages.brain.rollouts import rollout_from_dict
+from megatron_brain.stages.brain.rounds import Round, RoundMaker
+from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
-from megatron_brain.training.run_length import steps_per_round
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer

@@ -4,17 +4,17 @@ import dataclasses
 import math
 import textwrap
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.run import RunConfig
+from megatron_brain.dry_run.inspect import Findings
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import PARTS, estimate_memory
 from megatron_brain.planning.sizes import stage_parameters, total_parameters
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import launch
-from megatron_brain.training.dry_run import Findings
 
 Rows = list[tuple[str, str]]
 

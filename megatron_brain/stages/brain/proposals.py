@@ -9,17 +9,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run_length import rounds
 from megatron_brain.data.order import SampleOrder
 from megatron_brain.data.records import PreferenceReader, PromptReader
+from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
-from megatron_brain.stages.placement import Placement
-from megatron_brain.stages.rollouts import Response, Rollout, read_rollouts, rollout_files
+from megatron_brain.stages.brain.placement import Placement
+from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
-from megatron_brain.training.run_length import rounds
 from megatron_brain.training.same_data import read_on_all, require_same_rollouts
 from megatron_brain.training.trainer import Trainer
 

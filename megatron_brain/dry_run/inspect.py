@@ -9,20 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.run_length import check_warmup, iterations, rounds, steps_per_round
 from megatron_brain.data.corpus import num_tokens, read_corpus
 from megatron_brain.data.packing import pack_by_length
 from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.records import PreferenceReader, PromptReader, RecordReader, SFTReader
 from megatron_brain.data.sources import load_records, source_files
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import REQUIRED_SIZES
 from megatron_brain.models.provider import Head
 from megatron_brain.runtime.launch import pretended_world_size
-from megatron_brain.stages.proposals import read_round
-from megatron_brain.stages.rollouts import rollout_files
+from megatron_brain.stages.brain.proposals import read_round
+from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.training.frozen import read_frozen_info
 from megatron_brain.training.run import (
     find_start,
@@ -32,7 +33,6 @@ from megatron_brain.training.run import (
     resolve_model,
     set_up_logging,
 )
-from megatron_brain.training.run_length import check_warmup, iterations, rounds, steps_per_round
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_brain.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
+from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
 
 DEFAULT_CHUNK_SIZE = 2**25
 

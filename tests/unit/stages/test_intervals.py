@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from megatron_brain.statistics import bootstrap, wins
+from megatron_brain.stages.intervals import bootstrap, wins
 
 
 def test_wins_count_one_losses_zero_and_ties_one_half():

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_brain.logprobs import local_logits, vocab_parallel_logprobs, vocab_parallel_token_scores
+from megatron_brain.models.logprobs import local_logits, vocab_parallel_logprobs, vocab_parallel_token_scores
 
 POSITIONS, WIDTH, PADDED, VOCAB = 13, 8, 20, 17
 CHUNK_SIZES = [1, 7, PADDED, 4 * PADDED + 3, POSITIONS * VOCAB - 1, 10**6]

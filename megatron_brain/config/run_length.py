@@ -2,9 +2,9 @@
 
 import math
 
-from megatron_brain.config.errors import ConfigError
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.training import TrainingConfig
+from megatron_brain.errors import ConfigError
 
 
 def iterations(training: TrainingConfig, num_samples: int) -> int:

@@ -1,0 +1,74 @@
+"""Convert a checkpoint to a Hugging Face model.
+
+    python tools/convert_megatron_to_hf.py --load CKPT --save DIR [--dtype bfloat16]
+    torchrun --nproc-per-node 4 tools/convert_megatron_to_hf.py ...
+
+A policy becomes a language model, a reward model a `*ForSequenceClassification` with one label. What was written is
+compared with the checkpoint, of any layout, on random tokens; past --tolerance the tool exits with status 1 and leaves
+DIR.unverified to look at. No more than a shard's weights are in memory; several processes share the work.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_brain.conversion import command
+from megatron_brain.conversion.registry import FAMILIES
+from megatron_brain.conversion.to_hf import ToHF
+from megatron_brain.runtime import parallel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 1 where the two models differ, 2 for a mistake in what was asked for."""
+    args = _parse(argv)
+
+    def prepare() -> ToHF:
+        return ToHF(
+            args.load,
+            dtype=_DTYPES.get(args.dtype),
+            max_shard_size=args.max_shard_size,
+            hf_model_type=args.hf_model_type,
+            chat_template=args.chat_template,
+            verify=args.verify,
+        )
+
+    return command.run(args, args.load, prepare)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a checkpoint to a Hugging Face model, and compare the two.")
+    parser.add_argument("--load", type=Path, required=True, help="checkpoint folder, or one iter_ folder of it")
+    parser.add_argument("--save", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="type of the written weights [the checkpoint's]")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights [5GB]")
+    parser.add_argument(
+        "--hf-model-type",
+        choices=sorted(family.model_type for family in FAMILIES),
+        help="family to write [the one it was converted from, else the first that can express the model]",
+    )
+    parser.add_argument("--chat-template", help="Jinja file that replaces the checkpoint's chat template")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare what is read with its checksums [on]",
+    )
+    command.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def entry() -> int:
+    """The command itself: `main` of the command line, and the end of the process group."""
+    try:
+        return main(sys.argv[1:])
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,1 @@
+"""`--dry-run`: what a run would do, found out without starting it."""

@@ -1,0 +1,53 @@
+"""The errors that are a user's to mend. Every other error is this package's own and keeps its traceback."""
+
+import traceback
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+class UserError(ValueError):
+    """What was asked for, or given, cannot work. The message names the place and what would be right.
+
+    The command line and the tools print the message of this type alone, and end with exit status 2.
+    """
+
+
+class ConfigError(UserError):
+    """A key, value or layout that cannot work; the message names it, where it was set and what would be right."""
+
+
+class AgreedError(ConfigError):
+    """An error that every rank raises with the same text. Rank 0 alone prints it."""
+
+
+class OwnError(ConfigError):
+    """An error that may concern this process alone, such as one in its own variables. Every rank prints it."""
+
+
+class RecordError(UserError):
+    """A record that no stage takes.
+
+    Attributes:
+        where: place of the record, such as ``data.jsonl:17``.
+        kind: the mistake in two or three words, the same for every record that makes it.
+    """
+
+    def __init__(self, where: str, kind: str, message: str) -> None:
+        super().__init__(where, kind, message)  # all three, so that the error can be pickled
+        self.where, self.kind, self.message = where, kind, message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+def is_ours(error: ValueError) -> bool:
+    """Whether this package raised the error on purpose, rather than a library it calls."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return _PACKAGE in raised_in.parents
+
+
+def short(value: object) -> str:
+    """A value for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

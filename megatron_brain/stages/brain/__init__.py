@@ -1,0 +1,1 @@
+"""BRAIn: the stage, and where its rounds come from and go."""
