@@ -176,16 +176,6 @@ def test_config_json_that_is_written_is_read_back_equal(name, spelling):
     assert family_for_export(model) is family
 
 
-@pytest.mark.parametrize("name", HF_MODELS)
-def test_a_checkpoint_that_names_no_family_goes_to_the_first_that_has_all_of_it(name):
-    model = read(**HF_MODELS[name])
-    chosen = family_for_export(dataclasses.replace(model, hf_model_type=None))
-    # Phi-3 with all channels rotated would be Llama.
-    assert chosen.model_type == HF_MODELS[name]["model_type"]
-    plain = dataclasses.replace(read("phi3"), hf_model_type=None)
-    assert family_for_export(plain).model_type == "llama"
-
-
 ROPE = {"rope_theta": 1e4, "factor": 2.0}
 REFUSED = [
     *((model_type, {"rope_scaling": {"rope_type": rope_type, **ROPE}}, f"rope_type='{rope_type}'")
