@@ -18,7 +18,7 @@ MLP = "decoder.layers.{layer}.mlp."
 
 
 def dimensions(model: ModelConfig) -> dict[str, int]:
-    """Sizes by the names that the tables use. `query` and `key_value` are all heads of that kind, `head` is one."""
+    """Sizes, by the names in the tables. `query` and `key_value` are all heads of that kind, `head` is one head."""
     query = model.num_attention_heads * model.kv_channels
     key_value = model.num_query_groups * model.kv_channels
     return {
@@ -37,7 +37,7 @@ def dimensions(model: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face tensor: its name, with `{layer}` where there is one a layer, and its shape in `dimensions`."""
+    """A Hugging Face tensor: its name, with `{layer}` if every layer has one, and its shape by `dimensions`."""
 
     name: str
     shape: tuple[str, ...]
@@ -54,12 +54,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of a family's table.
+    """One row of a family's table: how a weight of a checkpoint is made.
 
     Attributes:
-        name: the name in a checkpoint (`checkpointing.state`), with `{layer}` where there is one a layer.
-        sources: the Hugging Face tensors it is made of.
-        fusion: how.
+        name: the name in a checkpoint (`checkpointing.state`), with `{layer}` if every layer has one.
+        sources: the Hugging Face tensors that the weight is made of.
+        fusion: how the weight is made of them.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Weight:
     fusion: Fusion = SAME
 
     def key(self, layer: int | None) -> str:
-        """The name in a checkpoint of this weight in a layer, counted from 0."""
+        """The weight's name in a checkpoint in a layer, counted from 0."""
         return self.name.format(layer=layer)
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
-        """Shape in a checkpoint, which holds no padding of the vocabulary."""
+        """Shape in a checkpoint. A checkpoint holds no padding of the vocabulary."""
         parts = [torch.empty(source.sizes(model), device="meta") for source in self.sources]
         return tuple(self.fusion.join(parts, model).shape)
 
@@ -248,7 +248,7 @@ class UnsupportedFamily:
     Attributes:
         name: for messages.
         classes: names in `architectures` of config.json.
-        missing: what the network would have to have.
+        missing: what our network lacks.
     """
 
     name: str
@@ -257,14 +257,14 @@ class UnsupportedFamily:
 
 
 def _is_like(value: object, default: object) -> bool:
-    """Whether a value is of its default's type; an integer is also a number. null, either of them, says no type."""
+    """Whether a value has the type of its default. An integer is also a float, and null fits any type."""
     if value is None or default is None:
         return True
     return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def _means(value: object, default: object) -> bool:
-    """Whether a value means the same as its default; null means false."""
+    """Whether a value means the same as its default. null means false."""
     return (bool(value) if isinstance(default, bool) else value) == default
 
 

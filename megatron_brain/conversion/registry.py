@@ -1,4 +1,4 @@
-"""Which family a Hugging Face directory belongs to, read from its config.json alone, and which one a model goes to."""
+"""The families: which one a Hugging Face directory belongs to, and which one a model is written as."""
 
 import json
 from collections.abc import Collection
@@ -46,8 +46,8 @@ def read_hf_model(directory: str | Path) -> HFModel:
     """Read config.json.
 
     Raises:
-        ConfigError: no directory, no config.json, an architecture of no family or not that of its `model_type`, or an
-            option that is not supported.
+        ConfigError: there is no directory or no config.json, no family has this architecture, `model_type` names
+            another one, or an option is not supported.
     """
     path = Path(directory)
     config = _read_config(path)
@@ -72,16 +72,16 @@ def read_hf_architecture(directory: str | Path) -> dict:
     """Sizes of the model in a Hugging Face directory, keys of ARCHITECTURE_FIELDS.
 
     Raises:
-        ConfigError: as `read_hf_model`.
+        ConfigError: like `read_hf_model`.
     """
     return read_hf_model(directory).architecture
 
 
 def family_for_export(model: ModelConfig) -> Family:
-    """The family that a model is written as: the one that its `hf_model_type` names, else the first that can have it.
+    """The family that a model is written as: the one that `hf_model_type` names, else the first that can express it.
 
     Raises:
-        ConfigError: the family cannot have this architecture, or none can.
+        ConfigError: the family cannot express the model, or no family can.
     """
     able = [family for family in FAMILIES if not family.lacks(model)]
     wanted = model.hf_model_type
@@ -122,7 +122,7 @@ def _family_of(named: object, where: Path) -> tuple[Family, Head]:
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """transformers would load the adapter over the weights beside it, or over those of another folder."""
+    """Refuse an adapter: transformers would apply it to the weights beside it, or to those of another folder."""
     if (directory / _ADAPTER).is_file():
         raise ConfigError(
             f"{directory} has an {_ADAPTER}: the model is its weights with that adapter. Merge them with peft "
@@ -154,7 +154,7 @@ def _read_config(directory: Path) -> dict:
 
 
 def _check_classifier(config: dict, vocab_size: int) -> None:
-    """A reward model has one label, and is read at the end-of-text token."""
+    """Refuse a classifier with several labels, or one that transformers does not read at the end-of-text token."""
     named = config.get("id2label")
     labels = len(named) if named and isinstance(named, dict) else config.get("num_labels", 2)
     if labels != 1:

@@ -105,6 +105,6 @@ FAMILY = Family(
     hf_layers="transformer.h",
     hf_final_norm="transformer.ln_f",
     prefix="transformer.",
-    # Masks, which the files of the hub hold.
+    # The files of the hub also hold these masks.
     ignored=(".attn.bias", ".attn.masked_bias"),
 )

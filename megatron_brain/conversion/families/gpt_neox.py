@@ -23,7 +23,7 @@ _EMBEDDING = (Weight("embedding.word_embeddings.weight", (Source("gpt_neox.embed
 _LAYER = (
     Weight(ATTENTION + "linear_qkv.layer_norm_weight", (Source(_HF + "input_layernorm.weight", ("hidden",)),)),
     Weight(ATTENTION + "linear_qkv.layer_norm_bias", (Source(_HF + "input_layernorm.bias", ("hidden",)),)),
-    # Query, key and value of each head together: what ours is where every head has its own key.
+    # Query, key and value of each head stand together. Ours do too where every head has its own key.
     Weight(ATTENTION + "linear_qkv.weight", (Source(_HF + "attention.query_key_value.weight", ("qkv", "hidden")),)),
     Weight(ATTENTION + "linear_qkv.bias", (Source(_HF + "attention.query_key_value.bias", ("qkv",)),)),
     Weight(ATTENTION + "linear_proj.weight", (Source(_HF + "attention.dense.weight", ("hidden", "query")),)),
@@ -109,11 +109,11 @@ FAMILY = Family(
     embedding=_EMBEDDING,
     layer=_LAYER,
     final=_FINAL,
-    # transformers 5 calls it lm_head, and embed_out in files.
+    # transformers 5 calls it lm_head in memory and embed_out in files.
     output=Weight("output_layer.weight", (Source("embed_out.weight", ("vocab", "hidden")),)),
     hf_layers="gpt_neox.layers",
     hf_final_norm="gpt_neox.final_layer_norm",
     prefix="gpt_neox.",
-    # Masks and frequencies, which the files of Pythia hold.
+    # The files of Pythia also hold these masks and frequencies.
     ignored=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
 )
