@@ -65,7 +65,10 @@ class Run:
 
         Args:
             flag: by which the source was given, such as "train_data".
-            source, reader, split, limit: as `read_corpus` takes them.
+            source: as `read_corpus` takes it, and so are the others.
+            reader: makes items of records.
+            split: of a saved or hub data set.
+            limit: records to read at most.
 
         Raises:
             AgreedError: on all ranks: a bad record, prepared data that does not fit the run, or other records than
