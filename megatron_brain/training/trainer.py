@@ -18,9 +18,10 @@ from megatron_brain.checkpointing import (
     read_records,
 )
 from megatron_brain.config.run_length import check_warmup
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime import signals
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
@@ -312,7 +313,7 @@ class Trainer:
             self.parallel,
             self.run.tokenizer,
             head=self.stage.head,
-            generation_config=self.run.generation_config,
+            generation_config=self.run.resolved.start.generation_config,
             protected=self.run.in_use,
         )
 

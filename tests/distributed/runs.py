@@ -20,8 +20,9 @@ _DATA = {"sft": "sft.jsonl", "reward": "pairs.jsonl", "brain": "prompts.jsonl"}
 def open_trainer(stage: str, flags: Sequence[str]) -> "Trainer":
     """A stage's trainer, as its `main` makes it."""
     from megatron_brain.config.loader import load_config
-    from megatron_brain.stages import reward, sft
     from megatron_brain.stages.brain import stage as brain
+    from megatron_brain.stages.reward import stage as reward
+    from megatron_brain.stages.sft import stage as sft
     from megatron_brain.training.run import open_run
     from megatron_brain.training.trainer import Trainer
 

@@ -60,6 +60,24 @@ def test_every_file_of_the_repository_that_a_page_names_is_there(page):
     assert [name for name in named if not (ROOT / name).exists() and not list(ROOT.glob(name))] == []
 
 
+def unknown_modules(page):
+    """Dotted names that begin with a package of ours and are no module of it."""
+    packages = "|".join(sorted(PACKAGES))
+    named = re.findall(rf"`(?:megatron_brain\.)?((?:{packages})(?:\.[a-z_]+)+)`", prose(page))
+    places = {name: ROOT / "megatron_brain" / name.replace(".", "/") for name in named}
+    files = {"jsonl", "json", "parquet", "arrow", "gz", "zst", "yaml"}  # data.jsonl is a file of records
+    return [
+        name
+        for name, place in places.items()
+        if name.split(".")[1] not in files and not place.is_dir() and not place.with_suffix(".py").exists()
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_module_that_a_page_names_is_there(page):
+    assert unknown_modules(page) == []
+
+
 def map_of_the_code():
     """Package or module, and the modules that docs/extending.md names in its row."""
     section = (ROOT / "docs/extending.md").read_text(encoding="utf-8").split("## Packages")[1].split("\n## ")[0]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.config.stage_spec import Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.brain import posterior_log_weights
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import open_proposal

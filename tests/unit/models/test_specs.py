@@ -122,7 +122,7 @@ def test_auto_takes_transformer_engine_where_it_runs_and_a_request_that_cannot_b
 def build_in_fp8(single, monkeypatch, impl="transformer_engine", **fp8):
     """As far as the checks of FP8; what is built is then refused on purpose."""
     monkeypatch.setattr(provider, "choose_transformer_impl", lambda requested, device: (impl, "the test says so"))
-    monkeypatch.setattr(provider, "_build_chunk", lambda *args, **options: pytest.fail("weights were made"))
+    monkeypatch.setattr(provider, "_trunk", lambda *args, **options: pytest.fail("weights were made"))
     monkeypatch.setattr(transformer_engine, "version", lambda: "2.16.0")
     model = resolve(ModelConfig(bf16=True, **SIZES), None, "the test")
     fp8 = Fp8Config(fp8_format="hybrid", **fp8)

@@ -13,7 +13,7 @@ from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.stages.sft import SFTStage
+from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training import guards
 from megatron_brain.training import trainer as trainer_module
 from megatron_brain.training.replicas import bit_sum, check_replicas
