@@ -33,7 +33,6 @@ class BrainStage:
     weighted by the derivative of the loss in them, which is a constant: for KL(alpha || beta), -(alpha - beta).
     """
 
-    head = "policy"
     mean_metrics = (
         "ess_alpha",
         "ess_beta",
