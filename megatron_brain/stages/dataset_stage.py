@@ -75,7 +75,7 @@ class DatasetStage:
         if not self._valid:
             return {}
         return mean_loss(
-            trainer.chunks,
+            trainer.gathered_chunks(),
             self._valid,
             self.loss,
             trainer.parallel,

@@ -99,11 +99,10 @@ class Trainer:
         # Last: a start that fails leaves the files of an earlier run alone.
         self.logger = run.open_logger(stage.train_iters)
 
-    @property
-    def chunks(self) -> list[Chunk]:
-        """The model's chunks with whole weights, which --overlap-param-gather leaves in shards after an update.
+    def gathered_chunks(self) -> list[Chunk]:
+        """The model's chunks with whole weights.
 
-        All ranks read it at the same points: it may have to gather.
+        All ranks call it: --overlap-param-gather leaves the weights in shards after an update, which are gathered here.
         """
         if self._weights_in_shards:
             finish_param_gather(self.wrapped)
@@ -190,7 +189,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         self.iteration += 1
         if self.guard.compares_replicas_after(self.iteration):
-            check_replicas(self.chunks, self.parallel)
+            check_replicas(self.gathered_chunks(), self.parallel)
         metrics |= {"grad_norm": verdict.grad_norm, "lr": learning_rate, "skipped_steps": self.guard.skipped_steps}
         return metrics | self._count_tokens(batches)
 
@@ -279,7 +278,7 @@ class Trainer:
         )
         if self.config.checkpoint.save_optim:
             state.optimizer, state.scheduler = self.optimizer, self.scheduler
-        self._saver.save(self.iteration, self.chunks, state)
+        self._saver.save(self.iteration, self.gathered_chunks(), state)
 
     def finish_saving(self) -> None:
         """Wait for a checkpoint that is still being written.
@@ -319,7 +318,7 @@ class Trainer:
         info = self.run.start_from
         load_training_state(
             info,
-            self.chunks,
+            self.gathered_chunks(),
             parallel=self.parallel,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
