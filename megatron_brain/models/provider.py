@@ -4,27 +4,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stage_spec import Head
-from megatron_brain.errors import ConfigError
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.fp8 import weights as fp8_weights
 from megatron_brain.models.fp8.emulation import emulated_format
+from megatron_brain.models.fp8.spec import check_fp8, fp8_settings
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.gpt import PolicyModel, RewardModel
 from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel
 from megatron_brain.models.norm import NORMS
 from megatron_brain.models.specs import choose_transformer_impl, layer_spec, requested_impl
-from megatron_brain.runtime import transformer_engine
 from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
 
 Chunk = PolicyModel | RewardModel
@@ -77,27 +74,8 @@ def transformer_config(
         recompute_num_layers=(model.recompute_num_layers or 1) if full else None,
         calculate_per_token_loss=True,
         **interleaved,
-        **_fp8_settings(fp8),
+        **fp8_settings(fp8),
     )
-
-
-def _fp8_settings(fp8: Fp8Config | None) -> dict:
-    """FP8 under megatron-core's names; an emulation is no FP8 to it."""
-    if fp8 is None or not fp8.uses_kernels:
-        return {}
-    start, end = fp8.layers_in_bf16
-    return {
-        "fp8": fp8.fp8_format,
-        "fp8_recipe": fp8.fp8_recipe,
-        "fp8_quantizer_factory": fp8.fp8_quantizer_factory,
-        "fp8_param": fp8.fp8_param_gather,
-        "fp8_margin": fp8.fp8_margin,
-        "fp8_amax_history_len": fp8.fp8_amax_history_len or 1024,
-        "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo or "max",
-        "first_last_layers_bf16": fp8.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": start,
-        "num_layers_at_end_in_bf16": end,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,26 +100,9 @@ def choose_layers(
     """
     impl, reason = choose_transformer_impl(requested_impl(model, fp8), device)
     if fp8 is not None and fp8.uses_kernels:
-        _check_fp8(fp8, transformer_config(model, parallel_config, fp8), impl, reason, device)
+        check_fp8(fp8, transformer_config(model, parallel_config, fp8), impl, reason, device)
     fused, fusion_reason = gradient_accumulation_fusion(device)
     return Layers(impl=impl, reason=reason, gradient_accumulation_fusion=fused, fusion_reason=fusion_reason)
-
-
-def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
-    """The layers, the device and Transformer Engine can do what the recipe asks for, or ConfigError."""
-    if impl != "transformer_engine":
-        raise ConfigError(
-            f"fp8_format={fp8.fp8_format} needs the layers of transformer_engine, and these are the {impl} ones "
-            f"({reason}): drop it, or add --fp8-emulate to study the rounding"
-        )
-    validate_fp8_device(fp8, transformer_engine.capability(device), transformer_engine.cuda_version())
-    try:
-        get_fp8_recipe(config)
-    except Exception as error:  # Of the factory's import, too, which is the user's code.
-        raise ConfigError(
-            f"fp8_recipe={fp8.fp8_recipe}: Transformer Engine {transformer_engine.version()} makes no such recipe "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def build_model(

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
@@ -17,13 +16,12 @@ from megatron_brain.training.validation import mean_loss
 log = logging.getLogger(__name__)
 
 
-class SampledStage:
+class DatasetStage:
     """A stage over a list of samples, each a few groups: shuffled epochs to train on, a fixed list to validate on.
 
     Every replica holds all samples; which ones a step takes follows from the seed and the iteration.
     """
 
-    head: Head
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
 
@@ -77,7 +75,7 @@ class SampledStage:
         if not self._valid:
             return {}
         return mean_loss(
-            trainer.chunks,
+            trainer.gathered_chunks(),
             self._valid,
             self.loss,
             trainer.parallel,

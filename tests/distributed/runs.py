@@ -52,7 +52,7 @@ def train(stage: str, layout: Layout, context: Context, *extra: str) -> dict[str
     flags = ["--train-iters", str(STEPS), "--lr-decay-style", "constant", *extra]
     trainer = open_trainer(stage, flags_of(stage, layout, context, *flags))
     steps = [step(trainer) for _ in range(STEPS)]
-    assert all(torch.isfinite(p).all() for chunk in trainer.chunks for p in chunk.parameters())
+    assert all(torch.isfinite(p).all() for chunk in trainer.gathered_chunks() for p in chunk.parameters())
     return {name: [metrics[name] for metrics in steps] for name in ("loss", "grad_norm")}
 
 

@@ -300,7 +300,7 @@ class OurPolicy:
 
     def gradients(self) -> dict[str, Tensor]:
         """What `forward_backward` left, by the names and in the shapes of transformers."""
-        (chunk,) = self.trainer.chunks
+        (chunk,) = self.trainer.gathered_chunks()
         with _gradients_as_weights(chunk):
             model = self.run.config.model
             tensors = hf_tensors(chunk, model, "policy", family_for_export(model))

@@ -106,7 +106,7 @@ class Samples:
     @contextlib.contextmanager
     def _model(self, trainer: Trainer) -> Iterator[Sequence[Chunk]]:
         if not self.from_prior:
-            yield trainer.chunks
+            yield trainer.gathered_chunks()
             return
         with self._prior.loaded() as chunks:
             yield chunks

@@ -33,7 +33,6 @@ class BrainStage:
     weighted by the derivative of the loss in them, which is a constant: for KL(alpha || beta), -(alpha - beta).
     """
 
-    head = "policy"
     mean_metrics = (
         "ess_alpha",
         "ess_beta",
@@ -74,7 +73,7 @@ class BrainStage:
             for place, parts in enumerate(self._step)
             if parts and (everything or not all(part.is_whole for part in parts))
         ]
-        outputs = forward(trainer.chunks, [batches[place] for place in places], trainer.parallel)
+        outputs = forward(trainer.gathered_chunks(), [batches[place] for place in places], trainer.parallel)
         log_policy: dict[int, Tensor] = {}
         for place, output in zip(places, outputs, strict=True):
             sums = batches[place].sum_per_response(output.cpu())

@@ -11,16 +11,15 @@ from megatron_brain.data.corpus import OnDemand
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.records import PreferencePair
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
-from megatron_brain.stages.dataset_stage import SampledStage
+from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
 
 
-class RewardStage(SampledStage):
+class RewardStage(DatasetStage):
     """Samples are pairs; the loss is the mean over pairs of the global batch."""
 
-    head = "reward"
     mean_metrics = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
 
     def __init__(self, run: Run) -> None:

@@ -11,7 +11,7 @@ from megatron_brain.data.corpus import OnDemand, num_tokens
 from megatron_brain.data.groups import PackedBatch
 from megatron_brain.data.packing import pack_by_length
 from megatron_brain.objectives.sft import negative_log_likelihood
-from megatron_brain.stages.dataset_stage import SampledStage
+from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -19,10 +19,8 @@ from megatron_brain.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-class SFTStage(SampledStage):
+class SFTStage(DatasetStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
-
-    head = "policy"
 
     def __init__(self, run: Run) -> None:
         data = run.config.data

@@ -15,6 +15,7 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.errors import ConfigError
 from megatron_brain.models import provider, specs
 from megatron_brain.models.architecture import resolve
+from megatron_brain.models.fp8 import spec as fp8_spec
 from megatron_brain.models.parallel_residual import ParallelResidualLayer
 from megatron_brain.models.provider import build_model
 from megatron_brain.runtime import transformer_engine
@@ -146,7 +147,7 @@ def test_a_recipe_that_cannot_be_made_is_refused_before_weights_are_made(single,
     def get_fp8_recipe(config):
         raise ValueError(f"Failed to import module '{config.fp8_quantizer_factory}'")
 
-    monkeypatch.setattr(provider, "get_fp8_recipe", get_fp8_recipe)
+    monkeypatch.setattr(fp8_spec, "get_fp8_recipe", get_fp8_recipe)
     with pytest.raises(ConfigError, match=r"fp8_recipe=custom: Transformer Engine 2.16.0 .* import module 'no.such'"):
         build_in_fp8(single, monkeypatch, fp8_recipe="custom", fp8_quantizer_factory="no.such")
 
