@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.fusion import SAME, Fusion
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Head
 
 ATTENTION = "decoder.layers.{layer}.self_attention."
 MLP = "decoder.layers.{layer}.mlp."

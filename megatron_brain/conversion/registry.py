@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.families import gemma2, gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3
 from megatron_brain.conversion.family import Family, UnsupportedFamily
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Head
 
 FAMILIES: tuple[Family, ...] = (
     # Two or all of these three can express the same model. Llama comes first because most programs run it. Mistral
@@ -63,7 +63,7 @@ def read_hf_model(directory: str | Path) -> HFModel:
         sizes = family.architecture(config)
         if head == "reward":
             _check_classifier(config, sizes["vocab_size"])
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return HFModel(directory=path, family=family, head=head, architecture=sizes, config=config)
 
