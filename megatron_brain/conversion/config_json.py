@@ -55,7 +55,8 @@ def multi_head(*, hidden: str, heads: str) -> dict[str, Rule]:
     """Rules of a family that divides its hidden size among as many key/value heads as query heads.
 
     Args:
-        hidden, heads: keys of the hidden size and of the number of heads.
+        hidden: key of the hidden size.
+        heads: key of the number of heads.
     """
     return {
         "num_query_groups": Rule(
@@ -149,7 +150,8 @@ def rope(
     Args:
         types: values of `rope_type` that both transformers' model and ours have.
         partial: whether transformers' model can rotate only the first channels of a head.
-        theta, percent: keys of the base and of the share of the channels that is rotated.
+        theta: key of the base.
+        percent: key of the share of the channels that is rotated.
         write: returns the keys of config.json that say these fields.
     """
     scaled = "llama3" in types
