@@ -40,7 +40,7 @@ class ReadingSettings:
         """The reader, its tokenizer loaded.
 
         Raises:
-            ValueError: no such tokenizer, or limits that leave no room.
+            ConfigError: no such tokenizer, or limits that leave no room.
         """
         tokenizer = build_tokenizer(self.tokenizer_type, self.tokenizer_model, self.chat_template)
         if self.template_date is not None:
@@ -86,7 +86,7 @@ def reading_settings(args: argparse.Namespace) -> ReadingSettings:
     """The settings that the parsed flags say.
 
     Raises:
-        ValueError: no tokenizer, or limits that contradict each other.
+        ConfigError: no tokenizer, or limits that contradict each other.
     """
     # Imported here, not in the worker processes: whatever reads checkpoints imports all of megatron-core.
     from megatron_brain.checkpointing import read_info
