@@ -63,7 +63,7 @@ def read_hf_model(directory: str | Path) -> HFModel:
         sizes = family.architecture(config)
         if head == "reward":
             _check_classifier(config, sizes["vocab_size"])
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return HFModel(directory=path, family=family, head=head, architecture=sizes, config=config)
 

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_brain.conversion.registry import HFModel
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
+from megatron_brain.errors import ConfigError
 
 BLOCK_ELEMENTS = 2**25
 """Entries of a vocabulary matrix that are in memory at one time."""
@@ -34,13 +35,22 @@ def streamed_hf_model(
     Args:
         files: of the directory.
         names: names in the files of the tensors in the family's table, as `check_tensors` returns them.
+
+    Raises:
+        ConfigError: transformers does not take config.json.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if source.head == "policy" else AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     with parameters_without_memory():
-        hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        try:
+            config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
+            hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except ValueError as error:
+            raise ConfigError(
+                f"{source.directory / 'config.json'}: transformers makes no model of it ({error}): correct it, or do "
+                "not compare (--no-compare)"
+            ) from error
     weights = _Weights(files, names, dtype, device)
     # By the table: transformers has other names for some output layers in memory than in files.
     embedding, output = (weight.sources[0].name for weight in (source.family.embedding[0], source.family.output))

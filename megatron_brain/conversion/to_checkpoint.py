@@ -49,7 +49,7 @@ class ToCheckpoint:
         tokenizer: of the checkpoint.
 
     Raises:
-        ValueError: the model or its tokenizer cannot be converted.
+        ConfigError: the model or its tokenizer cannot be converted.
     """
 
     def __init__(self, hf_model: Path, *, bf16: bool, tokenizer: TokenizerConfig) -> None:

@@ -72,7 +72,7 @@ def inspect(config: RunConfig) -> Findings:
     """Find out what there is to know of a run of WORLD_SIZE processes.
 
     Raises:
-        ValueError: whatever a start would refuse before it makes a process group, or data that cannot be read.
+        UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
     set_up_logging()
     found = Findings(config=config, world_size=pretended_world_size())

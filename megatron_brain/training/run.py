@@ -95,7 +95,7 @@ class Run:
         """A model that only scores, on the run's layout, in evaluation mode.
 
         Raises:
-            ValueError: the model's vocabulary is another one, or the layout does not fit it.
+            ConfigError: the model's vocabulary is another one, or the layout does not fit it.
         """
         info = read_info(directory)
         if self.config.checkpoint.verify:
@@ -131,7 +131,7 @@ def open_run(config: RunConfig) -> Run:
     """Resolve the model, check the layout, then start processes.
 
     Raises:
-        ValueError: anything the user asked for that cannot be; nothing has been started by then.
+        ConfigError: anything the user asked for that cannot be; nothing has been started by then.
     """
     set_up_logging()
     world_size = runtime.launched_world_size()
@@ -257,7 +257,7 @@ def resolve_model(config: RunConfig, start_from: CheckpointInfo | None, world_si
     """The run with its model's sizes known and its layout checked, and the generation_config.json that comes along.
 
     Raises:
-        ValueError: sizes that are missing or contradict each other, or a layout that does not fit them.
+        ConfigError: sizes that are missing or contradict each other, or a layout that does not fit them.
     """
     generation_config = {}
     if start_from is not None:
@@ -293,7 +293,7 @@ def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tupl
     """The run's tokenizer, and its kind in the run's settings.
 
     Raises:
-        ValueError: there is none, it cannot be read, or the model has too few rows for it.
+        ConfigError: there is none, it cannot be read, or the model has too few rows for it.
     """
     kind, place = locate_tokenizer(config.tokenizer, start_from, config.model.hf_model)
     # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
