@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megatron_brain.data.checking import check
 from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
-from megatron_brain.data.workers import WorkerKilledError
+from megatron_brain.errors import UserError
 from megatron_brain.files import explained
 from megatron_brain.flag_types import positive
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
                 workers=args.workers,
                 max_shown=args.max_shown,
             )
-    except (ValueError, WorkerKilledError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)

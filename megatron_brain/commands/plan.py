@@ -20,7 +20,7 @@ from rich.console import Console
 
 from megatron_brain import files
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, UserError
 from megatron_brain.flag_types import finite, positive, whole
 from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.machine import GIB, MACHINES
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         with files.explained():
             question = _question(args)
         _require_place(args.json)  # before the work
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     plans, rejections = search(question)

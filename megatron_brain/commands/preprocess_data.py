@@ -20,7 +20,7 @@ from megatron_brain.data.prepared.documents import FILES
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.statistics import statistics_table
 from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
-from megatron_brain.data.workers import WorkerKilledError
+from megatron_brain.errors import UserError
 from megatron_brain.files import explained
 from megatron_brain.flag_types import positive
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
                 workers=args.workers,
             )
             info = prepare(job)
-    except (ValueError, WorkerKilledError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     Console().print(statistics_table(args.output, info.counts, info.statistics))
