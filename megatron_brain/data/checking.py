@@ -92,9 +92,11 @@ def check(
     """All problems of training and validation data.
 
     Args:
-        train, valid: sources of records; valid ones are also compared with those to train on.
+        train: sources of records to train on.
+        valid: sources of records to validate on, which are also compared with those to train on.
         reading: how the stage will read them.
-        split, valid_split: of saved or hub data sets.
+        split: split of `train` where it is a saved or hub data set.
+        valid_split: the same of `valid`.
         workers: processes that read.
         max_shown: problems of a kind to keep.
 
@@ -102,7 +104,7 @@ def check(
         ConfigError: a source that is not there, or is prepared data.
     """
     if reading.template_date is None:
-        reading = dataclasses.replace(reading, template_date=now())  # for all processes the same
+        reading = reading.at(now())  # for all processes the same
     opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()
@@ -174,7 +176,7 @@ class RecordChecker:
         self._reader = reading.build()
         # Overlong records are told whatever is done with them.
         self._strict = copy.copy(self._reader)
-        self._strict.limits = dataclasses.replace(reading.limits, overlong="error")
+        self._strict.limits = dataclasses.replace(reading.config.data, overlong="error")
         self._kinds = token_kinds(self._reader.tokenizer)
         self._hints = TextHints(self._kinds.special)
 

@@ -134,20 +134,18 @@ class _Stage:
     def phases(self) -> list[Memory]:
         """All phases of a step."""
         found = []
-        if self.workload.trains:
+        if self.workload.spec.trains:
             found += [self._training(), self._update()]
         if self.workload.generates:
             found.append(self._sampling())
-        if self.workload.stage in ("brain", "evaluate"):
-            found += [self._scoring(model) for model in self.workload.frozen_models]
-        return found
+        return found + [self._scoring(model) for model in self.workload.frozen_models]
 
     # Weights and what belongs to them
 
     def _memory(self, phase: str, using: FrozenModel | None = None, **parts: int) -> Memory:
         """What is there in all phases, and `parts`."""
         frozen = (m for m in self.workload.frozen_models if m is using or not m.offloaded)
-        trains = self.workload.trains
+        trains = self.workload.spec.trains
         return Memory(
             phase=phase,
             stage=self.stage,
@@ -294,7 +292,7 @@ class _Stage:
         """A batch of prompts and their responses: the cache is full when the last token is drawn."""
         workload, model, layout = self.workload, self.model, self.layout
         prompts = max(1, workload.sampling_batch_size // workload.samples_per_prompt)
-        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.stage == "brain" else prompts
+        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.spec.rounds else prompts
         rows = prompts * workload.samples_per_prompt
         heads = max(1, model.num_query_groups // layout.tensor)
         entry = FLOAT32 if self.impl == "local" else self.shapes.element

@@ -1,8 +1,7 @@
 """Architectures of published models by name, as their config.json has them."""
 
-from megatron_brain.config.fields import did_you_mean
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, did_you_mean
 from megatron_brain.models.architecture import resolve
 
 _LLAMA_3 = {
