@@ -14,7 +14,7 @@ import pytest
 from bad_inputs.assets import commands_that_are_right
 from bad_inputs.case import Site
 from bad_inputs.running import ROOT, run_here
-from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.config.stage_spec import stages
 
 PLANTED = [
     # (layer, command of `commands_that_are_right`, the function that fails)
@@ -93,7 +93,7 @@ def test_a_failure_in_any_layer_keeps_its_traceback_and_exits_with_1(command, pl
 )
 def test_so_it_does_in_a_process_of_its_own(command, place, site):
     name, *flags = _argv(command, site)
-    as_module = "megatron_brain" if name in STAGE_SECTIONS else f"megatron_brain.commands.{name}"
+    as_module = "megatron_brain" if name in stages() else f"megatron_brain.commands.{name}"
     module, _, function = place.rpartition(".")
     code = (
         f"import {module}, runpy, sys\n"
@@ -101,7 +101,7 @@ def test_so_it_does_in_a_process_of_its_own(command, place, site):
         f"{module}.{function} = planted\n"
         f"runpy.run_module({as_module!r}, run_name='__main__', alter_sys=True)\n"
     )
-    arguments = [name, *flags] if name in STAGE_SECTIONS else flags
+    arguments = [name, *flags] if name in stages() else flags
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=site.folder,
