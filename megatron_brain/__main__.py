@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_brain import files
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import stages
-from megatron_brain.errors import AgreedError, OwnError, is_ours
+from megatron_brain.errors import AgreedError, OwnError, UserError
 from megatron_brain.runtime import launch, signals
 
 _USER_ERROR = 2
@@ -32,9 +32,7 @@ def main(argv: Sequence[str]) -> int:
         transformer_engine.problem()
         with files.explained():
             (_dry_run if config.training.dry_run else _run_stage)(config)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
+    except UserError as error:
         _report(error)
         return _USER_ERROR
     return 0
@@ -76,7 +74,7 @@ def _usage(argv: Sequence[str]) -> str:
     )
 
 
-def _report(error: ValueError) -> None:
+def _report(error: UserError) -> None:
     """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
     torch = sys.modules.get("torch")
     if launch.is_reporting_rank() or isinstance(error, OwnError):

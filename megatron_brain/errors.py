@@ -1,11 +1,7 @@
 """The errors that are a user's to mend. Every other error is this package's own and keeps its traceback."""
 
 import difflib
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
-
-_PACKAGE = Path(__file__).parent
 
 
 class UserError(ValueError):
@@ -41,12 +37,6 @@ class RecordError(UserError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
-
-
-def is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error on purpose, rather than a library it calls."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return _PACKAGE in raised_in.parents
 
 
 def short(value: object) -> str:

@@ -52,6 +52,7 @@ def describe(info: CheckpointInfo, *, all_tensors: bool = False) -> str:
 
     Raises:
         DamagedError: its list of tensors is damaged, or what it says of its run.
+        ConfigError: it is of no stage that there is.
     """
     index = read_index(info.path)
     try:
@@ -131,10 +132,10 @@ def _settings(info: CheckpointInfo) -> Iterator[str]:
     path = info.path / "config.yaml"
     try:
         values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        fields = stage_fields(info.stage)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         yield f"{path} cannot be read: {error}"
         return
+    fields = stage_fields(info.stage)
     for name, value in values.items():
         if name in fields and name not in info.architecture and value != fields[name].default:
             yield f"{name}: {value}"

@@ -242,21 +242,21 @@ class CheckpointSaver:
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
         """Do this rank's part, then raise on all ranks what failed on any."""
-        error = None
+        words, cause = None, None
         try:
             if action is not None:
                 action()
-        except CheckpointError as failed:
-            error = str(failed)
-        except Exception as failed:
-            error = f"rank {self._parallel.rank}: {type(failed).__name__}: {failed}"
-        errors = self._parallel.gather_over_world(error, self._group)
+        except CheckpointError as error:
+            words, cause = str(error), error
+        except Exception as error:
+            words, cause = f"rank {self._parallel.rank}: {type(error).__name__}: {error}", error
+        errors = self._parallel.gather_over_world(words, self._group)
         found = "; ".join(dict.fromkeys(e for e in errors if e))
         if found:
             raise CheckpointError(
                 f"iteration {info.iteration} could not be saved to {self.root}: {found}. What "
                 f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
-            )
+            ) from cause
 
 
 class _HostCopies:

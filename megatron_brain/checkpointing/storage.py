@@ -80,20 +80,19 @@ def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) ->
     rank = dist.get_rank(group)
     own = {box.part: box for box in boxes if box.data.numel() or 0 in box.shape}
     assigned = divide(_gather(list(own), group))
-    stored, error = [], None
+    stored, failed = [], None
     try:
         stored = write_file([own[part] for part in assigned[rank]], folder / f"weights_{rank:05d}.safetensors")
-    except Exception as failed:
-        error = _in_words(failed)
-    told = _gather((stored, error), group)
-    _raise_failures([error for _, error in told])
-    error = None
+    except Exception as error:
+        failed = error
+    told = _gather((stored, _in_words(failed)), group)
+    _raise_failures([words for _, words in told], failed)
     if rank == 0:
         try:
             write_index(folder, itertools.chain.from_iterable(stored for stored, _ in told))
-        except Exception as failed:
-            error = _in_words(failed)
-    _raise_failures(_gather(error, group))
+        except Exception as error:
+            failed = error
+    _raise_failures(_gather(_in_words(failed), group), failed)
 
 
 def fill(boxes: Sequence[Box], index: Index) -> None:
@@ -194,19 +193,19 @@ def _needed(boxes: Sequence[Box], index: Index) -> list[StoredBox]:
 
 def _on_all(action: Callable[[], None]) -> None:
     """Do something, then raise on all ranks what failed on any: what is damaged as ConfigError."""
-    error, is_damage = None, False
+    failed = None
     try:
         action()
-    except Exception as failed:
-        error, is_damage = _in_words(failed), isinstance(failed, ConfigError)
-    told = _gather((error, is_damage))
+    except Exception as error:
+        failed = error
+    told = _gather((_in_words(failed), isinstance(failed, ConfigError)))
     failures = [(rank, words, damage) for rank, (words, damage) in enumerate(told) if words is not None]
     if failures and all(damage for *_, damage in failures):
         by = {words: rank for rank, words, _ in reversed(failures)}
         raise AgreedError(
             "; ".join(f"{words} (found by rank {rank})" if len(told) > 1 else words for words, rank in by.items())
         )
-    _raise_failures([words for words, _ in told])
+    _raise_failures([words for words, _ in told], failed)
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
@@ -224,14 +223,17 @@ def _gather(item: object, group: dist.ProcessGroup | None = None) -> list:
     return items
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: Exception | None) -> str | None:
+    if error is None:
+        return None
     return str(error) if isinstance(error, (CheckpointError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
-def _raise_failures(errors: Sequence[str | None]) -> None:
+def _raise_failures(errors: Sequence[str | None], cause: Exception | None) -> None:
+    """Raise what failed on any rank, with the traceback of what failed on this one."""
     found = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
     if found:
-        raise CheckpointError("; ".join(found))
+        raise CheckpointError("; ".join(found)) from cause
 
 
 def _check_wanted(boxes: Sequence[Box], index: Index) -> None:

@@ -15,12 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.errors import ConfigError
 
 Runs = dict[str, list[dict]]
 """Lines of metrics by name of the run."""
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,16 +31,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--window", type=int, default=8, help="steps that are averaged [%(default)s]")
     parser.add_argument("--plot", type=Path, help="figure to write")
     args = parser.parse_args(argv)
-    try:
-        if args.plot and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-        if args.window < 1:
-            raise ConfigError(f"--window {args.window}: must be at least 1")
-        runs, metrics = read_runs(args.runs), args.metrics.split(",")
-        print(table(runs, metrics, args.window))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if args.window < 1:
+        raise ConfigError(f"--window {args.window}: must be at least 1")
+    runs, metrics = read_runs(args.runs), args.metrics.split(",")
+    print(table(runs, metrics, args.window))
     if args.plot:
         plot(runs, metrics, args.plot)
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_brain import files
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.errors import ConfigError
 from megatron_brain.flag_types import finite, positive, whole
@@ -31,16 +32,12 @@ from megatron_brain.planning.search import Plan, Question, Rejection, search, tr
 _NARROWEST = 145  # columns that the tables need; less only wraps them
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
-    try:
-        with files.explained():
-            question = _question(args)
-        _require_place(args.json)  # before the work
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    question = _question(args)
+    _require_place(args.json)  # before the work
     plans, rejections = search(question)
     if args.json is not None:
         report = as_json(question, args.model, plans, rejections, reward_model=args.reward_model)

@@ -110,7 +110,7 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
     for section, arguments in values.items():
         try:
             sections[section] = section_types()[section](**arguments)
-        except ValueError as error:
+        except ConfigError as error:
             named = [f"{key} from {given[key].origin}" for key in arguments if re.search(rf"\b{key}\b", str(error))]
             raise ConfigError(f"{error} ({', '.join(named)})" if named else str(error)) from error
     more = {section: sections.pop(section) for section in stage_spec(stage).settings}

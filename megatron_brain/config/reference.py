@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_brain.config.fields import FieldSpec, section_fields, section_help, section_types
 from megatron_brain.config.stage_spec import stages
+from megatron_brain.errors import ConfigError
 
 BEGIN = "<!-- options: begin (python -m megatron_brain.config.reference docs/configuration.md) -->"
 END = "<!-- options: end -->"
@@ -30,11 +31,11 @@ def replace_tables(text: str) -> str:
     """The page with its tables replaced.
 
     Raises:
-        ValueError: the page lacks a marker.
+        ConfigError: the page lacks a marker.
     """
     for marker in (BEGIN, END):
         if marker not in text:
-            raise ValueError(f"marker {marker!r} is missing")
+            raise ConfigError(f"marker {marker!r} is missing")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n\n{option_tables()}\n\n{END}{after}"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class SFTConfig:
@@ -24,7 +26,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.centering_coefficient < 0:
-            raise ValueError(f"centering_coefficient={self.centering_coefficient}: must not be negative")
+            raise ConfigError(f"centering_coefficient={self.centering_coefficient}: must not be negative")
 
 
 @dataclass(kw_only=True)
@@ -53,13 +55,13 @@ class SamplingConfig:
         for name in ("samples_per_prompt", "max_new_tokens", "sampling_batch_size"):
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
+            raise ConfigError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
+            raise ConfigError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
 
 
 @dataclass(kw_only=True)
@@ -126,13 +128,13 @@ class BrainConfig:
         for name in ("reward_temperature", "policy_strength", "max_refresh_error", "max_sampler_difference"):
             value = getattr(self, name)
             if value <= 0:
-                raise ValueError(f"{name}={value}: must be positive")
+                raise ConfigError(f"{name}={value}: must be positive")
         if self.prompts_per_round < 1:
-            raise ValueError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
+            raise ConfigError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
         if self.refresh_interval is not None and self.refresh_interval < 1:
-            raise ValueError(f"refresh_interval={self.refresh_interval}: must be at least 1")
+            raise ConfigError(f"refresh_interval={self.refresh_interval}: must be at least 1")
         if self.rollout_dir and self.rollout_data:
-            raise ValueError("rollout_dir writes and rollout_data reads rollouts: give one of them")
+            raise ConfigError("rollout_dir writes and rollout_data reads rollouts: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -150,7 +152,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
-            raise ValueError(f"max_prompts={self.max_prompts}: must be at least 1")
+            raise ConfigError(f"max_prompts={self.max_prompts}: must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -171,6 +173,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.bootstrap_samples < 1:
-            raise ValueError(f"bootstrap_samples={self.bootstrap_samples}: must be at least 1")
+            raise ConfigError(f"bootstrap_samples={self.bootstrap_samples}: must be at least 1")
         if self.num_examples < 0:
-            raise ValueError(f"num_examples={self.num_examples}: must not be negative")
+            raise ConfigError(f"num_examples={self.num_examples}: must not be negative")

@@ -16,7 +16,7 @@ from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
-from megatron_brain.errors import ConfigError, OwnError
+from megatron_brain.errors import ConfigError, OwnError, UserError
 from megatron_brain.files import folder_problem
 from megatron_brain.flag_types import not_negative
 from megatron_brain.runtime import parallel
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
         status, said = 1, f"error: {args.save}.unverified: {error}"
     except ConversionError as error:
         status, said = 1, f"error: {error}"
-    except ValueError as error:
+    except UserError as error:
         status, said, prints = 2, f"error: {error}", prints or isinstance(error, OwnError)
     else:
         status = 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_brain.conversion.registry import HFModel
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.conversion.streaming import BLOCK_ELEMENTS, parameters_without_memory, read_when_called
+from megatron_brain.errors import ConfigError
 
 
 def streamed_hf_model(
@@ -31,13 +32,22 @@ def streamed_hf_model(
     Args:
         files: those of the directory.
         names: the names in the files of the tensors in the family's table, as `check_tensors` returns them.
+
+    Raises:
+        ConfigError: transformers does not take config.json.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if source.head == "policy" else AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     with parameters_without_memory():
-        hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        try:
+            config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
+            hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except ValueError as error:
+            raise ConfigError(
+                f"{source.directory / 'config.json'}: transformers makes no model of it ({error}): correct it, or do "
+                "not compare (--no-compare)"
+            ) from error
     weights = _Weights(files, names, dtype, device)
     # The table has the names in files. transformers has other names for some output layers in memory.
     embedding, output = (weight.sources[0].name for weight in (source.family.embedding[0], source.family.output))

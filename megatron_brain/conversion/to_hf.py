@@ -210,11 +210,12 @@ def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
         split = split_torch_state_dict_into_shards(
             sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
-        if float(max_shard_size.strip()[:-2]) <= 0:
-            raise ValueError("must be positive")
-        return split
+        size = float(max_shard_size.strip()[:-2])
     except ValueError as error:
         raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from error
+    if size <= 0:
+        raise ConfigError(f"--max-shard-size {max_shard_size}: must be positive")
+    return split
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -10,7 +10,7 @@ from megatron_brain import files
 from megatron_brain.checkpointing import CheckpointError
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.conversion.errors import ConversionError, MismatchError
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, UserError
 from megatron_brain.runtime import parallel
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 _TIMEOUT_MINUTES = 7 * 24 * 60
 """How long processes wait for the slowest one. A process that has died is noticed at once."""
 
-_EXPECTED = (ValueError, MismatchError, OSError, SafetensorError, CheckpointError)
-"""Errors whose message says enough. Others are logged with their traceback."""
+_EXPECTED = (UserError, MismatchError, OSError, SafetensorError, CheckpointError)
+"""Errors that their message explains."""
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -91,9 +91,9 @@ class Workers:
 def _kind(error: Exception) -> type[Exception]:
     if isinstance(error, MismatchError):
         return MismatchError
-    return ConfigError if isinstance(error, ValueError) else ConversionError
+    return ConfigError if isinstance(error, UserError) else ConversionError
 
 
 def _in_words(error: Exception) -> str:
-    plain = isinstance(error, (ValueError, MismatchError, CheckpointError))
+    plain = isinstance(error, (UserError, MismatchError, CheckpointError))
     return str(error) if plain else f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from megatron_brain.data.conversations import Messages
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError
 from megatron_brain.data.tools import called_functions
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError
 
 
 class Span(NamedTuple):
@@ -123,5 +123,5 @@ class Chat:
                 f"the chat template refuses these messages: {error}; give messages that it takes, or another template "
                 "(--chat-template FILE)",
             ) from error
-        except ValueError as error:
+        except ConfigError as error:
             raise RecordError(self.where, "chat template", f"{error}") from error

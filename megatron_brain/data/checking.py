@@ -27,7 +27,7 @@ from megatron_brain.data.sources import RawRecord, Record, parse_record, raw_rec
 from megatron_brain.data.text_hints import TextHints, missing_space
 from megatron_brain.data.tokenizer.kinds import token_kinds
 from megatron_brain.data.workers import map_in_order
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import RecordError, UserError
 
 _CHUNK = 2000
 _NEXT_TURN = "\n\nHuman:"
@@ -101,7 +101,7 @@ def check(
         max_shown: problems of a kind to keep.
 
     Raises:
-        ValueError: a source that is not there, or is prepared data.
+        ConfigError: a source that is not there, or is prepared data.
     """
     if reading.template_date is None:
         reading = reading.at(now())  # for all processes the same
@@ -130,7 +130,7 @@ def _check_source(
         try:
             while chunk := list(islice(records, _CHUNK)):
                 yield chunk
-        except ValueError as error:
+        except UserError as error:
             unreadable.append(str(error))
 
     counts: Counter[str] = Counter(read=0)
@@ -185,7 +185,7 @@ class RecordChecker:
         problems: list[Problem] = []
         formats: dict[str, str] = {}
 
-        def on_error(where: str, error: ValueError) -> None:
+        def on_error(where: str, error: UserError) -> None:
             kind, message = (error.kind, error.message) if isinstance(error, RecordError) else ("other", str(error))
             problems.append(Problem(where, kind, message, True))
 

@@ -51,7 +51,8 @@ def read_corpus(
         limit: use only the first so many records.
 
     Raises:
-        ValueError: a bad record, or prepared data that does not fit the run, with the cure.
+        ConfigError: no records, or prepared data that does not fit the run, with the cure.
+        RecordError: a bad record.
     """
     prefix = prepared_prefix(source)
     if prefix is None:

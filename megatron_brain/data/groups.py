@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_brain.errors import RecordError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -30,9 +32,9 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise ValueError(f"{self.record_id}: the prompt has no tokens")
+            raise RecordError(self.record_id, "empty prompt", "the prompt has no tokens")
         if not self.responses or not all(self.responses):
-            raise ValueError(f"{self.record_id}: a group needs responses of at least one token each")
+            raise RecordError(self.record_id, "empty response", "a group needs responses of at least one token each")
 
     def num_tokens(self, *, shared_prefix: bool) -> int:
         """Length of the group in a packed sequence."""
@@ -101,18 +103,13 @@ def packed_length(groups: Sequence[Group], *, shared_prefix: bool, multiple_of: 
 
 
 def pack_groups(groups: Sequence[Group], *, shared_prefix: bool, length: int | None = None) -> PackedBatch:
-    """Lay groups end to end in one sequence, padded at its end to `length` tokens.
-
-    Raises:
-        ValueError: the groups do not fit into `length`.
-    """
+    """Lay groups end to end in one sequence, padded at its end to `length` tokens, which they must fit into."""
     builder = _Builder()
     for group in groups:
         builder.add_group(group, shared_prefix=shared_prefix and len(group.responses) > 1)
     total = len(builder.tokens)
     length = total if length is None else length
-    if total > length:
-        raise ValueError(f"groups of {total} tokens do not fit into a sequence of {length}")
+    assert total <= length, f"groups of {total} tokens do not fit into a sequence of {length}"
     if total < length:
         builder.add_padding(length - total)
     return builder.build(tuple(groups))

@@ -33,7 +33,7 @@ from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError, UserError
 
 _BATCH = 1000
 
@@ -80,7 +80,7 @@ class RecordReader(ABC, Generic[Item]):
         limits: length limits and the rule for overlong records.
 
     Raises:
-        ValueError: the limits leave no room for a prompt and a response.
+        ConfigError: the limits leave no room for a prompt and a response.
     """
 
     stage: ClassVar[str]
@@ -92,7 +92,7 @@ class RecordReader(ABC, Generic[Item]):
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
         if limits.seq_length < 2:
-            raise ValueError(f"--seq-length {limits.seq_length}: a prompt and a response need at least 2")
+            raise ConfigError(f"--seq-length {limits.seq_length}: a prompt and a response need at least 2")
         self.tokenizer, self.limits = tokenizer, limits
 
     @abstractmethod
@@ -100,7 +100,7 @@ class RecordReader(ABC, Generic[Item]):
         """Check the fields of a record and render its chats.
 
         Raises:
-            ValueError: naming the place and the cure.
+            RecordError: naming the place and the cure.
         """
 
     @abstractmethod
@@ -135,7 +135,7 @@ class RecordReader(ABC, Generic[Item]):
         return {"template_date": tokenizer.template_time.isoformat()} if tokenizer.uses_clock else {}
 
     def tokenise(
-        self, records: Iterable[Record], on_error: Callable[[str, ValueError], None] | None = None
+        self, records: Iterable[Record], on_error: Callable[[str, UserError], None] | None = None
     ) -> Iterator[Tokenised]:
         """Drafts of the records, tokenised in batches, in order.
 
@@ -161,11 +161,11 @@ class RecordReader(ABC, Generic[Item]):
                     ids = [tuple(response) for response in islice(of_record, len(draft.responses))]
                     yield Tokenised(draft, tuple(prompt), ids)
 
-    def _drafts(self, records: Iterable[Record], on_error: Callable[[str, ValueError], None] | None) -> Iterator[Draft]:
+    def _drafts(self, records: Iterable[Record], on_error: Callable[[str, UserError], None] | None) -> Iterator[Draft]:
         for where, record in records:
             try:
                 draft = self.draft(where, record)
-            except ValueError as error:
+            except UserError as error:
                 if on_error is None:
                     raise
                 on_error(where, error)
@@ -265,7 +265,7 @@ class PromptReader(RecordReader[Prompt]):
         left = limits.seq_length - room
         self.longest = min(left, limits.max_prompt_length or left)
         if self.longest < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--seq-length {limits.seq_length} leaves no room for a prompt beside --max-new-tokens {room}: raise "
                 "the one or lower the other"
             )
@@ -306,7 +306,8 @@ def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple
     """The items a stage makes of records, and what became of the records.
 
     Raises:
-        ValueError: a bad or overlong record, or none left, naming its place and the cure.
+        RecordError: a bad or overlong record, naming its place and the cure.
+        ConfigError: no record is left.
     """
     counts: Counter[str] = Counter()
     items, seen = [], set()

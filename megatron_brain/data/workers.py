@@ -10,13 +10,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from megatron_brain.errors import UserError
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _state: Any = None
 
 
-class WorkerKilledError(RuntimeError):
+class WorkerKilledError(UserError):
     """A process ended in the middle of its work, often for want of memory."""
 
 

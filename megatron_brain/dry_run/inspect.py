@@ -41,7 +41,7 @@ def inspect(config: RunConfig) -> Findings:
     """Find out what there is to know of a run of WORLD_SIZE processes.
 
     Raises:
-        ConfigError: whatever a start would refuse before it makes a process group, or data that cannot be read.
+        UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
     set_up_logging()
     search = Search(may_be_elsewhere=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 from megatron_brain.config.fields import all_fields, convert
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.errors import ConfigError
 
 ARCHITECTURE_FIELDS = (
     "num_layers",
@@ -68,31 +69,31 @@ def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelCon
     What `found` leaves out is the default there: a Hugging Face family need not name what it cannot have.
 
     Raises:
-        ValueError: `source` has something that is not known here, of another type, or that contradicts what was asked
+        ConfigError: `source` has something that is not known here, of another type, or that contradicts what was asked
             for; a size is missing, or they do not fit together.
     """
     unknown = sorted((found or {}).keys() - set(ARCHITECTURE_FIELDS))
     if unknown:
-        raise ValueError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
+        raise ConfigError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
     for name, given in ({**_DEFAULTS, **found} if found else {}).items():
         spec = all_fields()[name]
         if isinstance(given, str) and spec.kind is not str:
             # On a command line "2" is a number, in a file of JSON it is a text.
-            raise ValueError(f"{name}={given!r} ({source}): expected {spec.expected}")
+            raise ConfigError(f"{name}={given!r} ({source}): expected {spec.expected}")
         value = convert(spec, given, source)
         if sizes[name] is not None and sizes[name] != value:
-            raise ValueError(
+            raise ConfigError(
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
             )
         sizes[name] = value
     missing = [name for name in REQUIRED_SIZES if sizes[name] is None]
     if missing:
-        raise ValueError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
+        raise ConfigError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
     try:
         return dataclasses.replace(requested, **_with_defaults(sizes))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def architecture(model: ModelConfig) -> dict:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.errors import RecordError
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.logprobs import vocab_parallel_logprobs
 from megatron_brain.models.rotary import Rotated, scale_frequencies
@@ -66,13 +67,15 @@ class _PackedGPT(GPTModel):
         for group in groups:
             length = len(group.prompt) + max(map(len, group.responses))
             if length > limit:
-                raise ValueError(f"{group.record_id}: prompt and response of {length} tokens are more than {setting}")
+                raise RecordError(
+                    group.record_id, "too long", f"prompt and response of {length} tokens are more than {setting}"
+                )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """This stage's output: hidden states, or on the last stage what the head makes of them.
 
         Raises:
-            ValueError: a sequence is longer than the model has positions, or than its attention's window.
+            RecordError: a sequence is longer than the model has positions, or than its attention's window.
         """
         self._check_lengths(batch.groups)
         hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))

@@ -74,7 +74,6 @@ def vocab_parallel_logprobs(
         `[N]` float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a temperature, chunk size or shape that cannot be.
         RuntimeError: in the backward pass, a gradient that is no multiple of `known_gradient`, or a second one.
     """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=False)
@@ -121,10 +120,8 @@ class _Head:
 
     @classmethod
     def of(cls, weight, group, vocab_size, temperature, chunk_size, *, with_entropy) -> "_Head":
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: it divides the logits and must be positive")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: at least one logit must exist at a time")
+        assert temperature > 0, f"temperature={temperature}: it divides the logits and must be positive"
+        assert chunk_size >= 1, f"chunk_size={chunk_size}: at least one logit must exist at a time"
         first_id = group.rank() * weight.size(0)
         size = min(max(vocab_size - first_id, 0), weight.size(0))
         return cls(group, first_id, size, vocab_size, temperature, chunk_size, with_entropy)
@@ -133,8 +130,9 @@ class _Head:
 def _token_scores(
     hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head, known_gradient: Tensor | None
 ) -> TokenScores:
-    if known_gradient is not None and known_gradient.shape != targets.shape:
-        raise ValueError(f"known_gradient has shape {list(known_gradient.shape)}, targets have {list(targets.shape)}")
+    assert known_gradient is None or known_gradient.shape == targets.shape, (
+        f"known_gradient has shape {list(known_gradient.shape)}, targets have {list(targets.shape)}"
+    )
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if known_gradient is None or not differentiated:
         return TokenScores(*_Recomputed.apply(hidden, weight, targets, head))

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_brain.errors import UserError
+
 Baseline = Literal["self-normalized", "unnormalized", "none"]
 AlphaKind = Literal["soft", "hard"]
 
@@ -32,8 +34,7 @@ def posterior_log_weights(
         kind: "hard" puts all weight on the largest reward, as in DPO; ties go to the first.
 
     Raises:
-        ValueError: fewer than two samples, for which every weight is 1 and nothing can be learned; or numbers that
-            give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
+        UserError: numbers that give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
     """
     _check_group(rewards)
     if kind == "hard":
@@ -43,7 +44,7 @@ def posterior_log_weights(
         log_alpha = torch.log_softmax(log_prior + rewards / reward_temperature - log_proposal, dim=0)
         undefined = log_alpha.isnan()
     if undefined.any():  # makes the host wait for the device, which a loss must not do
-        raise ValueError(
+        raise UserError(
             f"no posterior weights follow from log_prior {log_prior.tolist()}, rewards {rewards.tolist()} and "
             f"log_proposal {log_proposal.tolist()}: all must be finite, or -inf in the first two for some samples"
         )
@@ -82,9 +83,6 @@ def brain_loss(
     Returns:
         A scalar in nats, zero where the policy's weights equal alpha, infinite where the policy excludes a sample that
         alpha does not. NaN follows from a NaN, and for `self-normalized` from a policy that excludes all samples.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
     alpha = log_alpha.exp()
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
@@ -108,9 +106,6 @@ def brain_loss_gradient(
     As constants they weight the samples' log-probabilities: `sum_i gradient_i log q_theta(y_i)` has the loss's gradient
     in the parameters. So a first pass without gradients gives them for a whole group, and a second pass may take its
     samples one by one.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
     subtracted = 0.0 if baseline == "none" else log_weights.exp()
@@ -136,5 +131,7 @@ def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _check_group(values: Tensor) -> None:
-    if values.dim() != 1 or len(values) < 2:
-        raise ValueError(f"a BRAIn group needs at least two samples in one dimension, got shape {list(values.shape)}")
+    # Of one sample, every weight is 1 and nothing can be learned.
+    assert values.dim() == 1 and len(values) >= 2, (
+        f"a BRAIn group needs at least two samples in one dimension, got shape {list(values.shape)}"
+    )

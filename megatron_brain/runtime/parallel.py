@@ -219,8 +219,7 @@ def virtual_pipeline_size(config: ParallelConfig, num_layers: int | None) -> int
     per_chunk = config.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
         return None
-    if num_layers is None:
-        raise ValueError("the interleaved schedule needs the number of layers before start-up")
+    assert num_layers is not None, "the interleaved schedule needs the number of layers before start-up"
     return num_layers // (config.pipeline_model_parallel_size * per_chunk)
 
 

@@ -67,16 +67,12 @@ class MetricsLogger:
 
         Args:
             step: iteration, not smaller than the last one logged.
-            metrics: numbers (or zero-dimensional tensors) by flat name.
-
-        Raises:
-            ValueError: the iteration lies before the last one, or a metric is called `iteration`.
+            metrics: numbers (or zero-dimensional tensors) by flat name, none of which is `iteration`.
         """
         if not self._is_writer:
             return
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        if "iteration" in numbers:
-            raise ValueError("a metric cannot be called 'iteration': that is the key of the step in metrics.jsonl")
+        assert "iteration" not in numbers, "a metric cannot be called 'iteration': metrics.jsonl has the step there"
         if self._lines is not None:
             self._lines.write(step, numbers)
             for name, value in numbers.items():
@@ -117,8 +113,7 @@ class _JsonLines:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append a line, or merge into the last one if it is of the same iteration."""
         last_step = self._last.get("iteration")
-        if last_step is not None and step < last_step:
-            raise ValueError(f"iteration {step} is logged after iteration {last_step}")
+        assert last_step is None or step >= last_step, f"iteration {step} is logged after iteration {last_step}"
         if step == last_step:
             self._file.truncate(self._last_offset)
         else:

@@ -7,7 +7,6 @@ import pytest
 
 from megatron_brain import __main__ as command
 from megatron_brain.config.stage_spec import stages
-from megatron_brain.errors import ConfigError
 
 
 def run(*args):
@@ -74,16 +73,13 @@ def test_a_mistake_all_ranks_make_is_reported_once_and_later_ones_by_every_rank(
     assert error.startswith(message) and bool(error) == started
 
 
-def test_a_library_value_error_is_not_taken_for_a_users_mistake(monkeypatch):
-    def call_a_library(stage, flags):
-        int("not a number")  # raised in this file, which is not ours to the command
-
-    monkeypatch.setattr("megatron_brain.config.loader.load_config", call_a_library)
+def test_a_value_error_that_nobody_raised_on_purpose_is_not_taken_for_a_users_mistake(monkeypatch):
+    monkeypatch.setattr("megatron_brain.config.loader.load_config", lambda stage, flags: int("not a number"))
     with pytest.raises(ValueError, match="invalid literal"):
         command.main(["sft"])
 
 
-def test_a_value_error_raised_in_the_package_is_reported(monkeypatch, capsys):
+def test_a_user_error_of_any_kind_is_reported(monkeypatch, capsys):
     from megatron_brain.data.groups import Group
 
     monkeypatch.setattr(
@@ -92,7 +88,3 @@ def test_a_value_error_raised_in_the_package_is_reported(monkeypatch, capsys):
     )
     assert command.main(["sft"]) == 2
     assert capsys.readouterr().err == "error: a.jsonl:7: the prompt has no tokens\n"
-
-
-def test_a_configuration_error_is_a_value_error():
-    assert issubclass(ConfigError, ValueError)

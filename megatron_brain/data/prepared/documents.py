@@ -42,10 +42,9 @@ class Document:
         """The same with a checksum among its fields."""
         return Document(self.sequences, {**self.fields, "checksum": self._checksum()})
 
-    def require_checksum(self) -> None:
-        """Raise ValueError where the document is not the one that the checksum was made of."""
-        if self.fields.get("checksum") != self._checksum():
-            raise ValueError("it is not what was written, by its checksum")
+    def is_whole(self) -> bool:
+        """Whether the document is the one that its checksum was made of."""
+        return self.fields.get("checksum") == self._checksum()
 
     def _checksum(self) -> str:
         """XXH3 of 64 bits over the sequences and all other fields that are not null."""
@@ -227,6 +226,9 @@ def _merge_arrow(prefix: str, parts: Sequence[str], vocab_size: int) -> None:
 
     with pyarrow.ipc.new_stream(f"{prefix}.arrow", _arrow_schema()) as writer:
         for part in parts:
-            with pyarrow.memory_map(f"{part}.arrow") as source, pyarrow.ipc.open_stream(source) as batches:
-                for batch in batches:
-                    writer.write_batch(batch)
+            try:
+                with pyarrow.memory_map(f"{part}.arrow") as source, pyarrow.ipc.open_stream(source) as batches:
+                    for batch in batches:
+                        writer.write_batch(batch)
+            except pyarrow.ArrowException as error:
+                raise _damaged(f"{part}.arrow", error) from error

@@ -76,7 +76,8 @@ def prepare(job: Preparation) -> PreparedInfo:
     """Prepare a corpus, or go on with a preparation that was stopped.
 
     Raises:
-        ValueError: a record no stage would take, with its place; or leftovers of another preparation.
+        RecordError: a record no stage would take, with its place.
+        ConfigError: leftovers of another preparation, or a place or tokenizer that does not serve.
     """
     refuse_prepared(job.input)
     _require_place(job)
@@ -232,7 +233,7 @@ def _write_parts(job: Preparation, records: Iterable[RawRecord], folder: Path) -
     for number in map_in_order(_write_part, missing(), workers=job.workers, set_up=set_up):
         log.info("%s: part %d written", job.prefix, number)
     if not parts:
-        raise ValueError(f"{job.input}: no records in it")
+        raise ConfigError(f"{job.input}: no records in it")
     return parts
 
 
@@ -299,10 +300,10 @@ def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: 
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     for part in parts:
-        of_part = json.loads((part / "counts.json").read_text())
+        of_part = _read(part, "counts.json")
         counts.update(of_part["records"])
         sums.update(of_part["sums"])
-    hashes = [numpy.load(part / "hashes.npy") for part in parts]
+    hashes = [_read(part, "hashes.npy") for part in parts]
     counts["duplicates"] = count_duplicates(hashes)
     report: ReadReport = make_report(counts, sum(map(len, hashes)), reader.limits)
     partial = f"{job.prefix}.partial"
@@ -320,9 +321,18 @@ def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: 
         sizes[ending] = os.path.getsize(partial + ending)
         os.replace(partial + ending, job.prefix + ending)
     sync_folder(Path(job.prefix).parent)
-    contents = reader.contents(numpy.concatenate([numpy.load(part / "contents.npy") for part in parts]))
+    contents = reader.contents(numpy.concatenate([_read(part, "contents.npy") for part in parts]))
     info = PreparedInfo(
         **plan, counts=dataclasses.asdict(report), statistics=statistics, contents=contents.as_dict(), files=sizes
     )
     info.write(job.prefix)
     return info
+
+
+def _read(part: Path, name: str) -> Any:
+    """What a small file of a part holds."""
+    path = part / name
+    try:
+        return json.loads(path.read_text()) if path.suffix == ".json" else numpy.load(path)
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove {part}, and run the same command again") from error

@@ -33,14 +33,12 @@ class PreparedItems(Sequence[Item]):
     def __getitem__(self, index: int) -> Item:
         place = range(self._count)[index]
         document = self._documents[place]
-        try:
-            document.require_checksum()
-            return self._codec.decode(document)
-        except (ValueError, KeyError, TypeError) as error:
+        if not document.is_whole():
             raise ConfigError(
-                f"{self._prefix}: document {place} is damaged ({type(error).__name__}: {error}): copy the files again, "
-                "or prepare the records again"
-            ) from error
+                f"{self._prefix}: document {place} is damaged (it is not what was written, by its checksum): copy the "
+                "files again, or prepare the records again"
+            )
+        return self._codec.decode(document)
 
     def num_tokens(self) -> list[int]:
         """Tokens of each item, its prompt counted once, without reading the items."""

@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Before:
@@ -122,7 +124,7 @@ class Tokenizer(ABC):
                 and cuts on the left.
 
         Raises:
-            ValueError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
+            ConfigError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
         """
 
     def encode(self, text: str) -> list[int]:
@@ -222,10 +224,10 @@ class Tokenizer(ABC):
             template_kwargs: further variables of the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ConfigError: the tokenizer has no chat template.
             TemplateRefusalError: the template does not take the messages.
         """
-        raise ValueError(self._no_chat_template())
+        raise ConfigError(self._no_chat_template())
 
     def render_chat_marked(
         self,
@@ -239,7 +241,7 @@ class Tokenizer(ABC):
         Raises:
             as :meth:`render_chat`.
         """
-        raise ValueError(self._no_chat_template())
+        raise ConfigError(self._no_chat_template())
 
     def opens_behind(self, tools: list | None = None) -> str:
         """What the template of such records writes behind every conversation to open another turn; "" if nothing."""

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
+from megatron_brain.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +42,7 @@ def read_template(path: str) -> str:
     """The Jinja template in a file.
 
     Raises:
-        ValueError: there is none, or it is no UTF-8 or no Jinja.
+        ConfigError: there is none, or it is no UTF-8 or no Jinja.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -48,21 +50,21 @@ def read_template(path: str) -> str:
         template = Path(path).read_text(encoding="utf-8-sig")
         _compile_jinja_template(template)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: {error.strerror or error} (looked for {Path(path).absolute()}); give the file of "
             "a Jinja template"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: not UTF-8 text ({error.reason} at byte {error.start}); write the file as UTF-8"
         ) from error
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: not a Jinja template (line {error.lineno}: {error}); mend that line, or leave "
             "--chat-template out for the tokenizer's own"
         ) from error
     if not template.strip():
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: the file is empty; write a template into it, or leave --chat-template out for "
             "the tokenizer's own"
         )
@@ -114,7 +116,7 @@ class ChatRenderer:
         )
         for name, template in self.templates.items():
             if not isinstance(template, str):
-                raise ValueError(
+                raise ConfigError(
                     f"the tokenizer's chat template {name!r} is {template!r}, which is no text: mend chat_template in "
                     "tokenizer_config.json, or give --chat-template FILE"
                 )
@@ -129,12 +131,12 @@ class ChatRenderer:
         """The template of records with or without tools, chosen as transformers does.
 
         Raises:
-            ValueError: there is no default among several templates.
+            ConfigError: there is no default among several templates.
         """
         if tools is not None and "tool_use" in self.templates:
             return self.templates["tool_use"]
         if "default" not in self.templates:
-            raise ValueError(
+            raise ConfigError(
                 f"the tokenizer has the chat templates {', '.join(sorted(self.templates))} and none called default: "
                 "give one with --chat-template FILE"
             )
@@ -153,7 +155,7 @@ class ChatRenderer:
 
         Raises:
             TemplateRefusalError: the template does not take the messages.
-            ValueError: there is no template for them.
+            ConfigError: there is no template for them.
         """
         template = self.template_for(tools)
         spell = self._dialect(template).spell
@@ -181,7 +183,7 @@ class ChatRenderer:
                 self._render(template, [spell(user)], add_generation_prompt=asks)[0] for asks in (True, False)
             )
             both = self._render(template, [spell(user), spell(answer)])[0]
-        except (TemplateRefusalError, ValueError):
+        except (TemplateRefusalError, ConfigError):
             return ""  # What it does not take is said with the record.
         header = both.removeprefix(closed).partition(answer["content"])[0] if both.startswith(closed) else ""
         return header.strip() if asked == closed else ""

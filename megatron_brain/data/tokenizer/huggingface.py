@@ -15,6 +15,7 @@ from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRe
 from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_joins
 from megatron_brain.data.tokenizer.own_file import read_tokenizer
 from megatron_brain.data.tokenizer.word_mark import begins_word, without_word_mark
+from megatron_brain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class HuggingFaceTokenizer(Tokenizer):
         chat_template: file of a Jinja template that replaces the tokenizer's own ones.
 
     Raises:
-        ValueError: there is no tokenizer, it has no EOS, or its files contradict each other.
+        ConfigError: there is no tokenizer, it has no EOS, or its files contradict each other.
     """
 
     tokenizer_type = "HuggingFaceTokenizer"
@@ -38,10 +39,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, tokenizer_model: str, chat_template: str | None = None) -> None:
         if not Path(tokenizer_model).exists() and not _HUB_NAME.fullmatch(tokenizer_model):
             place = Path(tokenizer_model).absolute()
-            raise ValueError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
+            raise ConfigError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
         self.hf, own = read_tokenizer(tokenizer_model)
         if self.hf.eos_token_id is None:
-            raise ValueError(
+            raise ConfigError(
                 f"--tokenizer-model {tokenizer_model}: no EOS token, so no response could end; "
                 "set eos_token in tokenizer_config.json"
             )
@@ -134,7 +135,7 @@ class HuggingFaceTokenizer(Tokenizer):
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
-        except (TemplateRefusalError, ValueError):
+        except (TemplateRefusalError, ConfigError):
             return  # It takes other messages than these; what is wrong with a record is said there.
         [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
         end = next((i for i in ids if i in self.special_ids), self.eos_id)
@@ -208,7 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         if not self.chat_templates:
-            raise ValueError(self._no_chat_template())
+            raise ConfigError(self._no_chat_template())
         text, _ = self._chats.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
         )
@@ -222,7 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         if not self.chat_templates:
-            raise ValueError(self._no_chat_template())
+            raise ConfigError(self._no_chat_template())
         return self._chats.render(messages, tools=tools, template_kwargs=template_kwargs, marked=True)
 
     def opens_behind(self, tools: list | None = None) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
+from megatron_brain.errors import ConfigError
+
 CURE = (
     "train a bpe model with tools/train_tokenizer.py, or give transformers token ids made with the sentencepiece "
     "library"
@@ -36,7 +38,7 @@ def fast_tokenizer(serialized_model: bytes) -> tokenizers.Tokenizer:
     """The tokenizer, without BOS.
 
     Raises:
-        ValueError: a setting of the model has no counterpart in the `tokenizers` library; names it and the cure.
+        ConfigError: a setting of the model has no counterpart in the `tokenizers` library; names it and the cure.
     """
     model = _parse(serialized_model)
     _check_settings(model)
@@ -97,7 +99,7 @@ def _check_settings(model: Any) -> None:
     }
     for setting, present in reasons.items():
         if present:
-            raise ValueError(f"the SentencePiece model has {setting}, which no fast tokenizer can do; {CURE}")
+            raise ConfigError(f"the SentencePiece model has {setting}, which no fast tokenizer can do; {CURE}")
 
 
 def _model(model: Any) -> models.Model:

@@ -90,7 +90,7 @@ class Placement:
             this replica's micro-batches of every step; with a token budget also of rollouts other replicas drew.
 
         Raises:
-            ValueError: a group does not fit the token budget even when it is cut.
+            GroupDoesNotFitError: a group does not fit the token budget even when it is cut.
         """
         return self._fixed_steps(mine) if self._budget is None else self._planned_steps(mine)
 

@@ -146,6 +146,8 @@ def _token_ids(value: object, where: str) -> tuple[int, ...]:
 
 
 def _make_floats(response: Response, where: str) -> None:
+    if response.alpha is not None and response.alpha < 0:
+        raise ConfigError(f"{where}: alpha is {response.alpha}; a weight is at least 0")
     for name in (*_LOG_PROBABILITIES, "reward"):
         value = getattr(response, name)
         if value is None:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import Head
+from megatron_brain.errors import RecordError, UserError
 from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.brain import posterior_log_weights
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
@@ -172,8 +173,8 @@ class RoundMaker:
                     reward_temperature=self._settings.reward_temperature,
                     kind=self._settings.alpha,
                 )
-            except ValueError as error:
-                raise ValueError(f"{rollout.id}: {error}") from error
+            except UserError as error:
+                raise RecordError(rollout.id, "no weights", str(error)) from error
             for response, value in zip(rollout.responses, log_alpha.exp().tolist(), strict=True):
                 response.alpha = value
 

@@ -93,7 +93,7 @@ def test_gpt_neox_has_rotary_names_of_its_own(rope):
 
 @pytest.mark.parametrize(("model_type", "name"), [("gpt_neox", "rotary_pct"), ("phi3", "partial_rotary_factor")])
 def test_a_rotation_of_no_channels_is_not_taken_for_one_of_all(model_type, name):
-    with pytest.raises(ValueError, match=r"rotary_percent=0\.0: must be positive"):
+    with pytest.raises(ConfigError, match=r"rotary_percent=0\.0: must be positive"):
         read(model_type, **{name: 0})
 
 

@@ -12,6 +12,7 @@ from megatron_brain.data import checking
 from megatron_brain.data.checking import check
 from megatron_brain.data.records import read_records
 from megatron_brain.data.sources import parse_record, raw_records
+from megatron_brain.errors import UserError
 
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "a short summary"}
@@ -93,7 +94,7 @@ def test_errors_are_exactly_the_records_that_stop_a_stage(broken, hf):
     for line, (where, raw) in enumerate(raw_records(broken), start=1):
         try:
             read_records(reader, [(where, parse_record(where, raw))])
-        except ValueError as error:
+        except UserError as error:
             assert str(error).startswith(f"{broken}:{line}: ")
             stopping.add(line)
     report = check([broken], [], reading, max_shown=100)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_brain.data.groups import pack_groups
+from megatron_brain.errors import ConfigError
 from megatron_brain.stages.brain import rollouts as rollouts_module
 from megatron_brain.stages.brain.rollouts import (
     Response,
@@ -76,21 +77,21 @@ def test_the_samplers_own_log_probability_stands_in_for_the_proposals():
     ],
 )
 def test_a_record_that_cannot_be_trained_on_is_refused_with_its_place(changes, message):
-    with pytest.raises(ValueError, match=f"file.jsonl:7: .*{message}"):
+    with pytest.raises(ConfigError, match=f"file.jsonl:7: .*{message}"):
         rollout_from_dict(record(**changes), "file.jsonl:7")
 
 
 @pytest.mark.parametrize("name", ["id", "index", "prompt_tokens", "responses"])
 def test_a_missing_field_is_named(name):
     incomplete = {key: value for key, value in record().items() if key != name}
-    with pytest.raises(ValueError, match=f"file.jsonl:7: not a rollout record, .*{name}"):
+    with pytest.raises(ConfigError, match=f"file.jsonl:7: not a rollout record, .*{name}"):
         rollout_from_dict(incomplete, "file.jsonl:7")
 
 
 def test_the_line_of_a_bad_record_in_a_file_is_named(tmp_path):
     path = tmp_path / "round_0000.jsonl"
     path.write_text(json.dumps(record()) + "\n" + json.dumps(record(responses=[])) + "\n")
-    with pytest.raises(ValueError, match=r"round_0000\.jsonl:2: 0 response"):
+    with pytest.raises(ConfigError, match=r"round_0000\.jsonl:2: 0 response"):
         read_rollouts(str(path))
 
 
@@ -142,5 +143,5 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path):
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"rollout_data=.*none.*matches no file"):
+    with pytest.raises(ConfigError, match=r"rollout_data=.*none.*matches no file"):
         rollout_files(str(tmp_path / "none*.jsonl"))

@@ -12,6 +12,7 @@ from helpers.assets import size_flags, write_assets
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training import guards
@@ -199,7 +200,7 @@ def test_another_file_is_refused_by_name(tmp_path):
     path = tmp_path / "other.json"
     for text in ("{}", "[]", "no json", '{"known_gradient": null}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"other\.json: not a reproduction file"):
+        with pytest.raises(ConfigError, match=r"other\.json: not a reproduction file"):
             read_reproduction(path)
 
 
@@ -342,5 +343,5 @@ def test_the_checksum_changes_with_any_one_bit(dtype, bits, integer):
     ],
 )
 def test_a_limit_that_cannot_be_is_refused_by_name(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
+    with pytest.raises(ConfigError, match=next(iter(values))):
         GuardConfig(**values)

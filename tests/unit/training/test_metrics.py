@@ -208,9 +208,9 @@ def test_progress_off_gives_plain_lines_on_a_terminal():
 def test_a_step_back_in_time_and_a_metric_called_iteration_are_errors(tmp_path):
     logger, _ = make_logger(tmp_path)
     logger.log(2, {"loss": 1.0})
-    with pytest.raises(ValueError, match="iteration 1 is logged after iteration 2"):
+    with pytest.raises(AssertionError, match="iteration 1 is logged after iteration 2"):
         logger.log(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="iteration"):
+    with pytest.raises(AssertionError, match="iteration"):
         logger.log(3, {"iteration": 3})
     logger.close()
     logger.close()
