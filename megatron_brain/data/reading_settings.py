@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_brain.config.data import DataConfig, TokenizerConfig
 from megatron_brain.config.fields import section_fields
@@ -36,7 +37,7 @@ class ReadingSettings:
     max_new_tokens: int = SamplingConfig().max_new_tokens
     """brain: tokens that a prompt leaves free for its response."""
 
-    def build(self) -> RecordReader:
+    def build(self) -> RecordReader[Any]:
         """The reader, its tokenizer loaded.
 
         Raises:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.data.corpus import OnDemand
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.records import PreferencePair, PreferenceReader
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.dataset_stage import SampledStage

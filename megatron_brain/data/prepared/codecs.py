@@ -66,7 +66,7 @@ class _PromptCodec(Codec[Prompt]):
         )
 
 
-CODECS: dict[str, Codec] = {"sft": _GroupCodec(), "reward": _PairCodec(), "brain": _PromptCodec()}
+CODECS: dict[str, Codec[Any]] = {"sft": _GroupCodec(), "reward": _PairCodec(), "brain": _PromptCodec()}
 """By the stage whose records they are."""
 
 

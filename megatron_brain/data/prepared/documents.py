@@ -123,7 +123,8 @@ class _IndexedReader(DocumentReader):
 
     def lengths(self) -> numpy.ndarray:
         # A copy: the index is unmapped with its reader, whoever still looks at it.
-        return self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+        lengths: numpy.ndarray = self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+        return lengths
 
 
 def _damaged(file: str, problem: object) -> ConfigError:
@@ -133,7 +134,8 @@ def _damaged(file: str, problem: object) -> ConfigError:
 def _token_type(vocab_size: int) -> type[numpy.number]:
     from megatron.core.datasets.indexed_dataset import DType
 
-    return DType.optimal_dtype(vocab_size)
+    token_type: type[numpy.number] = DType.optimal_dtype(vocab_size)
+    return token_type
 
 
 def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) -> None:

@@ -78,10 +78,10 @@ def _in_words(hf: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def _settings(place: str) -> dict[str, Any]:
     """tokenizer_config.json, {} where there is none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     name = "tokenizer_config.json"
-    path = Path(place) / name
+    path: str | Path | None = Path(place) / name
     if not Path(place).is_dir():
         path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
     return {} if path is None or not Path(path).is_file() else json.loads(Path(path).read_text(encoding="utf-8"))
