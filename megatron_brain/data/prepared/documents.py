@@ -115,7 +115,8 @@ class _IndexedReader(DocumentReader):
     def __getitem__(self, index: int) -> Document:
         first = range(len(self))[index] * self._stride
         try:
-            *sequences, fields = self._data[first : first + self._stride]
+            arrays: Any = self._data[first : first + self._stride]
+            *sequences, fields = arrays
             named = json.loads(fields.tobytes())
         except ValueError as error:
             raise _damaged(self._tokens, f"document {index}: {error}") from error
@@ -146,7 +147,8 @@ def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) 
     for document in documents:
         sequences = [numpy.asarray(sequence, dtype=dtype) for sequence in document.sequences]
         sequences.append(_as_tokens(document.fields, dtype))
-        builder.add_document(numpy.concatenate(sequences), [len(sequence) for sequence in sequences])
+        tokens, lengths = numpy.concatenate(sequences), [len(sequence) for sequence in sequences]
+        builder.add_document(tokens, lengths)  # type: ignore[arg-type]  # it takes arrays, its annotation tensors
     builder.finalize(f"{prefix}.idx")
 
 

@@ -78,7 +78,7 @@ def _in_words(hf: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def _settings(place: str) -> dict[str, Any]:
     """tokenizer_config.json, {} where there is none."""
-    from transformers.utils.hub import cached_file
+    from transformers.utils import cached_file
 
     name = "tokenizer_config.json"
     path: str | Path | None = Path(place) / name

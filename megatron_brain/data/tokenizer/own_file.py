@@ -107,7 +107,7 @@ def _unusable(place: str, problem: str) -> ValueError:
 def _read_own(place: str) -> Tokenizer | None:
     """The tokenizer that the tokenizer.json of a folder or hub name describes, without padding or cutting; None
     where there is no such file."""
-    from transformers.utils.hub import cached_file
+    from transformers.utils import cached_file
 
     path: str | Path | None = Path(place) / _FILE
     if not Path(place).is_dir():
