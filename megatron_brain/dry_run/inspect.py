@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.config.run_length import check_warmup, iterations, rounds, steps_per_round
 from megatron_brain.data.corpus import num_tokens, read_corpus
@@ -45,7 +45,7 @@ class Findings:
     start_from: CheckpointInfo | None = None
     resuming: bool = False
     tokenizer: Tokenizer | None = None
-    frozen: dict[str, ModelConfig] = field(default_factory=dict)
+    frozen: dict[str, ResolvedModel] = field(default_factory=dict)
     """Sizes of the scoring models that are here, by the name in --NAME-load."""
     num_samples: int | None = None
     """Training samples (sft, reward), prompts or pairs (brain), prompts (generate, evaluate); None: not known."""

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.fp8_checks import validate_fp8_device
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
@@ -132,7 +132,7 @@ def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str
 
 
 def build_model(
-    model: ModelConfig,
+    model: ResolvedModel,
     parallel_config: ParallelConfig,
     parallel: Parallel,
     *,
@@ -175,7 +175,7 @@ def build_model(
 
 
 def _build_chunk(
-    model: ModelConfig,
+    model: ResolvedModel,
     config: TransformerConfig,
     parallel: Parallel,
     *,

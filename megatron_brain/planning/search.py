@@ -5,28 +5,28 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.memory import Memory, stage_memory
 from megatron_brain.planning.rounds import step_time
 from megatron_brain.planning.time import StepTime
-from megatron_brain.planning.workload import Layout, Precision, Workload, from_run_config
+from megatron_brain.planning.workload import Layout, Precision, Recompute, Workload, from_run_config
 
 Settings = dict[str, object]
 """Flags of a run, by field."""
 
 _FILES = {"load": "POLICY", "finetune": True, "train_data": "DATA"}
 _BRAIN_FILES = {"reward_load": "REWARD"}
-_FP8 = {"fp8_format": "hybrid"}
-_RECOMPUTE = ("none", "selective", "full")
+_FP8: dict[str, Any] = {"fp8_format": "hybrid"}
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
 _ONLY_BRAIN = (
     "samples_per_prompt",
@@ -45,7 +45,7 @@ class Question:
     """What is to be run, and on what."""
 
     stage: Literal["sft", "reward", "brain"]
-    model: ModelConfig
+    model: ResolvedModel
     """Its sizes resolved."""
     machine: Machine
     gpus: int
@@ -70,7 +70,7 @@ class Question:
     offload_prior: bool = False
     offload_reward: bool = False
     two_pass: bool = False
-    reward_model: ModelConfig | None = None
+    reward_model: ResolvedModel | None = None
     """brain: sizes of the reward model; None: the policy's."""
     reserved_bytes: int = 6 * GIB
     """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
@@ -159,10 +159,10 @@ def run_config(question: Question, settings: Settings) -> RunConfig:
         ConfigError: as a run would.
     """
     config = config_from_dict(question.stage, settings, "the plan")
-    sizes = {name: getattr(question.model, name) for name in ARCHITECTURE_FIELDS}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    model = resolve(config.model, architecture(question.model), "the plan")
+    config = dataclasses.replace(config, model=model)
     require(config)
-    validate_layout(config, question.gpus, config.model)
+    validate_layout(config, question.gpus, model)
     if question.reward_model is not None:
         try:
             of_reward = dataclasses.replace(config, model=question.reward_model)

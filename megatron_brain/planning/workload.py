@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.checks import data_parallel_size
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.config.run_length import steps_per_round
 
@@ -108,7 +108,7 @@ class FrozenModel:
     name: str
     """`prior`, `reward` or `baseline`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     head: Head
     offloaded: bool = False
     """In host memory while it does not score."""
@@ -121,7 +121,7 @@ class Workload:
     stage: str
     """A key of `STAGE_SECTIONS`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     """The model that trains (or that generates), its sizes resolved."""
 
     prompt_length: int
@@ -246,6 +246,7 @@ def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layou
             the policy's sizes.
         world_size: number of processes.
     """
+    assert isinstance(config.model, ResolvedModel)
     prompt, response = _lengths(config)
     model, fp8 = config.model, config.fp8
     packed = config.stage == "sft" and config.sft.packing
@@ -291,6 +292,7 @@ def _samples_per_prompt(config: RunConfig) -> int:
 
 
 def _frozen_models(config: RunConfig) -> tuple[FrozenModel, ...]:
+    assert isinstance(config.model, ResolvedModel)
     scoring, model = config.scoring, config.model
     found = []
     if config.stage in ("brain", "evaluate"):
@@ -303,7 +305,7 @@ def _frozen_models(config: RunConfig) -> tuple[FrozenModel, ...]:
 
 
 def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
-    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, config.model
+    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, workload.model
     data = data_parallel_size(config, world_size)
     chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
     layout = Layout(

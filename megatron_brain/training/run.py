@@ -13,7 +13,7 @@ from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, load_we
 from megatron_brain.checkpointing.locate_tokenizer import locate_tokenizer
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.loader import config_to_yaml, save_config
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.config.template_date import now, parse_date
 from megatron_brain.conversion import load_hf_weights, read_hf_architecture
@@ -268,12 +268,13 @@ def resolve_model(config: RunConfig, start_from: CheckpointInfo | None, world_si
         generation_config = read_generation_config(config.model.hf_model)
     else:
         found, source = None, "the flags"
-    config = dataclasses.replace(config, model=resolve(config.model, found, source))
-    validate_layout(config, world_size, config.model)
+    model = resolve(config.model, found, source)
+    config = dataclasses.replace(config, model=model)
+    validate_layout(config, world_size, model)
     return config, generation_config
 
 
-def resolve_frozen(config: RunConfig, info: CheckpointInfo, world_size: int) -> ModelConfig:
+def resolve_frozen(config: RunConfig, info: CheckpointInfo, world_size: int) -> ResolvedModel:
     """Sizes of a model that only scores in a run whose own sizes are resolved.
 
     Raises:
@@ -304,7 +305,7 @@ def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tupl
 
 
 def _without_sizes(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, **dict.fromkeys(ARCHITECTURE_FIELDS))
+    return ModelConfig(**{**vars(model), **dict.fromkeys(ARCHITECTURE_FIELDS)})
 
 
 def set_up_logging() -> None:
