@@ -3,6 +3,8 @@
 import logging
 import warnings
 
+from megatron_brain import stages as stages  # registers them, without torch
+
 __version__ = "0.1.0"
 
 # Of the libraries' own making, when they are imported and at every checkpoint, and nothing a user could act on: which

@@ -1,29 +1,21 @@
 """`python -m megatron_brain STAGE --config FILE [--flag value ...]`, alone or under torchrun."""
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Sequence
 
 from megatron_brain import files
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stages
 from megatron_brain.errors import AgreedError, OwnError, is_ours
 from megatron_brain.runtime import launch, signals
-
-_STAGES = {
-    "sft": "supervised fine-tuning on prompt/response records",
-    "reward": "reward model from preference pairs",
-    "brain": "BRAIn: match the reward-conditioned posterior",
-    "generate": "sample responses for a file of prompts",
-    "evaluate": "compare checkpoints on held-out prompts",
-}
 
 _USER_ERROR = 2
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a stage. Returns the exit status: 2 for a mistake in what was asked for, reported in one message."""
-    if not argv or argv[0] not in _STAGES:
+    if not argv or argv[0] not in stages():
         print(_usage(argv), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else _USER_ERROR
     stage, flags = argv[0], argv[1:]
@@ -53,13 +45,10 @@ def _run_stage(config: RunConfig) -> None:
     from megatron_brain.training.run import open_run
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
-        run = open_run(config)
-        stage = importlib.import_module(
-            f"megatron_brain.stages.{config.stage}" + (".stage" if config.stage == "brain" else "")
-        )
+        run, main = open_run(config), config.spec.load_main()
         # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
-        with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
-            stage.main(run)
+        with signals.noted() if config.spec.trains else contextlib.nullcontext():
+            main(run)
             parallel.stop()
 
 
@@ -74,13 +63,13 @@ def _dry_run(config: RunConfig) -> None:
 
 def _usage(argv: Sequence[str]) -> str:
     wrong = [f"error: unknown stage {argv[0]!r}", ""] if argv and not argv[0].startswith("-") else []
-    stages = [f"  {name:10}{what}" for name, what in _STAGES.items()]
+    known = [f"  {name:10}{spec.help}" for name, spec in stages().items()]
     return "\n".join(
         [
             *wrong,
             "usage: python -m megatron_brain STAGE --config FILE [--flag value ...]",
             "",
-            *stages,
+            *known,
             "",
             "STAGE --help lists the flags of a stage.",
         ]

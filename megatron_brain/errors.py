@@ -1,6 +1,8 @@
 """The errors that are a user's to mend. Every other error is this package's own and keeps its traceback."""
 
+import difflib
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -51,3 +53,9 @@ def short(value: object) -> str:
     """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?` with the nearest known words, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -29,11 +29,12 @@ from megatron_brain.checkpointing.state import (
 from megatron_brain.checkpointing.storage import write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.files import sync_tree
 from megatron_brain.models.architecture import architecture
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.runtime.random_state import random_state
 

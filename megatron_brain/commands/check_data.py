@@ -12,8 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron_brain.commands.reading_flags import add_reading_flags, reading_settings
 from megatron_brain.data.checking import check
-from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
 from megatron_brain.data.workers import WorkerKilledError
 from megatron_brain.files import explained
 from megatron_brain.flag_types import positive

@@ -26,7 +26,7 @@ from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.presets import PRESETS, preset
 from megatron_brain.planning.report import as_json, flags, memory_table, rejection_table, time_table
-from megatron_brain.planning.search import Plan, Question, Rejection, search
+from megatron_brain.planning.search import Plan, Question, Rejection, search, training_stages
 
 _NARROWEST = 145  # columns that the tables need; less only wraps them
 
@@ -136,7 +136,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs that NVLink connects")
     group.add_argument("--reserved-memory", type=finite, default=6.0, help="GiB of a GPU that estimates leave alone")
     group = parser.add_argument_group("what is computed")
-    group.add_argument("--stage", choices=("sft", "reward", "brain"), required=True, help="stage of the run")
+    group.add_argument("--stage", choices=training_stages(), required=True, help="stage of the run")
     group.add_argument("--prompt-length", type=whole, required=True, help="tokens of a prompt")
     group.add_argument("--response-length", type=positive, required=True, help="tokens of a response")
     group.add_argument("--seq-length", type=positive, help="sft: length that records are packed into; unset: theirs")

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from megatron_brain.commands.reading_flags import add_reading_flags, reading_settings
 from megatron_brain.data.prepared.documents import FILES
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.statistics import statistics_table
-from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
 from megatron_brain.data.workers import WorkerKilledError
 from megatron_brain.files import explained
 from megatron_brain.flag_types import positive

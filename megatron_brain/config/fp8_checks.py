@@ -7,7 +7,7 @@ What megatron-core and Transformer Engine would ignore in silence or refuse in t
 
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ResolvedModel
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
 _CAPABILITY = {"mxfp8": (10, 0), "blockwise": (9, 0)}
@@ -43,7 +43,7 @@ def require_fp8(config: RunConfig) -> None:
 
 
 def _require_sharded_weights(config: RunConfig) -> None:
-    if "optimizer" not in STAGE_SECTIONS[config.stage]:
+    if not config.spec.trains:
         raise ConfigError(f"fp8_param_gather=true: the {config.stage} stage updates no weights; drop fp8_param_gather")
     if not config.optimizer.use_distributed_optimizer:
         raise ConfigError(

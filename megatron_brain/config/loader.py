@@ -22,14 +22,14 @@ from megatron_brain.config.fields import (
     FieldSpec,
     all_fields,
     convert,
-    did_you_mean,
     section_fields,
     section_help,
     section_types,
     stage_fields,
 )
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stage_spec, stages
+from megatron_brain.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def load_config(stage: str, argv: Sequence[str]) -> RunConfig:
     """The configuration of a stage from `--config FILE` and `--flag value` overrides.
 
     Args:
-        stage: a key of `STAGE_SECTIONS`.
+        stage: name of a registered stage.
         argv: arguments after the stage; dashes and underscores in flag names mean the same, the last of a repeated
             flag wins, `null` unsets an optional field.
 
@@ -71,7 +71,7 @@ def config_from_dict(stage: str, values: Mapping[str, object], origin: str = "sa
 
 def config_to_dict(config: RunConfig) -> dict[str, object]:
     """`stage` and every field its stage reads, flat, as plain values (None, bool, int, float, str)."""
-    fields = {name: getattr(getattr(config, spec.section), name) for name, spec in stage_fields(config.stage).items()}
+    fields = {name: getattr(config.section(spec.section), name) for name, spec in stage_fields(config.stage).items()}
     return {"stage": config.stage, **fields}
 
 
@@ -80,7 +80,7 @@ def config_to_yaml(config: RunConfig) -> str:
     values = config_to_dict(config)
     lines = [_yaml_line("stage", config.stage)]
     for section in section_types():
-        if section in STAGE_SECTIONS[config.stage]:
+        if section in config.spec.all_sections:
             lines.append(f"\n# {section}: {section_help(section)}\n")
             lines.extend(_yaml_line(spec.name, values[spec.name]) for spec in section_fields(section))
     return "".join(lines)
@@ -100,7 +100,7 @@ def _yaml_line(key: str, value: object) -> str:
 def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
     """Sections from given values; errors of the dataclasses' own checks get the origin of the keys they name."""
     fields = stage_fields(stage)
-    values: dict[str, dict[str, object]] = {section: {} for section in STAGE_SECTIONS[stage]}
+    values: dict[str, dict[str, object]] = {section: {} for section in stage_spec(stage).all_sections}
     for key, item in given.items():
         if key == "stage":
             _check_stage(stage, item)
@@ -115,7 +115,8 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
         except ValueError as error:
             named = [f"{key} from {given[key].origin}" for key in arguments if re.search(rf"\b{key}\b", str(error))]
             raise ConfigError(f"{error} ({', '.join(named)})" if named else str(error)) from error
-    return RunConfig(stage=stage, **sections)
+    more = {section: sections.pop(section) for section in stage_spec(stage).settings}
+    return RunConfig(stage=stage, **sections, more=more)
 
 
 def _check_stage(stage: str, item: _Given) -> None:
@@ -132,7 +133,7 @@ def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
     where = f"{key}={item.value!r} ({item.origin})"
     spec = all_fields().get(key)
     if spec is not None:
-        owners = [name for name, sections in STAGE_SECTIONS.items() if spec.section in sections]
+        owners = [name for name, other in stages().items() if spec.section in other.all_sections]
         return ConfigError(f"{where}: the {stage} stage does not read it; it belongs to {', '.join(owners)}")
     if key in section_types():
         return ConfigError(f"{where}: {key} is a section, not a key; keys are flat, write its keys at the top level")
@@ -160,7 +161,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     Raises:
         ConfigError: there is no such stage.
     """
-    stage_fields(stage)
+    spec = stage_spec(stage)
     width = min(max(shutil.get_terminal_size().columns, 80), 100)
     parser = _Parser(
         prog=f"python -m megatron_brain {stage}",
@@ -173,10 +174,10 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", action="append", help="YAML file of flat `key: value` lines")
     for section in section_types():
-        if section in STAGE_SECTIONS[stage]:
+        if section in spec.all_sections:
             group = parser.add_argument_group(section, section_help(section))
-            for spec in section_fields(section):
-                _add_flag(group, spec)
+            for setting in section_fields(section):
+                _add_flag(group, setting)
     return parser
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.fusion import SAME, Fusion
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Head
 
 
 def dimensions(model: ModelConfig) -> dict[str, int]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion import families
 from megatron_brain.conversion.family import Family, UnsupportedFamily
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Head
 
 _ADAPTER = "adapter_config.json"
 

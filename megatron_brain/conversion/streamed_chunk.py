@@ -16,9 +16,10 @@ from megatron_brain.checkpointing.state import model_boxes
 from megatron_brain.checkpointing.storage import Index, fill
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.streamed_hf import BLOCK_ELEMENTS, parameters_without_memory
 from megatron_brain.models.logprobs import local_logits
-from megatron_brain.models.provider import Chunk, Head, build_model
+from megatron_brain.models.provider import Chunk, build_model
 from megatron_brain.runtime.parallel import Parallel
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

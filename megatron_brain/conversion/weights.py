@@ -10,11 +10,12 @@ from torch import Tensor
 from megatron_brain.checkpointing.boxes import Box
 from megatron_brain.checkpointing.state import model_boxes, zero_vocabulary_padding
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.family import Family, Weight
 from megatron_brain.conversion.registry import HFModel, read_hf_model
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 
 log = logging.getLogger(__name__)
 

@@ -102,7 +102,7 @@ def check(
         ValueError: a source that is not there, or is prepared data.
     """
     if reading.template_date is None:
-        reading = dataclasses.replace(reading, template_date=now())  # for all processes the same
+        reading = reading.at(now())  # for all processes the same
     opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()
@@ -174,7 +174,7 @@ class RecordChecker:
         self._reader = reading.build()
         # Overlong records are told whatever is done with them.
         self._strict = copy.copy(self._reader)
-        self._strict.limits = dataclasses.replace(reading.limits, overlong="error")
+        self._strict.limits = dataclasses.replace(reading.config.data, overlong="error")
         self._kinds = token_kinds(self._reader.tokenizer)
         self._hints = TextHints(self._kinds.special)
 

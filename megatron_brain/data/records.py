@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy
 
@@ -38,6 +38,7 @@ from megatron_brain.errors import RecordError
 _BATCH = 1000
 
 Item = TypeVar("Item")
+ItemKind = Literal["group", "pair", "prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class RecordReader(ABC, Generic[Item]):
 
     stage: ClassVar[str]
     """The stage whose records these are."""
+    item_kind: ClassVar[ItemKind]
+    """What an item is: a `Group`, a `PreferencePair` or a `Prompt`."""
     num_responses: ClassVar[int]
     """Responses of an item."""
 
@@ -198,7 +201,7 @@ class SFTReader(RecordReader[Group]):
     (the response is the last assistant turn; with `multi_turn_loss` the loss counts every assistant turn).
     """
 
-    stage, num_responses = "sft", 1
+    stage, item_kind, num_responses = "sft", "group", 1
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits, *, multi_turn_loss: bool = False) -> None:
         super().__init__(tokenizer, limits)
@@ -227,7 +230,7 @@ class PreferenceReader(RecordReader[PreferencePair]):
     ``margin``. Without ``prompt``, chosen and rejected are whole conversations and the prompt is what they share.
     """
 
-    stage, num_responses = "reward", 2
+    stage, item_kind, num_responses = "reward", "pair", 2
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
         return draft_preference(self.tokenizer, record, where)
@@ -254,7 +257,7 @@ class PromptReader(RecordReader[Prompt]):
     response.
     """
 
-    stage, num_responses = "brain", 0
+    stage, item_kind, num_responses = "brain", "prompt", 0
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits, *, room: int = 1) -> None:
         super().__init__(tokenizer, limits)

@@ -1,6 +1,7 @@
 """Policy and reward model: a megatron-core GPT trunk that reads packed batches."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.logprobs import vocab_parallel_logprobs
-from megatron_brain.models.rotary import Rotated
+from megatron_brain.models.rotary import Rotated, scale_frequencies
 
 
 class _PackedGPT(GPTModel):
@@ -27,10 +29,23 @@ class _PackedGPT(GPTModel):
     else (construction, pipeline input, checkpoint names) is megatron-core's.
     """
 
-    true_vocab_size: int
-    logprob_chunk_size: int
-    longest_sequence: tuple[int, str]
-    packed_multiple: int
+    def __init__(self, *, model: ResolvedModel, packed_multiple: int, device: torch.device, **trunk: Any) -> None:
+        """Build the chunk.
+
+        Args:
+            model: architecture with every size resolved.
+            packed_multiple: lengths of micro-batches are multiples of so many tokens.
+            device: where rotary frequencies are, which are no parameters.
+            trunk: arguments of GPTModel.
+        """
+        super().__init__(**trunk)
+        self.true_vocab_size, self.logprob_chunk_size = model.vocab_size, model.logprob_chunk_size
+        self.longest_sequence, self.packed_multiple = model.longest_sequence, packed_multiple
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.inv_freq = scale_frequencies(self.rotary_pos_emb.inv_freq, model).to(device)
+        elif self.pre_process:
+            # megatron-core makes this one weight in float32 whatever params_dtype says.
+            self.embedding.position_embeddings.to(self.config.params_dtype)
 
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
         """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
@@ -111,8 +126,8 @@ class PolicyModel(_PackedGPT):
 class RewardModel(_PackedGPT):
     """The same trunk with a scalar head instead of the vocabulary projection."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         if self.post_process:
             # GPTModel allocates a vocabulary projection; a reward model has none.
             self.output_layer = None

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
-from megatron_brain.planning.workload import Head, Layout, Workload
+from megatron_brain.planning.workload import Layout, Workload
 
 TransformerImpl = Literal["local", "transformer_engine"]
 

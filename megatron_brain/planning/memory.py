@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass, fields
 
 from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.activations import (
     FLOAT32,
@@ -32,7 +33,7 @@ from megatron_brain.planning.sizes import (
     stage_layers,
     stage_parameters,
 )
-from megatron_brain.planning.workload import FrozenModel, Head, Layout, Workload
+from megatron_brain.planning.workload import FrozenModel, Layout, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,20 +136,18 @@ class _Stage:
     def phases(self) -> list[Memory]:
         """All phases of a step."""
         found = []
-        if self.workload.trains:
+        if self.workload.spec.trains:
             found += [self._training(), self._update()]
         if self.workload.generates:
             found.append(self._sampling())
-        if self.workload.stage in ("brain", "evaluate"):
-            found += [self._scoring(model) for model in self.workload.frozen_models]
-        return found
+        return found + [self._scoring(model) for model in self.workload.frozen_models]
 
     # Weights and what belongs to them
 
     def _memory(self, phase: str, using: FrozenModel | None = None, **parts: int) -> Memory:
         """What is there in all phases, and `parts`."""
         frozen = (m for m in self.workload.frozen_models if m is using or not m.offloaded)
-        trains = self.workload.trains
+        trains = self.workload.spec.trains
         return Memory(
             phase=phase,
             stage=self.stage,
@@ -295,7 +294,7 @@ class _Stage:
         """A batch of prompts and their responses: the cache is full when the last token is drawn."""
         workload, model, layout = self.workload, self.model, self.layout
         prompts = max(1, workload.sampling_batch_size // workload.samples_per_prompt)
-        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.stage == "brain" else prompts
+        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.spec.rounds else prompts
         rows = prompts * workload.samples_per_prompt
         heads = max(1, model.num_query_groups // layout.tensor)
         entry = FLOAT32 if self.impl == "local" else self.shapes.element

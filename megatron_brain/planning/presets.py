@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from megatron_brain.config.fields import did_you_mean
 from megatron_brain.config.model import ModelConfig, ResolvedModel
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, did_you_mean
 from megatron_brain.models.architecture import resolve
 
 _LLAMA_3 = {

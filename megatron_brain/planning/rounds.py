@@ -22,7 +22,7 @@ from megatron_brain.planning.workload import FrozenModel, Layout, Precision, Wor
 def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
     """Seconds of one optimizer step with all that belongs to it."""
     step = training_time(workload, layout, machine)
-    if workload.stage != "brain":
+    if not workload.spec.rounds:
         return step
     share = 1 / workload.steps_per_round
     return dataclasses.replace(

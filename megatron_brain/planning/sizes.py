@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.workload import Head, Layout, Segment
+from megatron_brain.planning.workload import Layout, Segment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.logit_blocks import block_shape, positions_of_whole_rows
 from megatron_brain.planning.communication import (
@@ -31,7 +32,7 @@ from megatron_brain.planning.traffic import (
     linear_operand_bytes,
     update_bytes,
 )
-from megatron_brain.planning.workload import Head, Layout, Precision, Workload
+from megatron_brain.planning.workload import Layout, Precision, Workload
 
 # Matrix products of attention's backward pass, which computes the probabilities again, for each of its forward pass.
 _ATTENTION_BACKWARD = 2.5

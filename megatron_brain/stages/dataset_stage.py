@@ -4,11 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.run_length import iterations
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
-from megatron_brain.models.provider import Head
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import plan_step
@@ -18,13 +16,12 @@ from megatron_brain.training.validation import mean_loss
 log = logging.getLogger(__name__)
 
 
-class SampledStage:
+class DatasetStage:
     """A stage over a list of samples, each a few groups: shuffled epochs to train on, a fixed list to validate on.
 
     Every replica holds all samples; which ones a step takes follows from the seed and the iteration.
     """
 
-    head: Head
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
 
@@ -40,7 +37,7 @@ class SampledStage:
         self.shared_prefix = settings.shared_prefix
         self._train, self._valid = train, valid
         self._order = SampleOrder(len(train), seed=settings.seed)
-        self.train_iters = iterations(settings, len(train))
+        self.train_iters = run.config.spec.length(run.config, len(train)).train_iters
         self._fixed = {**fixed_settings(run.config), "num_samples": len(train), **(fixed or {})}
         self._corpora = run.corpora
         log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
@@ -78,7 +75,7 @@ class SampledStage:
         if not self._valid:
             return {}
         return mean_loss(
-            trainer.chunks,
+            trainer.gathered_chunks(),
             self._valid,
             self.loss,
             trainer.parallel,

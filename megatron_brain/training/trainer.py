@@ -20,7 +20,7 @@ from megatron_brain.checkpointing import (
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime import signals
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 class Stage(Protocol):
     """What a stage adds to the loop: its batches, its loss and what it measures."""
 
-    head: Head
     mean_metrics: tuple[str, ...]
     """Names of the means its loss reports besides the loss."""
     max_metrics: tuple[str, ...]
@@ -83,13 +82,13 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_warmup(self.config, stage.train_iters)
-        self._chunks = run.build_model(stage.head)
+        self._chunks = run.build_model(self.config.spec.head)
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(run.start_from, self._chunks, head=stage.head, verify=self.config.checkpoint.verify)
+            load_weights(run.start_from, self._chunks, head=self.config.spec.head, verify=self.config.checkpoint.verify)
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
@@ -100,11 +99,10 @@ class Trainer:
         # Last: a start that fails leaves the files of an earlier run alone.
         self.logger = run.open_logger(stage.train_iters)
 
-    @property
-    def chunks(self) -> list[Chunk]:
-        """The model's chunks with whole weights, which --overlap-param-gather leaves in shards after an update.
+    def gathered_chunks(self) -> list[Chunk]:
+        """The model's chunks with whole weights.
 
-        All ranks read it at the same points: it may have to gather.
+        All ranks call it: --overlap-param-gather leaves the weights in shards after an update, which are gathered here.
         """
         if self._weights_in_shards:
             finish_param_gather(self.wrapped)
@@ -191,7 +189,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         self.iteration += 1
         if self.guard.compares_replicas_after(self.iteration):
-            check_replicas(self.chunks, self.parallel)
+            check_replicas(self.gathered_chunks(), self.parallel)
         metrics |= {"grad_norm": verdict.grad_norm, "lr": learning_rate, "skipped_steps": self.guard.skipped_steps}
         return metrics | self._count_tokens(batches)
 
@@ -280,7 +278,7 @@ class Trainer:
         )
         if self.config.checkpoint.save_optim:
             state.optimizer, state.scheduler = self.optimizer, self.scheduler
-        self._saver.save(self.iteration, self.chunks, state)
+        self._saver.save(self.iteration, self.gathered_chunks(), state)
 
     def finish_saving(self) -> None:
         """Wait for a checkpoint that is still being written.
@@ -311,8 +309,8 @@ class Trainer:
             self.config,
             self.parallel,
             self.run.tokenizer,
-            head=self.stage.head,
-            generation_config=self.run.generation_config,
+            head=self.config.spec.head,
+            generation_config=self.run.resolved.start.generation_config,
             protected=self.run.in_use,
         )
 
@@ -320,7 +318,7 @@ class Trainer:
         info = self.run.start_from
         load_training_state(
             info,
-            self.chunks,
+            self.gathered_chunks(),
             parallel=self.parallel,
             optimizer=self.optimizer,
             scheduler=self.scheduler,

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.schedule import LossFunction, forward, forward_backward, pack_micro_batches

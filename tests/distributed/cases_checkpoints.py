@@ -107,12 +107,12 @@ def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: C
     with pytest.raises(AgreedError, match="rank 0: iter_0000001; rank 1: iter_0000002"):
         open_trainer("sft", flags_of("sft", layout, context, *flags, "--load", str(mine)))
     with pytest.raises(CheckpointError, match="different checkpoints in .*: iter_0000001, iter_0000002"):
-        load_weights(read_info(mine), trainer.chunks, head="policy")
+        load_weights(read_info(mine), trainer.gathered_chunks(), head="policy")
     if trainer.parallel.rank == 1:
         (path / "iter_0000002" / "tensors.json").unlink()
     torch.distributed.barrier()
     with pytest.raises(ValueError, match="has no tensors.json"):
-        load_weights(read_info(path), trainer.chunks, head="policy")
+        load_weights(read_info(path), trainer.gathered_chunks(), head="policy")
 
 
 @at(lambda layout: layout.name in ("tp2", "tp4"))

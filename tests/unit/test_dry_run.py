@@ -12,8 +12,8 @@ from megatron_brain.__main__ import main
 from megatron_brain.checkpointing import CheckpointInfo
 from megatron_brain.config.loader import load_config
 from megatron_brain.planning.memory import Memory
-from megatron_brain.stages.reward import RewardStage
-from megatron_brain.stages.sft import SFTStage
+from megatron_brain.stages.reward.stage import RewardStage
+from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training.run import open_run
 
 

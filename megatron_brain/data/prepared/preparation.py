@@ -119,7 +119,7 @@ def _dated(job: Preparation) -> Preparation:
     if before is not None:
         with contextlib.suppress(ValueError, AttributeError):  # What is wrong with it is told where it is read.
             date = json.loads(before.read_bytes()).get("settings", {}).get("template_date")
-    return dataclasses.replace(job, reading=dataclasses.replace(job.reading, template_date=date or now()))
+    return dataclasses.replace(job, reading=job.reading.at(date or now()))
 
 
 def _plan(job: Preparation, reader: RecordReader[Any]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _plan(job: Preparation, reader: RecordReader[Any]) -> dict[str, Any]:
     files = [{"path": str(path), **_stamp(path)} for path in source_files(job.input)]
     return {
         "format_version": FORMAT_VERSION,
-        "stage": job.reading.stage,
+        "stage": reader.stage,
         "format": job.format,
         "tokenizer": {
             "tokenizer_type": reader.tokenizer.tokenizer_type,
@@ -254,7 +254,7 @@ class _Worker:
 
 def _write_part(worker: _Worker, part: _Part) -> int:
     """Write a part: its documents, the hashes of its items, its counts."""
-    reader, codec = worker.reader, CODECS[worker.reader.stage]
+    reader, codec = worker.reader, CODECS[worker.reader.item_kind]
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter(text_bytes=0, text_tokens=0)
     documents, hashes, contents = [], [], []

@@ -72,7 +72,7 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    items = PreparedItems(documents, CODECS[info.stage], count, prefix=prefix)
+    items = PreparedItems(documents, CODECS[reader.item_kind], count, prefix=prefix)
     if count == len(documents):
         return items, report, Contents.from_dict(info.contents)
     return items, report, reader.contents(list(map(reader.hash, items)))

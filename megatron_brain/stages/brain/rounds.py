@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.config.stage_spec import Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.brain import posterior_log_weights
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import open_proposal
@@ -107,7 +108,7 @@ class RoundMaker:
                 with self.prior.loaded() as chunks:
                     self._fill("log_proposal", steps, chunks, "policy", proposal.temperature)
             else:
-                self._fill("log_proposal", steps, trainer.chunks, "policy", proposal.temperature)
+                self._fill("log_proposal", steps, trainer.gathered_chunks(), "policy", proposal.temperature)
             if proposal.temperature == 1.0 and (proposal.from_prior or self._policy_is_prior(number)):
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.config.run_length import steps_per_round
+from megatron_brain.config.run_length import length_of_rounds
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.objectives.brain import (
     brain_loss,
@@ -33,7 +33,6 @@ class BrainStage:
     weighted by the derivative of the loss in them, which is a constant: for KL(alpha || beta), -(alpha - beta).
     """
 
-    head = "policy"
     mean_metrics = (
         "ess_alpha",
         "ess_beta",
@@ -51,9 +50,9 @@ class BrainStage:
         self.shared_prefix = config.training.shared_prefix
         self._maker = RoundMaker(run)
         self._proposal = self._maker.proposal
-        self.steps_per_round = steps_per_round(config, self._proposal.groups_per_round)
-        epochs = config.training.train_epochs or 1.0
-        self.train_iters = config.training.train_iters or self._proposal.rounds(epochs) * self.steps_per_round
+        rounds = self._proposal.rounds(config.training.train_epochs or 1.0)
+        length = length_of_rounds(config, rounds, self._proposal.groups_per_round)
+        self.train_iters, self.steps_per_round = length.train_iters, length.steps_per_round
         self._round: Round | None = None
         self._step: Step = []
 
@@ -74,7 +73,7 @@ class BrainStage:
             for place, parts in enumerate(self._step)
             if parts and (everything or not all(part.is_whole for part in parts))
         ]
-        outputs = forward(trainer.chunks, [batches[place] for place in places], trainer.parallel)
+        outputs = forward(trainer.gathered_chunks(), [batches[place] for place in places], trainer.parallel)
         log_policy: dict[int, Tensor] = {}
         for place, output in zip(places, outputs, strict=True):
             sums = batches[place].sum_per_response(output.cpu())

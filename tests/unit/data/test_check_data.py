@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from helpers.reading import reading_settings
 from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
 
 from megatron_brain.commands import check_data
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data import checking
 from megatron_brain.data.checking import check
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import read_records
 from megatron_brain.data.sources import parse_record, raw_records
 
@@ -48,7 +48,7 @@ WARNINGS = {
 
 def settings(tokenizer, stage="sft", place=None, **options):
     limits = {name: options.pop(name) for name in ("seq_length", "overlong") if name in options}
-    return ReadingSettings(
+    return reading_settings(
         stage=stage,
         tokenizer_type=tokenizer.tokenizer_type,
         tokenizer_model=place or tokenizer.hf.name_or_path,

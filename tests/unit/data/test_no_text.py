@@ -8,12 +8,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.reading import reading_settings
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.checking import check
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.tokenizer.training import Lines
 
 FINE = {"prompt": "hello", "completion": "world"}
@@ -91,7 +91,7 @@ SOURCES = {
 
 def settings(hf_marked, stage="sft"):
     limits = DataConfig(seq_length=64)
-    return ReadingSettings(
+    return reading_settings(
         stage=stage,
         tokenizer_type=hf_marked.tokenizer_type,
         tokenizer_model=hf_marked.hf.name_or_path,

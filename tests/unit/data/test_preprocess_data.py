@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy
 import psutil
 import pytest
+from helpers.reading import reading_settings
 
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared import preparation
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.workers import WorkerKilledError, map_in_order
 from megatron_brain.errors import ConfigError
 
@@ -48,7 +48,7 @@ def make_job(corpus, hf_dir, tmp_path):
     def make_job(name="out", form="indexed", workers=1, source=None, **limits):
         from megatron_brain.config.data import DataConfig
 
-        reading = ReadingSettings(
+        reading = reading_settings(
             stage="sft",
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=hf_dir,

@@ -26,9 +26,10 @@ def given_pairs(assets, *, replicas=1):
     """The pairs as each replica takes them."""
     config = RunConfig(stage="brain")
     config.data.train_data, config.data.seq_length = str(assets / "pairs.jsonl"), 128
+    config.brain.responses = "given"
     config.brain.prompts_per_round, config.training.global_batch_size = 16, 8
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(assets / "tokenizer"))
-    run = Run(config=config, parallel=ALONE, tokenizer=tokenizer, start_from=None, resuming=False)
+    run = Run(resolved=None, config=config, parallel=ALONE, tokenizer=tokenizer)
     layouts = [SimpleNamespace(dp_rank=rank, dp_size=replicas, tp_size=1, pp_size=1) for rank in range(replicas)]
     return [GivenPairs(run, Placement(config.training, layout, interleaved=False)) for layout in layouts]
 

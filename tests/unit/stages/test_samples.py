@@ -6,7 +6,7 @@ import pytest
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import Group
-from megatron_brain.stages.dataset_stage import SampledStage
+from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.trainer import Trainer
 
 SAMPLES = [[Group(prompt=(1,), responses=((i,),)), Group(prompt=(2,), responses=((i,),))] for i in range(10)]
@@ -17,7 +17,7 @@ def stage(num_samples=10, warmup=0, **training):
     config.optimizer.lr_warmup_iters = warmup
     for name, value in {"global_batch_size": 4, "micro_batch_size": 2, **training}.items():
         setattr(config.training, name, value)
-    return SampledStage(SimpleNamespace(config=config, corpora={}), SAMPLES[:num_samples], []), config
+    return DatasetStage(SimpleNamespace(config=config, corpora={}), SAMPLES[:num_samples], []), config
 
 
 def trainer(config, iteration, dp_rank=0, dp_size=1):
