@@ -85,5 +85,10 @@ def _report(error: ValueError) -> None:
         print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)
 
 
+def entry() -> int:
+    """The console script `megatron-brain`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(entry())

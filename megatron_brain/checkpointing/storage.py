@@ -123,7 +123,7 @@ def read_part(part: Part, index: Index) -> Tensor:
     written to.
 
     Raises:
-        as `fill`.
+        ConfigError, CheckpointError: as `fill` does.
     """
     for stored in index.boxes.get(part.key, ()):
         if stored.part == part:

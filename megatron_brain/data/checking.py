@@ -92,9 +92,11 @@ def check(
     """All problems of training and validation data.
 
     Args:
-        train, valid: sources of records; valid ones are also compared with those to train on.
+        train: sources of records to train on.
+        valid: sources of records to validate on, which are also compared with those to train on.
         reading: how the stage will read them.
-        split, valid_split: of saved or hub data sets.
+        split: split of `train` where it is a saved or hub data set.
+        valid_split: the same of `valid`.
         workers: processes that read.
         max_shown: problems of a kind to keep.
 

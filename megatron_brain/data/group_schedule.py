@@ -99,7 +99,7 @@ def plan_groups(
         labels: names of the groups for error messages, one each.
 
     Returns:
-        plan[replica][micro-batch], the pieces of a micro-batch by ascending group.
+        For each replica its micro-batches, each a list of pieces in the order of the groups.
 
     Raises:
         GroupDoesNotFitError: a group that does not fit, by index and label, with its tokens and the cure.

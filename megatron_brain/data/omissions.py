@@ -45,7 +45,8 @@ def require_written(
         chat: the conversation.
         text: its first `count` messages as the template writes them.
         learned: where in the text the messages of the assistant stand that are learned, by their place in the chat.
-        count, add_generation_prompt: how the text was rendered.
+        count: messages in the text.
+        add_generation_prompt: whether the text ends in the generation prompt.
 
     Raises:
         RecordError: something is left out; names it.

@@ -90,8 +90,9 @@ class Tokenizer(ABC):
         """Token ids of texts that each go on after another one, without the word mark of a beginning.
 
         Args:
-            texts, parse_special: as :meth:`encode_batch` has them.
+            texts: as `encode_batch` takes them.
             before: what precedes each text.
+            parse_special: as `encode_batch` takes it.
         """
         return self.encode_batch(texts, parse_special=parse_special)
 
