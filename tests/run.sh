@@ -30,6 +30,7 @@ source tools/environment.sh test docs examples
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
+mypy
 codespell
 # Whole files go to two processes, in the order of the folders: the distributed worlds in one, the rest beside them.
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,10 +51,6 @@ class Index:
         """Whether it can be told if the values are those that were written."""
         return all(box.checksum is not None for boxes in self.boxes.values() for box in boxes)
 
-    def dtype(self, key: str) -> torch.dtype:
-        """What the values of a tensor are stored as."""
-        return self.boxes[key][0].part.dtype
-
 
 def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
     """Write the index of a folder's files, whose boxes together are whole tensors."""
@@ -75,7 +72,7 @@ def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
     write_whole(folder / INDEX, json.dumps({"files": files, "tensors": tensors}))
 
 
-def _described(box: StoredBox) -> dict:
+def _described(box: StoredBox) -> dict[str, Any]:
     return {"file": box.file, "offset": box.part.offset, "size": box.part.size, "checksum": box.checksum}
 
 
@@ -129,7 +126,7 @@ def _check_checksums(boxes: dict[str, list[StoredBox]]) -> None:
         raise DamagedError(f"{without[0]} has no checksum, and others have")
 
 
-def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredBox]:
+def _stored_boxes(key: str, tensor: dict[str, Any], files: dict[str, int]) -> list[StoredBox]:
     dtype = getattr(torch, tensor["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{key} has the dtype {tensor['dtype']!r}")
@@ -151,7 +148,7 @@ def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredB
     return stored
 
 
-def _integers(values: Iterable) -> tuple[int, ...]:
+def _integers(values: Iterable[Any]) -> tuple[int, ...]:
     found = tuple(operator.index(value) for value in values)
     if any(value < 0 for value in found):
         raise DamagedError(f"{found} is negative")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -47,11 +48,11 @@ class TrainingState:
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
     """Both or neither; without them the checkpoint cannot be resumed."""
-    trainer: dict = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
     """JSON-able state of the loop, the same on all ranks."""
-    stage: dict = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
     """JSON-able state of the stage, the same on all ranks."""
-    records: Collection[dict] = ()
+    records: Collection[dict[str, Any]] = ()
     """JSON-able records of this replica."""
 
 
@@ -109,7 +110,7 @@ class CheckpointSaver:
         tokenizer: Tokenizer,
         *,
         head: Head,
-        generation_config: dict | None = None,
+        generation_config: dict[str, Any] | None = None,
         protected: Collection[Path] = (),
     ) -> None:
         self._config, self._parallel, self._head = config, parallel, head
@@ -191,6 +192,7 @@ class CheckpointSaver:
     def _info(self, iteration: int, chunks: Sequence[Chunk], state: TrainingState) -> CheckpointInfo:
         trainer = dict(state.trainer)
         if state.optimizer is not None:
+            assert state.scheduler is not None
             trainer |= {
                 "optimizer_steps": optimizer_steps(state.optimizer),
                 "scheduler": state.scheduler.state_dict(),
@@ -212,7 +214,7 @@ class CheckpointSaver:
             template_date=self._config.tokenizer.template_date or "",
         )
 
-    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
+    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict[str, Any]]) -> None:
         """Write, sync and publish; each part only where the one before went well on all ranks."""
         started = time.perf_counter()
         partial = folders.partial_dir(self.root, info.iteration)

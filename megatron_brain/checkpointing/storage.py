@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,7 @@ def read_part(part: Part, index: Index) -> Tensor:
     for stored in index.boxes.get(part.key, ()):
         if stored.part == part:
             with opened(index.folder / stored.file) as data:
-                values = data.get_tensor(stored_name(part))
+                values: Tensor = data.get_tensor(stored_name(part))
                 _check_stored(part, values.dtype, tuple(values.shape))
             return values
     values = torch.empty(part.size, dtype=part.dtype)
@@ -170,6 +171,7 @@ def read_boxes(
             f"ranks found different checkpoints in {folder.parent}: {', '.join(names)}. Is another job writing there? "
             "Name one iter_ folder"
         )
+    assert index is not None
     needed = _needed(wanted, index)
     if verify and index.has_checksums:
         needed = my_share(needed, _gather(host_and_parts(needed)), dist.get_rank())
@@ -211,14 +213,14 @@ def _on_all(action: Callable[[], None]) -> None:
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """All tensors whose names start with `prefix`, whole, on this process alone."""
     index = read_index(folder)
-    keys = [key for key in index.boxes if key.startswith(prefix)]
-    found = {key: torch.empty(index.shape(key), dtype=index.dtype(key)) for key in keys}
+    parts = {key: boxes[0].part for key, boxes in index.boxes.items() if key.startswith(prefix)}
+    found = {key: torch.empty(part.shape, dtype=part.dtype) for key, part in parts.items()}
     fill([Box(key=key, shape=data.shape, offset=(0,) * data.dim(), data=data) for key, data in found.items()], index)
     return found
 
 
-def _gather(item: object, group: dist.ProcessGroup | None = None) -> list:
-    items: list = [None] * dist.get_world_size(group)
+def _gather(item: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    items: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return items
 
@@ -260,6 +262,7 @@ def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
 def _copy(data: safe_open, part: Part, box: Box) -> None:
     """Copy what a stored part has of a box; of the file, only that is read."""
     name, both = stored_name(part), _overlap(part, box.part)
+    assert both is not None
     values = data.get_slice(name)
     shape = tuple(values.get_shape())
     # A tensor without dimensions cannot be sliced.

@@ -14,11 +14,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.errors import ConfigError
 
-Runs = dict[str, list[dict]]
+Runs = dict[str, list[dict[str, Any]]]
 """Lines of metrics by name of the run."""
 
 
@@ -65,7 +66,7 @@ def read_runs(named: Sequence[str]) -> Runs:
     return runs
 
 
-def values(lines: Sequence[dict], metric: str) -> tuple[list[int], list[float]]:
+def values(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Iterations that logged the metric, and its values.
 
     Raises:

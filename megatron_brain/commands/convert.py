@@ -26,7 +26,8 @@ def entry() -> int:
     direction, *flags = arguments
     # The usage line that argparse prints begins with the program's name.
     sys.argv = [f"{program} {direction}", *flags]
-    return importlib.import_module(f"megatron_brain.commands.{_DIRECTIONS[direction][0]}").entry()
+    status: int = importlib.import_module(f"megatron_brain.commands.{_DIRECTIONS[direction][0]}").entry()
+    return status
 
 
 def _usage(arguments: list[str]) -> str:

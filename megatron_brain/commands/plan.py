@@ -20,7 +20,7 @@ from rich.console import Console
 
 from megatron_brain import files
 from megatron_brain.commands.reporting import reports_mistakes
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.errors import ConfigError
 from megatron_brain.flag_types import finite, positive, whole
 from megatron_brain.models.architecture import resolve
@@ -110,7 +110,7 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
-def _model(name: str) -> ModelConfig:
+def _model(name: str) -> ResolvedModel:
     """A preset, or the model in a Hugging Face directory."""
     if not Path(name).is_dir():
         return preset(name)

@@ -49,7 +49,7 @@ def _settings_of_stages() -> dict[str, list[str]]:
 
 def _add(group: argparse._ArgumentGroup, spec: FieldSpec, stages_of_it: str = "") -> None:
     """A flag without a default, to tell whether it was given."""
-    shown = {True: "on", False: "off"}.get(spec.default, spec.default) if spec.kind is bool else spec.default
+    shown = ("on" if spec.default else "off") if spec.kind is bool else spec.default
     text = stages_of_it + spec.help.replace("%", "%%") + (f" [{shown}]" if spec.default is not None else "")
     if spec.kind is bool:
         group.add_argument(spec.flag, action=argparse.BooleanOptionalAction, help=text)

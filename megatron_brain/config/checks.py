@@ -5,7 +5,7 @@ be in --hf-model or in a checkpoint) and before `init_process_group`, so that an
 """
 
 from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
@@ -26,7 +26,7 @@ def require(config: RunConfig) -> None:
     require_fp8(config)
 
 
-def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def validate_layout(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Check that the model and the batches can be laid out over `world_size` processes.
 
     Args:
@@ -117,7 +117,7 @@ def _model_parallel_size(config: RunConfig) -> int:
     return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
 
 
-def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def _check_tensor_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Query heads split evenly; key/value heads split evenly or are each shared by equally many processes."""
     size, heads = config.parallel.tensor_model_parallel_size, model.num_attention_heads
     assert heads is not None and model.num_layers is not None, "validate_layout needs the resolved sizes of the model"
@@ -144,7 +144,7 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfi
     )
 
 
-def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Stages, and chunks of the interleaved schedule, have equally many layers."""
     layers, size = model.num_layers, config.parallel.pipeline_model_parallel_size
     if layers % size:
@@ -166,7 +166,7 @@ def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ModelCon
         )
 
 
-def _check_recomputed_chunks(config: RunConfig, model: ModelConfig) -> None:
+def _check_recomputed_chunks(config: RunConfig, model: ResolvedModel) -> None:
     """megatron-core goes through the layers of a model chunk in steps of --recompute-num-layers."""
     step = model.recompute_num_layers
     if step is None or model.recompute_method == "block":

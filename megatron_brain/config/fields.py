@@ -67,7 +67,7 @@ def _sections_of_every_run() -> dict[str, type]:
 
 def section_help(section: str) -> str:
     """What a section is about, on one line: the docstring of its dataclass."""
-    return " ".join(section_types()[section].__doc__.split())
+    return " ".join((section_types()[section].__doc__ or "").split())
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def _parse_text(spec: FieldSpec, text: str) -> object | None:
     return number if math.isfinite(number) else None
 
 
-def _check_type(spec: FieldSpec, value: object) -> object | None:
+def _check_type(spec: FieldSpec, value: typing.Any) -> object | None:
     """A value that is no text, if it has the field's type; an integer is also a number. None when it has not."""
     if spec.kind is float and type(value) in (int, float):
         return float(value) if math.isfinite(value) else None
@@ -177,8 +177,9 @@ def _read_type(hint: object) -> tuple[type, tuple[str, ...], bool]:
 def _attribute_docstrings(cls: type) -> dict[str, str]:
     """The string literal under each field of a dataclass, which is its help text."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
     for statement, following in itertools.pairwise(definition.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = " ".join(following.value.value.split())
+            docs[ast.unparse(statement.target)] = " ".join(ast.literal_eval(following.value).split())
     return docs

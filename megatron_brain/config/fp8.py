@@ -74,8 +74,8 @@ class Fp8Config:
         """Layers that are left out of FP8 at the start and at the end."""
         if not self.first_last_layers_bf16:
             return 0, 0
-        counts = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
-        return tuple(1 if count is None else count for count in counts)
+        start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+        return 1 if start is None else start, 1 if end is None else end
 
     def __post_init__(self) -> None:
         if self.fp8_format is None:

@@ -13,6 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import yaml
 
@@ -85,14 +86,15 @@ def config_to_yaml(config: RunConfig) -> str:
     return "".join(lines)
 
 
-def save_config(config: RunConfig, path: str) -> None:
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write `config_to_yaml` to a file."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(config_to_yaml(config))
 
 
 def _yaml_line(key: str, value: object) -> str:
-    return yaml.safe_dump({key: value}, width=float("inf"), allow_unicode=True)
+    line: str = yaml.safe_dump({key: value}, width=float("inf"), allow_unicode=True)
+    return line
 
 
 def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
@@ -149,7 +151,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours, to be reported like any other bad setting."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}")
 
 
@@ -183,7 +185,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: FieldSpec) -> None:
     """One flag; a bool becomes the pair `--name` / `--no-name`."""
     text = spec.help.replace("%", "%%")
     if spec.default is not None:
-        shown = {True: "on", False: "off"}[spec.default] if spec.kind is bool else spec.default
+        shown = ("on" if spec.default else "off") if spec.kind is bool else spec.default
         text += f" [{shown}]"
     if spec.kind is bool:
         group.add_argument(spec.flag, action=argparse.BooleanOptionalAction, help=text)

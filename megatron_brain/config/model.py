@@ -130,6 +130,7 @@ class ModelConfig:
     def longest_sequence(self) -> tuple[int, str]:
         """Most tokens that a sequence may have, and the setting that says so, in words. The sizes are resolved."""
         limit, setting = self.max_position_embeddings, f"max_position_embeddings={self.max_position_embeddings}"
+        assert limit is not None
         if self.window_size is not None and self.window_size < limit:
             return self.window_size, f"window_size={self.window_size} (attention over a window is not computed)"
         return limit, setting
@@ -197,6 +198,21 @@ class ModelConfig:
         low, high = self.rope_low_freq_factor or 1.0, self.rope_high_freq_factor or 4.0
         if low >= high:
             raise ConfigError(f"rope_low_freq_factor={low} must be less than rope_high_freq_factor={high}")
+
+
+@dataclass(kw_only=True)
+class ResolvedModel(ModelConfig):
+    """A model whose sizes are known, as `models.architecture.resolve` makes them."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_percent: float
 
 
 _POSITIVE = (

@@ -49,7 +49,8 @@ class Source:
 
     def place(self, config: RunConfig) -> str | None:
         """Where the records are, as the run was told."""
-        return getattr(config.section(self.section), self.name)
+        place: str | None = getattr(config.section(self.section), self.name)
+        return place
 
     def chosen(self, config: RunConfig) -> tuple[str | None, int | None]:
         """Split and largest number of records."""

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
@@ -26,7 +26,7 @@ from megatron_brain.runtime.launch import is_reporting_rank
 class Conversion(Protocol):
     """A conversion that has been checked and can be done: `ToCheckpoint` or `ToHF`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     nbytes: int
 
     def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None: ...

@@ -240,7 +240,7 @@ class RecordChecker:
     def _token_hints(self, tokenised: Tokenised) -> Iterator[tuple[str, str]]:
         draft, prompt, responses = tokenised
         ids = [*prompt, *(token for response in responses for token in response)]
-        if unknown := ids.count(self._kinds.unknown):
+        if unknown := sum(token == self._kinds.unknown for token in ids):
             yield "unknown tokens", f"{unknown} of {len(ids)} tokens are unknown to the tokenizer"
         fallback = sum(token in self._kinds.byte_fallback for token in ids)
         if fallback > _MUCH_FALLBACK * len(ids):
@@ -299,7 +299,8 @@ class _Seen:
 
     def mixed_formats(self) -> Iterator[Problem]:
         """Where formats differ from the most frequent one."""
-        most, *others = sorted(self._formats.items(), key=lambda item: -item[1][0]) or [None]
-        for form, (count, first) in others:
-            message = f"{count} records are {form!r} (this is the first), {most[1][0]} are {most[0]!r}"
+        ranked = sorted(self._formats.items(), key=lambda item: -item[1][0])
+        for form, (count, first) in ranked[1:]:
+            most, (count_of_most, _) = ranked[0]
+            message = f"{count} records are {form!r} (this is the first), {count_of_most} are {most!r}"
             yield Problem(first, "mixed formats", message, False)

@@ -1,9 +1,9 @@
 """What stages read: raw records, or prepared data of the same items."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.groups import Group
@@ -13,21 +13,6 @@ from megatron_brain.data.records import Item, PreferencePair, Prompt, RecordRead
 from megatron_brain.data.sources import load_records
 
 log = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
-
-
-class OnDemand(Sequence[Made]):
-    """A sequence whose members are made when they are asked for."""
-
-    def __init__(self, length: int, make: Callable[[int], Made]) -> None:
-        self._length, self._make = length, make
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Made:
-        return self._make(range(self._length)[index])
 
 
 @dataclass(frozen=True)
@@ -56,9 +41,9 @@ def read_corpus(
     """
     prefix = prepared_prefix(source)
     if prefix is None:
-        items, report = read_records(reader, load_records(source, split, limit))
+        read, report = read_records(reader, load_records(source, split, limit))
         log.info("%s: %s", source, report)
-        return Corpus(items, reader.contents(list(map(reader.hash, items))))
+        return Corpus(read, reader.contents(list(map(reader.hash, read))))
     items, report, contents = open_prepared(prefix, reader, limit=limit)
     log.info("%s: prepared: %s; %d used", source, report, len(items))
     return Corpus(items, contents)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.template_date import parse_date
@@ -20,7 +21,7 @@ class ReadingSettings:
     tokenizer_type: str
     tokenizer_model: str
     """Directory, hub name or file of the tokenizer."""
-    make_reader: Callable[[RunConfig, Tokenizer], RecordReader]
+    make_reader: Callable[[RunConfig, Tokenizer], RecordReader[Any]]
     """The `StageSpec.reader` of the stage, which another process may not have registered."""
 
     @classmethod
@@ -50,7 +51,7 @@ class ReadingSettings:
             tokenizer.template_time = parse_date(self.template_date)
         return tokenizer
 
-    def build(self) -> RecordReader:
+    def build(self) -> RecordReader[Any]:
         """The reader, its tokenizer loaded.
 
         Raises:

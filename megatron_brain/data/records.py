@@ -189,9 +189,9 @@ class RecordReader(ABC, Generic[Item]):
         counts.update(cut)
         if fitted is None:
             return None
-        prompt, responses = fitted
-        masks = None if mask is None else (tuple(mask[: len(responses[0])]),)
-        return Group(prompt=prompt, responses=responses, loss_masks=masks, record_id=where)
+        prompt, kept = fitted
+        masks = None if mask is None else (tuple(mask[: len(kept[0])]),)
+        return Group(prompt=prompt, responses=kept, loss_masks=masks, record_id=where)
 
 
 class SFTReader(RecordReader[Group]):

@@ -26,7 +26,6 @@ RawRecord = tuple[str, Any]
 RecordError of a row that cannot be read."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*(.?)")
 """The first character of JSON."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed files, and Arrow's names of the compressions."""
@@ -87,7 +86,8 @@ def parse_record(where: str, raw: Any) -> dict[str, Any]:
             where, "no JSON object", f"must be a JSON object with named fields, not {type(value).__name__}"
         )
     try:
-        return json_values.without_nulls(value)
+        fields: dict[str, Any] = json_values.without_nulls(value)
+        return fields
     except RecursionError as error:
         raise RecordError(where, "nested too deeply", "is nested too deeply to be read; remove the record") from error
 
@@ -147,7 +147,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
 def _read_json(path: Path) -> Iterator[RawRecord]:
     with _opened(path) as file:
         start = file.read(4096)
-        is_array = _FIRST.match(start)[1] == b"["
+        is_array = start.removeprefix(json_values.BOM).lstrip(b" \t\r\n").startswith(b"[")
         data = start + file.read() if is_array else b""
     if not is_array:
         yield from _read_jsonl(path)

@@ -42,7 +42,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
         nonlocal keeps_structs
         file = pyarrow.parquet.ParquetFile(path)
         keeps_structs = file.metadata.created_by != _WITHOUT_STRUCTS
-        return file.iter_batches()
+        found: Iterable[pyarrow.RecordBatch] = file.iter_batches()
+        return found
 
     for where, row in _read_batches(path, batches):
         yield where, row if keeps_structs or isinstance(row, RecordError) else _without_empty(row)
@@ -61,7 +62,8 @@ def read_arrow(path: Path) -> Iterator[Row]:
             is_file_format = file.read(6) == b"ARROW1"
         source = pyarrow.memory_map(str(path))
         if not is_file_format:
-            return pyarrow.ipc.open_stream(source)
+            stream: Iterable[pyarrow.RecordBatch] = pyarrow.ipc.open_stream(source)
+            return stream
         reader = pyarrow.ipc.open_file(source)
         return map(reader.get_batch, range(reader.num_record_batches))
 

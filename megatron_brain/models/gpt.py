@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import RecordError
 from megatron_brain.models.attention import PackedLayout
@@ -30,7 +30,7 @@ class _PackedGPT(GPTModel):
     else (construction, pipeline input, checkpoint names) is megatron-core's.
     """
 
-    def __init__(self, *, model: ModelConfig, packed_multiple: int, device: torch.device, **trunk: Any) -> None:
+    def __init__(self, *, model: ResolvedModel, packed_multiple: int, device: torch.device, **trunk: Any) -> None:
         """Build the chunk.
 
         Args:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
@@ -106,7 +106,7 @@ def choose_layers(
 
 
 def build_model(
-    model: ModelConfig,
+    model: ResolvedModel,
     parallel_config: ParallelConfig,
     parallel: Parallel,
     *,
@@ -156,7 +156,7 @@ def build_model(
 
 
 def _trunk(
-    model: ModelConfig,
+    model: ResolvedModel,
     config: TransformerConfig,
     parallel: Parallel,
     *,

@@ -8,7 +8,8 @@ communication buffers of NCCL, and fragmentation. docs/planner.md says how it wa
 import functools
 from dataclasses import dataclass, fields
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.activations import (
     FLOAT32,
@@ -67,7 +68,8 @@ class Memory:
 
     def as_dict(self) -> dict[str, int | str]:
         """Parts, total, phase and stage, for JSON."""
-        return {"phase": self.phase, "stage": self.stage} | {p: getattr(self, p) for p in PARTS} | {"total": self.total}
+        parts = {part: getattr(self, part) for part in PARTS}
+        return {"phase": self.phase, "stage": self.stage, **parts, "total": self.total}
 
 
 PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("phase", "stage"))
@@ -102,7 +104,7 @@ class _Stage:
     impl: TransformerImpl
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> ResolvedModel:
         return self.workload.model
 
     @property
@@ -156,7 +158,7 @@ class _Stage:
             **parts,
         )
 
-    def _weights(self, model: ModelConfig, head: str, *, trained: bool) -> int:
+    def _weights(self, model: ResolvedModel, head: Head, *, trained: bool) -> int:
         """Weights in the dtype of the activations. In FP8 linear maps have a copy, and one transposed where there are
         gradients to compute; with --fp8-param-gather these are all there is."""
         element = self.shapes.element

@@ -5,30 +5,30 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import stage_spec, stages
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.memory import Memory, stage_memory
 from megatron_brain.planning.rounds import step_time
 from megatron_brain.planning.time import StepTime
-from megatron_brain.planning.workload import Layout, Precision, Workload, from_run_config
+from megatron_brain.planning.workload import Layout, Precision, Recompute, Workload, from_run_config
 
 Settings = dict[str, object]
 """Flags of a run, by field."""
 
 _FILES: Settings = {"load": "POLICY", "finetune": True, "train_data": "DATA", "reward_load": "REWARD"}
 """Files that a run needs and a plan does not have."""
-_FP8 = {"fp8_format": "hybrid"}
-_RECOMPUTE = ("none", "selective", "full")
+_FP8: dict[str, Any] = {"fp8_format": "hybrid"}
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
 _OF_SOME_STAGES = (
     "samples_per_prompt",
@@ -48,7 +48,7 @@ class Question:
 
     stage: str
     """One that trains."""
-    model: ModelConfig
+    model: ResolvedModel
     """Its sizes resolved."""
     machine: Machine
     gpus: int
@@ -73,7 +73,7 @@ class Question:
     offload_prior: bool = False
     offload_reward: bool = False
     two_pass: bool = False
-    reward_model: ModelConfig | None = None
+    reward_model: ResolvedModel | None = None
     """brain: sizes of the reward model; None: the policy's."""
     reserved_bytes: int = 6 * GIB
     """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
@@ -167,10 +167,10 @@ def run_config(question: Question, settings: Settings) -> RunConfig:
         ConfigError: as a run would.
     """
     config = config_from_dict(question.stage, settings, "the plan")
-    sizes = {name: getattr(question.model, name) for name in ARCHITECTURE_FIELDS}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    model = resolve(config.model, architecture(question.model), "the plan")
+    config = dataclasses.replace(config, model=model)
     require(config)
-    validate_layout(config, question.gpus, config.model)
+    validate_layout(config, question.gpus, model)
     if question.reward_model is not None:
         try:
             of_reward = dataclasses.replace(config, model=question.reward_model)

@@ -88,7 +88,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        seconds: float = sum(getattr(self, field.name) for field in fields(self))
+        return seconds
 
 
 def linear_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float, precision: Precision) -> float:
@@ -111,7 +112,7 @@ class PassTimer:
     def __init__(self, workload: Workload, layout: Layout, machine: Machine, *, head: Head | None = None) -> None:
         self.workload, self.layout, self.machine = workload, layout, machine
         self._model, self._head_kind = workload.model, head or workload.head
-        self._dense = "fp32" if workload.precision == "fp32" else "bf16"
+        self._dense: Precision = "fp32" if workload.precision == "fp32" else "bf16"
         self._tokens = workload.micro_batch_tokens(layout)
         self._local = self._tokens / layout.context
         # A token budget may cut a sample: attention and targets are cut with it.

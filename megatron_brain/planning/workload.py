@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.checks import data_parallel_size
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import Head, StageSpec, stage_spec
 
@@ -108,7 +108,7 @@ class FrozenModel:
     name: str
     """`prior`, `reward` or `baseline`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     head: Head
     offloaded: bool = False
     """In host memory while it does not score."""
@@ -121,7 +121,7 @@ class Workload:
     stage: str
     """Name of a registered stage."""
 
-    model: ModelConfig
+    model: ResolvedModel
     """The model that trains (or that generates), its sizes resolved."""
 
     prompt_length: int
@@ -239,7 +239,7 @@ class Workload:
 
 
 def from_run_config(
-    config: RunConfig, world_size: int, scoring: Mapping[str, ModelConfig] | None = None
+    config: RunConfig, world_size: int, scoring: Mapping[str, ResolvedModel] | None = None
 ) -> tuple[Workload, Layout]:
     """What a run computes, and its layout, from its configuration. Unknown lengths are the longest that are allowed.
 
@@ -248,6 +248,7 @@ def from_run_config(
         world_size: number of processes.
         scoring: sizes of scoring models by name; those of others are taken to be the policy's.
     """
+    assert isinstance(config.model, ResolvedModel)
     prompt, response = _lengths(config)
     model, fp8 = config.model, config.fp8
     work = config.spec.work(config)
@@ -287,7 +288,7 @@ def _lengths(config: RunConfig) -> tuple[int, int]:
 
 
 def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
-    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, config.model
+    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, workload.model
     data = data_parallel_size(config, world_size)
     chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
     layout = Layout(

@@ -42,10 +42,10 @@ class Launch:
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Say it as torchrun does, for torch and megatron-core."""
-        if self.is_alone:
+        if self.address is None:
             return
-        environment |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": self.address}
-        environment["MASTER_PORT"] = str(self.port)
+        environment.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size))
+        environment.update(MASTER_ADDR=self.address, MASTER_PORT=str(self.port))
         if self.local_rank is not None:
             environment["LOCAL_RANK"] = str(self.local_rank)
 

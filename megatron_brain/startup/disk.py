@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, read_info, require_files
 from megatron_brain.config.checks import validate_layout
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion import read_hf_architecture
@@ -101,7 +101,7 @@ class FrozenCheckpoint:
     """A checkpoint of a model that only scores."""
 
     info: CheckpointInfo
-    model: ModelConfig
+    model: ResolvedModel
     """Its sizes, with the run's other settings."""
 
 
@@ -115,7 +115,7 @@ def find_frozen(config: RunConfig, name: str, directory: str, head: Head, world_
     info = read_info(directory)
     if info.head != head:
         raise ConfigError(f"--{name}-load: {info.path} holds a {info.head} model, a {head} model is needed here")
-    without_sizes = dataclasses.replace(config.model, **dict.fromkeys(ARCHITECTURE_FIELDS))
+    without_sizes = ModelConfig(**{**vars(config.model), **dict.fromkeys(ARCHITECTURE_FIELDS)})
     model = resolve(without_sizes, info.architecture, str(info.path))
     if model.vocab_size != config.model.vocab_size:
         raise ConfigError(

@@ -81,8 +81,9 @@ def _with_sizes(config: RunConfig, start: Start, world_size: int, search: Search
             "weights are"
         )
     found, source = start.sizes()
-    config = dataclasses.replace(config, model=resolve(config.model, found, source))
-    validate_layout(config, world_size, config.model)
+    model = resolve(config.model, found, source)
+    config = dataclasses.replace(config, model=model)
+    validate_layout(config, world_size, model)
     return config
 
 

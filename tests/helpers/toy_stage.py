@@ -64,7 +64,7 @@ def require(config: RunConfig) -> None:
 def train(run: Any) -> None:
     import torch
 
-    from megatron_brain.data.corpus import OnDemand
+    from megatron_brain.data.on_demand import OnDemand
     from megatron_brain.objectives.sft import negative_log_likelihood
     from megatron_brain.stages.dataset_stage import DatasetStage
     from megatron_brain.training.report import LossOutput

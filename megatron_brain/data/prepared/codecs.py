@@ -66,7 +66,7 @@ class _PromptCodec(Codec[Prompt]):
         )
 
 
-CODECS: dict[ItemKind, Codec] = {"group": _GroupCodec(), "pair": _PairCodec(), "prompt": _PromptCodec()}
+CODECS: dict[ItemKind, Codec[Any]] = {"group": _GroupCodec(), "pair": _PairCodec(), "prompt": _PromptCodec()}
 """By the `RecordReader.item_kind`."""
 
 

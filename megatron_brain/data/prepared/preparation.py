@@ -123,7 +123,7 @@ def _dated(job: Preparation) -> Preparation:
     return dataclasses.replace(job, reading=job.reading.at(date or now()))
 
 
-def _plan(job: Preparation, reader: RecordReader) -> dict[str, Any]:
+def _plan(job: Preparation, reader: RecordReader[Any]) -> dict[str, Any]:
     """What the result is made of and how, as `PREFIX.json` says it."""
     files = [{"path": str(path), **_stamp(path)} for path in source_files(job.input)]
     return {
@@ -169,7 +169,8 @@ def _take_up(folder: Path, plan: dict[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     """The plan of a preparation that was stopped."""
     try:
-        return json.loads(path.read_bytes())
+        plan: dict[str, Any] = json.loads(path.read_bytes())
+        return plan
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
             f"{path}: parts of a preparation are there and what they are of is not to be read ({error}); remove "
@@ -193,7 +194,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, lefto
         )
 
 
-def _flat(plan: dict | list, above: str = "") -> dict[str, Any]:
+def _flat(plan: dict[str, Any] | list[Any], above: str = "") -> dict[str, Any]:
     """Values by their path, such as "source.files.0.bytes"."""
     flat: dict[str, Any] = {}
     for name, value in plan.items() if isinstance(plan, dict) else enumerate(plan):
@@ -287,7 +288,7 @@ def _hash(ids: Iterable[tuple[int, ...]]) -> bytes:
     return digest.digest()
 
 
-def _text_bytes(tokenised: Tokenised, reader: RecordReader) -> int:
+def _text_bytes(tokenised: Tokenised, reader: RecordReader[Any]) -> int:
     """UTF-8 bytes of the texts behind the ids; of conversations tokenised as one text, without special tokens."""
     draft = tokenised.draft
     if draft.kind == "ids":
@@ -295,7 +296,7 @@ def _text_bytes(tokenised: Tokenised, reader: RecordReader) -> int:
     return sum(len(text.encode()) for text in (draft.prompt, *draft.responses))
 
 
-def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: list[Path]) -> PreparedInfo:
+def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader[Any], parts: list[Path]) -> PreparedInfo:
     """Make one result of the parts."""
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter()

@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_brain.data.tokenizer.base import Tokenizer
@@ -26,8 +27,9 @@ __all__ = [
     "check_fits",
 ]
 
-TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
-    cls.tokenizer_type: cls for cls in (HuggingFaceTokenizer, SentencePieceTokenizer)
+TOKENIZER_TYPES: dict[str, Callable[[str, str | None], Tokenizer]] = {
+    HuggingFaceTokenizer.tokenizer_type: HuggingFaceTokenizer,
+    SentencePieceTokenizer.tokenizer_type: SentencePieceTokenizer,
 }
 
 

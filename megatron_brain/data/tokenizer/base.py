@@ -24,6 +24,9 @@ from typing import Any, Literal
 
 from megatron_brain.errors import ConfigError
 
+Tools = list[dict[str, Any]]
+"""JSON schemas of functions."""
+
 
 @dataclass(frozen=True)
 class Before:
@@ -143,6 +146,7 @@ class Tokenizer(ABC):
         """Token ids of prompts. A plain one starts with BOS where ``adds_bos``; a chat template writes its own."""
         batch = self.encode_batch(texts, parse_special=chat)
         if self.adds_bos and not chat:
+            assert self.bos_id is not None
             return [[self.bos_id, *ids] for ids in batch]
         return batch
 
@@ -212,7 +216,7 @@ class Tokenizer(ABC):
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The messages as the chat template writes them.
@@ -233,7 +237,7 @@ class Tokenizer(ABC):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The messages as the chat template writes them, and where in that ``{% generation %}`` blocks start and end.
@@ -243,11 +247,11 @@ class Tokenizer(ABC):
         """
         raise ConfigError(self._no_chat_template())
 
-    def opens_behind(self, tools: list | None = None) -> str:
+    def opens_behind(self, tools: Tools | None = None) -> str:
         """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
         return ""
 
-    def marks_turns(self, tools: list | None = None) -> bool:
+    def marks_turns(self, tools: Tools | None = None) -> bool:
         """Whether the template of such records has ``{% generation %}`` blocks."""
         return False
 

@@ -83,7 +83,7 @@ def _settings(place: str) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     name = "tokenizer_config.json"
-    path = Path(place) / name
+    path: str | Path | None = Path(place) / name
     if not Path(place).is_dir():
         path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
     return {} if path is None or not Path(path).is_file() else json.loads(Path(path).read_text(encoding="utf-8"))

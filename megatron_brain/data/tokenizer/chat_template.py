@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jinja2
 
+from megatron_brain.data.tokenizer.base import Tools
 from megatron_brain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ Marks = list[tuple[int, int]]
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
 _BOM = "\ufeff"
 _WORD, _CALLED = "zqxword", "zqxcall"
+_NoContent = Literal["absent", "null", "empty"]
+_NO_CONTENTS: tuple[_NoContent, ...] = get_args(_NoContent)
 
 
 class TemplateRefusalError(Exception):
@@ -84,7 +87,7 @@ class _Dialect:
     """Contents as lists of parts instead of texts."""
     text_arguments: bool = False
     """Arguments of tool calls as JSON text instead of objects."""
-    no_content: Literal["absent", "null", "empty"] = "absent"
+    no_content: _NoContent = "absent"
     """What stands for the content of a message that only calls tools."""
 
     def spell(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class ChatRenderer:
         self._dialect = functools.cache(self._find_dialect)
         self._behind = functools.cache(self._find_behind)
 
-    def template_for(self, tools: list | None) -> str:
+    def template_for(self, tools: Tools | None) -> str:
         """The template of records with or without tools, chosen as transformers does.
 
         Raises:
@@ -147,7 +150,7 @@ class ChatRenderer:
         messages: Messages,
         *,
         add_generation_prompt: bool = False,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, Marks]:
@@ -168,7 +171,7 @@ class ChatRenderer:
             marked=marked,
         )
 
-    def opens_behind(self, tools: list | None) -> str:
+    def opens_behind(self, tools: Tools | None) -> str:
         """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
         return self._behind(self.template_for(tools))
 
@@ -210,10 +213,10 @@ class ChatRenderer:
     def _render(
         self,
         template: str,
-        messages: Messages,
+        messages: Sequence[dict[str, Any]],
         *,
         add_generation_prompt: bool = False,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, Marks]:
@@ -223,17 +226,18 @@ class ChatRenderer:
             # Kept by the library, which renders the same object. It takes no function as an argument.
             _compile_jinja_template(template).globals["strftime_now"] = self.time.strftime
             # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
-            [text], marks = render_jinja_template(
+            written: Any = render_jinja_template(
                 conversations=[list(messages)],
-                tools=tools,
+                tools=None if tools is None else [*tools],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marked,
                 **{**self._hf.special_tokens_map, **(template_kwargs or {})},
             )
+            [text], marks = written
         except Exception as error:  # whatever the template's expressions raise
             raise TemplateRefusalError(f"{error}" or type(error).__name__) from error
-        return text, [tuple(span) for span in marks[0]] if marked else []
+        return text, [(start, end) for start, end in marks[0]] if marked else []
 
     def _find_dialect(self, template: str) -> _Dialect:
         plain, parts = _Dialect(), _Dialect(parts=True)
@@ -242,15 +246,16 @@ class ChatRenderer:
         dialect = plain if spoken else parts
         arguments = {_WORD: _WORD}
         call = {"id": "callzqxw0", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
-        for content in ({}, {"content": ""}):
-            calling = [user, {"role": "assistant", **content, "tool_calls": [call]}]
-            for no_content, text_arguments in product(("absent", "null", "empty"), (False, True)):
+        contents: tuple[dict[str, str], ...] = ({}, {"content": ""})
+        for content in contents:
+            calling: Messages = [user, {"role": "assistant", **content, "tool_calls": [call]}]
+            for no_content, text_arguments in product(_NO_CONTENTS, (False, True)):
                 tried = replace(dialect, no_content=no_content, text_arguments=text_arguments)
                 written = json.dumps(arguments) if text_arguments else _CALLED
                 if self._writes(template, calling, tried, wanted=written, but_not=repr(arguments)):
                     return tried
         # It writes no calls, which is told later: they must not fail before.
-        takes = (replace(dialect, no_content=no_content) for no_content in ("absent", "null", "empty"))
+        takes = (replace(dialect, no_content=no_content) for no_content in _NO_CONTENTS)
         return next((tried for tried in takes if self._writes(template, calling, tried, wanted="")), dialect)
 
     def _writes(

@@ -115,9 +115,9 @@ def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> s
         ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
         if exported.unk_token_id in ids:
             continue  # An unknown token has no text.
-        ours, theirs = tokenizer.decode(ids), exported.decode(ids, skip_special_tokens=True)
-        if ours != theirs:
-            return f"decodes {ids[:20]} as {theirs[:80]!r}, here it is {ours[:80]!r}"
+        here, there = tokenizer.decode(ids), exported.decode(ids, skip_special_tokens=True)
+        if here != there:
+            return f"decodes {ids[:20]} as {there[:80]!r}, here it is {here[:80]!r}"
     return None
 
 

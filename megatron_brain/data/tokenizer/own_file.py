@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -51,11 +51,11 @@ def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | Non
         return chosen, own
     if (unknown := _not_encoded(own)) is not None:
         raise _unusable(place, f"its {_FILE} {unknown}")
-    if (problem := _difference(chosen, own)) is None:
+    if (difference := _difference(chosen, own)) is None:
         _require_known(chosen, own, place)
         return chosen, own
     plain = PreTrainedTokenizerFast.from_pretrained(place)
-    what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {problem}"
+    what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {difference}"
     if (still := _difference(plain, own)) is not None:
         raise ConfigError(f"{what}; without its class, transformers {still}; repair tokenizer_config.json")
     log.warning(
@@ -147,10 +147,11 @@ def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
     return None
 
 
-def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list | str:
+def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list[Any] | str:
     """The ids of a text or of several, or why there are none: a class may lack what another's vocabulary needs."""
     try:
-        return hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+        ids: list[Any] = hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+        return ids
     except Exception as error:  # whatever the class raises
         return f"{type(error).__name__}: {error}"
 

@@ -73,7 +73,8 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         if parse_special:
             raise ConfigError(self._no_chat_template())
-        return self.sp.encode(list(texts), out_type=int)
+        encoded: list[list[int]] = self.sp.encode(list(texts), out_type=int)
+        return encoded
 
     def encode_continuations(
         self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
@@ -96,7 +97,8 @@ class SentencePieceTokenizer(Tokenizer):
         return begins_word(self.sp.normalize(f"a{before[-1:] if before[-1:].isspace() else ''}{text}"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+        text: str = self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+        return text
 
     @property
     def marks_words(self) -> bool:

@@ -78,7 +78,7 @@ def _parse(serialized_model: bytes) -> Any:
 
 
 def _is_unigram(model: Any) -> bool:
-    return model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+    return bool(model.trainer_spec.model_type == model.trainer_spec.UNIGRAM)
 
 
 def _check_settings(model: Any) -> None:
@@ -123,7 +123,8 @@ def _model(model: Any) -> models.Model:
 
 
 def _normalizer(model: Any, serialized_model: bytes) -> normalizers.Normalizer:
-    spec, steps = model.normalizer_spec, []
+    spec = model.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         # The library takes "\r\n" for one character, which its map does not have.
         steps.append(normalizers.Replace("\r\n", _line_break(serialized_model)))
@@ -152,7 +153,8 @@ def _line_break(serialized_model: bytes) -> str:
     model = _parse(serialized_model)
     spec = model.normalizer_spec
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = spec.escape_whitespaces = False
-    return SentencePieceProcessor(model_proto=model.SerializeToString()).normalize("\r\n")
+    written: str = SentencePieceProcessor(model_proto=model.SerializeToString()).normalize("\r\n")
+    return written
 
 
 def _decoder(model: Any) -> decoders.Decoder:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_brain.config.stage_spec import TRAIN_DATA, VALID_DATA
-from megatron_brain.data.corpus import OnDemand
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.records import PreferencePair
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.dataset_stage import DatasetStage

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from megatron_brain.config.stage_spec import TRAIN_DATA, VALID_DATA
-from megatron_brain.data.corpus import OnDemand, num_tokens
+from megatron_brain.data.corpus import num_tokens
 from megatron_brain.data.groups import PackedBatch
+from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.packing import pack_by_length
 from megatron_brain.objectives.sft import negative_log_likelihood
 from megatron_brain.stages.dataset_stage import DatasetStage
