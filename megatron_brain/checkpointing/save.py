@@ -244,7 +244,8 @@ class CheckpointSaver:
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
         """Do this rank's part, then raise on all ranks what failed on any."""
-        words, cause = None, None
+        words: str | None = None
+        cause: Exception | None = None
         try:
             if action is not None:
                 action()
