@@ -16,4 +16,4 @@ class RSOHinge(PairwiseObjective):
         return torch.relu(1.0 - self.strength * delta)
 
     def pair_slopes(self, delta: Tensor) -> Tensor:
-        return torch.where(self.strength * delta < 1.0, -self.strength, 0.0).to(delta.dtype)
+        return -self.strength * (self.strength * delta < 1.0).to(delta.dtype)
