@@ -76,9 +76,8 @@ class TestGrpo:
         objective = made("grpo")
         numbers = known(objective, doubles(1e4, 0), doubles(1, 0), doubles(-1e4, 0))
         log_policy = doubles(-1e4, 0)
-        assert (
-            objective.loss(log_policy, numbers).isfinite() and objective.gradient(log_policy, numbers).isfinite().all()
-        )
+        assert objective.loss(log_policy, numbers).isfinite()
+        assert objective.gradient(log_policy, numbers).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo"])
@@ -164,31 +163,25 @@ def test_rloo_is_the_loss_of_trl_on_responses_of_any_length(seed):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("seed", range(3))
 def test_grpo_is_the_loss_of_trl_on_responses_of_one_token(level, seed):
-    leaf, old, prior, mask, rewards = tokens_of(tokens=1, seed=seed)
+    leaf, old, prior, mask, rewards = tokens_of(tokens=1, seed=seed, n=24)
     objective = made("grpo", kl=0.1)
     numbers = known(objective, prior.sum(1), rewards, old.sum(1))
     assert 0 < objective.measure(leaf.sum(1).detach(), numbers)["clipped_fraction"] < 1
     settings = {"loss_type": "grpo", "beta": 0.1, "importance_sampling_level": level}
-    assert_same(
-        ours(objective, leaf, numbers, mask),
-        of_trl(GRPOTrainer, leaf, old, prior, mask, numbers["advantage"], **settings),
-    )
+    theirs = of_trl(GRPOTrainer, leaf, old, prior, mask, numbers["advantage"], **settings)
+    assert_same(ours(objective, leaf, numbers, mask), theirs)
 
 
-def test_grpo_has_the_gradient_of_trls_dr_grpo_where_the_policy_is_the_proposal():
+def test_grpo_has_the_gradient_of_trls_before_division_by_lengths_where_the_policy_is_the_proposal():
     """There every ratio is 1, and the gradient of a response is its advantage, for each of its tokens."""
     leaf, _, prior, mask, rewards = tokens_of()
     objective, log_policy = made("grpo"), (leaf * mask).sum(1).detach()
     numbers = known(objective, log_policy, rewards, log_policy)
-    settings = {"loss_type": "dr_grpo", "beta": 0.0, "importance_sampling_level": "token"}
-    theirs = of_trl(
-        GRPOTrainer, leaf, leaf.detach(), prior, mask, numbers["advantage"], **settings, max_completion_length=TOKENS
-    )
+    settings = {"beta": 0.0, "importance_sampling_level": "token", "max_completion_length": TOKENS}
     mine = ours(objective, leaf, numbers, mask)
-    # TRL divides the sum over tokens by the longest completion that is allowed.
-    torch.testing.assert_close(mine[1], TOKENS * theirs[1], rtol=1e-10, atol=1e-12)
-    # TRL's "grpo" divides it by the completion's own length.
-    own = of_trl(
-        GRPOTrainer, leaf, leaf.detach(), prior, mask, numbers["advantage"], **settings | {"loss_type": "grpo"}
-    )
-    torch.testing.assert_close(mine[1], mask.sum(1, keepdim=True) * own[1], rtol=1e-10, atol=1e-12)
+    # TRL divides a sum over tokens by the longest completion that is allowed, or by the completion's own length.
+    for loss_type, divisor in (("dr_grpo", TOKENS), ("grpo", mask.sum(1, keepdim=True))):
+        theirs = of_trl(
+            GRPOTrainer, leaf, leaf.detach(), prior, mask, numbers["advantage"], loss_type=loss_type, **settings
+        )
+        torch.testing.assert_close(mine[1], divisor * theirs[1], rtol=1e-10, atol=1e-12)
