@@ -16,26 +16,42 @@ def require_objective(config: RunConfig) -> None:
         ConfigError: a setting that nothing reads, responses that the objective cannot use, or groups of a size that it
             cannot use.
     """
-    brain = config.brain
     _check_unread(config)
-    if brain.objective in PAIRWISE:
-        samples = config.sampling.samples_per_prompt
-        if samples % 2 and brain.responses != "given" and brain.rollout_data is None:
-            raise ConfigError(
-                f"samples_per_prompt={samples}: --objective {brain.objective} makes pairs of a prompt's responses; "
-                f"use an even number such as {samples + 1}"
-            )
-        return
-    if brain.responses == "rso":
+    if config.brain.objective in PAIRWISE:
+        _check_pairs(config)
+    elif config.brain.responses == "rso":
         raise ConfigError(
-            f"responses=rso: nobody knows the probability of an accepted response, which --objective {brain.objective} "
-            f"needs; use --responses sampled, or --objective {_one_of(PAIRWISE)}"
+            "responses=rso: nobody knows the probability of an accepted response, which --objective "
+            f"{config.brain.objective} needs; use --responses sampled, or --objective {_one_of(PAIRWISE)}"
         )
-    if brain.responses == "given" and brain.objective != "brain":
+    elif "clip_ratio" in OBJECTIVE_SETTINGS[config.brain.objective]:
+        _check_ratios(config)
+
+
+def _check_pairs(config: RunConfig) -> None:
+    samples, brain = config.sampling.samples_per_prompt, config.brain
+    if samples % 2 and brain.responses != "given" and brain.rollout_data is None:
+        raise ConfigError(
+            f"samples_per_prompt={samples}: --objective {brain.objective} makes pairs of a prompt's responses; "
+            f"use an even number such as {samples + 1}"
+        )
+
+
+def _check_ratios(config: RunConfig) -> None:
+    """Responses have rewards, and were drawn from the policy as it is trained."""
+    brain, sampling = config.brain, config.sampling
+    if brain.responses == "given":
         raise ConfigError(
             f"responses=given: pairs have no rewards, which --objective {brain.objective} needs; use --responses "
             f"sampled, or --objective {_one_of(PAIRWISE)}"
         )
+    for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        value = getattr(sampling, name)
+        if value != plain and brain.rollout_data is None:
+            raise ConfigError(
+                f"{name}={value}: --objective {brain.objective} clips ratios of policy and proposal, which would be "
+                f"far from 1 at once; use --{name.replace('_', '-')} {plain:g}, or --objective brain"
+            )
 
 
 def require_rejection_sampling(config: RunConfig) -> None:

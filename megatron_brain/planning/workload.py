@@ -163,6 +163,9 @@ class Workload:
     samples_responses: bool = True
     """brain: responses are drawn, not given or read from files."""
 
+    candidates_per_prompt: int | None = None
+    """brain: responses drawn of a prompt, where only some of them are trained on."""
+
     sampling_batch_size: int = 64
     """Responses decoded at one time on one replica."""
 
@@ -178,6 +181,11 @@ class Workload:
     def generates(self) -> bool:
         """Whether the stage draws responses."""
         return self.stage in ("generate", "evaluate") or (self.stage == "brain" and self.samples_responses)
+
+    @property
+    def drawn_per_prompt(self) -> int:
+        """Responses drawn of a prompt."""
+        return self.candidates_per_prompt or self.samples_per_prompt
 
     @property
     def head(self) -> Head:
@@ -265,7 +273,8 @@ def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layou
         two_pass=config.brain.two_pass,
         prompts_per_round=prompts,
         steps_per_round=steps_per_round(config, prompts),
-        samples_responses=config.brain.responses == "sampled" and config.brain.rollout_data is None,
+        samples_responses=config.brain.responses != "given" and config.brain.rollout_data is None,
+        candidates_per_prompt=config.brain.rso_candidates if config.brain.responses == "rso" else None,
         sampling_batch_size=config.sampling.sampling_batch_size,
         frozen_models=_frozen_models(config),
     )
@@ -275,7 +284,7 @@ def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layou
 def _lengths(config: RunConfig) -> tuple[int, int]:
     """Longest prompt and response that the settings allow together."""
     total, prompt, response = config.data.seq_length, config.data.max_prompt_length, config.data.max_response_length
-    drawn = config.brain.responses == "sampled" and config.brain.rollout_data is None
+    drawn = config.brain.responses != "given" and config.brain.rollout_data is None
     if "sampling" in STAGE_SECTIONS[config.stage] and drawn:
         response = config.sampling.max_new_tokens
     if response is None:

@@ -30,6 +30,8 @@ FILES = "--load c --finetune --rollout-data r"
         (RSO, "nobody knows the probability of an accepted response, which --objective brain needs; use --responses"),
         (f"{RSO} --objective grpo", "which --objective grpo needs; .*--objective dpo, ipo, rso-hinge or rso-sigmoid"),
         (f"{SAMPLED} --objective rloo --responses given", "pairs have no rewards, which --objective rloo needs"),
+        (f"{SAMPLED} --objective rloo --temperature 0.7", "temperature=0.7: .* far from 1 .* use --temperature 1, or"),
+        (f"{SAMPLED} --objective grpo --top-k 40", "top_k=40: --objective grpo clips ratios .* use --top-k 0, or"),
         (f"{SAMPLED} --objective dpo --responses given", "add --no-refresh-proposal"),
         (f"{FILES} --objective dpo --responses rso", "responses=rso draws responses to --train-data, and rollout_data"),
         (f"{SAMPLED} --objective dop", "did you mean 'dpo'"),
