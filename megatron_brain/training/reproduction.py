@@ -144,7 +144,7 @@ def read_reproduction(path: str | Path) -> Reproduction:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        known, known_loss = values["known_gradient"], values["known_loss"]
+        known, known_loss = values["known_gradient"], values.get("known_loss")
         return Reproduction(
             **values
             | {
