@@ -96,6 +96,8 @@ class Work:
     """What the samples of a batch are called, in the plural."""
     responses_per_prompt: int = 1
     """Responses of a group."""
+    candidates_per_prompt: int | None = None
+    """Responses drawn of a prompt, of which those of the group are chosen; None: no more than the group has."""
     packed: bool = False
     """Whether records are packed into sequences of --seq-length."""
     draws: bool = False

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.config.objectives import Objective
 from megatron_brain.errors import ConfigError
 
 
@@ -83,7 +84,10 @@ class ScoringConfig:
 
 @dataclass(kw_only=True)
 class BrainConfig:
-    """BRAIn: the policy is trained to match the reward-conditioned posterior of the prior."""
+    """BRAIn: the policy is trained to match the reward-conditioned posterior of the prior. Or another objective."""
+
+    objective: Objective = "brain"
+    """Loss of a group; docs/stages.md has the formulas and which settings each reads."""
 
     reward_temperature: float = 1.0
     """Temperature tau: the posterior is proportional to p(y|x) exp(r(x,y)/tau)."""
@@ -95,10 +99,22 @@ class BrainConfig:
     """Posterior weights alpha: softmax of log alpha, or one-hot at its largest reward."""
 
     policy_strength: float = 1.0
-    """Strength b in beta proportional to (q/q')^b; 1 is BRAIn, DPO calls it beta."""
+    """Strength b in beta proportional to (q/q')^b; 1 is BRAIn, DPO calls it beta, IPO tau, RSO gamma."""
 
-    responses: Literal["sampled", "given"] = "sampled"
-    """Draw responses to the prompts of --train-data, or take its chosen and rejected ones (DPO on given pairs)."""
+    kl_coefficient: float = 0.05
+    """Weight of the divergence from the prior: in the reward (rloo) or in the loss (grpo)."""
+
+    clip_ratio: float = 0.2
+    """Ratios of policy and proposal are clipped to 1 - this and 1 + this (rloo, grpo)."""
+
+    responses: Literal["sampled", "given", "rso"] = "sampled"
+    """Draw responses to the prompts of --train-data, take its chosen and rejected ones, or draw and reject (RSO)."""
+
+    rso_candidates: int = 64
+    """Samples of the prior of which --responses rso accepts --samples-per-prompt."""
+
+    rso_fewer_pairs: bool = False
+    """Make do with fewer pairs of a prompt whose candidates are too few distinct ones, instead of stopping."""
 
     two_pass: bool = False
     """Compute beta in a forward pass of its own for every group, not only for those larger than a micro-batch."""
@@ -125,10 +141,15 @@ class BrainConfig:
     """Largest mean difference allowed between the trainer's and the sampler's log q', in nats per token."""
 
     def __post_init__(self) -> None:
-        for name in ("reward_temperature", "policy_strength", "max_refresh_error", "max_sampler_difference"):
+        limits = ("clip_ratio", "max_refresh_error", "max_sampler_difference")
+        for name in ("reward_temperature", "policy_strength", *limits):
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError(f"{name}={value}: must be positive")
+        if self.kl_coefficient < 0:
+            raise ConfigError(f"kl_coefficient={self.kl_coefficient}: must not be negative")
+        if self.rso_candidates < 2:
+            raise ConfigError(f"rso_candidates={self.rso_candidates}: must be at least 2")
         if self.prompts_per_round < 1:
             raise ConfigError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
         if self.refresh_interval is not None and self.refresh_interval < 1:

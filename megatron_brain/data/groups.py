@@ -54,6 +54,16 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownLoss:
+    """The loss of a micro-batch as a pass before has found it: sums over `count` groups, and the largest values."""
+
+    loss_sum: float
+    count: int
+    mean_sums: Mapping[str, float]
+    maxima: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Groups packed into one sequence. `T` tokens, `N` response tokens, `R` responses, `G` groups.
 
@@ -62,7 +72,8 @@ class PackedBatch:
     token; loss_mask `[N]` whether it counts; response_index `[N]` the response it belongs to.
     last_index `[R]`: place of each response's last token.
     temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
-    each of them, up to one factor, where it is known beforehand; None where it depends on them.
+    each of them, up to one factor, where it is known beforehand; None where it depends on them. known_loss: the loss,
+    where that is known too.
     """
 
     tokens: Tensor
@@ -76,6 +87,7 @@ class PackedBatch:
     groups: tuple[Group, ...]
     temperature: float = 1.0
     known_gradient: Tensor | None = None
+    known_loss: KnownLoss | None = None
 
     @property
     def num_responses(self) -> int:

@@ -155,10 +155,11 @@ def _round(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
         ("round", f"{prompts} groups, {prompts * n} responses, {workload.steps_per_round} steps"),
     ]
     if workload.samples_responses:
-        mine = math.ceil(prompts / layout.data) * n
+        drawn = workload.drawn_per_prompt
+        mine = math.ceil(prompts / layout.data) * drawn
         rows += [
             ("sampled on a replica", f"{mine} responses a round, at most {workload.sampling_batch_size} at one time"),
-            ("tokens sampled a round", f"at most {prompts * n * workload.response_length:,}"),
+            ("tokens sampled a round", f"at most {prompts * drawn * workload.response_length:,}"),
         ]
     return rows
 

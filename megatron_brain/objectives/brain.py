@@ -16,9 +16,80 @@ import torch
 from torch import Tensor
 
 from megatron_brain.errors import UserError
+from megatron_brain.objectives.importance import (
+    IMPORTANCE_MAXIMA,
+    IMPORTANCE_MEANS,
+    check_group,
+    effective_sample_size,
+    importance_metrics,
+    policy_log_weights,
+)
+from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 Baseline = Literal["self-normalized", "unnormalized", "none"]
 AlphaKind = Literal["soft", "hard"]
+
+
+class Brain:
+    """The objective of a run. Alpha is fixed for a round; beta moves with the policy.
+
+    Args:
+        baseline, policy_strength: as `brain_loss` takes them.
+        alpha, reward_temperature: as `posterior_log_weights` takes them.
+    """
+
+    needs: tuple[str, ...] = ("log_prior", "reward", "log_proposal")
+    fixes = "alpha"
+    group_multiple = 1
+    mean_metrics: tuple[str, ...] = ("ess_alpha", *IMPORTANCE_MEANS)
+    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "beta_error")
+    refresh_check: RefreshCheck | None = RefreshCheck("beta_error", "every beta is 1/n")
+
+    def __init__(
+        self, *, baseline: Baseline, alpha: AlphaKind, policy_strength: float, reward_temperature: float
+    ) -> None:
+        self._kind: AlphaKind = alpha
+        self._baseline: Baseline = baseline
+        self._strength, self._reward_temperature = policy_strength, reward_temperature
+
+    def fix(self, numbers: Numbers) -> Tensor:
+        """alpha."""
+        return posterior_log_weights(
+            numbers["log_prior"],
+            numbers["reward"],
+            numbers["log_proposal"],
+            reward_temperature=self._reward_temperature,
+            kind=self._kind,
+        ).exp()
+
+    def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
+        """`brain_loss`."""
+        return brain_loss(
+            log_policy,
+            numbers["log_proposal"],
+            _log_alpha(numbers),
+            baseline=self._baseline,
+            strength=self._strength,
+        )
+
+    def gradient(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
+        """`brain_loss_gradient`."""
+        return brain_loss_gradient(
+            log_policy,
+            numbers["log_proposal"],
+            _log_alpha(numbers),
+            baseline=self._baseline,
+            strength=self._strength,
+        )
+
+    def measure(self, log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor]:
+        """How many responses alpha and beta rest on, estimates for the policy, and how far beta is from 1/n."""
+        beta = policy_log_weights(log_policy, numbers["log_proposal"]).exp()
+        return {
+            "ess_alpha": effective_sample_size(_log_alpha(numbers)),
+            **importance_metrics(log_policy, numbers),
+            "beta_error": (beta - 1.0 / len(beta)).abs().max(),
+        }
 
 
 def posterior_log_weights(
@@ -36,7 +107,7 @@ def posterior_log_weights(
     Raises:
         UserError: numbers that give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
     """
-    _check_group(rewards)
+    check_group(rewards)
     if kind == "hard":
         log_alpha = torch.full_like(rewards, -torch.inf).scatter(0, rewards.argmax(0, keepdim=True), 0.0)
         undefined = rewards.isnan()
@@ -49,19 +120,6 @@ def posterior_log_weights(
             f"log_proposal {log_proposal.tolist()}: all must be finite, or -inf in the first two for some samples"
         )
     return log_alpha
-
-
-def policy_log_weights(log_policy: Tensor, log_proposal: Tensor, *, strength: float = 1.0) -> Tensor:
-    """log beta `[n]`: self-normalised importance weights of the policy, `beta ∝ (q_theta / q')^b`.
-
-    Args:
-        log_policy: log q_theta(y_i|x).
-        log_proposal: log q'(y_i|x).
-        strength: b; 1 is BRAIn, DPO calls it beta. Trained to convergence on one proposal, the policy ends at
-            `q' (posterior / q')^(1/b)`: a proposal refreshed after long rounds settles for b > 1/2 alone.
-    """
-    _check_group(log_policy)
-    return torch.log_softmax(strength * (log_policy - log_proposal), dim=0)
 
 
 def brain_loss(
@@ -112,26 +170,20 @@ def brain_loss_gradient(
     return -strength * (log_alpha.exp() - subtracted)
 
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """`1 / sum w_i^2` of normalised weights: n when they are equal, 1 when one has all."""
-    return 1.0 / torch.exp(2.0 * log_weights).sum()
+def _log_alpha(numbers: Numbers) -> Tensor:
+    alpha = numbers["alpha"]
+    # One rounding to float32, the same on every device.
+    return alpha.double().log().to(alpha.dtype)
 
 
 def _log_weights(log_policy: Tensor, log_proposal: Tensor, baseline: Baseline, strength: float) -> Tensor:
     """What the loss compares with log alpha: log beta, or its ratios over n without the normalisation."""
     if baseline == "self-normalized":
         return policy_log_weights(log_policy, log_proposal, strength=strength)
-    _check_group(log_policy)
+    check_group(log_policy)
     return strength * (log_policy - log_proposal) - math.log(len(log_policy))
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     # A weight of zero leaves its value out even where that is infinite, but does not hide a NaN.
     return torch.where((weights == 0) & ~values.isnan(), 0.0, weights * values).sum()
-
-
-def _check_group(values: Tensor) -> None:
-    # Of one sample, every weight is 1 and nothing can be learned.
-    assert values.dim() == 1 and len(values) >= 2, (
-        f"a BRAIn group needs at least two samples in one dimension, got shape {list(values.shape)}"
-    )

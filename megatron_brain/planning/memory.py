@@ -293,9 +293,9 @@ class _Stage:
     def _sampling(self) -> Memory:
         """A batch of prompts and their responses: the cache is full when the last token is drawn."""
         workload, model, layout = self.workload, self.model, self.layout
-        prompts = max(1, workload.sampling_batch_size // workload.samples_per_prompt)
+        prompts = max(1, workload.sampling_batch_size // workload.drawn_per_prompt)
         prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.spec.rounds else prompts
-        rows = prompts * workload.samples_per_prompt
+        rows = prompts * workload.drawn_per_prompt
         heads = max(1, model.num_query_groups // layout.tensor)
         entry = FLOAT32 if self.impl == "local" else self.shapes.element
         # The last token of a response is never fed back.

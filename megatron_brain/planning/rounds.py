@@ -48,14 +48,14 @@ def sampling_seconds(workload: Workload, layout: Layout, machine: Machine) -> fl
 def sampling_batches(workload: Workload, layout: Layout) -> tuple[int, int]:
     """Batches of a round on one replica, and prompts in each."""
     mine = math.ceil(workload.prompts_per_round / layout.data)
-    at_once = max(1, workload.sampling_batch_size // workload.samples_per_prompt)
+    at_once = max(1, workload.sampling_batch_size // workload.drawn_per_prompt)
     batches = math.ceil(mine / at_once)
     return batches, math.ceil(mine / batches)
 
 
 def token_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
     """One token of every response of a batch through all layers, halfway through the responses."""
-    rows = prompts * workload.samples_per_prompt
+    rows = prompts * workload.drawn_per_prompt
     linear = linear_seconds(workload, layout, machine, rows, workload.precision)
     traffic = machine.memory_seconds(rows * layer_forward_bytes(workload, layout))
     communication = 4 * tensor_seconds(workload, layout, machine, rows)
@@ -66,7 +66,7 @@ def token_seconds(workload: Workload, layout: Layout, machine: Machine, prompts:
 def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
     """One layer's attention of a token to the cache: a prompt's keys and values are read once for all its responses.
     Scores and products are float32."""
-    model, rows = workload.model, prompts * workload.samples_per_prompt
+    model, rows = workload.model, prompts * workload.drawn_per_prompt
     own = workload.response_length / 2
     stored = prompts * workload.prompt_length + rows * own
     scores = rows * (workload.prompt_length + own) * model.num_attention_heads / layout.tensor
@@ -77,7 +77,7 @@ def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machi
 
 def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
     """Logits of a batch's next tokens, gathered over tensor-parallel ranks, and the choice, which each rank makes."""
-    rows, vocabulary = prompts * workload.samples_per_prompt, padded_vocab_size(workload.model, layout.tensor)
+    rows, vocabulary = prompts * workload.drawn_per_prompt, padded_vocab_size(workload.model, layout.tensor)
     weights = vocabulary / layout.tensor * workload.model.hidden_size
     precision: Precision = "fp32" if workload.precision == "fp32" else "bf16"
     product = max(
@@ -106,11 +106,15 @@ def _round_the_stages(workload: Workload, layout: Layout, machine: Machine, toke
 
 def scoring_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
     """Forward passes of a round in the micro-batches of training: of the policy where it is the proposal, and of every
-    scoring model, its weights brought from host memory where they live there."""
+    scoring model, its weights brought from host memory where they live there. Candidates are scored by the reward model
+    alone, before they are chosen."""
     steps = workload.prompts_per_round / workload.global_batch_size
-    policy = forward_seconds(PassTimer(workload, layout, machine)) if workload.generates else 0.0
+    is_proposal = workload.generates and workload.candidates_per_prompt is None
+    policy = forward_seconds(PassTimer(workload, layout, machine)) if is_proposal else 0.0
+    candidates = workload.drawn_per_prompt / workload.samples_per_prompt
     return steps * policy + sum(
-        steps * _frozen_pass(frozen, workload, layout, machine) + _loading(frozen, workload, layout, machine)
+        (candidates if frozen.head == "reward" else 1) * steps * _frozen_pass(frozen, workload, layout, machine)
+        + _loading(frozen, workload, layout, machine)
         for frozen in workload.frozen_models
     )
 

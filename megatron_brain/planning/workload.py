@@ -163,6 +163,9 @@ class Workload:
     samples_responses: bool = True
     """brain: responses are drawn, not given or read from files."""
 
+    candidates_per_prompt: int | None = None
+    """brain: responses drawn of a prompt, where only some of them are trained on."""
+
     sampling_batch_size: int = 64
     """Responses decoded at one time on one replica."""
 
@@ -178,6 +181,11 @@ class Workload:
     def generates(self) -> bool:
         """Whether the stage draws responses."""
         return "sampling" in self.spec.sections and self.samples_responses
+
+    @property
+    def drawn_per_prompt(self) -> int:
+        """Responses drawn of a prompt."""
+        return self.candidates_per_prompt or self.samples_per_prompt
 
     @property
     def head(self) -> Head:
@@ -268,6 +276,7 @@ def from_run_config(
         prompts_per_round=config.brain.prompts_per_round,
         steps_per_round=config.spec.length(config, None).steps_per_round or 1,
         samples_responses=work.draws,
+        candidates_per_prompt=work.candidates_per_prompt,
         sampling_batch_size=config.sampling.sampling_batch_size,
         frozen_models=tuple(
             FrozenModel(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)

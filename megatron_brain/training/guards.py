@@ -241,6 +241,7 @@ class StepGuard:
             length=batch.tokens.size(1),
             temperature=batch.temperature,
             known_gradient=None if batch.known_gradient is None else tuple(batch.known_gradient.tolist()),
+            known_loss=batch.known_loss,
             groups=batch.groups,
         )
         return f"{_describe(found)}; {self._write(found)}"

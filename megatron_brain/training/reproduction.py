@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_brain.data.groups import Group, PackedBatch, pack_groups, packed_length
+from megatron_brain.data.groups import Group, KnownLoss, PackedBatch, pack_groups, packed_length
 from megatron_brain.errors import ConfigError, UserError
 from megatron_brain.files import write_whole
 from megatron_brain.models.fp8 import state as fp8_state
@@ -95,7 +95,8 @@ class Reproduction:
     """A micro-batch that gave a loss or gradient that is not finite, as one rank saw it.
 
     `micro_batch` counts from 0 among those of the replica's step; `other_micro_batches` failed in the same step.
-    `loss` is the micro-batch's mean, `grad_norm` the step's. `known_gradient` `[N]` is that of the packed batch.
+    `loss` is the micro-batch's mean, `grad_norm` the step's. `known_gradient` `[N]` and `known_loss` are those of the
+    packed batch.
     """
 
     iteration: int
@@ -115,6 +116,7 @@ class Reproduction:
     length: int
     temperature: float
     known_gradient: tuple[float, ...] | None
+    known_loss: KnownLoss | None
     groups: tuple[Group, ...]
 
     def batch(self, *, multiple_of: int = 1) -> PackedBatch:
@@ -126,6 +128,7 @@ class Reproduction:
             pack_groups(self.groups, shared_prefix=self.shared_prefix, length=length),
             temperature=self.temperature,
             known_gradient=known,
+            known_loss=self.known_loss,
         )
 
 
@@ -145,7 +148,7 @@ def read_reproduction(path: str | Path) -> Reproduction:
     except ValueError as error:
         raise _no_reproduction(path, error) from error
     try:
-        known = values["known_gradient"]
+        known, known_loss = values["known_gradient"], values.get("known_loss")
         return Reproduction(
             **values
             | {
@@ -154,6 +157,7 @@ def read_reproduction(path: str | Path) -> Reproduction:
                 "other_micro_batches": tuple(values["other_micro_batches"]),
                 "nonfinite_parameters": tuple(values["nonfinite_parameters"]),
                 "known_gradient": None if known is None else tuple(map(_number, known)),
+                "known_loss": None if known_loss is None else _known_loss(known_loss),
                 "groups": tuple(_group(group) for group in values["groups"]),
             }
         )
@@ -182,6 +186,11 @@ def _group(values: dict) -> Group:
         values={name: tuple(map(_number, numbers)) for name, numbers in values["values"].items()},
         record_id=values["record_id"],
     )
+
+
+def _known_loss(values: dict) -> KnownLoss:
+    sums, maxima = ({name: float(value) for name, value in values[key].items()} for key in ("mean_sums", "maxima"))
+    return KnownLoss(loss_sum=float(values["loss_sum"]), count=int(values["count"]), mean_sums=sums, maxima=maxima)
 
 
 def _plain(value: object) -> object:

@@ -7,6 +7,7 @@ varies several things at once; each is varied by at least one entry with and one
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,14 +116,16 @@ def write_data(shared: Path) -> None:
     _write(shared / "uneven_brain.jsonl", drifted_rollouts(rng, groups=16))
 
 
-def drifted_rollouts(rng: random.Random, *, groups: int) -> list[dict]:
+def drifted_rollouts(
+    rng: random.Random, *, groups: int, sizes: Sequence[int] = range(2, 8), longest: int = 20
+) -> list[dict]:
     """Groups of 2 to 7 responses, one prompt twice, whose proposal is another distribution than the policy."""
     records = []
     for index in range(groups):
         prompt = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(3, 20))]
         responses = []
-        for _ in range(2 + index % 6):
-            tokens = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(1, 20))]
+        for _ in range(sizes[index % len(sizes)]):
+            tokens = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(1, longest))]
             near = -5.8 * len(tokens)
             responses.append(
                 {

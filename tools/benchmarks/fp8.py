@@ -31,12 +31,8 @@ from benchmarks.precisions import PRECISIONS, SCORED, Model, beginnings, draw
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.data.groups import Group
 from megatron_brain.errors import ConfigError
-from megatron_brain.objectives.brain import (
-    brain_loss_gradient,
-    effective_sample_size,
-    policy_log_weights,
-    posterior_log_weights,
-)
+from megatron_brain.objectives.brain import brain_loss_gradient, posterior_log_weights
+from megatron_brain.objectives.importance import effective_sample_size, policy_log_weights
 from megatron_brain.stages.answers import read_prompts
 from megatron_brain.training.run import Run, open_run
 

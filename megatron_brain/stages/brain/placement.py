@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_brain.config.training import TrainingConfig
+from megatron_brain.data.group_schedule import GroupLengths, plan_groups
 from megatron_brain.data.groups import Group
 from megatron_brain.data.order import Item, replica_share
 from megatron_brain.runtime.parallel import Parallel
@@ -93,6 +94,29 @@ class Placement:
             GroupDoesNotFitError: a group does not fit the token budget even when it is cut.
         """
         return self._fixed_steps(mine) if self._budget is None else self._planned_steps(mine)
+
+    def alone(self, rollout: Rollout, *, at_once: int) -> Step:
+        """Micro-batches of one rollout, however many responses it has, to score on this replica: `at_once` responses
+        each, or what the token budget holds.
+
+        Raises:
+            GroupDoesNotFitError: its prompt and one response do not fit the token budget.
+        """
+        settings, count = self._training, len(rollout.responses)
+        if self._budget is None:
+            shares = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+        else:
+            [pieces] = plan_groups(
+                [GroupLengths(len(rollout.prompt_tokens), tuple(len(each.tokens) for each in rollout.responses))],
+                replicas=1,
+                max_tokens=self._budget,
+                seed=settings.seed,
+                shared_prefix=settings.shared_prefix,
+                round_to=self._round_to,
+                labels=[rollout.id],
+            )
+            shares = [piece.responses for [piece] in pieces]
+        return [[Part(rollout, tuple(share), len(shares) == 1)] for share in shares]
 
     def _fixed_steps(self, mine: Sequence[Rollout]) -> list[Step]:
         settings, parallel = self._training, self._parallel

@@ -1,13 +1,13 @@
 """Where the responses of a round come from: drawn by a policy, given as preference pairs, or read from files.
 
-Each is a `Proposal`. What the objective needs of it besides the responses is how log q' of the distribution they were
-drawn from becomes known.
+Each is a `Proposal`, and so is rejection sampling, in a file of its own. What the objective needs of it besides the
+responses is how log q' of the distribution they were drawn from becomes known.
 """
 
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from megatron_brain.config.run import RunConfig
@@ -16,6 +16,7 @@ from megatron_brain.data.order import SampleOrder
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
+from megatron_brain.stages.brain.group_loss import objective_of
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
 from megatron_brain.training.frozen import FrozenModel
@@ -33,7 +34,10 @@ class Proposal(Protocol):
     from_prior: bool
     """Whether q' is the prior rather than the policy at the start of the round."""
     temperature: float | None
-    """Temperature at which the model that trains computes log q' itself; None where the rollouts bring it along."""
+    """Temperature at which the model that trains computes log q' itself; None where the rollouts bring it along, or
+    where nobody knows it."""
+    metrics: Mapping[str, float]
+    """Of the round drawn last, the same on all ranks."""
 
     def rounds(self, epochs: float) -> int:
         """Rounds of so many passes over the data."""
@@ -42,17 +46,10 @@ class Proposal(Protocol):
         """The rollouts of a round that `Placement.deal` gives this replica."""
 
 
-def open_proposal(run: Run, placement: Placement, prior: FrozenModel) -> Proposal:
-    """The proposal the settings ask for, its data read."""
-    if run.config.brain.rollout_data:
-        return RolloutFiles(run, placement)
-    if run.config.brain.responses == "given":
-        return GivenPairs(run, placement)
-    return Samples(run, placement, prior)
-
-
 class Samples:
     """Responses drawn from the policy as it is at the start of the round, or always from the prior."""
+
+    metrics: Mapping[str, float] = {}
 
     def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
         self._run, self._placement, self._prior = run, placement, prior
@@ -72,6 +69,10 @@ class Samples:
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Draw this replica's samples of a round."""
+        return self.draw(trainer, number, samples_per_prompt=self._run.config.sampling.samples_per_prompt)
+
+    def draw(self, trainer: Trainer, number: int, *, samples_per_prompt: int) -> list[Rollout]:
+        """Draw so many samples of each of this replica's prompts of a round."""
         run, count = self._run, self.groups_per_round
         # The place in the endless stream of prompts also seeds the samples: a prompt met again gets new ones.
         places = self._placement.deal(range(number * count, (number + 1) * count))
@@ -79,7 +80,7 @@ class Samples:
         with self._model(trainer) as chunks:
             samples = Sampler(chunks, run.parallel, run.config.sampling, eos_id=run.tokenizer.eos_id).generate(
                 [prompt.tokens for prompt in prompts],
-                samples_per_prompt=run.config.sampling.samples_per_prompt,
+                samples_per_prompt=samples_per_prompt,
                 keys=places,
                 seed=run.config.training.seed,
             )
@@ -115,9 +116,10 @@ class Samples:
 class GivenPairs:
     """The chosen and the rejected response of preference records, as if they were two samples of the prior.
 
-    With `--alpha hard` this is DPO: the reward of chosen is 1, of rejected 0, and only their order matters.
+    The reward of chosen is 1, of rejected 0, and only their order matters. With `--alpha hard` BRAIn is DPO.
     """
 
+    metrics: Mapping[str, float] = {}
     from_prior = True
     temperature = 1.0
 
@@ -161,6 +163,7 @@ class GivenPairs:
 class RolloutFiles:
     """Rollouts any engine has written, one file a round."""
 
+    metrics: Mapping[str, float] = {}
     num_prompts = 0
     from_prior = False
     temperature = None
@@ -201,10 +204,16 @@ def read_round(config: RunConfig, path: str) -> list[Rollout]:
         ConfigError: they do not fill whole batches, are not for this model's vocabulary and --seq-length, or lack
             numbers that no model is given for.
     """
-    rollouts, batch = read_rollouts(path), config.training.global_batch_size
+    objective, batch = objective_of(config.brain), config.training.global_batch_size
+    rollouts = read_rollouts(path, needs_log_proposal="log_proposal" in objective.needs)
     for rollout in rollouts:
         _check_tokens(config, rollout, path)
         _check_numbers(config, rollout, path)
+        if len(rollout.responses) % objective.group_multiple:
+            raise ConfigError(
+                f"{path}, {rollout.id}: {len(rollout.responses)} responses; --objective {config.brain.objective} takes "
+                f"multiples of {objective.group_multiple}: leave one out, or give another objective"
+            )
     if len(rollouts) % batch:
         raise ConfigError(
             f"{path} holds {len(rollouts)} groups, not a multiple of global_batch_size={batch}: give a "

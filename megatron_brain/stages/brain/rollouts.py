@@ -6,27 +6,34 @@ A file holds one JSON object per prompt:
      "responses": [{"tokens": [...], "text": "...", "finished": true, "sampler_logprob": -12.3,
                     "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4, "alpha": 0.1}, ...]}
 
-To be read back, a response needs its tokens and log_proposal, the log-probability under the distribution it was drawn
-from (or sampler_logprob, the sampling engine's own word for it). Reward and log_prior are computed where they are
-missing.
+`alpha` is what BRAIn fixes for the round; other objectives fix something else (`preference`, `advantage`).
+
+To be read back, a response needs its tokens; and log_proposal, the log-probability under the distribution it was drawn
+from (or sampler_logprob, the sampling engine's own word for it), where the objective uses it. Reward and log_prior are
+computed where they are missing.
 """
 
 import glob
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_brain.data.groups import Group
 from megatron_brain.data.sources import load_records
 from megatron_brain.errors import ConfigError, short
 from megatron_brain.files import write_whole
+from megatron_brain.objectives.registry import OBJECTIVES
 
 _LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
 _ROUNDING = 0.01
 """What the log-probability of a certain response may be off from 0."""
+_FIXED = tuple(sorted({objective.fixes for objective in OBJECTIVES.values()}))
+"""What an objective may have fixed for the round it wrote. It is computed anew when a file is read."""
 _TYPES = {
     "id": (str, int),
     "index": (int,),
@@ -34,7 +41,7 @@ _TYPES = {
     "responses": (list, tuple),
     "text": (str,),
     "finished": (bool,),
-    "alpha": (float, int),
+    **dict.fromkeys(_FIXED, (float, int)),
 }
 """Types of the fields of a record and its responses that are not looked at otherwise."""
 
@@ -50,12 +57,12 @@ class Response:
     log_proposal: float | None = None
     log_prior: float | None = None
     reward: float | None = None
-    alpha: float | None = None
+    fixed: dict[str, float] = field(default_factory=dict)
+    """What the objective has fixed for the round, by its name."""
 
-    @property
-    def log_alpha(self) -> float | None:
-        """Log of the posterior weight."""
-        return None if self.alpha is None else math.log(self.alpha) if self.alpha else -math.inf
+    def value(self, name: str) -> float | None:
+        """A number of the response; None where it is not known."""
+        return self.fixed[name] if name in self.fixed else getattr(self, name)
 
 
 @dataclass(kw_only=True)
@@ -70,15 +77,17 @@ class Rollout:
 
     def values(self, name: str) -> tuple[float, ...]:
         """One number per response."""
-        return tuple(getattr(response, name) for response in self.responses)
+        return tuple(response.value(name) for response in self.responses)
+
+    def numbers(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """What is known of the responses, as the objective takes it: each `[n]` float32."""
+        return {name: torch.tensor(self.values(name), dtype=torch.float32) for name in names}
 
     def group(self, responses: Sequence[int] | None = None) -> Group:
         """The group to score or train on, or some of its responses, with the numbers known so far."""
         chosen = self.responses if responses is None else [self.responses[i] for i in responses]
-        values = {
-            name: tuple(getattr(response, name) for response in chosen)
-            for name in ("log_proposal", "log_prior", "reward", "log_alpha")
-        }
+        names = ("log_proposal", "log_prior", "reward", *chosen[0].fixed)
+        values = {name: tuple(response.value(name) for response in chosen) for name in names}
         known = {name: numbers for name, numbers in values.items() if None not in numbers}
         return Group(
             prompt=self.prompt_tokens,
@@ -88,12 +97,20 @@ class Rollout:
         )
 
     def as_dict(self) -> dict:
-        """JSON-able form."""
-        return asdict(self)
+        """JSON-able form, with what is fixed beside the other numbers."""
+        record = asdict(self)
+        for response in record["responses"]:
+            response |= response.pop("fixed")
+        return record
 
 
-def rollout_from_dict(record: dict, where: str) -> Rollout:
+def rollout_from_dict(record: dict, where: str, *, needs_log_proposal: bool = True) -> Rollout:
     """Read one record.
+
+    Args:
+        record: as `Rollout.as_dict` makes it.
+        where: the place of the record, for errors.
+        needs_log_proposal: whether it is of no use without.
 
     Raises:
         ConfigError: a field is missing, unknown or of another kind, or there are fewer than two responses; names
@@ -105,11 +122,13 @@ def rollout_from_dict(record: dict, where: str) -> Rollout:
     responses = []
     for values in record["responses"]:
         _check_fields(values, Response, ("tokens",), where)
-        response = Response(**{**values, "tokens": _token_ids(values["tokens"], where)})
+        plain = {name: value for name, value in values.items() if name not in _FIXED}
+        response = Response(**{**plain, "tokens": _token_ids(values["tokens"], where)})
+        response.fixed = {name: float(values[name]) for name in _FIXED if values.get(name) is not None}
         _make_floats(response, where)
         if response.log_proposal is None:
             response.log_proposal = response.sampler_logprob
-        if response.log_proposal is None:
+        if response.log_proposal is None and needs_log_proposal:
             raise ConfigError(
                 f"{where}: a response has neither log_proposal nor sampler_logprob: give the log-probability under the "
                 "distribution that it was drawn from"
@@ -121,7 +140,9 @@ def rollout_from_dict(record: dict, where: str) -> Rollout:
 
 def _check_fields(values: object, kind: type, needed: Sequence[str], where: str) -> None:
     """Raise ConfigError where an object of a file lacks a field, or has one that is unknown or of another type."""
-    what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind)]
+    what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind) if field.name != "fixed"]
+    if kind is Response:
+        known += _FIXED
     if not isinstance(values, dict):
         raise _no_rollout(where, f"{what} must be an object, not {short(values)}")
     for name in needed:
@@ -146,8 +167,8 @@ def _token_ids(value: object, where: str) -> tuple[int, ...]:
 
 
 def _make_floats(response: Response, where: str) -> None:
-    if response.alpha is not None and response.alpha < 0:
-        raise ConfigError(f"{where}: alpha is {response.alpha}; a weight is at least 0")
+    if (alpha := response.fixed.get("alpha", 0.0)) < 0:
+        raise ConfigError(f"{where}: alpha is {alpha}; a weight is at least 0")
     for name in (*_LOG_PROBABILITIES, "reward"):
         value = getattr(response, name)
         if value is None:
@@ -171,9 +192,11 @@ def rollout_files(pattern: str) -> list[str]:
     return files
 
 
-def read_rollouts(path: str) -> list[Rollout]:
+def read_rollouts(path: str, *, needs_log_proposal: bool = True) -> list[Rollout]:
     """All rollouts of a file (jsonl or Arrow), sorted by index."""
-    rollouts = [rollout_from_dict(record, where) for where, record in load_records(path)]
+    rollouts = [
+        rollout_from_dict(record, where, needs_log_proposal=needs_log_proposal) for where, record in load_records(path)
+    ]
     return sorted(rollouts, key=lambda rollout: rollout.index)
 
 

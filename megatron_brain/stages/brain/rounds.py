@@ -1,5 +1,6 @@
 """Makes the rounds of a BRAIn run: responses, their place in the steps, their scores and weights."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,17 +9,16 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head
 from megatron_brain.errors import RecordError, UserError
-from megatron_brain.models.provider import Chunk
-from megatron_brain.objectives.brain import posterior_log_weights
+from megatron_brain.objectives.objective import Objective
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
-from megatron_brain.stages.brain.proposals import open_proposal
+from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, Samples
+from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
+from megatron_brain.stages.brain.scoring import fill_in
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
-from megatron_brain.training.validation import score_groups
 
 _TEXTS_SHOWN = 3
 
@@ -38,7 +38,9 @@ class Round:
         for place, rollout in enumerate(self.rollouts[:_TEXTS_SHOWN]):
             ranked = sorted(rollout.responses, key=lambda response: response.reward)
             lines = [f"    {rollout.prompt}", ""]
-            lines += [f"* reward {r.reward:.3f}, alpha {r.alpha:.3f}: `{r.text}`" for r in (ranked[-1], ranked[0])]
+            for response in (ranked[-1], ranked[0]):
+                fixed = ", ".join(f"{name} {value:.3f}" for name, value in response.fixed.items())
+                lines.append(f"* reward {response.reward:.3f}, {fixed}: `{response.text}`")
             shown.append((f"samples/{place}", "\n".join(lines)))
         return shown
 
@@ -46,8 +48,8 @@ class Round:
 class RoundMaker:
     """Makes one round after another, each replica its own part."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._settings = run, run.config.brain
+    def __init__(self, run: Run, objective: Objective) -> None:
+        self._run, self._settings, self._objective = run, run.config.brain, objective
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
         self._reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
@@ -57,7 +59,18 @@ class RoundMaker:
             interleaved=run.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
             round_to=run.config.fp8.packed_multiple(run.config.parallel),
         )
-        self.proposal = open_proposal(run, self._placement, self.prior)
+        self.proposal = self._open_proposal()
+
+    def _open_proposal(self) -> Proposal:
+        """The proposal the settings ask for, its data read."""
+        run, placement = self._run, self._placement
+        if self._settings.rollout_data:
+            return RolloutFiles(run, placement)
+        if self._settings.responses == "given":
+            return GivenPairs(run, placement)
+        if self._settings.responses == "rso":
+            return RejectionSamples(run, placement, self.prior, self._reward)
+        return Samples(run, placement, self.prior)
 
     def make(self, trainer: Trainer, number: int) -> Round:
         """Make a round; its metrics are the same on all ranks.
@@ -70,8 +83,8 @@ class RoundMaker:
         sampled = time.perf_counter()
         steps = self._placement.steps(drawn)
         rollouts = rollouts_in(steps)
-        self._score(trainer, steps, rollouts, number)
-        self._set_alpha(rollouts)
+        rescored = self._score(trainer, steps, rollouts, number)
+        self._fix(rollouts)
         scored = time.perf_counter()
         self._write(rollouts, number)
         tokens = self._total(sum(len(response.tokens) for rollout in rollouts for response in rollout.responses))
@@ -79,8 +92,9 @@ class RoundMaker:
             "seconds_sampling": sampled - start,
             "seconds_scoring": scored - sampled,
             "sampled_tokens_per_second": tokens / (sampled - start),
+            **self.proposal.metrics,
         }
-        if self.proposal.temperature is not None and self._settings.responses == "sampled":
+        if rescored and self._settings.responses == "sampled":
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
@@ -89,7 +103,7 @@ class RoundMaker:
         ordered = sorted(rollouts, key=lambda rollout: rollout.index)
         steps = self._placement.steps(self._placement.deal(ordered))
         mine = rollouts_in(steps)
-        self._set_alpha(mine)
+        self._fix(mine)
         return Round(number=number, steps=steps, rollouts=mine)
 
     def proposal_is_policy(self, number: int) -> bool:
@@ -100,49 +114,32 @@ class RoundMaker:
         """Whether the policy, as the round starts, still is the checkpoint the prior is."""
         return number == 0 and not self._run.resuming and self._run.config.scoring.prior_load is None
 
-    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> None:
-        """Fill in log_proposal, log_prior and reward where they are unknown."""
-        proposal = self.proposal
-        if proposal.temperature is not None:
+    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> bool:
+        """Fill in the numbers that the objective needs where they are unknown; whether log q' is among them."""
+        needs, temperature = self._objective.needs, self.proposal.temperature
+        is_prior = self.proposal.from_prior or self._policy_is_prior(number)
+        gives_prior = is_prior and temperature == 1.0 and "log_prior" in needs
+        rescores = temperature is not None and ("log_proposal" in needs or gives_prior)
+        if rescores:
             # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
-            if proposal.from_prior and not self._policy_is_prior(number):
-                with self.prior.loaded() as chunks:
-                    self._fill("log_proposal", steps, chunks, "policy", proposal.temperature)
-            else:
-                self._fill("log_proposal", steps, trainer.gathered_chunks(), "policy", proposal.temperature)
-            if proposal.temperature == 1.0 and (proposal.from_prior or self._policy_is_prior(number)):
+            loads_prior = is_prior and not self._policy_is_prior(number)
+            with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.gathered_chunks()) as chunks:
+                fill_in(self._run, "log_proposal", steps, chunks, head="policy", temperature=temperature)
+            if gives_prior:
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal
-        if self._is_missing("log_prior", rollouts):
+        if "log_prior" in needs and self._is_missing("log_prior", rollouts):
             with self.prior.loaded() as chunks:
-                self._fill("log_prior", steps, chunks, "policy")
+                fill_in(self._run, "log_prior", steps, chunks, head="policy")
         if self._is_missing("reward", rollouts):
             with self._reward.loaded() as chunks:
-                self._fill("reward", steps, chunks, "reward")
+                fill_in(self._run, "reward", steps, chunks, head="reward")
+        return rescores
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:
         """Whether any replica lacks the number somewhere; all ranks of a layout must then score together."""
         mine = any(value is None for rollout in rollouts for value in rollout.values(name))
         return any(self._run.parallel.gather_over_data_parallel(mine))
-
-    def _fill(
-        self, name: str, steps: list[Step], chunks: Sequence[Chunk], head: Head, temperature: float = 1.0
-    ) -> None:
-        for step in steps:
-            # Packed and padded as the training step is: then both run the same products.
-            scored = score_groups(
-                chunks,
-                [[part.group() for part in micro_batch] for micro_batch in step],
-                self._run.parallel,
-                head=head,
-                shared_prefix=self._run.config.training.shared_prefix,
-                window=len(step),
-                temperature=temperature,
-            )
-            for micro_batch, scores in zip(step, scored, strict=True):
-                for part, values in zip(micro_batch, scores, strict=True):
-                    for response, value in zip(part.responses, values.tolist(), strict=True):
-                        setattr(part.rollout.responses[response], name, value)
 
     def _sampler_difference(self, rollouts: Sequence[Rollout], tokens: float) -> float:
         """Mean |log q' of the trainer - of the sampler|, in nats per token over all replicas, inside of its limit."""
@@ -165,18 +162,14 @@ class RoundMaker:
             torch.tensor(value, dtype=torch.float64, device=self._run.parallel.device)
         ).item()
 
-    def _set_alpha(self, rollouts: Sequence[Rollout]) -> None:
+    def _fix(self, rollouts: Sequence[Rollout]) -> None:
         for rollout in rollouts:
             try:
-                log_alpha = posterior_log_weights(
-                    *(torch.tensor(rollout.values(name)) for name in ("log_prior", "reward", "log_proposal")),
-                    reward_temperature=self._settings.reward_temperature,
-                    kind=self._settings.alpha,
-                )
+                fixed = self._objective.fix(rollout.numbers(self._objective.needs))
             except UserError as error:
                 raise RecordError(rollout.id, "no weights", str(error)) from error
-            for response, value in zip(rollout.responses, log_alpha.exp().tolist(), strict=True):
-                response.alpha = value
+            for response, value in zip(rollout.responses, fixed.tolist(), strict=True):
+                response.fixed = {self._objective.fixes: value}
 
     def _write(self, rollouts: Sequence[Rollout], number: int) -> None:
         directory = self._settings.rollout_dir

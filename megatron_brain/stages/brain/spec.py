@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_brain.config.checks import nearest_multiples, require_set
+from megatron_brain.config.objective_checks import require_objective, require_rejection_sampling
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import length_by_rounds
 from megatron_brain.config.stage_spec import (
@@ -33,6 +34,7 @@ def _require(config: RunConfig) -> None:
                 f"{name}={getattr(config.model, name)}: dropout makes another policy of every pass, so that its ratio "
                 "to the proposal means nothing; leave it at 0"
             )
+    require_objective(config)
     if config.brain.rollout_data:
         _require_rollout_data(config)
         return
@@ -45,6 +47,8 @@ def _require(config: RunConfig) -> None:
             "prior_load is not set: give --prior-load, or --finetune if --load is the prior the run starts from"
         )
     (_require_given_pairs if config.brain.responses == "given" else _require_samples)(config)
+    if config.brain.responses == "rso":
+        require_rejection_sampling(config)
     prompts, batch = config.brain.prompts_per_round, config.training.global_batch_size
     if prompts % batch:
         raise ConfigError(
@@ -59,6 +63,8 @@ def _require_rollout_data(config: RunConfig) -> None:
         raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
     if config.brain.responses == "given":
         raise ConfigError("responses=given takes pairs from --train-data, and rollout_data is set: give one of them")
+    if config.brain.responses == "rso":
+        raise ConfigError("responses=rso draws responses to --train-data, and rollout_data is set: give one of them")
 
 
 def _require_samples(config: RunConfig) -> None:
@@ -71,8 +77,8 @@ def _require_samples(config: RunConfig) -> None:
 
 
 def _require_given_pairs(config: RunConfig) -> None:
-    """Pairs stand for two samples of the prior of which only the better one is known: DPO."""
-    if config.brain.alpha != "hard":
+    """Pairs stand for two samples of the prior of which only the better one is known."""
+    if config.brain.objective == "brain" and config.brain.alpha != "hard":
         raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
     if config.brain.refresh_proposal:
         raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
@@ -98,6 +104,7 @@ def _work(config: RunConfig) -> Work:
     return Work(
         unit="groups",
         responses_per_prompt=2 if given else config.sampling.samples_per_prompt,
+        candidates_per_prompt=brain.rso_candidates if brain.responses == "rso" else None,
         draws=not given and brain.rollout_data is None,
         scoring=prior_and_reward(config),
     )

@@ -1,4 +1,4 @@
-"""BRAIn: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479)."""
+"""BRAIn: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479), with its objective or another."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,9 @@ from torch import Tensor
 
 from megatron_brain.config.run_length import length_of_rounds
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.objectives.brain import (
-    brain_loss,
-    brain_loss_gradient,
-    effective_sample_size,
-    policy_log_weights,
-)
-from megatron_brain.stages.brain.placement import Step
+from megatron_brain.errors import ConfigError
+from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, objective_of, of_known
+from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
@@ -28,27 +24,20 @@ from megatron_brain.training.trainer import Trainer
 class BrainStage:
     """Samples are groups; the loss is the mean over groups of the global batch.
 
-    Two ways lead to one gradient. Where a group is whole in its micro-batch, autograd goes through beta. Where it is
-    cut into parts, a forward pass of its own yields beta, and the micro-batches then train on the log-probabilities
-    weighted by the derivative of the loss in them, which is a constant: for KL(alpha || beta), -(alpha - beta).
+    Two ways lead to one gradient. Where a group is whole in its micro-batch, autograd goes through its loss. Where it
+    is cut into parts, a forward pass of its own yields the group's log-probabilities, and the micro-batches then train
+    on the log-probabilities weighted by the derivative of the loss in them, which is a constant: for
+    KL(alpha || beta), -(alpha - beta).
     """
-
-    mean_metrics = (
-        "ess_alpha",
-        "ess_beta",
-        "kl_to_prior",
-        "reward_mean",
-        "reward_std",
-        "reward_under_policy",
-        "unfinished_fraction",
-    )
-    max_metrics = ("max_ratio", "beta_error")
 
     def __init__(self, run: Run) -> None:
         config = run.config
         self._config, self._corpora = config, run.corpora
         self.shared_prefix = config.training.shared_prefix
-        self._maker = RoundMaker(run)
+        objective = objective_of(config.brain)
+        self._group_loss, self._refresh_check = GroupLoss(objective), objective.refresh_check
+        self.mean_metrics, self.max_metrics = self._group_loss.mean_metrics, self._group_loss.max_metrics
+        self._maker = RoundMaker(run, objective)
         self._proposal = self._maker.proposal
         rounds = self._proposal.rounds(config.training.train_epochs or 1.0)
         length = length_of_rounds(config, rounds, self._proposal.groups_per_round)
@@ -82,76 +71,30 @@ class BrainStage:
                 whole = log_policy.setdefault(part.rollout.index, torch.full((len(part.rollout.responses),), torch.nan))
                 whole[list(part.responses)] = values
         for place in places:
-            batches[place] = self._with_known_gradient(batches[place], self._step[place], log_policy)
+            batches[place] = self._with_known_loss(batches[place], self._step[place], log_policy)
         return batches
 
-    def _with_known_gradient(self, batch: PackedBatch, parts: Sequence, log_policy: dict[int, Tensor]) -> PackedBatch:
-        """The batch with the derivative of the loss in each log-probability, and the loss and health of each group on
-        its leading part."""
-        groups, gradients = [], []
-        for part, group in zip(parts, batch.groups, strict=True):
-            values = log_policy[part.rollout.index]
-            numbers = {name: torch.tensor(part.rollout.values(name), dtype=torch.float32) for name in _NUMBERS}
-            loss, means, peaks = self._group_loss(values, **numbers)
-            gradient = brain_loss_gradient(
-                values,
-                numbers["log_proposal"],
-                numbers["log_alpha"],
-                baseline=self._config.brain.baseline,
-                strength=self._config.brain.policy_strength,
-            )[list(part.responses)]
-            report = torch.cat([loss[None], means, peaks]).tolist() if part.leads else []
-            groups.append(dataclasses.replace(group, values={"gradient": gradient.tolist(), "report": report}))
-            gradients.append(gradient)
+    def _with_known_loss(self, batch: PackedBatch, parts: Sequence[Part], log_policy: dict[int, Tensor]) -> PackedBatch:
+        """The batch with the derivative of the loss in each log-probability, and with the loss and the metrics of the
+        groups whose leading part it holds."""
+        leading, gradients = [], []
+        for part in parts:
+            group = log_policy[part.rollout.index], part.rollout.numbers(self._group_loss.names)
+            gradients.append(self._group_loss.objective.gradient(*group)[list(part.responses)])
+            if part.leads:
+                leading.append(group)
         per_token = torch.cat(gradients)[batch.response_index]
         return dataclasses.replace(
-            batch, groups=tuple(groups), known_gradient=torch.where(batch.loss_mask, per_token, 0.0)
+            batch,
+            known_gradient=torch.where(batch.loss_mask, per_token, 0.0),
+            known_loss=as_known(self._group_loss.of_groups(leading)),
         )
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: response tokens' log-probabilities `[N]`."""
-        log_policy = batch.sum_per_response(output)
-        if batch.known_gradient is None:
-            sizes = [len(group.responses) for group in batch.groups]
-            numbers = [batch.values(name).split(sizes) for name in _NUMBERS]
-            parts = [
-                self._group_loss(values, **dict(zip(_NUMBERS, known, strict=True)))
-                for values, *known in zip(log_policy.split(sizes), *numbers, strict=True)
-            ]
-            losses, means, peaks = ([part[i] for part in parts] for i in range(3))
-            loss_sum = torch.stack(losses).sum() if losses else output.sum()
-        else:
-            reports = batch.values("report").view(-1, 1 + len(self.mean_metrics) + len(self.max_metrics))
-            losses, means, peaks = reports.split([1, len(self.mean_metrics), len(self.max_metrics)], dim=1)
-            # The value is the loss's, the gradient the constant-weight form's.
-            moving = (batch.values("gradient") * (log_policy - log_policy.detach())).sum()
-            loss_sum = losses.sum() + moving
-        return self._report(loss_sum, means, peaks)
-
-    def _group_loss(
-        self, log_policy: Tensor, *, log_proposal: Tensor, log_alpha: Tensor, **others: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of one group from numbers `[n]`, its mean_metrics and max_metrics."""
-        settings = self._config.brain
-        loss = brain_loss(
-            log_policy, log_proposal, log_alpha, baseline=settings.baseline, strength=settings.policy_strength
-        )
-        return loss, *_health(log_policy.detach(), log_proposal=log_proposal, log_alpha=log_alpha, **others)
-
-    def _report(
-        self, loss_sum: Tensor, means: Sequence[Tensor] | Tensor, peaks: Sequence[Tensor] | Tensor
-    ) -> LossOutput:
-        """Report of a micro-batch with as many counted groups as `means` has rows, which may be none."""
-        count = len(means)
-        none = torch.zeros(len(self.mean_metrics)), torch.full((len(self.max_metrics),), -torch.inf)
-        mean_sums = sum(means) if count else none[0]
-        max_peaks = torch.stack(tuple(peaks)).amax(0) if count else none[1]
-        return LossOutput(
-            loss_sum=loss_sum,
-            count=count,
-            means={name: (value, count) for name, value in zip(self.mean_metrics, mean_sums, strict=True)},
-            maxima=dict(zip(self.max_metrics, max_peaks, strict=True)),
-        )
+        if batch.known_loss is not None:
+            return of_known(output, batch)
+        return self._group_loss.of_batch(output, batch)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
         """None while training: the evaluate stage compares policies on held-out prompts."""
@@ -161,31 +104,36 @@ class BrainStage:
         """Check the first step of a round, where the policy still is the proposal.
 
         Raises:
-            RuntimeError: beta is not 1/n there: proposal and policy were not computed alike.
+            RuntimeError: what the objective claims of that step does not hold: proposal and policy were not computed
+                alike.
         """
-        error = metrics["beta_error"]
+        check, limit = self._refresh_check, self._config.brain.max_refresh_error
         number, step = divmod(trainer.iteration, self.steps_per_round)
-        limit = self._config.brain.max_refresh_error
-        if step == 0 and self._maker.proposal_is_policy(number) and not error <= limit:
+        if check is None or step or not self._maker.proposal_is_policy(number):
+            return
+        error = metrics[check.metric]
+        if not error <= limit:
             raise RuntimeError(
-                f"first step of round {number}: the policy is the proposal, so every beta is 1/n, but the largest "
+                f"first step of round {number}: the policy is the proposal, so {check.claim}, but the largest "
                 f"difference is {error:.3g} (limit --max-refresh-error {limit:g}). "
                 "A mask, template or numerics differs between scoring and training."
             )
 
     def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Report the round with its first step."""
-        error = metrics.pop("beta_error")
+        check = self._refresh_check
+        at_refresh = {f"{check.metric}_at_refresh": metrics.pop(check.metric)} if check else {}
         if (trainer.iteration - 1) % self.steps_per_round:
             return {}
         for tag, text in self._round.texts():
             trainer.logger.log_text(trainer.iteration, tag, text)
-        return {"beta_error_at_refresh": error, "round": self._round.number, **self._round.metrics}
+        return {**at_refresh, "round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
         """Which round it is, and of which prior."""
         return {
             **self._fixed(),
+            "objective": self._config.brain.objective,
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
             "data": as_state(self._corpora),
@@ -207,35 +155,19 @@ class BrainStage:
         """Take up the round, at any number of replicas."""
         check_unchanged(self._fixed(), state)
         require_same_as_before(self._corpora, state.get("data"))
+        before, now = state.get("objective", "brain"), self._config.brain.objective
+        if before != now:
+            raise ConfigError(
+                f"the run cannot be resumed with --objective {now}: its round was made for {before}. Resume with "
+                f"--objective {before}, or start anew from the weights with --finetune"
+            )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
-        rollouts = [rollout_from_dict(record, "the checkpoint's rollouts") for record in records]
-        self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
-
-
-_NUMBERS = ("log_proposal", "log_prior", "reward", "log_alpha", "finished")
-"""What the objective and its health need to know of each response besides log q_theta."""
-
-
-def _health(
-    log_policy: Tensor, *, log_proposal: Tensor, log_prior: Tensor, log_alpha: Tensor, reward: Tensor, finished: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The group's mean_metrics and max_metrics, in their order."""
-    log_beta = policy_log_weights(log_policy, log_proposal)
-    beta = log_beta.exp()
-    means = torch.stack(
-        [
-            effective_sample_size(log_alpha),
-            effective_sample_size(log_beta),
-            (beta * (log_policy - log_prior)).sum(),
-            reward.mean(),
-            reward.std(),
-            (beta * reward).sum(),
-            1.0 - finished.mean(),
+        # Each has the numbers that the objective needs: it was scored before.
+        rollouts = [
+            rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
         ]
-    )
-    peaks = torch.stack([(log_policy - log_proposal).max().exp(), (beta - 1.0 / len(beta)).abs().max()])
-    return means, peaks
+        self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
 
 
 def main(run: Run) -> None:

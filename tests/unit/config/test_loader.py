@@ -26,6 +26,7 @@ REQUIRED = {
     "evaluate": {"load": "ckpt", "prompts": "p.jsonl", "output": "o.json", "prior_load": "sft", "judge": "j.py:f"},
 }
 
+RSO = {"responses": "rso", "objective": "rso-hinge", "refresh_proposal": False}
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 
 # Values other than the default where the generic choice below breaks a check, and what they need beside them.
@@ -50,6 +51,10 @@ SPECIAL = {
     "prompts_per_round": (32, {}),
     "rollout_data": ("r.jsonl", {"train_data": None}),
     "responses": ("given", {"alpha": "hard", "refresh_proposal": False, "reward_load": None}),
+    "kl_coefficient": (0.5, {"objective": "rloo"}),
+    "clip_ratio": (0.5, {"objective": "grpo"}),
+    "rso_candidates": (32, RSO),
+    "rso_fewer_pairs": (True, RSO),
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),

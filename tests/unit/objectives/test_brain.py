@@ -5,31 +5,16 @@ import math
 
 import pytest
 import torch
+from helpers.random_groups import doubles, random_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_brain.errors import UserError
-from megatron_brain.objectives.brain import (
-    brain_loss,
-    brain_loss_gradient,
-    effective_sample_size,
-    policy_log_weights,
-    posterior_log_weights,
-)
+from megatron_brain.objectives.brain import brain_loss, brain_loss_gradient, posterior_log_weights
+from megatron_brain.objectives.importance import effective_sample_size, policy_log_weights
 
 BASELINES = ("self-normalized", "unnormalized", "none")
 STRENGTHS = (1.0, 0.1, 2.5)
-
-
-def doubles(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def random_group(n, seed=0):
-    """log q_theta, log q', log p and rewards of n samples, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    log_policy, log_proposal, log_prior = -10 + 2 * torch.randn(3, n, generator=generator, dtype=torch.float64)
-    return log_policy, log_proposal, log_prior, torch.randn(n, generator=generator, dtype=torch.float64)
 
 
 def log_alpha_of(log_prior, rewards, log_proposal, tau=0.7, **options):

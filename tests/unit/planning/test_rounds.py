@@ -111,3 +111,19 @@ def test_a_step_has_its_share_of_the_round():
     assert rest == training_time(workload, layout, machine)
     given = step_time(dataclasses.replace(workload, samples_responses=False), layout, machine)
     assert (given.sampling, given.scoring) == (0.0, 0.0)
+
+
+def test_candidates_are_drawn_and_given_rewards_before_a_part_of_them_is_trained_on():
+    model, layout, machine = small_model(), Layout(), MACHINES["h100"]
+    prior, reward = (FrozenModel(name=n, model=model, head=h) for n, h in (("prior", "policy"), ("reward", "reward")))
+    drawn = brain(frozen_models=(prior, reward))
+    n = drawn.samples_per_prompt
+    chosen = dataclasses.replace(drawn, candidates_per_prompt=3 * n)
+    as_many = dataclasses.replace(drawn, samples_per_prompt=3 * n)
+    assert sampling_seconds(chosen, layout, machine) == sampling_seconds(as_many, layout, machine)
+    alone = [
+        scoring_seconds(dataclasses.replace(drawn, frozen_models=models), layout, machine) for models in ((), (reward,))
+    ]
+    # Nobody scores log q' of what was chosen; the reward model scores three times as many.
+    expected = scoring_seconds(drawn, layout, machine) - alone[0] + 2 * (alone[1] - alone[0])
+    assert scoring_seconds(chosen, layout, machine) == pytest.approx(expected)

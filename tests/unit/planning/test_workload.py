@@ -58,6 +58,15 @@ def test_responses_that_are_read_from_files_are_not_limited_by_what_would_be_dra
     assert (workload.prompt_length, workload.response_length) == (40, 60)
 
 
+def test_of_rejection_sampling_more_responses_are_drawn_than_trained_on():
+    flags = {"objective": "dpo", "samples_per_prompt": 4, "reward_load": "r", "refresh_proposal": False}
+    workload, _ = of_run("brain", seq_length=100, max_new_tokens=30, **flags, responses="rso", rso_candidates=16)
+    assert workload.generates and (workload.samples_per_prompt, workload.drawn_per_prompt) == (4, 16)
+    assert workload.response_length == 30
+    plain, _ = of_run("brain", seq_length=100, max_new_tokens=30, **flags)
+    assert plain.generates and plain.drawn_per_prompt == 4
+
+
 def test_layout_of_a_run():
     workload, layout = of_run(
         "brain",

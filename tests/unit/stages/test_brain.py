@@ -5,12 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.objectives.brain import Brain
+from megatron_brain.objectives.dpo import DPO
+from megatron_brain.objectives.rloo import RLOO
 from megatron_brain.stages.brain.stage import BrainStage
 
 
-def stage(*, proposal_is_policy: bool = True) -> SimpleNamespace:
+def stage(*, proposal_is_policy: bool = True, objective: type = Brain) -> SimpleNamespace:
     return SimpleNamespace(
         steps_per_round=4,
+        _refresh_check=objective.refresh_check,
         _config=RunConfig(stage="brain"),
         _maker=SimpleNamespace(proposal_is_policy=lambda number: proposal_is_policy),
     )
@@ -27,3 +31,22 @@ def test_the_first_step_of_a_round_stops_where_beta_is_not_one_over_n(iteration)
 def test_beta_may_be_anything_later_in_a_round_or_when_the_proposal_is_another():
     BrainStage.before_update(stage(), SimpleNamespace(iteration=1), {"beta_error": 0.5})
     BrainStage.before_update(stage(proposal_is_policy=False), SimpleNamespace(iteration=0), {"beta_error": 0.5})
+
+
+def test_every_objective_makes_the_check_that_is_its_own():
+    trainer = SimpleNamespace(iteration=0)
+    with pytest.raises(RuntimeError, match="every ratio of policy and proposal is 1, but the largest"):
+        BrainStage.before_update(stage(objective=RLOO), trainer, {"ratio_error": 0.5})
+    BrainStage.before_update(stage(objective=DPO), trainer, {})
+
+
+@pytest.mark.parametrize(("objective", "logged"), [(Brain, "beta_error_at_refresh"), (RLOO, "ratio_error_at_refresh")])
+def test_what_is_checked_is_logged_once_a_round(objective, logged):
+    metrics = {"loss": 1.0, "beta_error": 0.25, "ratio_error": 0.5}
+    made = stage(objective=objective)
+    made._round = SimpleNamespace(number=3, metrics={"seconds_scoring": 2.0}, texts=list)
+    first = BrainStage.after_step(made, SimpleNamespace(iteration=13), dict(metrics))
+    assert first == {logged: metrics[logged.removesuffix("_at_refresh")], "round": 3, "seconds_scoring": 2.0}
+    later = dict(metrics)
+    assert BrainStage.after_step(made, SimpleNamespace(iteration=14), later) == {}
+    assert set(metrics) - set(later) == {logged.removesuffix("_at_refresh")}

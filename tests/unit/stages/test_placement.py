@@ -116,3 +116,22 @@ def test_a_token_budget_counts_tokens_as_they_are_padded():
         for round_to in (16, 1)
     )
     assert sorted(apart[0]) == [[0], [1]] and sorted(together[0][0]) == [0, 1]
+
+
+def alone(rollout, **training):
+    """The responses of each micro-batch that a rollout is scored in."""
+    layout = SimpleNamespace(dp_rank=1, dp_size=2, tp_size=1, pp_size=1)
+    steps = Placement(TrainingConfig(**training), layout, interleaved=False).alone(rollout, at_once=2)
+    assert all(len(micro_batch) == 1 for micro_batch in steps)
+    return [micro_batch[0].responses for micro_batch in steps]
+
+
+def test_a_rollout_is_scored_alone_so_many_responses_at_one_time_or_within_the_token_budget():
+    many = rollout(0, responses=(3, 4, 5, 3, 1))
+    assert alone(many) == [(0, 1), (2, 3), (4,)]
+    # With the prompt of 6: what fits 14 tokens.
+    parts = alone(many, max_tokens_per_micro_batch=14)
+    assert sorted(i for part in parts for i in part) == [0, 1, 2, 3, 4]
+    assert all(6 + sum((3, 4, 5, 3, 1)[i] for i in part) <= 14 for part in parts)
+    with pytest.raises(GroupDoesNotFitError, match="prompts:0"):
+        alone(many, max_tokens_per_micro_batch=10)

@@ -10,7 +10,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import build_tokenizer
 from megatron_brain.errors import AgreedError
 from megatron_brain.stages.brain.placement import Placement
-from megatron_brain.stages.brain.proposals import GivenPairs, RolloutFiles
+from megatron_brain.stages.brain.proposals import GivenPairs, RolloutFiles, read_round
 from megatron_brain.training.run import Run
 
 ALONE = SimpleNamespace(gather_over_world=lambda item: [item])
@@ -104,3 +104,25 @@ def test_what_is_wrong_with_the_last_file_stops_a_run_before_its_first_round(las
         RolloutFiles(
             SimpleNamespace(config=config, parallel=ALONE), Placement(config.training, layout, interleaved=False)
         )
+
+
+@pytest.mark.parametrize(
+    ("objective", "responses", "message"),
+    [
+        ("dpo", [{"tokens": [1]}] * 4, None),
+        ("dpo", [{"tokens": [1]}] * 3, r"a.jsonl, a:1: 3 responses; --objective dpo takes multiples of 2"),
+        ("rloo", [{"tokens": [1], "log_proposal": -1.0}] * 3, None),
+        ("rloo", [{"tokens": [1]}] * 3, r"a.jsonl:1: a response has neither log_proposal nor sampler_logprob"),
+    ],
+)
+def test_files_hold_what_the_objective_needs(objective, responses, message, tmp_path):
+    scored = [{"reward": 0.5, "log_prior": -1.0, **response} for response in responses]
+    record = {"id": "a:1", "index": 0, "prompt_tokens": [3], "responses": scored}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    config = RunConfig(stage="brain")
+    config.brain.objective, config.model.vocab_size, config.training.global_batch_size = objective, 10, 1
+    if message is None:
+        assert len(read_round(config, str(tmp_path / "a.jsonl"))) == 1
+        return
+    with pytest.raises(ValueError, match=message):
+        read_round(config, str(tmp_path / "a.jsonl"))

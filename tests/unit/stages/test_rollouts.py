@@ -38,7 +38,8 @@ def record(**changes):
 
 def test_a_round_is_read_back_as_it_was_written_in_the_order_of_its_indices(tmp_path):
     path = tmp_path / "new" / "round_0000.jsonl"
-    everything = [rollout(2, log_prior=-0.1, alpha=0.25, sampler_logprob=-1.25), rollout(0), rollout(1)]
+    fixed = {"alpha": 0.25}
+    everything = [rollout(2, log_prior=-0.1, fixed=fixed, sampler_logprob=-1.25), rollout(0), rollout(1)]
     write_rollouts(path, everything)
     assert read_rollouts(str(path)) == [everything[1], everything[2], everything[0]]
 
@@ -56,6 +57,27 @@ def test_a_minimal_record_of_another_engine_is_enough():
 def test_the_samplers_own_log_probability_stands_in_for_the_proposals():
     responses = [{"tokens": [3], "sampler_logprob": -1.0}, {"tokens": [4], "sampler_logprob": -2, "log_proposal": -3.0}]
     assert rollout_from_dict(record(responses=responses), "f:1").values("log_proposal") == (-1.0, -3.0)
+
+
+@pytest.mark.parametrize("name", ["alpha", "preference", "advantage"])
+def test_what_an_objective_has_fixed_stands_beside_the_other_numbers(name):
+    written = rollout(fixed={name: 0.5}).as_dict()
+    assert [response[name] for response in written["responses"]] == [0.5, 0.5] and "fixed" not in str(written)
+    read = rollout_from_dict(json.loads(json.dumps(written)), "f:1")
+    assert read == rollout(fixed={name: 0.5}) and read.group().values[name] == (0.5, 0.5)
+    with pytest.raises(ValueError, match=f"f:1: .*'{name}' must be of type float, not 'much'"):
+        rollout_from_dict(record(responses=[{"tokens": [3], "log_proposal": -1.0, name: "much"}] * 2), "f:1")
+
+
+def test_a_weight_below_0_is_refused():
+    with pytest.raises(ConfigError, match=r"f:1: alpha is -0\.5; a weight is at least 0"):
+        rollout_from_dict(record(responses=[{"tokens": [3], "log_proposal": -1.0, "alpha": -0.5}] * 2), "f:1")
+
+
+def test_a_response_that_was_not_drawn_with_a_known_probability_is_read_where_nothing_needs_it():
+    responses = [{"tokens": [3]}, {"tokens": [4]}]
+    read = rollout_from_dict(record(responses=responses), "f:1", needs_log_proposal=False)
+    assert read.values("log_proposal") == (None, None) and "log_proposal" not in read.group().values
 
 
 @pytest.mark.parametrize(

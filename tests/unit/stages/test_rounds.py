@@ -1,11 +1,14 @@
 """What a round checks of the numbers it gathers."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.objectives.registry import OBJECTIVES
+from megatron_brain.stages.brain import rounds
 from megatron_brain.stages.brain.rollouts import Response, Rollout
 from megatron_brain.stages.brain.rounds import RoundMaker
 
@@ -13,7 +16,11 @@ from megatron_brain.stages.brain.rounds import RoundMaker
 def maker(limit=0.1, **run):
     config = RunConfig(stage="brain")
     config.brain.max_sampler_difference = limit
-    parallel = SimpleNamespace(sum_over_data_parallel=lambda values: values, device=torch.device("cpu"))
+    parallel = SimpleNamespace(
+        sum_over_data_parallel=lambda values: values,
+        gather_over_data_parallel=lambda item: [item],
+        device=torch.device("cpu"),
+    )
     made = SimpleNamespace(
         _settings=config.brain, _run=SimpleNamespace(config=config, parallel=parallel, resuming=False, **run)
     )
@@ -55,3 +62,49 @@ def test_the_proposal_is_the_policy_after_a_refresh_with_plain_sampling(temperat
     if from_prior:
         made._run.config.scoring.prior_load = "another"
         assert RoundMaker.proposal_is_policy(made, number) is False
+
+
+BY_POLICY, BY_PRIOR = ("log_proposal", "policy"), ("log_proposal", "prior")
+LOG_PRIOR, REWARD = ("log_prior", "prior"), ("reward", "reward")
+
+
+@pytest.mark.parametrize(
+    ("objective", "temperature", "from_prior", "number", "expected"),
+    [
+        ("brain", 1.0, False, 0, [BY_POLICY, REWARD]),
+        ("brain", 1.0, False, 1, [BY_POLICY, LOG_PRIOR, REWARD]),
+        ("brain", 1.0, True, 1, [BY_PRIOR, REWARD]),
+        ("brain", 0.7, False, 0, [BY_POLICY, LOG_PRIOR, REWARD]),
+        ("brain", None, False, 1, [LOG_PRIOR, REWARD]),
+        ("rloo", 1.0, False, 1, [BY_POLICY, LOG_PRIOR, REWARD]),
+        # Where log q' is log p it takes no pass of its own.
+        ("dpo", 1.0, False, 0, [BY_POLICY, REWARD]),
+        ("dpo", 1.0, True, 1, [BY_PRIOR, REWARD]),
+        ("dpo", 1.0, False, 1, [LOG_PRIOR, REWARD]),
+        ("dpo", 0.7, True, 1, [LOG_PRIOR, REWARD]),
+        ("dpo", None, True, 0, [LOG_PRIOR, REWARD]),
+    ],
+)
+def test_only_what_the_objective_needs_is_scored(objective, temperature, from_prior, number, expected, monkeypatch):
+    scored = []
+
+    def fill_in(run, name, steps, chunks, *, head, temperature=1.0):
+        scored.append((name, chunks))
+        for response in some.responses:
+            setattr(response, name, -1.0)
+
+    monkeypatch.setattr(rounds, "fill_in", fill_in)
+    some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,)), Response(tokens=(2,))])
+    if temperature is None and objective == "brain":
+        for response in some.responses:
+            response.log_proposal = -2.0
+    made = maker()
+    made._objective = OBJECTIVES[objective]
+    made._is_missing = lambda name, rollouts: RoundMaker._is_missing(made, name, rollouts)
+    made.proposal = SimpleNamespace(temperature=temperature, from_prior=from_prior)
+    made.prior, made._reward = (
+        SimpleNamespace(loaded=lambda name=name: contextlib.nullcontext(name)) for name in ("prior", "reward")
+    )
+    rescored = RoundMaker._score(made, SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
+    assert scored == expected and rescored == (expected[0][0] == "log_proposal")
+    assert all(None not in some.values(name) for name in OBJECTIVES[objective].needs)

@@ -11,7 +11,7 @@ from helpers.assets import size_flags, write_assets
 
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
-from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.data.groups import Group, KnownLoss, pack_groups
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.stages.sft.stage import SFTStage
@@ -40,6 +40,7 @@ FOUND = Reproduction(
     length=12,
     temperature=0.7,
     known_gradient=(0.1, -0.25, math.nan, 0.0, 1e-30),
+    known_loss=KnownLoss(loss_sum=math.nan, count=1, mean_sums={"ess_alpha": 1.5}, maxima={"max_ratio": math.inf}),
     groups=(
         Group(
             prompt=(1, 2),
@@ -193,6 +194,7 @@ def test_a_reproduction_file_keeps_every_number_and_the_packed_batch(tmp_path):
     batch, plain = read.batch(multiple_of=8), pack_groups(FOUND.groups, shared_prefix=True, length=16)
     assert torch.equal(batch.tokens, plain.tokens) and batch.segments == plain.segments
     assert torch.equal(batch.loss_mask, plain.loss_mask) and batch.temperature == 0.7
+    assert repr(batch.known_loss) == repr(FOUND.known_loss)
     assert torch.equal(batch.known_gradient.nan_to_num(9.0), torch.tensor([0.1, -0.25, 9.0, 0.0, 1e-30]))
 
 

@@ -1,4 +1,4 @@
-"""DPO as TRL computes it, against the BRAIn objective on groups of two."""
+"""DPO and its relatives as TRL computes them, against the objectives on pairs and BRAIn on groups of two."""
 
 import math
 import random
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from megatron_brain.objectives.brain import brain_loss, posterior_log_weights
+from megatron_brain.objectives.registry import make_objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning:transformers")
 
@@ -60,18 +61,19 @@ def tiny_llama(vocab_size, seed):
         return LlamaForCausalLM(config)
 
 
-def of_trl(policy, prior, tokenizer, beta, output_dir):
+def of_trl(policy, prior, tokenizer, beta, output_dir, *, loss_type="sigmoid", records=PAIRS):
     """Loss and parameter gradients of DPOTrainer on all pairs at once."""
     config = DPOConfig(
         output_dir=str(output_dir),
         beta=beta,
-        per_device_train_batch_size=len(PAIRS),
+        loss_type=loss_type,
+        per_device_train_batch_size=len(records),
         use_cpu=True,
         bf16=False,
         report_to="none",
         disable_tqdm=True,
     )
-    pairs = Dataset.from_list(PAIRS)
+    pairs = Dataset.from_list(records)
     trainer = DPOTrainer(policy, prior, config, train_dataset=pairs, processing_class=tokenizer)
     loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     return loss_and_gradients(loss, trainer.model)
@@ -86,6 +88,25 @@ def of_brain(policy, prior, tokenizer, strength):
         rewards = torch.tensor([1.0, 0.0], dtype=torch.float64)
         log_alpha = posterior_log_weights(log_prior, rewards, log_prior, reward_temperature=1.0, kind="hard")
         losses.append(brain_loss(log_policy, log_prior, log_alpha, strength=strength))
+    return loss_and_gradients(torch.stack(losses).mean(), policy)
+
+
+def of_objective(objective, policy, prior, tokenizer, records=PAIRS, *, rejected_first=()):
+    """Mean loss over the pairs, each a group, and its parameter gradients.
+
+    Args:
+        rejected_first: places of the pairs whose rejected response comes first in the group.
+    """
+    losses = []
+    for place, pair in enumerate(records):
+        swap = [1, 0] if place in rejected_first else [0, 1]
+        with torch.no_grad():
+            known = {
+                "log_prior": response_log_probs(prior, tokenizer, pair)[swap],
+                "reward": torch.tensor([2.5, -1.0], dtype=torch.float64)[swap],
+            }
+        known[objective.fixes] = objective.fix(known)
+        losses.append(objective.loss(response_log_probs(policy, tokenizer, pair)[swap], known))
     return loss_and_gradients(torch.stack(losses).mean(), policy)
 
 
@@ -117,3 +138,40 @@ def test_hard_alpha_on_given_pairs_is_the_dpo_loss_of_trl_and_its_gradients(toke
     assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
     for our_gradient, their_gradient in zip(ours.gradients, theirs.gradients, strict=True):
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-5)
+
+
+def assert_equal(ours, theirs, scale=1.0):
+    assert ours.loss / scale == pytest.approx(theirs.loss, rel=1e-5, abs=1e-6)
+    for our_gradient, their_gradient in zip(ours.gradients, theirs.gradients, strict=True):
+        torch.testing.assert_close(our_gradient / scale, their_gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("name", "loss_type"), [("dpo", "sigmoid"), ("rso-sigmoid", "sigmoid"), ("rso-hinge", "hinge")]
+)
+def test_objectives_on_pairs_are_the_losses_of_trl(name, loss_type, strength, tokenizer, tmp_path):
+    policy, prior = (tiny_llama(len(tokenizer), seed) for seed in (0, 1))
+    objective = make_objective(name, {"policy_strength": strength})
+    ours = of_objective(objective, policy, prior, tokenizer, rejected_first=(1,))
+    theirs = of_trl(policy, prior, tokenizer, strength, tmp_path, loss_type=loss_type)
+    assert max(gradient.abs().max() for gradient in ours.gradients) > 1e-3
+    assert_equal(ours, theirs)
+
+
+# Both responses of all pairs have as many tokens, EOS included.
+EQUALLY_LONG = [
+    {"prompt": "the package index:", "chosen": " strings", "rejected": " package"},
+    {"prompt": "hello", "chosen": " quick", "rejected": " brown"},
+]
+
+
+def test_ipo_is_that_of_trl_where_responses_are_equally_long_and_dividing_by_it_scales(tokenizer, tmp_path):
+    texts = [pair[name] for pair in EQUALLY_LONG for name in ("chosen", "rejected")]
+    [length] = {len(tokenizer(text)["input_ids"]) + 1 for text in texts}
+    policy, prior = (tiny_llama(len(tokenizer), seed) for seed in (0, 1))
+    objective = make_objective("ipo", {"policy_strength": 0.2 / length})
+    ours = of_objective(objective, policy, prior, tokenizer, EQUALLY_LONG)
+    theirs = of_trl(policy, prior, tokenizer, 0.2, tmp_path, loss_type="ipo", records=EQUALLY_LONG)
+    # (delta / L - 1 / (2 beta))^2 = (delta - 1 / (2 beta / L))^2 / L^2
+    assert_equal(ours, theirs, scale=length**2)

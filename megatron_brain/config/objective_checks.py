@@ -1,0 +1,96 @@
+"""Whether objective, responses and their settings fit together."""
+
+import dataclasses
+
+from megatron_brain.config.objectives import OBJECTIVE_SETTINGS, PAIRWISE
+from megatron_brain.config.run import RunConfig
+from megatron_brain.errors import ConfigError
+
+_RSO_SETTINGS = ("rso_candidates", "rso_fewer_pairs")
+
+
+def require_objective(config: RunConfig) -> None:
+    """Check the objective of a brain run.
+
+    Raises:
+        ConfigError: a setting that nothing reads, responses that the objective cannot use, or groups of a size that it
+            cannot use.
+    """
+    _check_unread(config)
+    if config.brain.objective in PAIRWISE:
+        _check_pairs(config)
+    elif config.brain.responses == "rso":
+        raise ConfigError(
+            "responses=rso: nobody knows the probability of an accepted response, which --objective "
+            f"{config.brain.objective} needs; use --responses sampled, or --objective {_one_of(PAIRWISE)}"
+        )
+    elif "clip_ratio" in OBJECTIVE_SETTINGS[config.brain.objective]:
+        _check_ratios(config)
+
+
+def _check_pairs(config: RunConfig) -> None:
+    samples, brain = config.sampling.samples_per_prompt, config.brain
+    if samples % 2 and brain.responses != "given" and brain.rollout_data is None:
+        raise ConfigError(
+            f"samples_per_prompt={samples}: --objective {brain.objective} makes pairs of a prompt's responses; "
+            f"use an even number such as {samples + 1}"
+        )
+
+
+def _check_ratios(config: RunConfig) -> None:
+    """Responses have rewards, and were drawn from the policy as it is trained."""
+    brain, sampling = config.brain, config.sampling
+    if brain.responses == "given":
+        raise ConfigError(
+            f"responses=given: pairs have no rewards, which --objective {brain.objective} needs; use --responses "
+            f"sampled, or --objective {_one_of(PAIRWISE)}"
+        )
+    for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
+        value = getattr(sampling, name)
+        if value != plain and brain.rollout_data is None:
+            raise ConfigError(
+                f"{name}={value}: --objective {brain.objective} clips ratios of policy and proposal, which would be "
+                f"far from 1 at once; use --{name.replace('_', '-')} {plain:g}, or --objective brain"
+            )
+
+
+def require_rejection_sampling(config: RunConfig) -> None:
+    """Check the candidates of `--responses rso`.
+
+    Raises:
+        ConfigError: they are to come from the policy, or are fewer than the responses to choose.
+    """
+    candidates, samples = config.brain.rso_candidates, config.sampling.samples_per_prompt
+    if config.brain.refresh_proposal:
+        raise ConfigError("responses=rso: candidates are samples of the prior in all rounds; add --no-refresh-proposal")
+    if candidates < samples:
+        raise ConfigError(
+            f"rso_candidates={candidates} are fewer than samples_per_prompt={samples}, which are chosen of them: use "
+            f"--rso-candidates {samples} or more"
+        )
+
+
+def _check_unread(config: RunConfig) -> None:
+    """Raise ConfigError for a setting that was changed and that the run would not read."""
+    brain = config.brain
+    default = {field.name: field.default for field in dataclasses.fields(brain)}
+    read = set(OBJECTIVE_SETTINGS[brain.objective])
+    if brain.responses == "rso":
+        read |= {"reward_temperature", *_RSO_SETTINGS}
+    if brain.objective not in PAIRWISE:
+        read.add("max_refresh_error")
+    settings = {name for names in OBJECTIVE_SETTINGS.values() for name in names}
+    for name in sorted(settings | {"max_refresh_error", *_RSO_SETTINGS}):
+        value = getattr(brain, name)
+        if name in read or value == default[name]:
+            continue
+        if name in _RSO_SETTINGS:
+            raise ConfigError(f"{name}={value} is read with --responses rso alone: leave it out, or choose that")
+        readers = [objective for objective, names in OBJECTIVE_SETTINGS.items() if name in names]
+        other = f", or use --objective {_one_of(readers)}" if readers else ""
+        raise ConfigError(f"{name}={value} is not read by --objective {brain.objective}: leave it out{other}")
+
+
+def _one_of(names: list[str] | tuple[str, ...]) -> str:
+    *head, last = names
+    return f"{', '.join(head)} or {last}" if head else last

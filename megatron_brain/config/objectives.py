@@ -1,0 +1,27 @@
+"""What each objective reads of the brain section: `megatron_brain.objectives` has the objectives themselves."""
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from megatron_brain.config.stages import BrainConfig
+
+Objective = Literal["brain", "dpo", "ipo", "rso-hinge", "rso-sigmoid", "rloo", "grpo"]
+
+OBJECTIVE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "brain": ("baseline", "alpha", "policy_strength", "reward_temperature"),
+    "dpo": ("policy_strength",),
+    "ipo": ("policy_strength",),
+    "rso-hinge": ("policy_strength",),
+    "rso-sigmoid": ("policy_strength",),
+    "rloo": ("kl_coefficient", "clip_ratio"),
+    "grpo": ("kl_coefficient", "clip_ratio"),
+}
+"""Fields of `BrainConfig` that the objective's constructor takes."""
+
+PAIRWISE = ("dpo", "ipo", "rso-hinge", "rso-sigmoid")
+"""Objectives on pairs, which do not use the probability that a response was drawn with."""
+
+
+def objective_settings(brain: "BrainConfig") -> dict[str, object]:
+    """What the constructor of a run's objective takes, by name."""
+    return {name: getattr(brain, name) for name in OBJECTIVE_SETTINGS[brain.objective]}

@@ -1,0 +1,94 @@
+"""What the objectives on pairs share: which responses are a pair, which of them wins, and what a group's loss is.
+
+The n responses of a group are n/2 disjoint neighbours, (0, 1), (2, 3), ...: independent draws in any order are random
+pairs ("first-round ranking", Liu et al. 2023, arXiv 2309.06657). The one with the larger reward wins. With
+
+    delta = (log q_theta - log p)(winner) - (log q_theta - log p)(loser)
+
+the loss of a group is the mean of a function of delta over its n/2 pairs. A pair whose rewards are equal teaches
+nothing: its loss is 0, and it still counts in the mean, so that every other pair weighs the same in all groups.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_brain.errors import UserError
+from megatron_brain.objectives.objective import Numbers, RefreshCheck
+
+
+class PairwiseObjective:
+    """A loss of `delta`. log q' does not enter: responses may come from anywhere.
+
+    Args:
+        policy_strength: by which the loss weighs log-ratios, > 0.
+    """
+
+    needs: tuple[str, ...] = ("log_prior", "reward")
+    fixes = "preference"
+    group_multiple = 2
+    mean_metrics: tuple[str, ...] = ("pair_accuracy", "log_ratio_winner", "log_ratio_loser", "tied_fraction")
+    max_metrics: tuple[str, ...] = ()
+    refresh_check: RefreshCheck | None = None
+
+    def __init__(self, *, policy_strength: float) -> None:
+        self.strength = policy_strength
+
+    def pair_losses(self, delta: Tensor) -> Tensor:
+        """Loss of every pair `[n/2]` that is not a tie."""
+        raise NotImplementedError
+
+    def pair_slopes(self, delta: Tensor) -> Tensor:
+        """Its derivative in delta `[n/2]`."""
+        raise NotImplementedError
+
+    def fix(self, numbers: Numbers) -> Tensor:
+        """The preference: 1 for the winner of a pair, -1 for the loser, 0 for both of a tie.
+
+        Raises:
+            UserError: a reward is NaN.
+        """
+        rewards = numbers["reward"]
+        assert rewards.dim() == 1 and len(rewards) >= 2 and len(rewards) % 2 == 0, (
+            f"pairs need an even number of responses in one dimension, got {list(rewards.shape)}"
+        )
+        if rewards.isnan().any():
+            raise UserError(f"no pair can be ranked by the rewards {rewards.tolist()}")
+        first, second = rewards[0::2], rewards[1::2]
+        sign = (first > second).to(rewards.dtype) - (first < second).to(rewards.dtype)
+        return torch.stack([sign, -sign], dim=1).flatten()
+
+    def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
+        """Mean over pairs, in which a tie is 0."""
+        return torch.where(_is_tie(numbers), 0.0, self.pair_losses(_deltas(log_policy, numbers))).mean()
+
+    @torch.no_grad()
+    def gradient(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
+        """The slope of a response's pair over n/2, with its preference for a sign."""
+        slopes = self.pair_slopes(_deltas(log_policy, numbers)) / (len(log_policy) // 2)
+        return numbers["preference"] * slopes.repeat_interleave(2)
+
+    def measure(self, log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor]:
+        """Share of pairs whose winner has gained on the loser (a half where neither has, and for ties), the mean
+        log-ratios log q_theta - log p of winners and losers over the pairs that are no ties, and the share of ties.
+
+        The log-ratios of a group of ties are 0.
+        """
+        tied, delta = _is_tie(numbers), _deltas(log_policy, numbers)
+        log_ratio, preference = log_policy - numbers["log_prior"], numbers["preference"]
+        ranked = (~tied).sum().clamp(min=1)
+        return {
+            "pair_accuracy": (0.5 + 0.5 * delta.sign()).mean(),
+            "log_ratio_winner": torch.where(preference > 0, log_ratio, 0.0).sum() / ranked,
+            "log_ratio_loser": torch.where(preference < 0, log_ratio, 0.0).sum() / ranked,
+            "tied_fraction": tied.to(delta.dtype).mean(),
+        }
+
+
+def _deltas(log_policy: Tensor, numbers: Numbers) -> Tensor:
+    """delta `[n/2]`, 0 for ties."""
+    signed = numbers["preference"] * (log_policy - numbers["log_prior"])
+    return signed[0::2] + signed[1::2]
+
+
+def _is_tie(numbers: Numbers) -> Tensor:
+    return numbers["preference"][0::2] == 0

@@ -1,0 +1,134 @@
+"""Statistical rejection sampling (RSO, Liu et al. 2023, arXiv 2309.06657, algorithm 1): responses of the posterior
+`p(y|x) exp(r(x,y) / tau)`, chosen from samples of the prior."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_brain.errors import ConfigError
+from megatron_brain.generation.choose import draw_uniforms
+from megatron_brain.stages.brain.placement import Placement
+from megatron_brain.stages.brain.proposals import Samples
+from megatron_brain.stages.brain.rollouts import Rollout
+from megatron_brain.stages.brain.scoring import fill_in
+from megatron_brain.training.frozen import FrozenModel
+from megatron_brain.training.run import Run
+from megatron_brain.training.same_data import read_on_all
+from megatron_brain.training.trainer import Trainer
+
+_SAMPLE_KEY = -1
+"""Number of the stream of draws of a prompt that no sample has."""
+
+
+def accept(rewards: Sequence[float], count: int, *, temperature: float, uniforms: Sequence[float]) -> list[int]:
+    """Choose candidates without replacement.
+
+    The candidates are shuffled. A pass goes through those that are left and accepts each with probability
+    `exp((r - r_max) / tau)`, r_max being the largest reward of those left as the pass begins, until there are enough;
+    then comes the next pass. A pass accepts the best that is left, so there are at most `count`. As tau goes to 0 the
+    best are accepted, as it grows all are accepted alike.
+
+    Args:
+        rewards: of the candidates, which are distinct.
+        count: how many to accept, at most as many as there are.
+        temperature: tau > 0.
+        uniforms: draws in [0, 1), `num_draws` of them.
+
+    Returns:
+        indices of the accepted candidates, in random order, so that neighbours are random pairs.
+    """
+    draws = iter(uniforms)
+    left = _shuffled(range(len(rewards)), draws)
+    accepted: list[int] = []
+    while len(accepted) < count:
+        best, rejected = max(rewards[i] for i in left), []
+        for i in left:
+            enough = len(accepted) == count
+            is_accepted = not enough and next(draws) < math.exp((rewards[i] - best) / temperature)
+            (accepted if is_accepted else rejected).append(i)
+        left = rejected
+    return _shuffled(accepted, draws)
+
+
+def num_draws(candidates: int, count: int) -> int:
+    """Draws that `accept` takes at most: two shuffles, and one of every candidate in each of `count` passes."""
+    return candidates + count + candidates * count
+
+
+def _shuffled(items: Sequence[int], draws: Iterator[float]) -> list[int]:
+    return [item for _, item in sorted((next(draws), item) for item in items)]
+
+
+class RejectionSamples:
+    """Responses of the prior that rejection sampling has chosen. Nobody knows log q' of what is chosen."""
+
+    from_prior = True
+    temperature = None
+
+    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, reward: FrozenModel) -> None:
+        self._run, self._placement, self._reward = run, placement, reward
+        self._samples = Samples(run, placement, prior)
+        self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
+        self.metrics: dict[str, float] = {}
+
+    def rounds(self, epochs: float) -> int:
+        """Rounds of so many passes over the prompts, rounded up."""
+        return self._samples.rounds(epochs)
+
+    def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
+        """Draw this replica's candidates of a round, score them and choose.
+
+        Raises:
+            AgreedError: on all ranks, where a prompt has too few distinct candidates.
+        """
+        config = self._run.config
+        drawn = self._samples.draw(trainer, number, samples_per_prompt=config.brain.rso_candidates)
+        for rollout in drawn:
+            rollout.responses = list({response.tokens: response for response in rollout.responses}.values())
+        at_once = config.training.micro_batch_size * config.sampling.samples_per_prompt
+        steps = [self._placement.alone(rollout, at_once=at_once) for rollout in drawn]
+        with self._reward.loaded() as chunks:
+            fill_in(self._run, "reward", steps, chunks, head="reward")
+        distinct = torch.tensor([sum(len(rollout.responses) for rollout in drawn), len(drawn)], dtype=torch.float64)
+        total, prompts = self._run.parallel.sum_over_data_parallel(distinct.to(self._run.parallel.device)).tolist()
+        self.metrics = {"distinct_candidates": total / prompts}
+        first = number * self.groups_per_round
+        return read_on_all(
+            lambda: [self._choose(rollout, key=first + rollout.index) for rollout in drawn], self._run.parallel
+        )
+
+    def _choose(self, candidates: Rollout, *, key: int) -> Rollout:
+        """The rollout with the accepted responses alone.
+
+        Args:
+            candidates: distinct and scored.
+            key: the prompt's place in the endless stream of prompts, which seeds the choice.
+        """
+        responses, settings = candidates.responses, self._run.config.brain
+        count = self._run.config.sampling.samples_per_prompt
+        if not all(math.isfinite(response.reward) for response in responses):
+            raise ConfigError(f"{candidates.id}: a candidate's reward is not finite: give another --reward-load")
+        if len(responses) < count:
+            if not settings.rso_fewer_pairs:
+                raise ConfigError(
+                    f"{candidates.id}: {len(responses)} of {settings.rso_candidates} candidates are distinct, and "
+                    f"samples_per_prompt={count} are wanted: raise --rso-candidates or --temperature, lower "
+                    "--samples-per-prompt, or give --rso-fewer-pairs"
+                )
+            count = len(responses) - len(responses) % 2
+        chosen = accept(
+            [response.reward for response in responses],
+            count,
+            temperature=settings.reward_temperature,
+            uniforms=draw_uniforms(
+                self._run.config.training.seed, key, _SAMPLE_KEY, num_draws(len(responses), count)
+            ).tolist(),
+        )
+        # One response alone is a pair with itself, which is a tie.
+        accepted = [responses[i] for i in chosen] or responses * 2
+        # The sampler's word is the probability of being drawn, not that of being accepted.
+        return dataclasses.replace(
+            candidates, responses=[dataclasses.replace(response, sampler_logprob=None) for response in accepted]
+        )
