@@ -27,6 +27,8 @@ class SampledStage:
     head: Head
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
+    occasional_metrics: tuple[str, ...] = ()
+    shown_metrics: tuple[str, ...]
 
     def __init__(
         self,

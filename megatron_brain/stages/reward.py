@@ -13,7 +13,7 @@ from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.dataset_stage import SampledStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
-from megatron_brain.training.trainer import Trainer
+from megatron_brain.training.trainer import train
 
 
 class RewardStage(SampledStage):
@@ -21,6 +21,7 @@ class RewardStage(SampledStage):
 
     head = "reward"
     mean_metrics = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    shown_metrics = ("loss", "accuracy", "reward_margin", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         data = run.config.data
@@ -65,4 +66,4 @@ def _with_margin(pair: PreferencePair) -> Group:
 
 def main(run: Run) -> None:
     """Train."""
-    Trainer(run, RewardStage(run)).train()
+    train(run, RewardStage)

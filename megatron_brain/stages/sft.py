@@ -14,7 +14,7 @@ from megatron_brain.objectives.sft import negative_log_likelihood
 from megatron_brain.stages.dataset_stage import SampledStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
-from megatron_brain.training.trainer import Trainer
+from megatron_brain.training.trainer import Trainer, train
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ class SFTStage(SampledStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
 
     head = "policy"
+    shown_metrics = ("loss", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         data = run.config.data
@@ -58,4 +59,4 @@ class SFTStage(SampledStage):
 
 def main(run: Run) -> None:
     """Train."""
-    Trainer(run, SFTStage(run)).train()
+    train(run, SFTStage)

@@ -110,12 +110,13 @@ class Run:
             chunk.eval().requires_grad_(False)
         return chunks
 
-    def open_logger(self, total_steps: int) -> MetricsLogger:
+    def open_logger(self, total_steps: int, shown: Sequence[str]) -> MetricsLogger:
         """The run's metrics logger, in --tensorboard-dir or else --save, where the resolved configuration goes too."""
         directory = self.config.logging.tensorboard_dir or self.config.checkpoint.save
         logger = MetricsLogger(
             directory,
             total_steps=total_steps,
+            shown=shown,
             is_writer=self.parallel.is_writer,
             progress=self.config.logging.progress,
             log_interval=self.config.logging.log_interval,

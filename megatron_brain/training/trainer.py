@@ -17,6 +17,7 @@ from megatron_brain.checkpointing import (
     read_info,
     read_records,
 )
+from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
@@ -29,12 +30,26 @@ from megatron_brain.training.optimizer import (
     finish_param_gather,
     wrap_for_training,
 )
+from megatron_brain.training.progress import shown_metrics
 from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 
 log = logging.getLogger(__name__)
+
+
+STEP_METRICS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped_steps",
+    "padding_fraction",
+    "response_length",
+    "seconds_per_step",
+    "tokens_per_second",
+)
+"""Names of the metrics of a step that every stage has."""
 
 
 class Stage(Protocol):
@@ -45,6 +60,10 @@ class Stage(Protocol):
     """Names of the means its loss reports besides the loss."""
     max_metrics: tuple[str, ...]
     """Names of the maxima its loss reports."""
+    occasional_metrics: tuple[str, ...]
+    """Names of what only some steps (`after_step`) or only validations log."""
+    shown_metrics: tuple[str, ...]
+    """Names of the few metrics that the console shows, in their order, of steps and of validations."""
     shared_prefix: bool
     train_iters: int
 
@@ -76,6 +95,22 @@ class Stage(Protocol):
         """Take up the state of an earlier run and the records of all its replicas."""
 
 
+def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequence[str]:
+    """Names of the metrics that the console shows: those of --log-metrics, or else the stage's own choice.
+
+    Raises:
+        AgreedError: --log-metrics has a name that is none of a metric.
+    """
+    known = (*STEP_METRICS, *stage.mean_metrics, *stage.max_metrics, *stage.occasional_metrics)
+    return shown_metrics(config.logging.log_metrics, stage.shown_metrics, known)
+
+
+def train(run: Run, make_stage: type[Stage]) -> None:
+    """Train a stage from its settings to its last iteration."""
+    metrics_on_console(run.config, make_stage)  # A mistake there is told before the data are read.
+    Trainer(run, make_stage(run)).train()
+
+
 class Trainer:
     """Policy or reward model in training: model chunks, optimizer and schedule, and the loop over them."""
 
@@ -98,7 +133,7 @@ class Trainer:
             self._resume()
         self._saver = self._open_saver()
         # Last: a start that fails leaves the files of an earlier run alone.
-        self.logger = run.open_logger(stage.train_iters)
+        self.logger = run.open_logger(stage.train_iters, metrics_on_console(self.config, stage))
 
     @property
     def chunks(self) -> list[Chunk]:

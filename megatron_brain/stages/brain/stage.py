@@ -22,7 +22,7 @@ from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import forward
-from megatron_brain.training.trainer import Trainer
+from megatron_brain.training.trainer import Trainer, train
 
 
 class BrainStage:
@@ -43,7 +43,15 @@ class BrainStage:
         "reward_under_policy",
         "unfinished_fraction",
     )
-    max_metrics = ("max_ratio", "beta_error")
+    max_metrics = ("max_ratio", "beta_error_at_refresh")
+    occasional_metrics = (
+        "round",
+        "seconds_sampling",
+        "seconds_scoring",
+        "sampled_tokens_per_second",
+        "sampler_logprob_difference",
+    )
+    shown_metrics = ("reward_mean", "kl_to_prior", "ess_alpha", "ess_beta", "loss", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -164,7 +172,7 @@ class BrainStage:
         Raises:
             RuntimeError: beta is not 1/n there: proposal and policy were not computed alike.
         """
-        error = metrics["beta_error"]
+        error = metrics["beta_error_at_refresh"]
         number, step = divmod(trainer.iteration, self.steps_per_round)
         limit = self._config.brain.max_refresh_error
         if step == 0 and self._maker.proposal_is_policy(number) and not error <= limit:
@@ -176,12 +184,12 @@ class BrainStage:
 
     def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Report the round with its first step."""
-        error = metrics.pop("beta_error")
         if (trainer.iteration - 1) % self.steps_per_round:
+            del metrics["beta_error_at_refresh"]
             return {}
         for tag, text in self._round.texts():
             trainer.logger.log_text(trainer.iteration, tag, text)
-        return {"beta_error_at_refresh": error, "round": self._round.number, **self._round.metrics}
+        return {"round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
         """Which round it is, and of which prior."""
@@ -241,4 +249,4 @@ def _health(
 
 def main(run: Run) -> None:
     """Train."""
-    Trainer(run, BrainStage(run)).train()
+    train(run, BrainStage)
