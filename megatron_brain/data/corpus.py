@@ -1,6 +1,5 @@
 """What stages read: raw records, or prepared data of the same items."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -11,8 +10,6 @@ from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.prepared.read import PreparedItems, open_prepared
 from megatron_brain.data.records import Item, PreferencePair, Prompt, RecordReader, read_records
 from megatron_brain.data.sources import load_records
-
-log = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
 
@@ -37,6 +34,8 @@ class Corpus(Generic[Item]):
     items: Sequence[Item]
     contents: Contents
     """Their fingerprint."""
+    summary: str
+    """The source and what became of its records, in words."""
 
 
 def read_corpus(
@@ -56,11 +55,9 @@ def read_corpus(
     prefix = prepared_prefix(source)
     if prefix is None:
         items, report = read_records(reader, load_records(source, split, limit))
-        log.info("%s: %s", source, report)
-        return Corpus(items, reader.contents(list(map(reader.hash, items))))
+        return Corpus(items, reader.contents(list(map(reader.hash, items))), f"{source}: {report}")
     items, report, contents = open_prepared(prefix, reader, limit=limit)
-    log.info("%s: prepared: %s; %d used", source, report, len(items))
-    return Corpus(items, contents)
+    return Corpus(items, contents, f"{source}: prepared: {report}; {len(items):,} used")
 
 
 def place_of(item: Group | PreferencePair | Prompt) -> str:

@@ -191,8 +191,9 @@ def _read(found: Findings, flag: str, source: str, split: str, limit: int | None
             load_records(source, split, limit=1)
         found.absent.append(f"{flag} {source}: more than its first record, which needs the tokenizer")
         return None
-    items = read_corpus(source, _reader(config, found.tokenizer), split=split, limit=limit).items
-    found.checked.append(f"{flag} {source}: {len(items)} records of it are used")
+    corpus = read_corpus(source, _reader(config, found.tokenizer), split=split, limit=limit)
+    items = corpus.items
+    found.checked.append(f"{flag} {corpus.summary}")
     if config.stage == "sft" and config.sft.packing and packs:
         return len(pack_by_length(num_tokens(items), config.data.seq_length, seed=config.training.seed))
     return len(items)

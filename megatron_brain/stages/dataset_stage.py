@@ -1,6 +1,5 @@
 """What stages that train on a fixed set of samples have in common."""
 
-import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.run import RunConfig
@@ -9,13 +8,12 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
 from megatron_brain.models.provider import Head
+from megatron_brain.planning.summary import Row, samples_name
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import plan_step
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
-
-log = logging.getLogger(__name__)
 
 
 class SampledStage:
@@ -44,8 +42,13 @@ class SampledStage:
         self._order = SampleOrder(len(train), seed=settings.seed)
         self.train_iters = iterations(settings, len(train))
         self._fixed = {**fixed_settings(run.config), "num_samples": len(train), **(fixed or {})}
-        self._corpora = run.corpora
-        log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
+        self._config, self._corpora = run.config, run.corpora
+
+    def summary(self) -> list[Row]:
+        """Steps and epochs."""
+        epochs = self.train_iters * self._config.training.global_batch_size / len(self._train)
+        unit = samples_name(self._config)
+        return [("steps", f"{self.train_iters:,}: {epochs:.3g} epochs of {len(self._train):,} {unit}")]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's micro-batches of the next step."""

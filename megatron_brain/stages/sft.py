@@ -1,7 +1,6 @@
 """Supervised fine-tuning on prompt/response records."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,8 +15,6 @@ from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer, train
 
-log = logging.getLogger(__name__)
-
 
 class SFTStage(SampledStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
@@ -31,7 +28,6 @@ class SFTStage(SampledStage):
         if run.config.sft.packing:
             bins = pack_by_length(num_tokens(train), data.seq_length, seed=run.config.training.seed)
             samples = OnDemand(len(bins), lambda index: [train[i] for i in bins[index]])
-            log.info("packed %d records into %d sequences of at most %d tokens", len(train), len(bins), data.seq_length)
         else:
             samples = OnDemand(len(train), lambda index: [train[index]])
         valid = (

@@ -27,7 +27,6 @@ from megatron_brain.files import file_problem, folder_problem
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 from megatron_brain.models.fp8.state import without_history
 from megatron_brain.models.fp8.weights import written
-from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
 from megatron_brain.runtime.launch import is_reporting_rank
@@ -141,10 +140,7 @@ def open_run(config: RunConfig) -> Run:
     tokenizer, config = open_tokenizer(config, start_from)
     impl, reason = choose_layers(config.model, config.parallel, config.fp8, runtime.launched_device())
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
-    log.info("transformer implementation: %s (%s)", impl, reason)
     _check_same_layers(parallel, impl, reason)
-    fused, reason = gradient_accumulation_fusion(parallel.device)
-    log.info("gradient accumulation fusion: %s (%s)", "on" if fused else "off", reason)
     _check_same_start(parallel, start_from, resuming=resuming)
     _check_places(config, parallel)
     config = fix_template_date(config, tokenizer, start_from, parallel)

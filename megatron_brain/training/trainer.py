@@ -22,12 +22,15 @@ from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.planning.summary import Row
 from megatron_brain.runtime import signals
+from megatron_brain.training.banner import show_banner
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
     build_optimizer,
     clip_and_step,
     finish_param_gather,
+    overlap,
     wrap_for_training,
 )
 from megatron_brain.training.progress import shown_metrics
@@ -66,6 +69,9 @@ class Stage(Protocol):
     """Names of the few metrics that the console shows, in their order, of steps and of validations."""
     shared_prefix: bool
     train_iters: int
+
+    def summary(self) -> Sequence[Row]:
+        """Rows of the banner: the length of the run, and the models and samples that the stage alone knows."""
 
     def micro_batches(self, trainer: "Trainer") -> Sequence[Sequence[Group]]:
         """This replica's micro-batches of the next step, the one after `trainer.iteration` steps."""
@@ -108,7 +114,9 @@ def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequenc
 def train(run: Run, make_stage: type[Stage]) -> None:
     """Train a stage from its settings to its last iteration."""
     metrics_on_console(run.config, make_stage)  # A mistake there is told before the data are read.
-    Trainer(run, make_stage(run)).train()
+    trainer = Trainer(run, make_stage(run))
+    show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
+    trainer.train()
 
 
 class Trainer:

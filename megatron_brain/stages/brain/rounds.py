@@ -10,6 +10,7 @@ import torch
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.provider import Chunk, Head
 from megatron_brain.objectives.brain import posterior_log_weights
+from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import open_proposal
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
@@ -56,6 +57,11 @@ class RoundMaker:
             round_to=run.config.fp8.packed_multiple(run.config.parallel),
         )
         self.proposal = open_proposal(run, self._placement, self.prior)
+
+    def scoring_models(self) -> list[Row]:
+        """Where the prior and the reward model come from, as rows of the banner."""
+        paths = {"prior": self.prior.path, "reward model": self._reward.path}
+        return [(name, path) for name, path in paths.items() if path is not None]
 
     def make(self, trainer: Trainer, number: int) -> Round:
         """Make a round; its metrics are the same on all ranks.

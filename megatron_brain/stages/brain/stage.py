@@ -14,6 +14,7 @@ from megatron_brain.objectives.brain import (
     effective_sample_size,
     policy_log_weights,
 )
+from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.placement import Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
@@ -64,6 +65,23 @@ class BrainStage:
         self.train_iters = config.training.train_iters or self._proposal.rounds(epochs) * self.steps_per_round
         self._round: Round | None = None
         self._step: Step = []
+
+    def summary(self) -> list[Row]:
+        """The models that score, rounds, and steps."""
+        config, proposal = self._config, self._proposal
+        rounds = -(-self.train_iters // self.steps_per_round)
+        if config.brain.rollout_data is not None:
+            each, epochs = f"a file of {config.brain.rollout_data} each", ""
+        else:
+            responses = 2 if config.brain.responses == "given" else config.sampling.samples_per_prompt
+            each = f"{proposal.groups_per_round:,} groups of {responses} responses each"
+            passes = rounds * proposal.groups_per_round / proposal.num_prompts
+            epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
+        return [
+            *self._maker.scoring_models(),
+            ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
+            ("steps", f"{self.train_iters:,}{epochs}"),
+        ]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's groups of the next step, from a new round where the last one is used up."""
