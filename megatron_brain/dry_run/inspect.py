@@ -24,6 +24,9 @@ from megatron_brain.models.provider import Head
 from megatron_brain.runtime.launch import pretended_world_size
 from megatron_brain.stages.brain.proposals import read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
+from megatron_brain.stages.brain.stage import BrainStage
+from megatron_brain.stages.reward import RewardStage
+from megatron_brain.stages.sft import SFTStage
 from megatron_brain.training.frozen import read_frozen_info
 from megatron_brain.training.run import (
     find_start,
@@ -33,6 +36,9 @@ from megatron_brain.training.run import (
     resolve_model,
     set_up_logging,
 )
+from megatron_brain.training.trainer import metrics_on_console
+
+_TRAINED = {"sft": SFTStage, "reward": RewardStage, "brain": BrainStage}
 
 
 @dataclass(kw_only=True)
@@ -76,6 +82,8 @@ def inspect(config: RunConfig) -> Findings:
     """
     set_up_logging()
     found = Findings(config=config, world_size=pretended_world_size())
+    if config.stage in _TRAINED:
+        metrics_on_console(config, _TRAINED[config.stage])
     _resolve_model(found)
     _open_tokenizer(found)
     _check_frozen(found)

@@ -30,10 +30,9 @@ def shown_metrics(asked: str | None, usual: Sequence[str], known: Sequence[str])
         return known
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known)
             raise AgreedError(
-                f"log_metrics={asked!r}: this stage has no metric {name!r}{hint or ''}. It has {', '.join(known)}; "
-                f"{_ALL!r} shows all of them"
+                f"log_metrics={asked!r}: this stage has no metric {name!r}, only {', '.join(known)}; {_ALL!r} shows all"
+                f"{did_you_mean(name, known)}"
             )
     return names
 

@@ -206,12 +206,8 @@ def test_log_metrics_chooses_by_name_or_all_and_refuses_what_no_step_has():
     assert shown_metrics(None, usual, known) == ("loss",)
     assert shown_metrics("lr, loss", usual, known) == ["lr", "loss"]
     assert shown_metrics("all", usual, known) == known
-    for wrong, said in {
-        "loss,grad_nrom": "'grad_nrom'; did you mean 'grad_norm'",
-        "loss,": "''",
-        "lr,all": "'all'",
-    }.items():
-        with pytest.raises(AgreedError, match=rf"{said}.*It has loss, grad_norm, lr"):
+    for wrong, name in {"loss,grad_nrom": "grad_nrom", "loss,": "", "lr,all": "all"}.items():
+        with pytest.raises(AgreedError, match=f"no metric '{name}', only loss, grad_norm, lr; 'all' shows all"):
             shown_metrics(wrong, usual, known)
 
 
