@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from megatron_brain import files
 from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
 from megatron_brain.errors import AgreedError, OwnError, is_ours
-from megatron_brain.runtime import launch, signals
+from megatron_brain.runtime import launch, quiet, signals
 
 _STAGES = {
     "sft": "supervised fine-tuning on prompt/response records",
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
+        quiet.set_up_console()
         if not config.training.dry_run:
             launch.read_launch()
         from megatron_brain.runtime import transformer_engine

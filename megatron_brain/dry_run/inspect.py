@@ -34,7 +34,6 @@ from megatron_brain.training.run import (
     open_tokenizer,
     resolve_frozen,
     resolve_model,
-    set_up_logging,
 )
 from megatron_brain.training.trainer import metrics_on_console
 
@@ -80,7 +79,6 @@ def inspect(config: RunConfig) -> Findings:
     Raises:
         ValueError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
-    set_up_logging()
     found = Findings(config=config, world_size=pretended_world_size())
     if config.stage in _TRAINED:
         metrics_on_console(config, _TRAINED[config.stage])

@@ -19,7 +19,7 @@ from megatron_brain.planning.summary import (
     learning_rate,
     samples_name,
     section,
-    world,
+    sizes,
 )
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import launch
@@ -68,9 +68,9 @@ def _text(value: object) -> str:
 
 def _model(workload: Workload, layout: Layout) -> Rows:
     model = workload.model
-    sizes = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
+    known = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
     return [
-        *((name, _text(value)) for name, value in sizes.items()),
+        *((name, _text(value)) for name, value in known.items()),
         ("parameters", f"{total_parameters(model, workload.head):,} with the {workload.head} head"),
         ("parameters per GPU", f"{fullest_rank(workload, layout):,} on the fullest"),
     ]
@@ -80,7 +80,7 @@ def _layout(layout: Layout) -> Rows:
     """Sizes, and the ranks of the first groups as megatron-core deals them out: tensor, then data, then pipeline."""
     tensor, data = layout.tensor, layout.data
     rows = [
-        ("world", world(layout)),
+        ("world", f"{layout.world_size} = {sizes(layout)}"),
         ("sequence parallel", "yes" if layout.sequence_parallel else "no"),
         (
             "chunks of a stage",

@@ -40,9 +40,9 @@ def fullest_rank(workload: Workload, layout: Layout) -> int:
     return max(stage_parameters(workload.model, layout, stage, workload.head) for stage in range(layout.pipeline))
 
 
-def world(layout: Layout) -> str:
-    """Number of processes, and the sizes that multiply to it."""
-    return f"{layout.world_size} = tensor {layout.tensor} x data {layout.data} x pipeline {layout.pipeline}"
+def sizes(layout: Layout) -> str:
+    """The sizes that multiply to the number of processes."""
+    return f"tensor {layout.tensor} x data {layout.data} x pipeline {layout.pipeline}"
 
 
 def global_batch(config: RunConfig, workload: Workload, layout: Layout) -> list[Row]:

@@ -11,7 +11,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.provider import choose_layers
 from megatron_brain.planning.sizes import total_parameters
-from megatron_brain.planning.summary import Row, fullest_rank, global_batch, learning_rate, section, world
+from megatron_brain.planning.summary import Row, fullest_rank, global_batch, learning_rate, section, sizes
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import transformer_engine
 from megatron_brain.training.run import Run
@@ -34,7 +34,7 @@ def banner(run: Run, rows: Sequence[Row]) -> str:
             ("versions", _versions()),
             *_device(run, trains=workload.trains),
             ("precision", _precision(workload, config)),
-            ("layout", "; ".join([world(layout), *_options(layout)])),
+            ("processes", "; ".join([f"{layout.world_size} = {sizes(layout)}", *_options(layout)])),
             *_model(run, workload, layout),
             *read,
             *(global_batch(config, workload, layout) if workload.trains else []),
@@ -58,11 +58,11 @@ def _device(run: Run, *, trains: bool) -> list[Row]:
     config, device = run.config, run.parallel.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     impl, reason = choose_layers(config.model, config.parallel, config.fp8, device)
-    layers = f"{impl} ({reason})"
+    rows = [("device", name), ("layers", f"{impl} ({reason})")]
     if trains:
         fused, reason = gradient_accumulation_fusion(device)
-        layers += f"; gradient accumulation fusion: {'on' if fused else 'off'} ({reason})"
-    return [("device", name), ("layers", layers)]
+        rows.append(("gradient fusion", f"{'on' if fused else 'off'} ({reason})"))
+    return rows
 
 
 def _precision(workload: Workload, config: RunConfig) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,6 @@ from megatron_brain.models.fp8.state import without_history
 from megatron_brain.models.fp8.weights import written
 from megatron_brain.models.provider import Chunk, Head, build_model, choose_layers
 from megatron_brain.runtime import parallel as runtime
-from megatron_brain.runtime.launch import is_reporting_rank
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.metrics import MetricsLogger
 from megatron_brain.training.same_data import read_on_all, require_same_data
@@ -133,7 +131,6 @@ def open_run(config: RunConfig) -> Run:
     Raises:
         ValueError: anything the user asked for that cannot be; nothing has been started by then.
     """
-    set_up_logging()
     world_size = runtime.launched_world_size()
     start_from, resuming = find_start(config)
     config, generation_config = resolve_model(config, start_from, world_size)
@@ -302,10 +299,3 @@ def open_tokenizer(config: RunConfig, start_from: CheckpointInfo | None) -> tupl
 
 def _without_sizes(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, **dict.fromkeys(ARCHITECTURE_FIELDS))
-
-
-def set_up_logging() -> None:
-    """Messages of this package on rank 0, warnings of others."""
-    level = logging.INFO if is_reporting_rank() else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("megatron_brain").setLevel(level)

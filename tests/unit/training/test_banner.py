@@ -46,7 +46,7 @@ def test_parameters_steps_and_batches_are_those_of_the_run(start, assets):
     assert trainer.stage.train_iters == 14  # 2 x 40 pairs in batches of 6
     assert rows["steps"] == "14: 2.1 epochs of 40 pairs"
     assert rows["global batch"] == "6 pairs = micro-batch 2 x data 1 x 3 micro-batches"
-    assert rows["layout"] == "1 = tensor 1 x data 1 x pipeline 1"
+    assert rows["processes"] == "1 = tensor 1 x data 1 x pipeline 1"
     assert rows["train data"] == rows["valid data"] == f"{assets}/pairs.jsonl: 40 records read, 40 kept"
     assert rows["learning rate"] == "1e-05, cosine to 0" and rows["seed"] == "7"
     assert f"torch {torch.__version__}" in rows["versions"] and rows["precision"] == "float32"
@@ -72,7 +72,7 @@ def test_where_files_go_and_weights_come_from_is_said(start, tmp_path):
 def test_options_that_are_on_are_named(start):
     flags = ["--bf16", "--use-distributed-optimizer", "--recompute-granularity", "full", "--global-batch-size", "4"]
     trainer, rows = start("sft", SFTStage, "sft.jsonl", *flags, "--fp8-format", "hybrid", "--fp8-emulate")
-    assert rows["layout"].endswith("pipeline 1; distributed optimizer; full recomputation")
+    assert rows["processes"].endswith("pipeline 1; distributed optimizer; full recomputation")
     assert rows["precision"] == "FP8 hybrid, recipe tensorwise, emulated"
     training = dataclasses.replace(trainer.config.training, max_tokens_per_micro_batch=512)
     run = dataclasses.replace(trainer.run, config=dataclasses.replace(trainer.config, training=training))
