@@ -74,7 +74,7 @@ class RoundMaker:
         sampled = time.perf_counter()
         steps = self._placement.steps(drawn)
         rollouts = rollouts_in(steps)
-        self._score(trainer, steps, rollouts, number)
+        entropy = self._score(trainer, steps, rollouts, number)
         self._set_alpha(rollouts)
         scored = time.perf_counter()
         self._write(rollouts, number)
@@ -86,6 +86,8 @@ class RoundMaker:
         }
         if self.proposal.temperature is not None and self._settings.responses == "sampled":
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
+        if entropy is not None:
+            metrics["policy_entropy"] = self._total(entropy) / tokens
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def take_up(self, number: int, rollouts: Sequence[Rollout]) -> Round:
@@ -104,16 +106,22 @@ class RoundMaker:
         """Whether the policy, as the round starts, still is the checkpoint the prior is."""
         return number == 0 and not self._run.resuming and self._run.config.scoring.prior_load is None
 
-    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> None:
-        """Fill in log_proposal, log_prior and reward where they are unknown."""
-        proposal = self.proposal
+    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> float | None:
+        """Fill in log_proposal, log_prior and reward where they are unknown.
+
+        Returns:
+            the entropy of the policy at the sampling temperature, summed over this replica's response tokens, in nats;
+            None where the policy draws no responses, or only the sampler knows with which probabilities it does.
+        """
+        proposal, entropy = self.proposal, None
         if proposal.temperature is not None:
             # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
             if proposal.from_prior and not self._policy_is_prior(number):
                 with self.prior.loaded() as chunks:
                     self._fill("log_proposal", steps, chunks, "policy", proposal.temperature)
             else:
-                self._fill("log_proposal", steps, trainer.chunks, "policy", proposal.temperature)
+                arguments = "log_proposal", steps, trainer.chunks, "policy", proposal.temperature
+                entropy = self._fill(*arguments, entropy=not proposal.from_prior)
             if proposal.temperature == 1.0 and (proposal.from_prior or self._policy_is_prior(number)):
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal
@@ -123,6 +131,7 @@ class RoundMaker:
         if self._is_missing("reward", rollouts):
             with self._reward.loaded() as chunks:
                 self._fill("reward", steps, chunks, "reward")
+        return entropy
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:
         """Whether any replica lacks the number somewhere; all ranks of a layout must then score together."""
@@ -130,8 +139,17 @@ class RoundMaker:
         return any(self._run.parallel.gather_over_data_parallel(mine))
 
     def _fill(
-        self, name: str, steps: list[Step], chunks: Sequence[Chunk], head: Head, temperature: float = 1.0
-    ) -> None:
+        self,
+        name: str,
+        steps: list[Step],
+        chunks: Sequence[Chunk],
+        head: Head,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+    ) -> float | None:
+        """Fill in one number of every response; returns the entropies of all their tokens summed, where asked for."""
+        summed = 0.0
         for step in steps:
             # Packed and padded as the training step is: then both run the same products.
             scored = score_groups(
@@ -142,11 +160,16 @@ class RoundMaker:
                 shared_prefix=self._run.config.training.shared_prefix,
                 window=len(step),
                 temperature=temperature,
+                entropy=entropy,
             )
             for micro_batch, scores in zip(step, scored, strict=True):
                 for part, values in zip(micro_batch, scores, strict=True):
+                    if entropy:
+                        values, entropies = values
+                        summed += entropies.sum().item()
                     for response, value in zip(part.responses, values.tolist(), strict=True):
                         setattr(part.rollout.responses[response], name, value)
+        return summed if entropy else None
 
     def _sampler_difference(self, rollouts: Sequence[Rollout], tokens: float) -> float:
         """Mean |log q' of the trainer - of the sampler|, in nats per token over all replicas, inside of its limit."""
