@@ -8,7 +8,7 @@ from megatron_brain import files
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import stages
 from megatron_brain.errors import AgreedError, OwnError, UserError
-from megatron_brain.runtime import launch, signals
+from megatron_brain.runtime import launch, quiet, signals
 
 _USER_ERROR = 2
 
@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
+        quiet.set_up_console()
         if not config.training.dry_run:
             launch.read_launch()
         from megatron_brain.runtime import transformer_engine
@@ -41,12 +42,16 @@ def main(argv: Sequence[str]) -> int:
 def _run_stage(config: RunConfig) -> None:
     from megatron_brain.runtime import lost_peer, parallel
     from megatron_brain.training.run import open_run
+    from megatron_brain.training.trainer import train
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
-        run, main = open_run(config), config.spec.load_main()
+        run, stage = open_run(config), config.spec.load()
         # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
         with signals.noted() if config.spec.trains else contextlib.nullcontext():
-            main(run)
+            if config.spec.trains:
+                train(run, stage)
+            else:
+                stage(run)
             parallel.stop()
 
 

@@ -103,7 +103,7 @@ class Work:
     draws: bool = False
     """Whether the run draws responses."""
     scoring: tuple[ScoringModel, ...] = ()
-    code: str | None = None
+    user_code: str | None = None
     """The user's function that the run calls, as `path/to/file.py:function`."""
 
 
@@ -132,9 +132,9 @@ class StageSpec:
     """Of the command `python -m megatron_brain NAME`."""
     help: str
     """What the stage does, in one line."""
-    main: str | Callable[[Any], None]
-    """Called with the opened `training.run.Run` on every rank: a function, or its place as `package.module:function`.
-    A place keeps torch out of what reads the descriptor."""
+    code: str | Callable[[Any], Any]
+    """Of a stage that trains, its class, a `training.trainer.Stage`; of another, a function. Both take the opened
+    `training.run.Run`. Or its place as `package.module:name`, which keeps torch out of what reads the descriptor."""
     sections: tuple[str, ...]
     """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Keys of others are errors."""
     settings: Mapping[str, type] = field(default_factory=dict)
@@ -162,9 +162,9 @@ class StageSpec:
     outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
     """Where the run writes, besides the checkpoints and metrics of every stage that trains."""
 
-    def load_main(self) -> Callable[[Any], None]:
-        """The function `main`, its module imported."""
-        return pkgutil.resolve_name(self.main) if isinstance(self.main, str) else self.main
+    def load(self) -> Any:
+        """The class or function of `code`, its module imported."""
+        return pkgutil.resolve_name(self.code) if isinstance(self.code, str) else self.code
 
     @property
     def all_sections(self) -> tuple[str, ...]:

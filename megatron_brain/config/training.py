@@ -127,6 +127,10 @@ class LoggingConfig:
     log_interval: int = 1
     """Steps between the lines on the console; the files get every step."""
 
+    log_metrics: str | None = None
+    """Metrics that the console shows, by their names in metrics.jsonl with commas between them, or `all`; unset: the
+    few that the stage chooses. The files get all."""
+
     tensorboard_dir: str | None = None
     """Folder of the TensorBoard event file and metrics.jsonl; default: --save."""
 

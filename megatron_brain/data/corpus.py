@@ -1,6 +1,5 @@
 """What stages read: raw records, or prepared data of the same items."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
@@ -12,8 +11,6 @@ from megatron_brain.data.prepared.read import PreparedItems, open_prepared
 from megatron_brain.data.records import Item, PreferencePair, Prompt, RecordReader, read_records
 from megatron_brain.data.sources import load_records
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Corpus(Generic[Item]):
@@ -22,6 +19,8 @@ class Corpus(Generic[Item]):
     items: Sequence[Item]
     contents: Contents
     """Their fingerprint."""
+    summary: str
+    """The source and what became of its records, in words."""
 
 
 def read_corpus(
@@ -42,11 +41,9 @@ def read_corpus(
     prefix = prepared_prefix(source)
     if prefix is None:
         read, report = read_records(reader, load_records(source, split, limit))
-        log.info("%s: %s", source, report)
-        return Corpus(read, reader.contents(list(map(reader.hash, read))))
+        return Corpus(read, reader.contents(list(map(reader.hash, read))), f"{source}: {report}")
     items, report, contents = open_prepared(prefix, reader, limit=limit)
-    log.info("%s: prepared: %s; %d used", source, report, len(items))
-    return Corpus(items, contents)
+    return Corpus(items, contents, f"{source}: prepared: {report}; {len(items):,} used")
 
 
 def place_of(item: Group | PreferencePair | Prompt) -> str:

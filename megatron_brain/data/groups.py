@@ -74,6 +74,7 @@ class PackedBatch:
     temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
     each of them, up to one factor, where it is known beforehand; None where it depends on them. known_loss: the loss,
     where that is known too.
+    token_scores: whether a policy's head also tells the entropy and the top-1 agreement at each response token.
     """
 
     tokens: Tensor
@@ -88,6 +89,7 @@ class PackedBatch:
     temperature: float = 1.0
     known_gradient: Tensor | None = None
     known_loss: KnownLoss | None = None
+    token_scores: bool = False
 
     @property
     def num_responses(self) -> int:

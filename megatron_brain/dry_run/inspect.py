@@ -19,7 +19,8 @@ from megatron_brain.stages.brain.proposals import read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.startup.disk import Search
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
-from megatron_brain.training.run import fix_template_date, set_up_logging
+from megatron_brain.training.run import fix_template_date
+from megatron_brain.training.trainer import metrics_on_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ def inspect(config: RunConfig) -> Findings:
     Raises:
         UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
-    set_up_logging()
+    if config.spec.trains:
+        metrics_on_console(config, config.spec.load())
     search = Search(may_be_elsewhere=True)
     resolved = resolve_run(config, pretended_world_size(), device=None, search=search)
     config = resolved.config
@@ -57,7 +59,7 @@ def inspect(config: RunConfig) -> Findings:
     for found in resolved.scoring.values():
         what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
         search.checked.append(f"{found.info.path}: {what}")
-    if (code := config.spec.work(config).code) is not None:
+    if (code := config.spec.work(config).user_code) is not None:
         search.finds("--judge", code.rpartition(":")[0], "the code of the judge")
     num_samples, length = _read_sources(config, tokenizer, search)
     if config.spec.trains and length.train_iters is not None:
@@ -103,9 +105,9 @@ def _read(config: RunConfig, source: Source, tokenizer: Tokenizer | None, search
             load_records(place, split, limit=1)
         search.absent.append(f"{name}: more than its first record, which needs the tokenizer")
         return None
-    items = read_corpus(place, config.spec.reader(config, tokenizer), split=split, limit=limit).items
-    search.checked.append(f"{name}: {len(items)} records of it are used")
-    return items
+    corpus = read_corpus(place, config.spec.reader(config, tokenizer), split=split, limit=limit)
+    search.checked.append(f"{source.flag} {corpus.summary}")
+    return corpus.items
 
 
 def _read_rollouts(config: RunConfig, source: Source, search: Search) -> RunLength:

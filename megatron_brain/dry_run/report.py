@@ -1,7 +1,6 @@
 """The report of `--dry-run`, as text for people: titles, and under each a name and a value a line."""
 
 import math
-import textwrap
 
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8_checks import validate_fp8_device
@@ -11,13 +10,19 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import PARTS, estimate_memory
-from megatron_brain.planning.sizes import stage_parameters, total_parameters
+from megatron_brain.planning.sizes import total_parameters
+from megatron_brain.planning.summary import (
+    Row,
+    fullest_rank,
+    global_batch,
+    learning_rate,
+    section,
+    sizes,
+)
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import launch
 
-Rows = list[tuple[str, str]]
-
-_WIDTH = 118
+Rows = list[Row]
 
 _H100 = (9, 0)
 """Its compute capability. A dry run looks at no device and takes it for an H100, as for memory."""
@@ -41,23 +46,7 @@ def render(found: Findings) -> str:
         ("Checked", [("", line) for line in found.search.checked]),
         ("Not looked at, not on this machine", [("", line) for line in found.search.absent]),
     ]
-    return "\n".join(_section(title, rows) for title, rows in sections)
-
-
-def _section(title: str, rows: Rows) -> str:
-    lines = [title]
-    width = max((len(label) for label, _ in rows), default=0)
-    for label, value in rows:
-        start = f"  {label:<{width}}  " if label else "  - "
-        lines += textwrap.wrap(
-            value,
-            _WIDTH,
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(section(title, rows) for title, rows in sections)
 
 
 def _settings(config: RunConfig) -> Rows:
@@ -76,20 +65,19 @@ def _text(value: object) -> str:
 
 def _model(workload: Workload, layout: Layout) -> Rows:
     model = workload.model
-    sizes = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
-    fullest = max(stage_parameters(model, layout, stage, workload.head) for stage in range(layout.pipeline))
+    known = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
     return [
-        *((name, _text(value)) for name, value in sizes.items()),
+        *((name, _text(value)) for name, value in known.items()),
         ("parameters", f"{total_parameters(model, workload.head):,} with the {workload.head} head"),
-        ("parameters per GPU", f"{fullest:,} on the fullest"),
+        ("parameters per GPU", f"{fullest_rank(workload, layout):,} on the fullest"),
     ]
 
 
 def _layout(layout: Layout) -> Rows:
     """Sizes, and the ranks of the first groups as megatron-core deals them out: tensor, then data, then pipeline."""
-    tensor, data, pipeline = layout.tensor, layout.data, layout.pipeline
+    tensor, data = layout.tensor, layout.data
     rows = [
-        ("world", f"{layout.world_size} = tensor {tensor} x data {data} x pipeline {pipeline}"),
+        ("world", f"{layout.world_size} = {sizes(layout)}"),
         ("sequence parallel", "yes" if layout.sequence_parallel else "no"),
         (
             "chunks of a stage",
@@ -122,22 +110,13 @@ def _ranks(ranks: range) -> str:
 
 def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     unit, batch = config.spec.work(config).unit, workload.global_batch_size
+    rows = global_batch(config, workload, layout)
     if layout.max_tokens_per_micro_batch is None:
-        rows = [
-            (
-                "global batch",
-                f"{batch} {unit} = micro-batch {layout.micro_batch_size} x data {layout.data} x "
-                f"{layout.num_micro_batches} micro-batches",
-            ),
-            ("per replica and step", f"{batch // layout.data} {unit}"),
-        ]
+        rows.append(("per replica and step", f"{batch // layout.data} {unit}"))
     else:
-        longer = "a longer group is cut in parts" if config.spec.rounds else f"longer {unit} are refused"
-        rows = [
-            ("global batch", f"{batch} {unit} over {layout.data} replicas, by length"),
-            ("micro-batch", f"at most {layout.max_tokens_per_micro_batch:,} tokens; {longer}"),
-            ("micro-batches", f"about {layout.num_micro_batches} per replica, were all {unit} as long as allowed"),
-        ]
+        rows.append(
+            ("micro-batches", f"about {layout.num_micro_batches} per replica, were all {unit} as long as allowed")
+        )
     each = workload.sample_tokens
     rows.append(("tokens of a step", f"at most {batch * each:,}: {batch} {unit} of at most {each:,}"))
     if config.spec.rounds:
@@ -205,7 +184,7 @@ def _schedule(found: Findings) -> Rows:
     checkpoint, optimizer, total = config.checkpoint, config.optimizer, found.length.train_iters
     rows = [
         ("iterations", _iterations(found)),
-        ("learning rate", f"{optimizer.lr:g}, {optimizer.lr_decay_style} to {optimizer.min_lr:g}"),
+        ("learning rate", learning_rate(config)),
         ("warm-up", f"{optimizer.lr_warmup_iters} iterations"),
         ("decay", f"over {optimizer.lr_decay_iters or total or 'all'} iterations"),
         ("saves", _every(checkpoint.save_interval, total) if checkpoint.save else "none: --save is not set"),

@@ -42,8 +42,8 @@ class Brain:
     fixes = "alpha"
     group_multiple = 1
     mean_metrics: tuple[str, ...] = ("ess_alpha", *IMPORTANCE_MEANS)
-    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "beta_error")
-    refresh_check: RefreshCheck | None = RefreshCheck("beta_error", "every beta is 1/n")
+    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "beta_error_at_refresh")
+    refresh_check: RefreshCheck | None = RefreshCheck("beta_error_at_refresh", "every beta is 1/n")
 
     def __init__(
         self, *, baseline: Baseline, alpha: AlphaKind, policy_strength: float, reward_temperature: float
@@ -88,7 +88,7 @@ class Brain:
         return {
             "ess_alpha": effective_sample_size(_log_alpha(numbers)),
             **importance_metrics(log_policy, numbers),
-            "beta_error": (beta - 1.0 / len(beta)).abs().max(),
+            "beta_error_at_refresh": (beta - 1.0 / len(beta)).abs().max(),
         }
 
 

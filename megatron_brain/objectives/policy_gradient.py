@@ -29,8 +29,10 @@ class PolicyGradientObjective:
     fixes = "advantage"
     group_multiple = 1
     mean_metrics: tuple[str, ...] = (*IMPORTANCE_MEANS, "clipped_fraction")
-    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "ratio_error")
-    refresh_check: RefreshCheck | None = RefreshCheck("ratio_error", "every ratio of policy and proposal is 1")
+    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "ratio_error_at_refresh")
+    refresh_check: RefreshCheck | None = RefreshCheck(
+        "ratio_error_at_refresh", "every ratio of policy and proposal is 1"
+    )
 
     def __init__(self, *, kl_coefficient: float, clip_ratio: float) -> None:
         self.kl_coefficient = kl_coefficient
@@ -74,7 +76,7 @@ class PolicyGradientObjective:
         return {
             **importance_metrics(log_policy, numbers),
             "clipped_fraction": self._is_clipped(ratio, numbers["advantage"]).to(ratio.dtype).mean(),
-            "ratio_error": (ratio - 1.0).abs().max(),
+            "ratio_error_at_refresh": (ratio - 1.0).abs().max(),
         }
 
     def _is_clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:

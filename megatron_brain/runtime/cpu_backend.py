@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_brain.runtime import quiet
+
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
 _installed = False
@@ -34,6 +36,7 @@ def install() -> None:
     _redirect_torch_cuda()
     _redirect_device_literals()
     _redirect_random_states()
+    quiet.ignore_advice_for_cuda()
     _installed = True
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,6 @@ from megatron_brain.models.fp8.state import without_history
 from megatron_brain.models.fp8.weights import written
 from megatron_brain.models.provider import Chunk, build_model
 from megatron_brain.runtime import parallel as runtime
-from megatron_brain.runtime.launch import is_reporting_rank
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.startup.disk import FrozenCheckpoint, Start
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
@@ -109,12 +107,13 @@ class Run:
         layers = self.resolved.layers
         return build_model(model, self.config.parallel, self.parallel, head=head, seed=seed, fp8=fp8, layers=layers)
 
-    def open_logger(self, total_steps: int) -> MetricsLogger:
+    def open_logger(self, total_steps: int, shown: Sequence[str]) -> MetricsLogger:
         """The run's metrics logger, in --tensorboard-dir or else --save, where the resolved configuration goes too."""
         directory = self.config.logging.tensorboard_dir or self.config.checkpoint.save
         logger = MetricsLogger(
             directory,
             total_steps=total_steps,
+            shown=shown,
             is_writer=self.parallel.is_writer,
             progress=self.config.logging.progress,
             log_interval=self.config.logging.log_interval,
@@ -132,7 +131,6 @@ def open_run(config: RunConfig) -> Run:
     Raises:
         ConfigError: anything the user asked for that cannot be; nothing has been started by then.
     """
-    set_up_logging()
     return connect(resolve_run(config, runtime.launched_world_size(), device=runtime.launched_device))
 
 
@@ -145,10 +143,7 @@ def connect(resolved: ResolvedRun) -> Run:
     """
     config, layers, tokenizer = resolved.config, resolved.layers, resolved.tokenizer
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
-    log.info("transformer implementation: %s (%s)", layers.impl, layers.reason)
     _check_same_layers(parallel, layers.impl, layers.reason)
-    fused = "on" if layers.gradient_accumulation_fusion else "off"
-    log.info("gradient accumulation fusion: %s (%s)", fused, layers.fusion_reason)
     _check_same_start(parallel, resolved.start)
     _check_places(config, parallel)
     config = fix_template_date(config, tokenizer, resolved.start, parallel)
@@ -230,10 +225,3 @@ def _check_same_start(parallel: Parallel, start: Start) -> None:
     if len(set(found)) > 1:
         told = "; ".join(f"rank {rank}: {name[0] if name else 'none'}" for rank, name in enumerate(found))
         raise AgreedError(f"ranks found different checkpoints to start from: {told}. Name one iter_ folder with --load")
-
-
-def set_up_logging() -> None:
-    """Messages of this package on rank 0, warnings of others."""
-    level = logging.INFO if is_reporting_rank() else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("megatron_brain").setLevel(level)

@@ -17,24 +17,42 @@ from megatron_brain.checkpointing import (
     read_info,
     read_records,
 )
+from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk
+from megatron_brain.planning.summary import Row
 from megatron_brain.runtime import signals
+from megatron_brain.training.banner import show_banner
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
     build_optimizer,
     clip_and_step,
     finish_param_gather,
+    overlap,
     wrap_for_training,
 )
+from megatron_brain.training.progress import shown_metrics
 from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 
 log = logging.getLogger(__name__)
+
+
+STEP_METRICS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped_steps",
+    "padding_fraction",
+    "response_length",
+    "seconds_per_step",
+    "tokens_per_second",
+)
+"""Names of the metrics of a step that every stage has."""
 
 
 class Stage(Protocol):
@@ -44,8 +62,17 @@ class Stage(Protocol):
     """Names of the means its loss reports besides the loss."""
     max_metrics: tuple[str, ...]
     """Names of the maxima its loss reports."""
+    shown_metrics: tuple[str, ...]
+    """Names of the few metrics that the console shows, in their order, of steps and of validations."""
     shared_prefix: bool
     train_iters: int
+
+    @classmethod
+    def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
+        """Names of all metrics that the stage logs, also of those that only some steps or validations have."""
+
+    def summary(self) -> Sequence[Row]:
+        """Rows of the banner: the length of the run, and the models and samples that the stage alone knows."""
 
     def micro_batches(self, trainer: "Trainer") -> Sequence[Sequence[Group]]:
         """This replica's micro-batches of the next step, the one after `trainer.iteration` steps."""
@@ -75,6 +102,25 @@ class Stage(Protocol):
         """Take up the state of an earlier run and the records of all its replicas."""
 
 
+def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequence[str]:
+    """Names of the metrics that the console shows: those of --log-metrics, or else the stage's own choice.
+
+    Raises:
+        AgreedError: --log-metrics has a name that is none of a metric.
+    """
+    known = (*STEP_METRICS, *stage.metric_names(config))
+    usual = [name for name in stage.shown_metrics if name in known]
+    return shown_metrics(config.logging.log_metrics, usual, known)
+
+
+def train(run: Run, make_stage: type[Stage]) -> None:
+    """Train a stage from its settings to its last iteration."""
+    metrics_on_console(run.config, make_stage)  # A mistake there is told before the data are read.
+    trainer = Trainer(run, make_stage(run))
+    show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
+    trainer.train()
+
+
 class Trainer:
     """Policy or reward model in training: model chunks, optimizer and schedule, and the loop over them."""
 
@@ -97,7 +143,7 @@ class Trainer:
             self._resume()
         self._saver = self._open_saver()
         # Last: a start that fails leaves the files of an earlier run alone.
-        self.logger = run.open_logger(stage.train_iters)
+        self.logger = run.open_logger(stage.train_iters, metrics_on_console(self.config, stage))
 
     def gathered_chunks(self) -> list[Chunk]:
         """The model's chunks with whole weights.

@@ -277,7 +277,7 @@ def main() -> int:
     from megatron_brain.config.stage_spec import stage_spec
 
     for stage in ("sft", "reward", "brain"):
-        stage_spec(stage).load_main()
+        stage_spec(stage).load()
     report = run_faults(args.folder, stage=args.stage, kills=args.kills, count=args.ranks, seed=args.seed)
     print(json.dumps(vars(report), indent=2))
     return 1 if report.corrupt or report.differences else 0

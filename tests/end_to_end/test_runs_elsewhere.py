@@ -40,6 +40,7 @@ from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.trainer import train as training_loop
 from megatron_brain.training.validation import score_groups
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,7 @@ def stage(name: str, *flags: object) -> Run:
 def train(name: str, *flags: object) -> Run:
     """Run a training stage as its command would, quietly."""
     run = stage(name, *flags, "--no-progress")
-    stage_spec(name).load_main()(run)
+    training_loop(run, stage_spec(name).load())
     return run
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from megatron_brain.__main__ import main as run_command
 from megatron_brain.config.checks import require_data_and_start
 from megatron_brain.config.run import RunConfig
@@ -23,8 +25,14 @@ from megatron_brain.config.stage_spec import (
     Work,
     register_stage,
 )
+from megatron_brain.data.groups import PackedBatch
+from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.records import SFTReader
 from megatron_brain.errors import ConfigError
+from megatron_brain.objectives.sft import negative_log_likelihood
+from megatron_brain.stages.dataset_stage import DatasetStage
+from megatron_brain.training.report import LossOutput
+from megatron_brain.training.run import Run
 
 
 @dataclass(kw_only=True)
@@ -61,31 +69,23 @@ def require(config: RunConfig) -> None:
         raise ConfigError(f"toy_weight={config.section('toy').toy_weight}: must be positive")
 
 
-def train(run: Any) -> None:
-    import torch
+class ToyStage(DatasetStage):
+    """Samples are records; the loss is that of supervised fine-tuning times the weight."""
 
-    from megatron_brain.data.on_demand import OnDemand
-    from megatron_brain.objectives.sft import negative_log_likelihood
-    from megatron_brain.stages.dataset_stage import DatasetStage
-    from megatron_brain.training.report import LossOutput
-    from megatron_brain.training.trainer import Trainer
+    def __init__(self, run: Run) -> None:
+        self._weight = run.config.section("toy").toy_weight
+        train, valid = run.read(TRAIN_DATA), run.read(VALID_DATA)
+        super().__init__(run, *(OnDemand(len(items), lambda i, of=items: [of[i]]) for items in (train, valid)))
 
-    class ToyStage(DatasetStage):
-        def __init__(self) -> None:
-            train, valid = run.read(TRAIN_DATA), run.read(VALID_DATA)
-            super().__init__(run, *(OnDemand(len(items), lambda i, of=items: [of[i]]) for items in (train, valid)))
-
-        def loss(self, output: torch.Tensor, batch: Any) -> LossOutput:
-            total = run.config.section("toy").toy_weight * negative_log_likelihood(output, batch.loss_mask)
-            return LossOutput(loss_sum=total, count=int(batch.loss_mask.sum()))
-
-    Trainer(run, ToyStage()).train()
+    def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
+        total = self._weight * negative_log_likelihood(output, batch.loss_mask)
+        return LossOutput(loss_sum=total, count=int(batch.loss_mask.sum()))
 
 
 TOY = StageSpec(
     name="toy",
     help="supervised fine-tuning of a toy",
-    main=train,
+    code=ToyStage,
     sections=(*TRAINING_SECTIONS, "toy"),
     settings={"toy": ToyConfig},
     require=require,

@@ -113,7 +113,7 @@ def _work(config: RunConfig) -> Work:
 BRAIN = StageSpec(
     name="brain",
     help="BRAIn: match the reward-conditioned posterior",
-    main="megatron_brain.stages.brain.stage:main",
+    code="megatron_brain.stages.brain.stage:BrainStage",
     sections=(*TRAINING_SECTIONS, "sampling", "scoring", "brain"),
     rounds=True,
     require=_require,

@@ -23,14 +23,14 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=config.sampling.samples_per_prompt,
         draws=True,
         scoring=models,
-        code=config.evaluate.judge,
+        user_code=config.evaluate.judge,
     )
 
 
 EVALUATE = StageSpec(
     name="evaluate",
     help="compare checkpoints on held-out prompts",
-    main="megatron_brain.stages.evaluate.stage:main",
+    code="megatron_brain.stages.evaluate.stage:main",
     sections=("sampling", "scoring", "generate", "evaluate"),
     require=_require,
     sources=lambda config: (PROMPTS,),

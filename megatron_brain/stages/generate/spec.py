@@ -35,7 +35,7 @@ def output(config: RunConfig) -> tuple[Output]:
 GENERATE = StageSpec(
     name="generate",
     help="sample responses for a file of prompts",
-    main="megatron_brain.stages.generate.stage:main",
+    code="megatron_brain.stages.generate.stage:main",
     sections=("sampling", "generate"),
     require=_require,
     sources=lambda config: (PROMPTS,),

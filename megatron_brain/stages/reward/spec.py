@@ -22,7 +22,7 @@ def _reader(config: RunConfig, tokenizer: Tokenizer) -> PreferenceReader:
 REWARD = StageSpec(
     name="reward",
     help="reward model from preference pairs",
-    main="megatron_brain.stages.reward.stage:main",
+    code="megatron_brain.stages.reward.stage:RewardStage",
     sections=(*TRAINING_SECTIONS, "reward"),
     head="reward",
     require=require_data_and_start,

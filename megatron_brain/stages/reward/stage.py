@@ -14,13 +14,13 @@ from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
-from megatron_brain.training.trainer import Trainer
 
 
 class RewardStage(DatasetStage):
     """Samples are pairs; the loss is the mean over pairs of the global batch."""
 
     mean_metrics = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    shown_metrics = ("loss", "accuracy", "reward_margin", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         self._centering = run.config.reward.centering_coefficient
@@ -53,8 +53,3 @@ def _samples(pairs: Sequence[PreferencePair]) -> Sequence[Sequence[Group]]:
 
 def _with_margin(pair: PreferencePair) -> Group:
     return dataclasses.replace(pair.group, values={"margin": (pair.margin,)})
-
-
-def main(run: Run) -> None:
-    """Train."""
-    Trainer(run, RewardStage(run)).train()

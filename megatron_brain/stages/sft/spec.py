@@ -38,7 +38,7 @@ def _work(config: RunConfig) -> Work:
 SFT = StageSpec(
     name="sft",
     help="supervised fine-tuning on prompt/response records",
-    main="megatron_brain.stages.sft.stage:main",
+    code="megatron_brain.stages.sft.stage:SFTStage",
     sections=(*TRAINING_SECTIONS, "sft"),
     linear_loss=True,
     require=require_data_and_start,

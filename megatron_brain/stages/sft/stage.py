@@ -1,9 +1,9 @@
 """Supervised fine-tuning on prompt/response records."""
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_brain.config.stage_spec import TRAIN_DATA, VALID_DATA
@@ -17,11 +17,12 @@ from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
 
-log = logging.getLogger(__name__)
-
 
 class SFTStage(DatasetStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
+
+    occasional_metrics = ("entropy", "top1_accuracy")
+    shown_metrics = ("loss", "entropy", "top1_accuracy", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         data = run.config.data
@@ -29,7 +30,6 @@ class SFTStage(DatasetStage):
         if run.config.sft.packing:
             bins = pack_by_length(num_tokens(train), data.seq_length, seed=run.config.training.seed)
             samples = OnDemand(len(bins), lambda index: [train[i] for i in bins[index]])
-            log.info("packed %d records into %d sequences of at most %d tokens", len(train), len(bins), data.seq_length)
         else:
             samples = OnDemand(len(train), lambda index: [train[index]])
         valid = run.read(VALID_DATA)
@@ -43,10 +43,10 @@ class SFTStage(DatasetStage):
         return [dataclasses.replace(batch, known_gradient=-batch.loss_mask.float()) for batch in batches]
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Output: response tokens' log-probabilities `[N]`."""
-        return LossOutput(loss_sum=negative_log_likelihood(output, batch.loss_mask), count=int(batch.loss_mask.sum()))
-
-
-def main(run: Run) -> None:
-    """Train."""
-    Trainer(run, SFTStage(run)).train()
+        """Output: response tokens' log-probabilities `[N]`; in validation above their entropies and agreements."""
+        count, means = int(batch.loss_mask.sum()), {}
+        if batch.token_scores:
+            output, *others = output
+            sums = [torch.where(batch.loss_mask, values, 0.0).sum() for values in others]
+            means = {name: (total, count) for name, total in zip(self.occasional_metrics, sums, strict=True)}
+        return LossOutput(loss_sum=negative_log_likelihood(output, batch.loss_mask), count=count, means=means)

@@ -72,7 +72,7 @@ def test_a_dry_run_reads_its_records_and_reckons_its_length(toy, assets, monkeyp
     assert main(argv) == 0
     shown = capsys.readouterr().out
     assert "toy on 2 processes: dry run" in shown and "global batch          4 toys" in shown
-    assert "25: 2.5 epochs of 40 samples" in shown and "40 records of it are used" in shown
+    assert "25: 2.5 epochs of 40 samples" in shown and "40 records read, 40 kept" in shown
 
 
 def reading(assets, *more):
