@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.objectives.brain import Brain
 from megatron_brain.objectives.dpo import DPO
 from megatron_brain.objectives.rloo import RLOO
@@ -52,3 +53,14 @@ def test_what_is_checked_is_logged_once_a_round(objective, logged):
     later = dict(metrics)
     assert BrainStage.after_step(made, SimpleNamespace(iteration=14), later) == {}
     assert (first, later) == (metrics, {"loss": 1.0})
+
+
+def test_a_run_does_not_resume_with_another_objective_than_its_round_was_made_for():
+    made = SimpleNamespace(_fixed=dict, _corpora={}, _config=RunConfig(stage="brain"), _round="unset")
+    made._maker = SimpleNamespace(prior=None)
+    state = {"prior": None, "round": 0}
+    with pytest.raises(ConfigError, match="made for dpo. Resume with --objective dpo, or start anew"):
+        BrainStage.load_state_dict(made, {**state, "objective": "dpo"}, [])
+    # Checkpoints of before there was a choice are BRAIn's.
+    BrainStage.load_state_dict(made, state, [])
+    assert made._round is None
