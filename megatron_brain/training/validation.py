@@ -60,7 +60,6 @@ def score_groups(
     shared_prefix: bool,
     window: int = _WINDOW,
     temperature: float = 1.0,
-    entropy: bool = False,
 ) -> list[list[Tensor]]:
     """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
 
@@ -69,11 +68,9 @@ def score_groups(
         window: micro-batches that share a padded length in a pipeline. With training's micro-batches and as many as a
             step has, scores are bit for bit what training computes.
         temperature: divides the logits behind the log-probabilities.
-        entropy: also tell the entropies of a policy, summed over the tokens of each response, in nats.
 
     Returns:
-        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages; with `entropy` `[2, n]`:
-        the log-probabilities and the entropies.
+        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
     """
     scored: list[list[Tensor]] = []
     for start in range(0, len(micro_batches), window):
@@ -83,14 +80,10 @@ def score_groups(
             shared_prefix=shared_prefix,
             multiple_of=chunks[0].packed_multiple,
         )
-        batches = [dataclasses.replace(batch, temperature=temperature, token_scores=entropy) for batch in batches]
+        batches = [dataclasses.replace(batch, temperature=temperature) for batch in batches]
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
-            values = output.cpu()
-            if entropy:
-                values = torch.stack([batch.sum_per_response(row) for row in values[:2]])
-            elif head == "policy":
-                values = batch.sum_per_response(values)
-            scored.append(list(values.split([len(group.responses) for group in batch.groups], dim=-1)))
+            values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
+            scored.append(list(values.split([len(group.responses) for group in batch.groups])))
     return scored
 
 

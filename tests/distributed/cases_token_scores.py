@@ -1,4 +1,4 @@
-"""Entropy and top-1 agreement of a validation, and entropies of scored responses, are those of transformers' logits."""
+"""Entropy and top-1 agreement of a validation are those of transformers' logits."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ class Reference:
     def _logits(self) -> torch.Tensor:
         return self.model(self.ids).logits.double()[:, :, :330]
 
-    def scores(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def scores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probability, entropy and top-1 agreement of each response token, each `[GROUPS, RESPONSE]`."""
-        logits, targets = self._logits()[:, PROMPT - 1 : -1] / temperature, self.ids[:, PROMPT:]
+        logits, targets = self._logits()[:, PROMPT - 1 : -1], self.ids[:, PROMPT:]
         logprobs = logits.log_softmax(2).gather(2, targets[:, :, None])[:, :, 0]
         return logprobs, torch.distributions.Categorical(logits=logits).entropy(), logits.argmax(2) == targets
 
@@ -65,19 +65,3 @@ def case_validation_of_sft(layout: Layout, context: Context) -> None:
     assert found["top1_accuracy"] == pytest.approx(is_top1.double().mean().item(), abs=1e-12)
     assert found["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
     assert found["loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-5)
-
-
-@at(lambda layout: layout.size == 2)
-def case_entropies_of_scored_responses(layout: Layout, context: Context) -> None:
-    from megatron_brain.training.validation import score_groups
-
-    trainer, reference = start(layout, context)
-    batches, options = [reference.groups[:2], reference.groups[2:]], {"head": "policy", "shared_prefix": True}
-    chunks, parallel = trainer.gathered_chunks(), trainer.parallel
-    for temperature in (1.0, 0.7):
-        scored = score_groups(chunks, batches, parallel, **options, temperature=temperature, entropy=True)
-        plain = score_groups(chunks, batches, parallel, **options, temperature=temperature)
-        values = torch.stack([group for batch in scored for group in batch])[:, :, 0]
-        expected = [torch.where(reference.mask, rows, 0).sum(1) for rows in reference.scores(temperature)[:2]]
-        torch.testing.assert_close(values.double(), torch.stack(expected, dim=1), rtol=1e-5, atol=1e-5)
-        assert torch.equal(values[:, 0], torch.stack([group for batch in plain for group in batch])[:, 0])

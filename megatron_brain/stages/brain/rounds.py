@@ -89,7 +89,7 @@ class RoundMaker:
         sampled = time.perf_counter()
         steps = self._placement.steps(drawn)
         rollouts = rollouts_in(steps)
-        rescored, entropy = self._score(trainer, steps, rollouts, number)
+        rescored = self._score(trainer, steps, rollouts, number)
         self._fix(rollouts)
         scored = time.perf_counter()
         self._write(rollouts, number)
@@ -100,10 +100,10 @@ class RoundMaker:
             "sampled_tokens_per_second": tokens / (sampled - start),
             **self.proposal.metrics,
         }
-        if rescored and self._settings.responses == "sampled":
+        if self._settings.responses == "sampled" and (rescored or self.proposal.temperature is None):
+            metrics["proposal_entropy"] = self._entropy(rollouts, tokens)
+        if self._settings.responses == "sampled" and rescored:
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
-        if entropy is not None:
-            metrics["policy_entropy"] = self._total(entropy) / tokens
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def take_up(self, number: int, rollouts: Sequence[Rollout]) -> Round:
@@ -122,16 +122,9 @@ class RoundMaker:
         """Whether the policy, as the round starts, still is the checkpoint the prior is."""
         return number == 0 and not self._run.resuming and self._run.config.scoring.prior_load is None
 
-    def _score(
-        self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int
-    ) -> tuple[bool, float | None]:
-        """Fill in the numbers that the objective needs where they are unknown.
-
-        Returns:
-            whether log q' was computed; and the entropy of the policy at the sampling temperature, summed over this
-            replica's response tokens, in nats, where the policy drew them and was scored.
-        """
-        needs, temperature, entropy = self._objective.needs, self.proposal.temperature, None
+    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> bool:
+        """Fill in the numbers that the objective needs where they are unknown; whether log q' is among them."""
+        needs, temperature = self._objective.needs, self.proposal.temperature
         is_prior = self.proposal.from_prior or self._policy_is_prior(number)
         gives_prior = is_prior and temperature == 1.0 and "log_prior" in needs
         rescores = temperature is not None and ("log_proposal" in needs or gives_prior)
@@ -139,15 +132,7 @@ class RoundMaker:
             # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
             loads_prior = is_prior and not self._policy_is_prior(number)
             with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.gathered_chunks()) as chunks:
-                entropy = fill_in(
-                    self._run,
-                    "log_proposal",
-                    steps,
-                    chunks,
-                    head="policy",
-                    temperature=temperature,
-                    entropy=not self.proposal.from_prior,
-                )
+                fill_in(self._run, "log_proposal", steps, chunks, head="policy", temperature=temperature)
             if gives_prior:
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal
@@ -157,12 +142,16 @@ class RoundMaker:
         if self._is_missing("reward", rollouts):
             with self._reward.loaded() as chunks:
                 fill_in(self._run, "reward", steps, chunks, head="reward")
-        return rescores, entropy
+        return rescores
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:
         """Whether any replica lacks the number somewhere; all ranks of a layout must then score together."""
         mine = any(value is None for rollout in rollouts for value in rollout.values(name))
         return any(self._run.parallel.gather_over_data_parallel(mine))
+
+    def _entropy(self, rollouts: Sequence[Rollout], tokens: float) -> float:
+        """Mean of -log q' over all tokens, in nats: that of tokens drawn from q' estimates its entropy, at no cost."""
+        return -self._total(sum(sum(rollout.values("log_proposal")) for rollout in rollouts)) / tokens
 
     def _sampler_difference(self, rollouts: Sequence[Rollout], tokens: float) -> float:
         """Mean |log q' of the trainer - of the sampler|, in nats per token over all replicas, inside of its limit."""

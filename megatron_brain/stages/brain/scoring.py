@@ -16,8 +16,7 @@ def fill_in(
     *,
     head: Head,
     temperature: float = 1.0,
-    entropy: bool = False,
-) -> float | None:
+) -> None:
     """Set a number of every response in `steps`: its log-probability (policy) or reward (reward model).
 
     Args:
@@ -27,12 +26,7 @@ def fill_in(
         chunks: the model.
         head: its kind.
         temperature: divides the logits behind the log-probabilities.
-        entropy: whether to compute the entropies of a policy too.
-
-    Returns:
-        the entropies of all response tokens summed, in nats, where they were asked for.
     """
-    summed = 0.0
     for step in steps:
         # Packed and padded as the training step is: then both run the same products.
         scored = score_groups(
@@ -43,13 +37,8 @@ def fill_in(
             shared_prefix=run.config.training.shared_prefix,
             window=len(step),
             temperature=temperature,
-            entropy=entropy,
         )
         for micro_batch, scores in zip(step, scored, strict=True):
             for part, values in zip(micro_batch, scores, strict=True):
-                if entropy:
-                    values, entropies = values
-                    summed += entropies.sum().item()
                 for response, value in zip(part.responses, values.tolist(), strict=True):
                     setattr(part.rollout.responses[response], name, value)
-    return summed if entropy else None

@@ -38,7 +38,7 @@ class BrainStage:
         "seconds_scoring",
         "sampled_tokens_per_second",
         "sampler_logprob_difference",
-        "policy_entropy",
+        "proposal_entropy",
     )
     shown_metrics = (
         "reward_mean",
