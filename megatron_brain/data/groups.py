@@ -60,6 +60,7 @@ class PackedBatch:
     last_index `[R]`: place of each response's last token.
     temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
     each of them, up to one factor, where it is known beforehand; None where it depends on them.
+    token_scores: whether a policy's head also tells the entropy and the top-1 agreement at each response token.
     """
 
     tokens: Tensor
@@ -73,6 +74,7 @@ class PackedBatch:
     groups: tuple[Group, ...]
     temperature: float = 1.0
     known_gradient: Tensor | None = None
+    token_scores: bool = False
 
     @property
     def num_responses(self) -> int:

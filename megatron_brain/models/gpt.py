@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.attention import PackedLayout
-from megatron_brain.models.logprobs import vocab_parallel_logprobs
+from megatron_brain.models.logprobs import vocab_parallel_logprobs, vocab_parallel_token_scores
 from megatron_brain.models.rotary import Rotated
 
 
@@ -68,13 +68,14 @@ class PolicyModel(_PackedGPT):
     """Language model: response tokens' log-probabilities."""
 
     def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Log-probabilities `[N]` float32 of the batch's response tokens."""
-        return self.token_logprobs(
-            self.select(hidden, batch.predict_index),
-            batch.targets,
-            temperature=batch.temperature,
-            known_gradient=batch.known_gradient,
-        )
+        """Log-probabilities `[N]` float32 of the batch's response tokens; with `token_scores` the rows of `TokenScores`
+        as one tensor `[3, N]` float32."""
+        selected = self.select(hidden, batch.predict_index)
+        options = {"temperature": batch.temperature, "known_gradient": batch.known_gradient}
+        if not batch.token_scores:
+            return self.token_logprobs(selected, batch.targets, **options)
+        scores = vocab_parallel_token_scores(selected, self.output_weight, batch.targets, **self._softmax, **options)
+        return torch.stack([row.float() for row in scores])
 
     def select(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Hidden states `[N, h]` at places of the whole sequence, their gradient summed over tensor-parallel ranks."""
@@ -100,12 +101,19 @@ class PolicyModel(_PackedGPT):
             hidden,
             self.output_weight,
             targets,
-            group=self.pg_collection.tp,
-            vocab_size=self.true_vocab_size,
             temperature=temperature,
-            chunk_size=self.logprob_chunk_size,
             known_gradient=known_gradient,
+            **self._softmax,
         )
+
+    @property
+    def _softmax(self) -> dict:
+        """What the passes over the vocabulary must know of this model."""
+        return {
+            "group": self.pg_collection.tp,
+            "vocab_size": self.true_vocab_size,
+            "chunk_size": self.logprob_chunk_size,
+        }
 
 
 class RewardModel(_PackedGPT):

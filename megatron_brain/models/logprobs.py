@@ -92,7 +92,10 @@ def vocab_parallel_token_scores(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     known_gradient: Tensor | None = None,
 ) -> TokenScores:
-    """As `vocab_parallel_logprobs`, with entropy and top-1 agreement out of the same pass and a second buffer."""
+    """As `vocab_parallel_logprobs`, bit for bit, with entropy and top-1 agreement out of the same pass.
+
+    The entropy takes a second buffer of `chunk_size` entries and a third all-reduce.
+    """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=True)
     return _token_scores(hidden, weight, targets, head, known_gradient)
 
@@ -310,17 +313,20 @@ class _SoftmaxSums:
         return exponentials
 
     def reduce(self, positions: slice) -> None:
-        """From this rank's ids to those of all ranks: two all-reduces."""
+        """From this rank's ids to those of all ranks: two all-reduces, and a third for the entropy."""
         if self._head.group.size() == 1:
             return
         largest = self.largest[positions].clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._head.group)
         self._raise_largest(positions, largest)
-        parts = [part[positions] for part in (self.total, self.target, self._moment) if part is not None]
-        sums = torch.stack(parts)
+        sums = torch.stack((self.total[positions], self.target[positions]))
         dist.all_reduce(sums, group=self._head.group)
-        for part, value in zip(parts, sums, strict=True):
-            part.copy_(value)
+        self.total[positions], self.target[positions] = sums
+        if self._moment is not None:
+            # Apart: in a longer message, ranks' sums come in another order, and last bits of log-probabilities change.
+            moment = self._moment[positions].clone()
+            dist.all_reduce(moment, group=self._head.group)
+            self._moment[positions] = moment
 
     def _raise_largest(self, positions: slice, largest: Tensor) -> None:
         shift = self.largest[positions] - largest

@@ -26,6 +26,7 @@ class SampledStage:
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
     occasional_metrics: tuple[str, ...] = ()
+    """Names of the means that only its validation reports, from what the head tells of each token."""
     shown_metrics: tuple[str, ...]
 
     def __init__(
@@ -89,8 +90,9 @@ class SampledStage:
             trainer.parallel,
             micro_batch_size=trainer.config.training.micro_batch_size,
             shared_prefix=self.shared_prefix,
-            mean_names=self.mean_metrics,
+            mean_names=(*self.mean_metrics, *self.occasional_metrics),
             max_names=self.max_metrics,
+            token_scores=bool(self.occasional_metrics),
         )
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_brain.data.corpus import OnDemand, num_tokens
@@ -20,7 +21,8 @@ class SFTStage(SampledStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
 
     head = "policy"
-    shown_metrics = ("loss", "tokens_per_second")
+    occasional_metrics = ("entropy", "top1_accuracy")
+    shown_metrics = ("loss", "entropy", "top1_accuracy", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
         data = run.config.data
@@ -49,8 +51,13 @@ class SFTStage(SampledStage):
         return [dataclasses.replace(batch, known_gradient=-batch.loss_mask.float()) for batch in batches]
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Output: response tokens' log-probabilities `[N]`."""
-        return LossOutput(loss_sum=negative_log_likelihood(output, batch.loss_mask), count=int(batch.loss_mask.sum()))
+        """Output: response tokens' log-probabilities `[N]`; in validation above their entropies and agreements."""
+        count, means = int(batch.loss_mask.sum()), {}
+        if batch.token_scores:
+            output, *others = output
+            sums = [torch.where(batch.loss_mask, values, 0.0).sum() for values in others]
+            means = {name: (total, count) for name, total in zip(self.occasional_metrics, sums, strict=True)}
+        return LossOutput(loss_sum=negative_log_likelihood(output, batch.loss_mask), count=count, means=means)
 
 
 def main(run: Run) -> None:

@@ -42,7 +42,7 @@ from megatron_brain.training.schedule import forward_backward, pack_micro_batche
 log = logging.getLogger(__name__)
 
 
-STEP_METRICS = (
+_STEP_METRICS = (
     "loss",
     "grad_norm",
     "lr",
@@ -101,14 +101,18 @@ class Stage(Protocol):
         """Take up the state of an earlier run and the records of all its replicas."""
 
 
+def metric_names(stage: Stage | type[Stage]) -> tuple[str, ...]:
+    """Names of all metrics of a stage, without the `validation/` before those of validations."""
+    return (*_STEP_METRICS, *stage.mean_metrics, *stage.max_metrics, *stage.occasional_metrics)
+
+
 def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequence[str]:
     """Names of the metrics that the console shows: those of --log-metrics, or else the stage's own choice.
 
     Raises:
         AgreedError: --log-metrics has a name that is none of a metric.
     """
-    known = (*STEP_METRICS, *stage.mean_metrics, *stage.max_metrics, *stage.occasional_metrics)
-    return shown_metrics(config.logging.log_metrics, stage.shown_metrics, known)
+    return shown_metrics(config.logging.log_metrics, stage.shown_metrics, metric_names(stage))
 
 
 def train(run: Run, make_stage: type[Stage]) -> None:

@@ -27,8 +27,13 @@ def mean_loss(
     shared_prefix: bool,
     mean_names: Sequence[str] = (),
     max_names: Sequence[str] = (),
+    token_scores: bool = False,
 ) -> dict[str, float]:
-    """Loss and metrics of samples every replica holds, each replica computing its share."""
+    """Loss and metrics of samples every replica holds, each replica computing its share.
+
+    Args:
+        token_scores: of the batches that `loss_function` gets.
+    """
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -38,6 +43,7 @@ def mean_loss(
         batches = pack_micro_batches(
             window, parallel, shared_prefix=shared_prefix, multiple_of=chunks[0].packed_multiple
         )
+        batches = [dataclasses.replace(batch, token_scores=token_scores) for batch in batches]
         reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)

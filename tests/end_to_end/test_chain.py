@@ -18,6 +18,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from megatron_brain.stages.brain.stage import BrainStage
+from megatron_brain.stages.reward import RewardStage
+from megatron_brain.stages.sft import SFTStage
+from megatron_brain.training.trainer import metric_names
+
 ROOT = Path(__file__).parents[2]
 LENGTHS = ["--seq-length", "64", "--no-progress"]
 
@@ -122,6 +127,24 @@ def test_brain_logs_the_health_of_every_step(chain):
         assert line["loss"] > -1e-6 and line["max_ratio"] > 0
     assert steps[0]["ess_beta"] == pytest.approx(4, abs=1e-3)
     assert steps[0]["beta_error_at_refresh"] < 1e-4
+
+
+def test_every_metric_in_the_files_is_one_that_log_metrics_knows(chain):
+    for name, stage_type in {"sft": SFTStage, "reward": RewardStage, "brain": BrainStage}.items():
+        logged = {key.removeprefix("validation/") for line in metrics(chain / name) for key in line} - {"iteration"}
+        assert logged == set(metric_names(stage_type)), name
+        assert set(stage_type.shown_metrics) <= logged
+
+
+def test_the_entropy_of_a_round_is_estimated_from_its_rollouts(chain):
+    rounds = [line["proposal_entropy"] for line in metrics(chain / "brain") if "proposal_entropy" in line]
+    assert len(rounds) == 2
+    for number, entropy in enumerate(rounds):
+        file = chain / "rollouts" / f"round_{number:04d}.jsonl"
+        responses = [r for line in file.read_text().splitlines() for r in json.loads(line)["responses"]]
+        tokens = sum(len(response["tokens"]) for response in responses)
+        assert entropy == pytest.approx(-sum(r["log_proposal"] for r in responses) / tokens, rel=1e-6)
+    assert rounds[0] == pytest.approx(metrics(chain / "sft")[-1]["validation/entropy"], rel=0.05)  # the same model
 
 
 def test_brain_resumed_inside_a_round_ends_where_the_uninterrupted_run_did(chain, tmp_path):

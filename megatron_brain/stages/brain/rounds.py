@@ -84,8 +84,10 @@ class RoundMaker:
             "seconds_scoring": scored - sampled,
             "sampled_tokens_per_second": tokens / (sampled - start),
         }
-        if self.proposal.temperature is not None and self._settings.responses == "sampled":
-            metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
+        if self._settings.responses == "sampled":
+            metrics["proposal_entropy"] = self._entropy(rollouts, tokens)
+            if self.proposal.temperature is not None:
+                metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def take_up(self, number: int, rollouts: Sequence[Rollout]) -> Round:
@@ -147,6 +149,10 @@ class RoundMaker:
                 for part, values in zip(micro_batch, scores, strict=True):
                     for response, value in zip(part.responses, values.tolist(), strict=True):
                         setattr(part.rollout.responses[response], name, value)
+
+    def _entropy(self, rollouts: Sequence[Rollout], tokens: float) -> float:
+        """Mean of -log q' over all tokens, in nats: that of tokens drawn from q' estimates its entropy, at no cost."""
+        return -self._total(sum(sum(rollout.values("log_proposal")) for rollout in rollouts)) / tokens
 
     def _sampler_difference(self, rollouts: Sequence[Rollout], tokens: float) -> float:
         """Mean |log q' of the trainer - of the sampler|, in nats per token over all replicas, inside of its limit."""

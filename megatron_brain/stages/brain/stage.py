@@ -51,6 +51,7 @@ class BrainStage:
         "seconds_scoring",
         "sampled_tokens_per_second",
         "sampler_logprob_difference",
+        "proposal_entropy",
     )
     shown_metrics = ("reward_mean", "kl_to_prior", "ess_alpha", "ess_beta", "loss", "tokens_per_second")
 
