@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 from megatron_brain.runtime.launch import is_reporting_rank
 
@@ -22,6 +23,17 @@ _CUDA_ALONE = "When using .* it is recommended to set the environment variable C
 
 _PROGRESS_BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 """Variables by which datasets, huggingface_hub and transformers draw none."""
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what standard error is at that moment: a live display takes its place and shows lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
 
 
 def ignore_known_warnings() -> None:
@@ -47,7 +59,7 @@ def set_up_console() -> None:
         os.environ.setdefault(name, "1")
     reports = is_reporting_rank()
     level = logging.WARNING if reports else logging.ERROR
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=level, handlers=[_Stderr()], format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("megatron_brain").setLevel(logging.INFO if reports else logging.ERROR)
     if not reports:
         # All ranks run the same code: what it warns of, the reporting rank says.

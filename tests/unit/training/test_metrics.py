@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from megatron_brain.errors import AgreedError
+from megatron_brain.runtime import quiet
 from megatron_brain.training import progress
 from megatron_brain.training.metrics import MetricsLogger
 from megatron_brain.training.progress import shown_metrics
@@ -233,6 +235,15 @@ def test_a_terminal_gets_one_live_line_and_validation_above_it():
     assert "3/10" in text and "loss 1.500 | lr 1.000e-05 | " in text and "response_length" not in text
     assert "iteration 3 | validation/loss 2.500" in text
     assert "iteration  3/10" not in text
+
+
+def test_a_live_line_is_not_torn_by_the_log(monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    quiet.set_up_console()
+    logger, shown = make_logger(None, terminal=True)
+    logging.getLogger("megatron_brain").warning("a message")
+    logger.close()
+    assert "WARNING megatron_brain: a message\n" in shown.getvalue() and not capsys.readouterr().err
 
 
 def test_progress_off_gives_plain_lines_on_a_terminal():
