@@ -12,7 +12,7 @@ ENV PIP_CONSTRAINT=
 
 # What decides the dependencies comes before the sources: a change of these alone installs nothing again.
 WORKDIR /opt/megatron_brain
-COPY setup.py pyproject.toml constraints-cpu-3.12.txt ./
+COPY setup.py pyproject.toml README.md constraints-cpu-3.12.txt ./
 COPY tools/install.py tools/
 COPY megatron_brain/__init__.py megatron_brain/
 ARG NGC_TAG

@@ -1,29 +1,21 @@
 """`python -m megatron_brain STAGE --config FILE [--flag value ...]`, alone or under torchrun."""
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Sequence
 
 from megatron_brain import files
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.errors import AgreedError, OwnError, is_ours
-from megatron_brain.runtime import launch, signals
-
-_STAGES = {
-    "sft": "supervised fine-tuning on prompt/response records",
-    "reward": "reward model from preference pairs",
-    "brain": "BRAIn: match the reward-conditioned posterior",
-    "generate": "sample responses for a file of prompts",
-    "evaluate": "compare checkpoints on held-out prompts",
-}
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stages
+from megatron_brain.errors import AgreedError, OwnError, UserError
+from megatron_brain.runtime import launch, quiet, signals
 
 _USER_ERROR = 2
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a stage. Returns the exit status: 2 for a mistake in what was asked for, reported in one message."""
-    if not argv or argv[0] not in _STAGES:
+    if not argv or argv[0] not in stages():
         print(_usage(argv), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else _USER_ERROR
     stage, flags = argv[0], argv[1:]
@@ -32,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
+        quiet.set_up_console()
         if not config.training.dry_run:
             launch.read_launch()
         from megatron_brain.runtime import transformer_engine
@@ -40,9 +33,7 @@ def main(argv: Sequence[str]) -> int:
         transformer_engine.problem()
         with files.explained():
             (_dry_run if config.training.dry_run else _run_stage)(config)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
+    except UserError as error:
         _report(error)
         return _USER_ERROR
     return 0
@@ -51,15 +42,16 @@ def main(argv: Sequence[str]) -> int:
 def _run_stage(config: RunConfig) -> None:
     from megatron_brain.runtime import lost_peer, parallel
     from megatron_brain.training.run import open_run
+    from megatron_brain.training.trainer import train
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
-        run = open_run(config)
-        stage = importlib.import_module(
-            f"megatron_brain.stages.{config.stage}" + (".stage" if config.stage == "brain" else "")
-        )
+        run, stage = open_run(config), config.spec.load()
         # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
-        with signals.noted() if "optimizer" in STAGE_SECTIONS[config.stage] else contextlib.nullcontext():
-            stage.main(run)
+        with signals.noted() if config.spec.trains else contextlib.nullcontext():
+            if config.spec.trains:
+                train(run, stage)
+            else:
+                stage(run)
             parallel.stop()
 
 
@@ -74,20 +66,20 @@ def _dry_run(config: RunConfig) -> None:
 
 def _usage(argv: Sequence[str]) -> str:
     wrong = [f"error: unknown stage {argv[0]!r}", ""] if argv and not argv[0].startswith("-") else []
-    stages = [f"  {name:10}{what}" for name, what in _STAGES.items()]
+    known = [f"  {name:10}{spec.help}" for name, spec in stages().items()]
     return "\n".join(
         [
             *wrong,
             "usage: python -m megatron_brain STAGE --config FILE [--flag value ...]",
             "",
-            *stages,
+            *known,
             "",
             "STAGE --help lists the flags of a stage.",
         ]
     )
 
 
-def _report(error: ValueError) -> None:
+def _report(error: UserError) -> None:
     """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
     torch = sys.modules.get("torch")
     if launch.is_reporting_rank() or isinstance(error, OwnError):
@@ -96,5 +88,10 @@ def _report(error: ValueError) -> None:
         print(f"rank {launch.read_launch().rank}: error: {error}", file=sys.stderr)
 
 
+def entry() -> int:
+    """The console script `megatron-brain`."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(entry())

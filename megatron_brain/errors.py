@@ -1,9 +1,7 @@
 """The errors that are a user's to mend. Every other error is this package's own and keeps its traceback."""
 
-import traceback
-from pathlib import Path
-
-_PACKAGE = Path(__file__).parent
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -41,13 +39,13 @@ class RecordError(UserError):
         return f"{self.where}: {self.message}"
 
 
-def is_ours(error: ValueError) -> bool:
-    """Whether this package raised the error on purpose, rather than a library it calls."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return _PACKAGE in raised_in.parents
-
-
 def short(value: object) -> str:
     """A value for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a' or 'b'?` with the nearest known words, or an empty string when none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

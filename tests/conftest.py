@@ -1,6 +1,11 @@
 """Fixtures every test may use."""
 
+import hypothesis
 import pytest
+
+# How long an example takes says something of the machine's other work alone.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -26,9 +26,11 @@ if [ "${1:-}" = --python ]; then
     VENV=${VENV:-.venv-$2}
     shift 2
 fi
-source tools/environment.sh test examples
+source tools/environment.sh test docs examples
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .
+mypy
+codespell
 # Whole files go to two processes, in the order of the folders: the distributed worlds in one, the rest beside them.
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

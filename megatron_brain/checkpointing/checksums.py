@@ -5,6 +5,7 @@ They are xxHash's XXH3 of 64 bits, made while a file is written. That is no cryp
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -13,7 +14,7 @@ from torch import Tensor
 
 def checksum(values: Tensor) -> str:
     """Checksum of a contiguous tensor's bytes, on the host."""
-    return xxhash.xxh3_64_hexdigest(values.detach().reshape(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_hexdigest(values.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def file_checksum(path: Path) -> str:
@@ -21,6 +22,6 @@ def file_checksum(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def json_checksum(values: dict) -> str:
+def json_checksum(values: dict[str, Any]) -> str:
     """Checksum of a JSON object, whatever the order of its keys."""
     return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())

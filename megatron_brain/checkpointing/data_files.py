@@ -24,7 +24,7 @@ def stored_name(part: Part) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator:
+def opened(path: Path) -> Iterator[safe_open]:
     """A file of boxes, to read from.
 
     Raises:
@@ -60,7 +60,8 @@ def by_file(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[tuple[
 
 def _batches(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[list[T]]:
     """Cut where the boxes of a batch together would be larger than what may be mapped."""
-    batch, mapped = [], 0
+    batch: list[T] = []
+    mapped = 0
     for item in items:
         nbytes = of(item).part.nbytes
         if batch and mapped + nbytes > _MAPPED_BYTES:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from megatron_brain.checkpointing.checksums import file_checksum, json_checksum
 from megatron_brain.checkpointing.errors import COPY, CURE, DamagedError
@@ -48,17 +48,17 @@ class CheckpointInfo:
     iteration: int
     stage: str
     head: Literal["policy", "reward"]
-    architecture: dict
+    architecture: dict[str, Any]
     tokenizer_type: str
-    stage_state: dict
+    stage_state: dict[str, Any]
     """What the stage needs to resume, the same on all ranks."""
-    trainer_state: dict
+    trainer_state: dict[str, Any]
     """What the loop needs to resume: learning-rate schedule, optimizer steps, guards."""
     has_optimizer: bool
     bf16: bool
     layout: dict[str, int]
     """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
-    generation_config: dict = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)
     """generation_config.json of the Hugging Face model it comes from, to be exported again; {} if there is none."""
     template_date: str = ""
     """What chat templates that write the date took for now, ISO 8601; "" where none does."""
@@ -169,7 +169,7 @@ def require_files(info: CheckpointInfo) -> None:
             raise DamagedError(f"{info.path} is damaged: {name} {state}. {CURE}")
 
 
-def read_records(info: CheckpointInfo) -> list[dict]:
+def read_records(info: CheckpointInfo) -> list[dict[str, Any]]:
     """The stage's records of all replicas, as they were saved.
 
     Raises:
@@ -185,7 +185,7 @@ def read_records(info: CheckpointInfo) -> list[dict]:
     return records
 
 
-def write_records(folder: Path, replica: int, records: Collection[dict]) -> None:
+def write_records(folder: Path, replica: int, records: Collection[dict[str, Any]]) -> None:
     """Write a replica's records into a checkpoint's folder; none, no file."""
     if records:
         text = "".join(json.dumps(record) + "\n" for record in records)

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,10 +51,6 @@ class Index:
         """Whether it can be told if the values are those that were written."""
         return all(box.checksum is not None for boxes in self.boxes.values() for box in boxes)
 
-    def dtype(self, key: str) -> torch.dtype:
-        """What the values of a tensor are stored as."""
-        return self.boxes[key][0].part.dtype
-
 
 def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
     """Write the index of a folder's files, whose boxes together are whole tensors."""
@@ -75,7 +72,7 @@ def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
     write_whole(folder / INDEX, json.dumps({"files": files, "tensors": tensors}))
 
 
-def _described(box: StoredBox) -> dict:
+def _described(box: StoredBox) -> dict[str, Any]:
     return {"file": box.file, "offset": box.part.offset, "size": box.part.size, "checksum": box.checksum}
 
 
@@ -89,10 +86,6 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        files = index["files"]
-        _check_files(folder, files)
-        boxes = {key: _stored_boxes(key, tensor, files) for key, tensor in index["tensors"].items()}
-        _check_checksums(boxes)
     except FileNotFoundError as error:
         raise DamagedError(
             f"{folder} has no {INDEX}: it is damaged, or not a checkpoint of this version. {COPY}"
@@ -101,49 +94,62 @@ def read_index(folder: Path) -> Index:
         raise ConfigError(
             f"{path} cannot be read: {error}; give this user the right to it, or another place"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: the checkpoint is damaged or not complete: {error}. {COPY}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    try:
+        files = index["files"]
+        _check_files(folder, files)
+        boxes = {key: _stored_boxes(key, tensor, files) for key, tensor in index["tensors"].items()}
+        _check_checksums(boxes)
+    except (DamagedError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, error) from error
     return Index(folder, boxes)
 
 
+def _damaged(path: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{path}: the checkpoint is damaged or not complete: {error}. {COPY}")
+
+
 def _check_files(folder: Path, files: dict[str, int]) -> None:
-    there = {file.name: file.stat().st_size for file in folder.glob(DATA_FILES)}
+    there = {file.name: file.stat().st_size for file in folder.glob(DATA_FILES) if file.is_file()}
     for name, size in files.items():
         if name not in there:
-            raise ValueError(f"{name} is not there; do all nodes see this folder?")
+            raise DamagedError(f"{name} is not there; do all nodes see this folder?")
         if there[name] != size:
-            raise ValueError(f"{name} has {there[name]} bytes, written were {size}")
+            raise DamagedError(f"{name} has {there[name]} bytes, written were {size}")
 
 
 def _check_checksums(boxes: dict[str, list[StoredBox]]) -> None:
     """All parts have a checksum, or none has, as before they were made."""
     without = sorted(key for key, stored in boxes.items() if any(box.checksum is None for box in stored))
     if without and any(box.checksum is not None for stored in boxes.values() for box in stored):
-        raise ValueError(f"{without[0]} has no checksum, and others have")
+        raise DamagedError(f"{without[0]} has no checksum, and others have")
 
 
-def _stored_boxes(key: str, tensor: dict, files: dict[str, int]) -> list[StoredBox]:
+def _stored_boxes(key: str, tensor: dict[str, Any], files: dict[str, int]) -> list[StoredBox]:
     dtype = getattr(torch, tensor["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{key} has the dtype {tensor['dtype']!r}")
     shape, stored = _integers(tensor["shape"]), []
     if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{key} has {len(shape)} dimensions")
+        raise DamagedError(f"{key} has {len(shape)} dimensions")
     for box in tensor["boxes"]:
         offset, size, name = _integers(box["offset"]), _integers(box["size"]), box["file"]
         if name not in files:
-            raise ValueError(f"{name}, which holds a part of {key}, is not among its files")
+            raise DamagedError(f"{name}, which holds a part of {key}, is not among its files")
+        if not len(offset) == len(size) == len(shape):
+            raise DamagedError(f"{key} of {len(shape)} dimensions has a part of {len(offset)} or {len(size)}")
         part, checksum = Part(key=key, dtype=dtype, shape=shape, offset=offset, size=size), box.get("checksum")
         if not isinstance(checksum, str | None):
             raise TypeError(f"{key} has the checksum {checksum!r}")
         stored.append(StoredBox(part=part, file=name, file_size=files[name], checksum=checksum))
     if not stored or not tiles(shape, [box.part for box in stored]):
-        raise ValueError(f"{key} is not there in full, or twice")
+        raise DamagedError(f"{key} is not there in full, or twice")
     return stored
 
 
-def _integers(values: Iterable) -> tuple[int, ...]:
+def _integers(values: Iterable[Any]) -> tuple[int, ...]:
     found = tuple(operator.index(value) for value in values)
     if any(value < 0 for value in found):
-        raise ValueError(f"{found} is negative")
+        raise DamagedError(f"{found} is negative")
     return found

@@ -52,6 +52,7 @@ def describe(info: CheckpointInfo, *, all_tensors: bool = False) -> str:
 
     Raises:
         DamagedError: its list of tensors is damaged, or what it says of its run.
+        ConfigError: it is of no stage that there is.
     """
     index = read_index(info.path)
     try:
@@ -131,10 +132,10 @@ def _settings(info: CheckpointInfo) -> Iterator[str]:
     path = info.path / "config.yaml"
     try:
         values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-        fields = stage_fields(info.stage)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         yield f"{path} cannot be read: {error}"
         return
+    fields = stage_fields(info.stage)
     for name, value in values.items():
         if name in fields and name not in info.architecture and value != fields[name].default:
             yield f"{name}: {value}"
@@ -142,12 +143,13 @@ def _settings(info: CheckpointInfo) -> Iterator[str]:
 
 def _tensors(index: Index, *, all_tensors: bool) -> Iterator[str]:
     """A line for each tensor, or for each kind of them, which has one in every layer; and sums."""
-    kinds: dict[tuple, list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = defaultdict(list)
     elements: Counter[str] = Counter()
     for key in sorted(index.boxes, key=lambda key: (key.startswith(NOT_WEIGHTS), _in_order(key))):
         kind = key if all_tensors else _LAYER.sub("*", key)
-        kinds[kind, index.shape(key), index.dtype(key)].append(key)
-        elements[_part_of(key)] += math.prod(index.shape(key))
+        part = index.boxes[key][0].part
+        kinds[kind, part.shape, part.dtype].append(key)
+        elements[_part_of(key)] += math.prod(part.shape)
     files = {box.file: box.file_size for boxes in index.boxes.values() for box in boxes}
     sums = ", ".join(f"{name} {count:,}" for name, count in elements.items())
     yield f"tensors: {len(index.boxes):,} in {len(files):,} files of {sum(files.values()) / 1e9:.3f} GB; values: {sums}"

@@ -17,10 +17,11 @@ from megatron_brain.checkpointing.state import (
     zero_vocabulary_padding,
 )
 from megatron_brain.checkpointing.storage import read_boxes
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.fp8.weights import written
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.runtime.random_state import random_state, set_random_state
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -28,11 +29,12 @@ from megatron_brain.checkpointing.state import (
 from megatron_brain.checkpointing.storage import write_boxes
 from megatron_brain.config.loader import save_config
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.files import sync_tree
 from megatron_brain.models.architecture import architecture
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.runtime.random_state import random_state
 
@@ -46,11 +48,11 @@ class TrainingState:
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
     """Both or neither; without them the checkpoint cannot be resumed."""
-    trainer: dict = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
     """JSON-able state of the loop, the same on all ranks."""
-    stage: dict = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
     """JSON-able state of the stage, the same on all ranks."""
-    records: Collection[dict] = ()
+    records: Collection[dict[str, Any]] = ()
     """JSON-able records of this replica."""
 
 
@@ -108,7 +110,7 @@ class CheckpointSaver:
         tokenizer: Tokenizer,
         *,
         head: Head,
-        generation_config: dict | None = None,
+        generation_config: dict[str, Any] | None = None,
         protected: Collection[Path] = (),
     ) -> None:
         self._config, self._parallel, self._head = config, parallel, head
@@ -190,6 +192,7 @@ class CheckpointSaver:
     def _info(self, iteration: int, chunks: Sequence[Chunk], state: TrainingState) -> CheckpointInfo:
         trainer = dict(state.trainer)
         if state.optimizer is not None:
+            assert state.scheduler is not None
             trainer |= {
                 "optimizer_steps": optimizer_steps(state.optimizer),
                 "scheduler": state.scheduler.state_dict(),
@@ -211,7 +214,7 @@ class CheckpointSaver:
             template_date=self._config.tokenizer.template_date or "",
         )
 
-    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict]) -> None:
+    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict[str, Any]]) -> None:
         """Write, sync and publish; each part only where the one before went well on all ranks."""
         started = time.perf_counter()
         partial = folders.partial_dir(self.root, info.iteration)
@@ -241,21 +244,22 @@ class CheckpointSaver:
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
         """Do this rank's part, then raise on all ranks what failed on any."""
-        error = None
+        words: str | None = None
+        cause: Exception | None = None
         try:
             if action is not None:
                 action()
-        except CheckpointError as failed:
-            error = str(failed)
-        except Exception as failed:
-            error = f"rank {self._parallel.rank}: {type(failed).__name__}: {failed}"
-        errors = self._parallel.gather_over_world(error, self._group)
+        except CheckpointError as error:
+            words, cause = str(error), error
+        except Exception as error:
+            words, cause = f"rank {self._parallel.rank}: {type(error).__name__}: {error}", error
+        errors = self._parallel.gather_over_world(words, self._group)
         found = "; ".join(dict.fromkeys(e for e in errors if e))
         if found:
             raise CheckpointError(
                 f"iteration {info.iteration} could not be saved to {self.root}: {found}. What "
                 f"{folders.LATEST} names there is complete: free space or repair the folder, then --auto-resume"
-            )
+            ) from cause
 
 
 class _HostCopies:

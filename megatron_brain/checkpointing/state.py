@@ -16,6 +16,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_brain.checkpointing.boxes import Box, range_boxes
 from megatron_brain.models.fp8.state import scales
@@ -57,6 +58,7 @@ def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
     for chunk in chunks:
         for sharded in sharded_tensors(chunk):
             if sharded.key.endswith(VOCABULARY_WEIGHTS):
+                assert sharded.data is not None
                 sharded.data[max(0, chunk.true_vocab_size - sharded.global_offset[0]) :].zero_()
 
 
@@ -179,7 +181,7 @@ def _held_weights(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> Iter
         owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
         for parameter, blocks in blocks_by_parameter:
             main, start, end = _held(part, parameter)
-            if id(main) in owned:
+            if main is not None and id(main) in owned:
                 yield _HeldWeight(part=part, parameter=parameter, blocks=blocks, main=main, start=start, end=end)
 
 
@@ -189,6 +191,7 @@ def _blocks(chunk: Chunk) -> list[_Block]:
     for sharded in sharded_tensors(chunk):
         prepended = sharded.prepend_axis_num
         shape, offset = list(sharded.global_shape[prepended:]), tuple(sharded.global_offset[prepended:])
+        assert sharded.data is not None
         data = sharded.data.detach()
         if sharded.key.endswith(VOCABULARY_WEIGHTS):
             shape[0] = chunk.true_vocab_size
@@ -200,13 +203,14 @@ def _blocks(chunk: Chunk) -> list[_Block]:
 
 def _name(sharded: ShardedTensor) -> str:
     """The global name, with the layer's number where megatron-core makes it an axis of its own."""
+    key: str = sharded.key
     if not sharded.prepend_axis_num:
-        return sharded.key
-    assert sharded.prepend_axis_num == 1 and "layers." in sharded.key, f"unknown stacking of {sharded.key}"
-    return sharded.key.replace("layers.", f"layers.{sharded.global_offset[0]}.", 1)
+        return key
+    assert sharded.prepend_axis_num == 1 and "layers." in key, f"unknown stacking of {key}"
+    return key.replace("layers.", f"layers.{sharded.global_offset[0]}.", 1)
 
 
-def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Tensor, list[_Block]]]:
+def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Parameter, list[_Block]]]:
     """Each parameter with the blocks that lie in it, told by their place in memory."""
     with outlined([chunk]) as outlines:
         trained = {id(p): p for p in chunk.parameters() if p.requires_grad}.values()
@@ -228,10 +232,10 @@ def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Tensor, list[_Block]]]:
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Which memory a tensor is in, also where it has none yet, and its first element there."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
-def _held(part: MegatronOptimizer, parameter: Tensor) -> tuple[Tensor | None, int, int]:
+def _held(part: MegatronOptimizer, parameter: Parameter) -> tuple[Tensor | None, int, int]:
     """The float32 tensor that Adam updates for a parameter, and which of its flat elements [start, end) that is."""
     if not isinstance(part, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), 0, parameter.numel()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,20 +81,19 @@ def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) ->
     rank = dist.get_rank(group)
     own = {box.part: box for box in boxes if box.data.numel() or 0 in box.shape}
     assigned = divide(_gather(list(own), group))
-    stored, error = [], None
+    stored, failed = [], None
     try:
         stored = write_file([own[part] for part in assigned[rank]], folder / f"weights_{rank:05d}.safetensors")
-    except Exception as failed:
-        error = _in_words(failed)
-    told = _gather((stored, error), group)
-    _raise_failures([error for _, error in told])
-    error = None
+    except Exception as error:
+        failed = error
+    told = _gather((stored, _in_words(failed)), group)
+    _raise_failures([words for _, words in told], failed)
     if rank == 0:
         try:
             write_index(folder, itertools.chain.from_iterable(stored for stored, _ in told))
-        except Exception as failed:
-            error = _in_words(failed)
-    _raise_failures(_gather(error, group))
+        except Exception as error:
+            failed = error
+    _raise_failures(_gather(_in_words(failed), group), failed)
 
 
 def fill(boxes: Sequence[Box], index: Index) -> None:
@@ -122,12 +122,12 @@ def read_part(part: Part, index: Index) -> Tensor:
     written to.
 
     Raises:
-        as `fill`.
+        ConfigError, CheckpointError: as `fill` does.
     """
     for stored in index.boxes.get(part.key, ()):
         if stored.part == part:
             with opened(index.folder / stored.file) as data:
-                values = data.get_tensor(stored_name(part))
+                values: Tensor = data.get_tensor(stored_name(part))
                 _check_stored(part, values.dtype, tuple(values.shape))
             return values
     values = torch.empty(part.size, dtype=part.dtype)
@@ -171,6 +171,7 @@ def read_boxes(
             f"ranks found different checkpoints in {folder.parent}: {', '.join(names)}. Is another job writing there? "
             "Name one iter_ folder"
         )
+    assert index is not None
     needed = _needed(wanted, index)
     if verify and index.has_checksums:
         needed = my_share(needed, _gather(host_and_parts(needed)), dist.get_rank())
@@ -194,44 +195,47 @@ def _needed(boxes: Sequence[Box], index: Index) -> list[StoredBox]:
 
 def _on_all(action: Callable[[], None]) -> None:
     """Do something, then raise on all ranks what failed on any: what is damaged as ConfigError."""
-    error, is_damage = None, False
+    failed = None
     try:
         action()
-    except Exception as failed:
-        error, is_damage = _in_words(failed), isinstance(failed, ConfigError)
-    told = _gather((error, is_damage))
+    except Exception as error:
+        failed = error
+    told = _gather((_in_words(failed), isinstance(failed, ConfigError)))
     failures = [(rank, words, damage) for rank, (words, damage) in enumerate(told) if words is not None]
     if failures and all(damage for *_, damage in failures):
         by = {words: rank for rank, words, _ in reversed(failures)}
         raise AgreedError(
             "; ".join(f"{words} (found by rank {rank})" if len(told) > 1 else words for words, rank in by.items())
         )
-    _raise_failures([words for words, _ in told])
+    _raise_failures([words for words, _ in told], failed)
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """All tensors whose names start with `prefix`, whole, on this process alone."""
     index = read_index(folder)
-    keys = [key for key in index.boxes if key.startswith(prefix)]
-    found = {key: torch.empty(index.shape(key), dtype=index.dtype(key)) for key in keys}
+    parts = {key: boxes[0].part for key, boxes in index.boxes.items() if key.startswith(prefix)}
+    found = {key: torch.empty(part.shape, dtype=part.dtype) for key, part in parts.items()}
     fill([Box(key=key, shape=data.shape, offset=(0,) * data.dim(), data=data) for key, data in found.items()], index)
     return found
 
 
-def _gather(item: object, group: dist.ProcessGroup | None = None) -> list:
-    items: list = [None] * dist.get_world_size(group)
+def _gather(item: object, group: dist.ProcessGroup | None = None) -> list[Any]:
+    items: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(items, item, group=group)
     return items
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: Exception | None) -> str | None:
+    if error is None:
+        return None
     return str(error) if isinstance(error, (CheckpointError, ConfigError)) else f"{type(error).__name__}: {error}"
 
 
-def _raise_failures(errors: Sequence[str | None]) -> None:
+def _raise_failures(errors: Sequence[str | None], cause: Exception | None) -> None:
+    """Raise what failed on any rank, with the traceback of what failed on this one."""
     found = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
     if found:
-        raise CheckpointError("; ".join(found))
+        raise CheckpointError("; ".join(found)) from cause
 
 
 def _check_wanted(boxes: Sequence[Box], index: Index) -> None:
@@ -258,6 +262,7 @@ def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
 def _copy(data: safe_open, part: Part, box: Box) -> None:
     """Copy what a stored part has of a box; of the file, only that is read."""
     name, both = stored_name(part), _overlap(part, box.part)
+    assert both is not None
     values = data.get_slice(name)
     shape = tuple(values.get_shape())
     # A tensor without dimensions cannot be sliced.

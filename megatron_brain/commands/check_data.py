@@ -12,33 +12,28 @@ import os
 import sys
 from collections.abc import Sequence
 
+from megatron_brain.commands.reading_flags import add_reading_flags, reading_settings
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.data.checking import check
-from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
-from megatron_brain.data.workers import WorkerKilledError
-from megatron_brain.files import explained
 from megatron_brain.flag_types import positive
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        with explained():
-            reading = reading_settings(args)
-            reading.build()  # a mistake in the settings is no problem of the data
-            report = check(
-                args.input,
-                args.valid,
-                reading,
-                split=args.split,
-                valid_split=args.valid_split,
-                workers=args.workers,
-                max_shown=args.max_shown,
-            )
-    except (ValueError, WorkerKilledError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    reading = reading_settings(args)
+    reading.build()  # a mistake in the settings is no problem of the data
+    report = check(
+        args.input,
+        args.valid,
+        reading,
+        split=args.split,
+        valid_split=args.valid_split,
+        workers=args.workers,
+        max_shown=args.max_shown,
+    )
     print(report)
     return int(report.total(errors=True) > 0 or (args.strict and report.total(errors=False) > 0))
 

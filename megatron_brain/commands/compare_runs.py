@@ -14,13 +14,16 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.errors import ConfigError
 
-Runs = dict[str, list[dict]]
+Runs = dict[str, list[dict[str, Any]]]
 """Lines of metrics by name of the run."""
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,16 +32,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--window", type=int, default=8, help="steps that are averaged [%(default)s]")
     parser.add_argument("--plot", type=Path, help="figure to write")
     args = parser.parse_args(argv)
-    try:
-        if args.plot and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-        if args.window < 1:
-            raise ConfigError(f"--window {args.window}: must be at least 1")
-        runs, metrics = read_runs(args.runs), args.metrics.split(",")
-        print(table(runs, metrics, args.window))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if args.window < 1:
+        raise ConfigError(f"--window {args.window}: must be at least 1")
+    runs, metrics = read_runs(args.runs), args.metrics.split(",")
+    print(table(runs, metrics, args.window))
     if args.plot:
         plot(runs, metrics, args.plot)
     return 0
@@ -67,7 +66,7 @@ def read_runs(named: Sequence[str]) -> Runs:
     return runs
 
 
-def values(lines: Sequence[dict], metric: str) -> tuple[list[int], list[float]]:
+def values(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """Iterations that logged the metric, and its values.
 
     Raises:

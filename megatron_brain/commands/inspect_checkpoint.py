@@ -16,28 +16,24 @@ from rich.console import Console
 
 from megatron_brain.checkpointing import inspection, read_info
 from megatron_brain.checkpointing.errors import CheckpointError, DamagedError
-from megatron_brain.errors import ConfigError
-from megatron_brain.files import explained
+from megatron_brain.commands.reporting import reports_mistakes
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
     console = Console(soft_wrap=True, highlight=False)
     try:
-        with explained():
-            info = read_info(args.checkpoint)
-            console.print(inspection.describe(info, all_tensors=args.tensors), markup=False)
-            if not args.verify:
-                console.print("not compared with its checksums (--no-verify)")
-                return 0
-            found = inspection.examine(info, finite=args.finite)
+        info = read_info(args.checkpoint)
+        console.print(inspection.describe(info, all_tensors=args.tensors), markup=False)
+        if not args.verify:
+            console.print("not compared with its checksums (--no-verify)")
+            return 0
+        found = inspection.examine(info, finite=args.finite)
     except (DamagedError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     console.print(str(found), markup=False)
     return int(bool(found.problems))
 

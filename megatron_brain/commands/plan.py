@@ -19,28 +19,25 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_brain import files
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.commands.reporting import reports_mistakes
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.errors import ConfigError
 from megatron_brain.flag_types import finite, positive, whole
 from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.presets import PRESETS, preset
 from megatron_brain.planning.report import as_json, flags, memory_table, rejection_table, time_table
-from megatron_brain.planning.search import Plan, Question, Rejection, search
+from megatron_brain.planning.search import Plan, Question, Rejection, search, training_stages
 
 _NARROWEST = 145  # columns that the tables need; less only wraps them
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
-    try:
-        with files.explained():
-            question = _question(args)
-        _require_place(args.json)  # before the work
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    question = _question(args)
+    _require_place(args.json)  # before the work
     plans, rejections = search(question)
     if args.json is not None:
         report = as_json(question, args.model, plans, rejections, reward_model=args.reward_model)
@@ -113,7 +110,7 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
-def _model(name: str) -> ModelConfig:
+def _model(name: str) -> ResolvedModel:
     """A preset, or the model in a Hugging Face directory."""
     if not Path(name).is_dir():
         return preset(name)
@@ -136,7 +133,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs that NVLink connects")
     group.add_argument("--reserved-memory", type=finite, default=6.0, help="GiB of a GPU that estimates leave alone")
     group = parser.add_argument_group("what is computed")
-    group.add_argument("--stage", choices=("sft", "reward", "brain"), required=True, help="stage of the run")
+    group.add_argument("--stage", choices=training_stages(), required=True, help="stage of the run")
     group.add_argument("--prompt-length", type=whole, required=True, help="tokens of a prompt")
     group.add_argument("--response-length", type=positive, required=True, help="tokens of a response")
     group.add_argument("--seq-length", type=positive, help="sft: length that records are packed into; unset: theirs")

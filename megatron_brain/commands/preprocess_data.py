@@ -16,15 +16,15 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from megatron_brain.commands.reading_flags import add_reading_flags, reading_settings
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.data.prepared.documents import FILES
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.statistics import statistics_table
-from megatron_brain.data.reading_settings import add_reading_flags, reading_settings
-from megatron_brain.data.workers import WorkerKilledError
-from megatron_brain.files import explained
 from megatron_brain.flag_types import positive
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
@@ -32,20 +32,15 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("megatron_brain").setLevel(logging.INFO)
     # Processes of our own share the cores better than the threads of the tokenizers library.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        with explained():
-            job = Preparation(
-                input=args.input,
-                split=args.split,
-                prefix=args.output,
-                format=args.format,
-                reading=reading_settings(args),
-                workers=args.workers,
-            )
-            info = prepare(job)
-    except (ValueError, WorkerKilledError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    job = Preparation(
+        input=args.input,
+        split=args.split,
+        prefix=args.output,
+        format=args.format,
+        reading=reading_settings(args),
+        workers=args.workers,
+    )
+    info = prepare(job)
     Console().print(statistics_table(args.output, info.counts, info.statistics))
     return 0
 

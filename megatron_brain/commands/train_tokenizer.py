@@ -13,29 +13,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from megatron_brain.data.tokenizer.chat_template import read_template
 from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, measure, train
-from megatron_brain.files import explained, folder_problem
+from megatron_brain.errors import ConfigError
+from megatron_brain.files import folder_problem
 
 
+@reports_mistakes
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
-    try:
-        settings = TokenizerTraining(
-            vocab_size=args.vocab_size,
-            model_type=args.model_type,
-            character_coverage=args.character_coverage,
-            user_defined_symbols=args.user_defined_symbols,
-            input_sentence_size=args.input_sentence_size,
-        )
-        template = read_template(args.chat_template) if args.chat_template else None
-        with explained():
-            print(run(settings, args.input, args.save, template))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = TokenizerTraining(
+        vocab_size=args.vocab_size,
+        model_type=args.model_type,
+        character_coverage=args.character_coverage,
+        user_defined_symbols=args.user_defined_symbols,
+        input_sentence_size=args.input_sentence_size,
+    )
+    template = read_template(args.chat_template) if args.chat_template else None
+    print(run(settings, args.input, args.save, template))
     return 0
 
 
@@ -43,19 +41,20 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_tem
     """Train, write the folder, and describe it.
 
     Raises:
-        ValueError: the folder exists, or the corpus or the settings are wrong.
+        ConfigError: the folder exists, or the corpus or the settings are wrong.
+        RecordError: a bad record.
     """
     if (problem := folder_problem("--save", str(save))) is not None:
-        raise ValueError(problem)
+        raise ConfigError(problem)
     if save.exists():
-        raise ValueError(f"--save {save} exists: give another folder, or remove it")
+        raise ConfigError(f"--save {save} exists: give another folder, or remove it")
     lines = Lines(inputs=inputs)
     partial = save.with_name(save.name + ".partial")
     try:  # before the training, which may take long
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(f"--save {save}: {partial} cannot be made ({error.strerror}): give another folder") from error
+        raise ConfigError(f"--save {save}: {partial} cannot be made ({error.strerror}): give another folder") from error
     try:
         (partial / SENTENCEPIECE_FILE).write_bytes(train(settings, lines))
         tokenizer = SentencePieceTokenizer(str(partial))

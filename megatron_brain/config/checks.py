@@ -5,9 +5,8 @@ be in --hf-model or in a checkpoint) and before `init_process_group`, so that an
 """
 
 from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.objective_checks import require_objective, require_rejection_sampling
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
 _EXPLICIT_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -19,15 +18,15 @@ def require(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the missing flag or the settings that do not fit together.
     """
-    _REQUIREMENTS[config.stage](config)
-    if "optimizer" in STAGE_SECTIONS[config.stage]:
+    config.spec.require(config)
+    if config.spec.trains:
         _check_training(config)
-    if config.stage in ("brain", "generate", "evaluate"):
+    if config.spec.work(config).draws:
         _check_response_length(config)
     require_fp8(config)
 
 
-def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def validate_layout(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Check that the model and the batches can be laid out over `world_size` processes.
 
     Args:
@@ -47,7 +46,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ModelConfig) -> N
         raise ConfigError(
             f"seq_length={config.data.seq_length} exceeds the model's {setting}: use --seq-length {limit} or less"
         )
-    if "optimizer" in STAGE_SECTIONS[config.stage]:
+    if config.spec.trains:
         _check_recomputed_chunks(config, model)
         _check_batches(config, world_size)
 
@@ -57,16 +56,22 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // _model_parallel_size(config)
 
 
-def _require_all(config: RunConfig, *names: str) -> None:
-    """Each `section.field` is set."""
+def require_set(config: RunConfig, *names: str) -> None:
+    """Raise ConfigError where a `section.field` is not set."""
     for name in names:
         section, key = name.split(".")
-        if getattr(getattr(config, section), key) is None:
+        if getattr(config.section(section), key) is None:
             raise ConfigError(f"{key} is not set: the {config.stage} stage needs --{key.replace('_', '-')}")
 
 
-def _require_start(config: RunConfig) -> None:
-    """Weights, or at least sizes, come from somewhere; and so does the tokenizer."""
+def require_data_and_start(config: RunConfig) -> None:
+    """Raise ConfigError where --train-data, a model or a tokenizer is missing."""
+    require_set(config, "data.train_data")
+    require_start(config)
+
+
+def require_start(config: RunConfig) -> None:
+    """Raise ConfigError where neither weights nor sizes, or no tokenizer, come from anywhere."""
     if config.checkpoint.load or config.model.hf_model:
         return
     missing = [key for key in _EXPLICIT_SIZES if getattr(config.model, key) is None]
@@ -80,92 +85,6 @@ def _require_start(config: RunConfig) -> None:
         raise ConfigError("tokenizer_model is not set: without --load or --hf-model, give --tokenizer-model")
 
 
-def _require_sft_or_reward(config: RunConfig) -> None:
-    _require_all(config, "data.train_data")
-    _require_start(config)
-
-
-def _require_brain(config: RunConfig) -> None:
-    _require_all(config, "checkpoint.load")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if getattr(config.model, name):
-            raise ConfigError(
-                f"{name}={getattr(config.model, name)}: dropout makes another policy of every pass, so that its ratio "
-                "to the proposal means nothing; leave it at 0"
-            )
-    require_objective(config)
-    if config.brain.rollout_data:
-        _require_rollout_data(config)
-        return
-    if config.data.train_data is None:
-        raise ConfigError(
-            "train_data is not set: the brain stage needs --train-data (prompts to sample) or --rollout-data"
-        )
-    if config.scoring.prior_load is None and not config.checkpoint.finetune:
-        raise ConfigError(
-            "prior_load is not set: give --prior-load, or --finetune if --load is the prior the run starts from"
-        )
-    (_require_given_pairs if config.brain.responses == "given" else _require_samples)(config)
-    if config.brain.responses == "rso":
-        require_rejection_sampling(config)
-    prompts, batch = config.brain.prompts_per_round, config.training.global_batch_size
-    if prompts % batch:
-        raise ConfigError(
-            f"prompts_per_round={prompts} is not a multiple of global_batch_size={batch} (groups a step): "
-            f"use {_nearest_multiples(prompts, batch)}"
-        )
-
-
-def _require_rollout_data(config: RunConfig) -> None:
-    """Rollouts bring prompts and responses."""
-    if config.data.train_data:
-        raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
-    if config.brain.responses == "given":
-        raise ConfigError("responses=given takes pairs from --train-data, and rollout_data is set: give one of them")
-    if config.brain.responses == "rso":
-        raise ConfigError("responses=rso draws responses to --train-data, and rollout_data is set: give one of them")
-
-
-def _require_samples(config: RunConfig) -> None:
-    _require_all(config, "scoring.reward_load")
-    samples = config.sampling.samples_per_prompt
-    if samples < 2:
-        raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
-    if config.sampling.temperature == 0:
-        raise ConfigError("temperature=0.0: greedy samples of a prompt are all the same; use a temperature above 0")
-
-
-def _require_given_pairs(config: RunConfig) -> None:
-    """Pairs stand for two samples of the prior of which only the better one is known."""
-    if config.brain.objective == "brain" and config.brain.alpha != "hard":
-        raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
-    if config.brain.refresh_proposal:
-        raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
-    if config.scoring.reward_load is not None:
-        raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
-
-
-def _require_generate(config: RunConfig) -> None:
-    if not (config.checkpoint.load or config.model.hf_model):
-        raise ConfigError("load is not set: the generate stage needs --load (a checkpoint) or --hf-model")
-    _require_all(config, "generate.prompts", "generate.output")
-
-
-def _require_evaluate(config: RunConfig) -> None:
-    _require_all(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.reward_load is None and config.evaluate.judge is None:
-        raise ConfigError("reward_load and judge are not set: the evaluate stage needs --reward-load, --judge or both")
-
-
-_REQUIREMENTS = {
-    "sft": _require_sft_or_reward,
-    "reward": _require_sft_or_reward,
-    "brain": _require_brain,
-    "generate": _require_generate,
-    "evaluate": _require_evaluate,
-}
-
-
 def _check_training(config: RunConfig) -> None:
     """Settings of the loop that live in different sections."""
     if config.training.eval_interval is not None and config.data.valid_data is None:
@@ -177,14 +96,12 @@ def _check_training(config: RunConfig) -> None:
         size = config.parallel.tensor_model_parallel_size
         raise ConfigError(
             f"seq_length={config.data.seq_length} is not a multiple of tensor_model_parallel_size={size}, over which "
-            f"sequence_parallel splits it: use {_nearest_multiples(config.data.seq_length, size)}"
+            f"sequence_parallel splits it: use {nearest_multiples(config.data.seq_length, size)}"
         )
 
 
 def _check_response_length(config: RunConfig) -> None:
     """A prompt and its sampled response fit into --seq-length."""
-    if config.brain.rollout_data is not None or (config.stage == "brain" and config.brain.responses == "given"):
-        return
     new, total = config.sampling.max_new_tokens, config.data.seq_length
     prompt = config.data.max_prompt_length
     if prompt is None and new >= total:
@@ -200,7 +117,7 @@ def _model_parallel_size(config: RunConfig) -> int:
     return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
 
 
-def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def _check_tensor_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Query heads split evenly; key/value heads split evenly or are each shared by equally many processes."""
     size, heads = config.parallel.tensor_model_parallel_size, model.num_attention_heads
     assert heads is not None and model.num_layers is not None, "validate_layout needs the resolved sizes of the model"
@@ -227,7 +144,7 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ModelConfi
     )
 
 
-def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ModelConfig) -> None:
+def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
     """Stages, and chunks of the interleaved schedule, have equally many layers."""
     layers, size = model.num_layers, config.parallel.pipeline_model_parallel_size
     if layers % size:
@@ -249,7 +166,7 @@ def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ModelCon
         )
 
 
-def _check_recomputed_chunks(config: RunConfig, model: ModelConfig) -> None:
+def _check_recomputed_chunks(config: RunConfig, model: ResolvedModel) -> None:
     """megatron-core goes through the layers of a model chunk in steps of --recompute-num-layers."""
     step = model.recompute_num_layers
     if step is None or model.recompute_method == "block":
@@ -271,7 +188,7 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
             f"world size {world_size} is not a multiple of tensor_model_parallel_size="
             f"{config.parallel.tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{config.parallel.pipeline_model_parallel_size} = {replica}: "
-            f"start {_nearest_multiples(world_size, replica)} processes"
+            f"start {nearest_multiples(world_size, replica)} processes"
         )
 
 
@@ -285,14 +202,14 @@ def _check_batches(config: RunConfig, world_size: int) -> None:
     if batch % unit:
         raise ConfigError(
             f"global_batch_size={batch} is not a multiple of micro_batch_size={micro} x "
-            f"data-parallel size {replicas} = {unit}: use {_nearest_multiples(batch, unit)}"
+            f"data-parallel size {replicas} = {unit}: use {nearest_multiples(batch, unit)}"
         )
     stages = config.parallel.pipeline_model_parallel_size
     if config.parallel.num_layers_per_virtual_pipeline_stage and (batch // unit) % stages:
         raise ConfigError(
             f"global_batch_size={batch} gives {batch // unit} micro-batches; the interleaved schedule "
             f"(num_layers_per_virtual_pipeline_stage) needs a multiple of pipeline_model_parallel_size={stages}: "
-            f"use a global_batch_size of {_nearest_multiples(batch, unit * stages)}"
+            f"use a global_batch_size of {nearest_multiples(batch, unit * stages)}"
         )
 
 
@@ -300,7 +217,7 @@ def _divisors(number: int) -> list[int]:
     return [value for value in range(1, number + 1) if number % value == 0]
 
 
-def _nearest_multiples(number: int, unit: int) -> str:
+def nearest_multiples(number: int, unit: int) -> str:
     """The multiples of `unit` on both sides of `number`, in words."""
     below = number // unit * unit
     return _one_of([value for value in (below, below + unit) if value])

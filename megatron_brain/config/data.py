@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.template_date import parse_date
+from megatron_brain.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -73,8 +74,8 @@ class DataConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         for name in ("max_prompt_length", "max_response_length"):
             value = getattr(self, name)
             if value is not None and value >= self.seq_length:
-                raise ValueError(f"{name}={value} leaves no room inside seq_length={self.seq_length}")
+                raise ConfigError(f"{name}={value} leaves no room inside seq_length={self.seq_length}")

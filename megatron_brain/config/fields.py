@@ -6,7 +6,6 @@ of docs/configuration.md are all made from the `FieldSpec`s read here.
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -16,8 +15,12 @@ import types
 import typing
 from dataclasses import dataclass
 
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stage_spec, stages
+from megatron_brain.errors import ConfigError, did_you_mean
+
+_NO_SECTION = ("stage", "more")
+"""Fields of RunConfig that hold no settings."""
 
 _EXPECTED = {
     int: "an integer",
@@ -51,16 +54,20 @@ class FieldSpec:
         return f"{text} (or null)" if self.optional else text
 
 
-@functools.cache
 def section_types() -> dict[str, type]:
-    """Dataclass of each section, in the order of `RunConfig`."""
+    """Dataclass of each section, in the order of `RunConfig`, and then those of the stages."""
+    return _sections_of_every_run() | {name: kind for spec in stages().values() for name, kind in spec.settings.items()}
+
+
+@functools.cache
+def _sections_of_every_run() -> dict[str, type]:
     hints = typing.get_type_hints(RunConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig) if field.name != "stage"}
+    return {field.name: hints[field.name] for field in dataclasses.fields(RunConfig) if field.name not in _NO_SECTION}
 
 
 def section_help(section: str) -> str:
     """What a section is about, on one line: the docstring of its dataclass."""
-    return " ".join(section_types()[section].__doc__.split())
+    return " ".join((section_types()[section].__doc__ or "").split())
 
 
 @functools.cache
@@ -86,11 +93,15 @@ def section_fields(section: str) -> tuple[FieldSpec, ...]:
     return tuple(specs)
 
 
-@functools.cache
 def all_fields() -> dict[str, FieldSpec]:
     """Every field of every section by name; names are unique over all sections."""
+    return _all_fields(tuple(section_types()))
+
+
+@functools.cache
+def _all_fields(sections: tuple[str, ...]) -> dict[str, FieldSpec]:
     specs: dict[str, FieldSpec] = {}
-    for section in section_types():
+    for section in sections:
         for spec in section_fields(section):
             assert spec.name not in specs, f"{spec.name} is in {section} and in {specs[spec.name].section}"
             specs[spec.name] = spec
@@ -103,10 +114,7 @@ def stage_fields(stage: str) -> dict[str, FieldSpec]:
     Raises:
         ConfigError: there is no such stage.
     """
-    if stage not in STAGE_SECTIONS:
-        hint = did_you_mean(stage, STAGE_SECTIONS)
-        raise ConfigError(f"stage={stage!r}: expected one of {', '.join(STAGE_SECTIONS)}{hint}")
-    sections = STAGE_SECTIONS[stage]
+    sections = stage_spec(stage).all_sections
     return {name: spec for name, spec in all_fields().items() if spec.section in sections}
 
 
@@ -131,12 +139,6 @@ def convert(spec: FieldSpec, value: object, origin: str) -> object:
     return converted
 
 
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'a' or 'b'?` with the nearest known words, or an empty string when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
 def _parse_text(spec: FieldSpec, text: str) -> object | None:
     """The text as the field's type, None when it is not one."""
     if spec.choices:
@@ -153,7 +155,7 @@ def _parse_text(spec: FieldSpec, text: str) -> object | None:
     return number if math.isfinite(number) else None
 
 
-def _check_type(spec: FieldSpec, value: object) -> object | None:
+def _check_type(spec: FieldSpec, value: typing.Any) -> object | None:
     """A value that is no text, if it has the field's type; an integer is also a number. None when it has not."""
     if spec.kind is float and type(value) in (int, float):
         return float(value) if math.isfinite(value) else None
@@ -175,8 +177,9 @@ def _read_type(hint: object) -> tuple[type, tuple[str, ...], bool]:
 def _attribute_docstrings(cls: type) -> dict[str, str]:
     """The string literal under each field of a dataclass, which is its help text."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
     for statement, following in itertools.pairwise(definition.body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = " ".join(following.value.value.split())
+            docs[ast.unparse(statement.target)] = " ".join(ast.literal_eval(following.value).split())
     return docs

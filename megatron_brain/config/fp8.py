@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -73,27 +74,27 @@ class Fp8Config:
         """Layers that are left out of FP8 at the start and at the end."""
         if not self.first_last_layers_bf16:
             return 0, 0
-        counts = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
-        return tuple(1 if count is None else count for count in counts)
+        start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+        return 1 if start is None else start, 1 if end is None else end
 
     def __post_init__(self) -> None:
         if self.fp8_format is None:
             for field in dataclasses.fields(self):
                 if getattr(self, field.name) != field.default:
-                    raise ValueError(
+                    raise ConfigError(
                         f"{self._told(field.name)} does nothing without fp8_format: add --fp8-format hybrid, or drop it"
                     )
             return
         self._check_recipe()
         self._check_layers_in_bf16()
         if self.fp8_emulate and self.fp8_recipe != "tensorwise":
-            raise ValueError(
+            raise ConfigError(
                 f"fp8_emulate=true needs fp8_recipe=tensorwise, it is {self.fp8_recipe}: other recipes are not emulated"
             )
         if self.fp8_param_gather and self.fp8_emulate:
-            raise ValueError("fp8_param_gather=true: an emulation has no weights in FP8; drop fp8_param_gather")
+            raise ConfigError("fp8_param_gather=true: an emulation has no weights in FP8; drop fp8_param_gather")
         if self.fp8_param_gather and self.fp8_recipe not in ("tensorwise", "blockwise"):
-            raise ValueError(
+            raise ConfigError(
                 f"fp8_param_gather=true is for fp8_recipe=tensorwise or blockwise, it is {self.fp8_recipe}: drop "
                 "fp8_param_gather, or use one of those"
             )
@@ -102,24 +103,24 @@ class Fp8Config:
         """Settings that other recipes would not read."""
         for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
             if getattr(self, name) not in (0, None) and self.fp8_recipe != "delayed":
-                raise ValueError(
+                raise ConfigError(
                     f"{self._told(name)} is read by fp8_recipe=delayed alone, it is {self.fp8_recipe}: drop {name}"
                 )
         if self.fp8_margin < 0:
-            raise ValueError(f"fp8_margin={self.fp8_margin}: a scale above what fits overflows; use 0 or more")
+            raise ConfigError(f"fp8_margin={self.fp8_margin}: a scale above what fits overflows; use 0 or more")
         if self.fp8_amax_history_len is not None and self.fp8_amax_history_len < 1:
-            raise ValueError(f"fp8_amax_history_len={self.fp8_amax_history_len}: must be at least 1")
+            raise ConfigError(f"fp8_amax_history_len={self.fp8_amax_history_len}: must be at least 1")
         factory = self.fp8_quantizer_factory
         if (factory is not None) != (self.fp8_recipe == "custom"):
             cure = "add --fp8-quantizer-factory package.module.function" if factory is None else "drop it"
-            raise ValueError(
+            raise ConfigError(
                 f"fp8_quantizer_factory={factory} and fp8_recipe={self.fp8_recipe}: a factory goes with custom alone, "
                 f"which needs one; {cure}"
             )
         if factory is not None and not ("." in factory and all(part.isidentifier() for part in factory.split("."))):
-            raise ValueError(f"fp8_quantizer_factory={factory!r}: expected package.module.function")
+            raise ConfigError(f"fp8_quantizer_factory={factory!r}: expected package.module.function")
         if factory is not None and self.fp8_format != "hybrid":
-            raise ValueError(
+            raise ConfigError(
                 f"fp8_format={self.fp8_format} is not told to the factory of fp8_recipe=custom, which chooses formats "
                 "itself: use --fp8-format hybrid"
             )
@@ -129,18 +130,18 @@ class Fp8Config:
         for name in counts:
             value = getattr(self, name)
             if value is not None and not self.first_last_layers_bf16:
-                raise ValueError(f"{name}={value} needs first_last_layers_bf16: add it, or drop {name}")
+                raise ConfigError(f"{name}={value} needs first_last_layers_bf16: add it, or drop {name}")
             if value is not None and value < 0:
-                raise ValueError(f"{name}={value}: must not be negative")
+                raise ConfigError(f"{name}={value}: must not be negative")
         if not self.first_last_layers_bf16:
             return
         if self.fp8_recipe == "delayed":
-            raise ValueError(
+            raise ConfigError(
                 "first_last_layers_bf16=true: fp8_recipe=delayed updates the scales of all layers at once and leaves "
                 "none out; use another --fp8-recipe"
             )
         if self.layers_in_bf16 == (0, 0):
-            raise ValueError(f"first_last_layers_bf16=true leaves out no layer: raise {' or '.join(counts)}")
+            raise ConfigError(f"first_last_layers_bf16=true leaves out no layer: raise {' or '.join(counts)}")
 
     def _told(self, name: str) -> str:
         """`name=value` as it is written."""

@@ -6,8 +6,8 @@ What megatron-core and Transformer Engine would ignore in silence or refuse in t
 """
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
 _CAPABILITY = {"mxfp8": (10, 0), "blockwise": (9, 0)}
@@ -43,7 +43,7 @@ def require_fp8(config: RunConfig) -> None:
 
 
 def _require_sharded_weights(config: RunConfig) -> None:
-    if "optimizer" not in STAGE_SECTIONS[config.stage]:
+    if not config.spec.trains:
         raise ConfigError(f"fp8_param_gather=true: the {config.stage} stage updates no weights; drop fp8_param_gather")
     if not config.optimizer.use_distributed_optimizer:
         raise ConfigError(
@@ -71,7 +71,7 @@ def _require_aligned_sequences(config: RunConfig) -> None:
         )
 
 
-def validate_fp8_sizes(config: RunConfig, model: ModelConfig) -> None:
+def validate_fp8_sizes(config: RunConfig, model: ResolvedModel) -> None:
     """Check the layers that stay in bf16 against the model's layers, and its matrices against what FP8 GEMMs take.
 
     Args:
@@ -88,7 +88,7 @@ def validate_fp8_sizes(config: RunConfig, model: ModelConfig) -> None:
         _check_widths(config, model)
 
 
-def _check_layers_in_bf16(config: RunConfig, model: ModelConfig) -> None:
+def _check_layers_in_bf16(config: RunConfig, model: ResolvedModel) -> None:
     start, end = config.fp8.layers_in_bf16
     stages = config.parallel.pipeline_model_parallel_size
     per_stage = model.num_layers // stages
@@ -105,7 +105,7 @@ def _check_layers_in_bf16(config: RunConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_widths(config: RunConfig, model: ModelConfig) -> None:
+def _check_widths(config: RunConfig, model: ResolvedModel) -> None:
     """Both sides of the matrices on a process: Transformer Engine's `assert_dim_for_fp8_exec`, and mxfp8's blocks."""
     multiple, processes = 32 if config.fp8.fp8_recipe == "mxfp8" else 16, config.parallel.tensor_model_parallel_size
     hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads

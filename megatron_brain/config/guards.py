@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class GuardConfig:
@@ -34,8 +36,8 @@ class GuardConfig:
         for name in ("max_consecutive_skips", "loss_spike_window", "check_replicas_interval"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.loss_spike_factor is not None and self.loss_spike_factor <= 1:
-            raise ValueError(f"loss_spike_factor={self.loss_spike_factor}: must be above 1, the median itself")
+            raise ConfigError(f"loss_spike_factor={self.loss_spike_factor}: must be above 1, the median itself")
         if self.grad_norm_limit is not None and self.grad_norm_limit <= 0:
-            raise ValueError(f"grad_norm_limit={self.grad_norm_limit}: must be positive")
+            raise ConfigError(f"grad_norm_limit={self.grad_norm_limit}: must be positive")

@@ -13,6 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import yaml
 
@@ -21,14 +22,14 @@ from megatron_brain.config.fields import (
     FieldSpec,
     all_fields,
     convert,
-    did_you_mean,
     section_fields,
     section_help,
     section_types,
     stage_fields,
 )
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stage_spec, stages
+from megatron_brain.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def load_config(stage: str, argv: Sequence[str]) -> RunConfig:
     """The configuration of a stage from `--config FILE` and `--flag value` overrides.
 
     Args:
-        stage: a key of `STAGE_SECTIONS`.
+        stage: name of a registered stage.
         argv: arguments after the stage; dashes and underscores in flag names mean the same, the last of a repeated
             flag wins, `null` unsets an optional field.
 
@@ -70,7 +71,7 @@ def config_from_dict(stage: str, values: Mapping[str, object], origin: str = "sa
 
 def config_to_dict(config: RunConfig) -> dict[str, object]:
     """`stage` and every field its stage reads, flat, as plain values (None, bool, int, float, str)."""
-    fields = {name: getattr(getattr(config, spec.section), name) for name, spec in stage_fields(config.stage).items()}
+    fields = {name: getattr(config.section(spec.section), name) for name, spec in stage_fields(config.stage).items()}
     return {"stage": config.stage, **fields}
 
 
@@ -79,26 +80,27 @@ def config_to_yaml(config: RunConfig) -> str:
     values = config_to_dict(config)
     lines = [_yaml_line("stage", config.stage)]
     for section in section_types():
-        if section in STAGE_SECTIONS[config.stage]:
+        if section in config.spec.all_sections:
             lines.append(f"\n# {section}: {section_help(section)}\n")
             lines.extend(_yaml_line(spec.name, values[spec.name]) for spec in section_fields(section))
     return "".join(lines)
 
 
-def save_config(config: RunConfig, path: str) -> None:
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write `config_to_yaml` to a file."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(config_to_yaml(config))
 
 
 def _yaml_line(key: str, value: object) -> str:
-    return yaml.safe_dump({key: value}, width=float("inf"), allow_unicode=True)
+    line: str = yaml.safe_dump({key: value}, width=float("inf"), allow_unicode=True)
+    return line
 
 
 def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
     """Sections from given values; errors of the dataclasses' own checks get the origin of the keys they name."""
     fields = stage_fields(stage)
-    values: dict[str, dict[str, object]] = {section: {} for section in STAGE_SECTIONS[stage]}
+    values: dict[str, dict[str, object]] = {section: {} for section in stage_spec(stage).all_sections}
     for key, item in given.items():
         if key == "stage":
             _check_stage(stage, item)
@@ -110,10 +112,11 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
     for section, arguments in values.items():
         try:
             sections[section] = section_types()[section](**arguments)
-        except ValueError as error:
+        except ConfigError as error:
             named = [f"{key} from {given[key].origin}" for key in arguments if re.search(rf"\b{key}\b", str(error))]
             raise ConfigError(f"{error} ({', '.join(named)})" if named else str(error)) from error
-    return RunConfig(stage=stage, **sections)
+    more = {section: sections.pop(section) for section in stage_spec(stage).settings}
+    return RunConfig(stage=stage, **sections, more=more)
 
 
 def _check_stage(stage: str, item: _Given) -> None:
@@ -130,7 +133,7 @@ def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
     where = f"{key}={item.value!r} ({item.origin})"
     spec = all_fields().get(key)
     if spec is not None:
-        owners = [name for name, sections in STAGE_SECTIONS.items() if spec.section in sections]
+        owners = [name for name, other in stages().items() if spec.section in other.all_sections]
         return ConfigError(f"{where}: the {stage} stage does not read it; it belongs to {', '.join(owners)}")
     if key in section_types():
         return ConfigError(f"{where}: {key} is a section, not a key; keys are flat, write its keys at the top level")
@@ -148,7 +151,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are ours, to be reported like any other bad setting."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}")
 
 
@@ -158,7 +161,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     Raises:
         ConfigError: there is no such stage.
     """
-    stage_fields(stage)
+    spec = stage_spec(stage)
     width = min(max(shutil.get_terminal_size().columns, 80), 100)
     parser = _Parser(
         prog=f"python -m megatron_brain {stage}",
@@ -171,10 +174,10 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", action="append", help="YAML file of flat `key: value` lines")
     for section in section_types():
-        if section in STAGE_SECTIONS[stage]:
+        if section in spec.all_sections:
             group = parser.add_argument_group(section, section_help(section))
-            for spec in section_fields(section):
-                _add_flag(group, spec)
+            for setting in section_fields(section):
+                _add_flag(group, setting)
     return parser
 
 
@@ -182,7 +185,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: FieldSpec) -> None:
     """One flag; a bool becomes the pair `--name` / `--no-name`."""
     text = spec.help.replace("%", "%%")
     if spec.default is not None:
-        shown = {True: "on", False: "off"}[spec.default] if spec.kind is bool else spec.default
+        shown = ("on" if spec.default else "off") if spec.kind is bool else spec.default
         text += f" [{shown}]"
     if spec.kind is bool:
         group.add_argument(spec.flag, action=argparse.BooleanOptionalAction, help=text)

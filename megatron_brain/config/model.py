@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -128,6 +130,7 @@ class ModelConfig:
     def longest_sequence(self) -> tuple[int, str]:
         """Most tokens that a sequence may have, and the setting that says so, in words. The sizes are resolved."""
         limit, setting = self.max_position_embeddings, f"max_position_embeddings={self.max_position_embeddings}"
+        assert limit is not None
         if self.window_size is not None and self.window_size < limit:
             return self.window_size, f"window_size={self.window_size} (attention over a window is not computed)"
         return limit, setting
@@ -136,27 +139,27 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
             if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}={value}: a dropout probability lies in [0, 1)")
+                raise ConfigError(f"{name}={value}: a dropout probability lies in [0, 1)")
         if self.recompute_method and self.recompute_granularity != "full":
-            raise ValueError(
+            raise ConfigError(
                 f"recompute_method={self.recompute_method} needs recompute_granularity=full, "
                 f"it is {self.recompute_granularity}"
             )
         if self.recompute_num_layers and self.recompute_granularity != "full":
-            raise ValueError(
+            raise ConfigError(
                 f"recompute_num_layers={self.recompute_num_layers} needs recompute_granularity=full, "
                 f"it is {self.recompute_granularity}"
             )
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be positive")
+                raise ConfigError(f"{name}={value}: must be positive")
         if self.init_method_std < 0:
-            raise ValueError(f"init_method_std={self.init_method_std}: a standard deviation must not be negative")
+            raise ConfigError(f"init_method_std={self.init_method_std}: a standard deviation must not be negative")
         self._check_heads()
         self._check_rotation()
         if self.qk_layernorm and self.normalization == "LayerNorm":
-            raise ValueError("qk_layernorm is an RMSNorm over heads and needs normalization=RMSNorm, it is LayerNorm")
+            raise ConfigError("qk_layernorm is an RMSNorm over heads and needs normalization=RMSNorm, it is LayerNorm")
 
     def _check_heads(self) -> None:
         """Heads share the hidden size, and key/value heads are shared by query heads, evenly."""
@@ -164,11 +167,11 @@ class ModelConfig:
         if heads is None:
             return
         if self.num_query_groups is not None and heads % self.num_query_groups:
-            raise ValueError(
+            raise ConfigError(
                 f"num_attention_heads={heads} is not a multiple of num_query_groups={self.num_query_groups}"
             )
         if self.kv_channels is None and self.hidden_size is not None and self.hidden_size % heads:
-            raise ValueError(
+            raise ConfigError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
                 "set kv_channels, the dimension of a head"
             )
@@ -179,22 +182,37 @@ class ModelConfig:
         if self.position_embedding_type == "learned_absolute":
             for name, value in (("rotary_percent", percent), ("rope_scaling_factor", scaling)):
                 if value != 1.0:
-                    raise ValueError(f"{name}={value} needs position_embedding_type=rope, it is learned_absolute")
+                    raise ConfigError(f"{name}={value} needs position_embedding_type=rope, it is learned_absolute")
             return
         if percent > 1.0:
-            raise ValueError(f"rotary_percent={percent}: a share of a head's channels lies in (0, 1]")
+            raise ConfigError(f"rotary_percent={percent}: a share of a head's channels lies in (0, 1]")
         if self.kv_channels is not None:
             rotated = int(self.kv_channels * percent)
             if rotated == 0 or rotated % 2:
-                raise ValueError(
+                raise ConfigError(
                     f"rotary_percent={percent} of kv_channels={self.kv_channels} are {rotated} channels: they are "
                     "rotated in pairs, so it must be an even number above 0"
                 )
         if scaling < 1.0:
-            raise ValueError(f"rope_scaling_factor={scaling}: it divides frequencies and is 1 or more")
+            raise ConfigError(f"rope_scaling_factor={scaling}: it divides frequencies and is 1 or more")
         low, high = self.rope_low_freq_factor or 1.0, self.rope_high_freq_factor or 4.0
         if low >= high:
-            raise ValueError(f"rope_low_freq_factor={low} must be less than rope_high_freq_factor={high}")
+            raise ConfigError(f"rope_low_freq_factor={low} must be less than rope_high_freq_factor={high}")
+
+
+@dataclass(kw_only=True)
+class ResolvedModel(ModelConfig):
+    """A model whose sizes are known, as `models.architecture.resolve` makes them."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_percent: float
 
 
 _POSITIVE = (

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
@@ -53,37 +55,39 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise ValueError(f"lr={self.lr}: must be positive")
+            raise ConfigError(f"lr={self.lr}: must be positive")
         if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr={self.min_lr}: must lie in [0, lr={self.lr}]")
+            raise ConfigError(f"min_lr={self.min_lr}: must lie in [0, lr={self.lr}]")
         for name in ("lr_warmup_iters", "weight_decay", "clip_grad"):
             value = getattr(self, name)
             if value < 0:
-                raise ValueError(f"{name}={value}: must not be negative")
+                raise ConfigError(f"{name}={value}: must not be negative")
         if self.adam_eps <= 0:
-            raise ValueError(f"adam_eps={self.adam_eps}: must be positive, what is divided by may be 0")
+            raise ConfigError(f"adam_eps={self.adam_eps}: must be positive, what is divided by may be 0")
         for name in ("adam_beta1", "adam_beta2"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ValueError(f"{name}={value}: must lie in [0, 1)")
+                raise ConfigError(f"{name}={value}: must lie in [0, 1)")
         if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
-            raise ValueError(f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}")
+            raise ConfigError(
+                f"lr_decay_iters={self.lr_decay_iters} must exceed lr_warmup_iters={self.lr_warmup_iters}"
+            )
         self._check_overlap()
 
     def _check_overlap(self) -> None:
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError(
+            raise ConfigError(
                 "overlap_param_gather=true needs use_distributed_optimizer: without it every process updates all of "
                 "its weights and there is nothing to gather"
             )
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather=true needs overlap_grad_reduce")
+            raise ConfigError("overlap_param_gather=true needs overlap_grad_reduce")
         if self.ddp_bucket_size is None:
             return
         if self.ddp_bucket_size < 1:
-            raise ValueError(f"ddp_bucket_size={self.ddp_bucket_size}: must be at least 1")
+            raise ConfigError(f"ddp_bucket_size={self.ddp_bucket_size}: must be at least 1")
         if not self.overlap_grad_reduce:
-            raise ValueError(
+            raise ConfigError(
                 f"ddp_bucket_size={self.ddp_bucket_size} needs overlap_grad_reduce: without it everything is reduced "
                 "at once"
             )

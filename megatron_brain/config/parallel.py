@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_brain.errors import ConfigError
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -32,10 +34,10 @@ class ParallelConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError(
+            raise ConfigError(
                 "sequence_parallel=true needs tensor_model_parallel_size > 1; it is 1: drop sequence_parallel"
             )
         if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
-            raise ValueError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size > 1; it is 1")
+            raise ConfigError("num_layers_per_virtual_pipeline_stage needs pipeline_model_parallel_size > 1; it is 1")

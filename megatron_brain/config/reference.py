@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from megatron_brain.config.fields import FieldSpec, section_fields, section_help, section_types
-from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.config.stage_spec import stages
+from megatron_brain.errors import ConfigError
 
 BEGIN = "<!-- options: begin (python -m megatron_brain.config.reference docs/configuration.md) -->"
 END = "<!-- options: end -->"
@@ -19,10 +20,10 @@ def option_tables() -> str:
     """A Markdown table per section: flag, type, default, meaning; and the stages that read it."""
     parts = []
     for section in section_types():
-        stages = ", ".join(stage for stage, sections in STAGE_SECTIONS.items() if section in sections)
+        readers = ", ".join(name for name, spec in stages().items() if section in spec.all_sections)
         head = "| flag | type | default | meaning |\n|---|---|---|---|\n"
         rows = "\n".join(map(_row, section_fields(section)))
-        parts.append(f"### {section}\n\n{section_help(section)} Stages: {stages}.\n\n{head}{rows}")
+        parts.append(f"### {section}\n\n{section_help(section)} Stages: {readers}.\n\n{head}{rows}")
     return "\n\n".join(parts)
 
 
@@ -30,11 +31,11 @@ def replace_tables(text: str) -> str:
     """The page with its tables replaced.
 
     Raises:
-        ValueError: the page lacks a marker.
+        ConfigError: the page lacks a marker.
     """
     for marker in (BEGIN, END):
         if marker not in text:
-            raise ValueError(f"marker {marker!r} is missing")
+            raise ConfigError(f"marker {marker!r} is missing")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     return f"{before}{BEGIN}\n\n{option_tables()}\n\n{END}{after}"

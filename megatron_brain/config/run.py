@@ -1,6 +1,7 @@
-"""The configuration of one run: the sections its stage reads, and the checks that span sections."""
+"""The configuration of one run: the sections of settings that its stage reads."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_brain.config.data import DataConfig, TokenizerConfig
 from megatron_brain.config.fp8 import Fp8Config
@@ -8,6 +9,7 @@ from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stage_spec import StageSpec, stage_spec
 from megatron_brain.config.stages import (
     BrainConfig,
     EvaluateConfig,
@@ -18,17 +20,6 @@ from megatron_brain.config.stages import (
     SFTConfig,
 )
 from megatron_brain.config.training import CheckpointConfig, LoggingConfig, TrainingConfig
-
-_COMMON = ("model", "fp8", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
-
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "sft": (*_COMMON, "optimizer", "guards", "sft"),
-    "reward": (*_COMMON, "optimizer", "guards", "reward"),
-    "brain": (*_COMMON, "optimizer", "guards", "sampling", "scoring", "brain"),
-    "generate": (*_COMMON, "sampling", "generate"),
-    "evaluate": (*_COMMON, "sampling", "scoring", "generate", "evaluate"),
-}
-"""Sections each stage accepts; a key of another section is an error, not ignored."""
 
 
 @dataclass(kw_only=True)
@@ -53,3 +44,14 @@ class RunConfig:
     brain: BrainConfig = field(default_factory=BrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    more: dict[str, Any] = field(default_factory=dict)
+    """Sections of a stage that is defined elsewhere, by name."""
+
+    @property
+    def spec(self) -> StageSpec:
+        """The stage's descriptor."""
+        return stage_spec(self.stage)
+
+    def section(self, name: str) -> Any:
+        """The settings of a section."""
+        return self.more[name] if name in self.more else getattr(self, name)

@@ -1,26 +1,51 @@
 """How many steps a run takes: functions of its settings and of the number of its records."""
 
-import math
+from __future__ import annotations
 
-from megatron_brain.config.run import RunConfig
-from megatron_brain.config.training import TrainingConfig
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from megatron_brain.errors import ConfigError
 
-
-def iterations(training: TrainingConfig, num_samples: int) -> int:
-    """Steps of a run over a list of samples: --train-iters, or --train-epochs rounded up to whole steps."""
-    epochs = training.train_epochs or 1.0
-    return training.train_iters or math.ceil(epochs * num_samples / training.global_batch_size)
+if TYPE_CHECKING:
+    from megatron_brain.config.run import RunConfig
 
 
-def rounds(epochs: float, num_prompts: int, groups_per_round: int) -> int:
-    """Rounds of so many passes over the prompts, rounded up."""
-    return math.ceil(epochs * num_prompts / groups_per_round)
+@dataclass(frozen=True, kw_only=True)
+class RunLength:
+    """Optimizer steps of a run, as far as they are known."""
+
+    train_iters: int | None
+    """Steps of the run; None where they follow from records whose number is not known."""
+    num_rounds: int | None = None
+    """Rounds that the records fill; None: not known, or the stage has no rounds."""
+    steps_per_round: int | None = None
 
 
-def steps_per_round(config: RunConfig, groups_per_round: int) -> int:
-    """Optimizer steps between refreshes of the proposal: --refresh-interval, or one pass over the round."""
-    return config.brain.refresh_interval or max(1, groups_per_round // config.training.global_batch_size)
+def length_by_epochs(config: RunConfig, num_samples: int | None) -> RunLength:
+    """Length of a run over a list of samples: --train-iters, or --train-epochs rounded up to whole steps."""
+    training = config.training
+    if training.train_iters is not None or num_samples is None:
+        return RunLength(train_iters=training.train_iters)
+    return RunLength(train_iters=math.ceil((training.train_epochs or 1.0) * num_samples / training.global_batch_size))
+
+
+def length_by_rounds(config: RunConfig, num_prompts: int | None) -> RunLength:
+    """Length of a run in rounds of --prompts-per-round: --train-iters, or --train-epochs rounded up to whole rounds."""
+    groups = config.brain.prompts_per_round
+    epochs = config.training.train_epochs or 1.0
+    return length_of_rounds(config, None if num_prompts is None else math.ceil(epochs * num_prompts / groups), groups)
+
+
+def length_of_rounds(config: RunConfig, num_rounds: int | None, groups_per_round: int) -> RunLength:
+    """Length of a run of so many rounds, unless --train-iters says another.
+
+    The steps of a round are those between refreshes of the proposal: --refresh-interval, or one pass over the round.
+    """
+    steps = config.brain.refresh_interval or max(1, groups_per_round // config.training.global_batch_size)
+    by_rounds = None if num_rounds is None else num_rounds * steps
+    return RunLength(train_iters=config.training.train_iters or by_rounds, num_rounds=num_rounds, steps_per_round=steps)
 
 
 def check_warmup(config: RunConfig, train_iters: int) -> None:

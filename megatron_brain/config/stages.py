@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.objectives import Objective
+from megatron_brain.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -26,7 +27,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.centering_coefficient < 0:
-            raise ValueError(f"centering_coefficient={self.centering_coefficient}: must not be negative")
+            raise ConfigError(f"centering_coefficient={self.centering_coefficient}: must not be negative")
 
 
 @dataclass(kw_only=True)
@@ -55,13 +56,13 @@ class SamplingConfig:
         for name in ("samples_per_prompt", "max_new_tokens", "sampling_batch_size"):
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
+            raise ConfigError(f"temperature={self.temperature}: must not be negative (0 is greedy)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
+            raise ConfigError(f"top_k={self.top_k}: must not be negative (0 keeps all)")
 
 
 @dataclass(kw_only=True)
@@ -144,17 +145,17 @@ class BrainConfig:
         for name in ("reward_temperature", "policy_strength", *limits):
             value = getattr(self, name)
             if value <= 0:
-                raise ValueError(f"{name}={value}: must be positive")
+                raise ConfigError(f"{name}={value}: must be positive")
         if self.kl_coefficient < 0:
-            raise ValueError(f"kl_coefficient={self.kl_coefficient}: must not be negative")
+            raise ConfigError(f"kl_coefficient={self.kl_coefficient}: must not be negative")
         if self.rso_candidates < 2:
-            raise ValueError(f"rso_candidates={self.rso_candidates}: must be at least 2")
+            raise ConfigError(f"rso_candidates={self.rso_candidates}: must be at least 2")
         if self.prompts_per_round < 1:
-            raise ValueError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
+            raise ConfigError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
         if self.refresh_interval is not None and self.refresh_interval < 1:
-            raise ValueError(f"refresh_interval={self.refresh_interval}: must be at least 1")
+            raise ConfigError(f"refresh_interval={self.refresh_interval}: must be at least 1")
         if self.rollout_dir and self.rollout_data:
-            raise ValueError("rollout_dir writes and rollout_data reads rollouts: give one of them")
+            raise ConfigError("rollout_dir writes and rollout_data reads rollouts: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -172,7 +173,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
-            raise ValueError(f"max_prompts={self.max_prompts}: must be at least 1")
+            raise ConfigError(f"max_prompts={self.max_prompts}: must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -193,6 +194,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.bootstrap_samples < 1:
-            raise ValueError(f"bootstrap_samples={self.bootstrap_samples}: must be at least 1")
+            raise ConfigError(f"bootstrap_samples={self.bootstrap_samples}: must be at least 1")
         if self.num_examples < 0:
-            raise ValueError(f"num_examples={self.num_examples}: must not be negative")
+            raise ConfigError(f"num_examples={self.num_examples}: must not be negative")

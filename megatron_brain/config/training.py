@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_brain.errors import ConfigError
+
 _POSITIVE = ("micro_batch_size", "max_tokens_per_micro_batch", "global_batch_size", "train_iters", "eval_interval")
 
 
@@ -46,22 +48,22 @@ class TrainingConfig:
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.train_epochs is not None and self.train_epochs <= 0:
-            raise ValueError(f"train_epochs={self.train_epochs}: must be positive")
+            raise ConfigError(f"train_epochs={self.train_epochs}: must be positive")
         if self.train_iters is not None and self.train_epochs is not None:
-            raise ValueError("train_iters and train_epochs are both set: give one of them")
+            raise ConfigError("train_iters and train_epochs are both set: give one of them")
         if self.exit_duration_in_mins is not None and self.exit_duration_in_mins <= 0:
-            raise ValueError(f"exit_duration_in_mins={self.exit_duration_in_mins}: must be positive")
+            raise ConfigError(f"exit_duration_in_mins={self.exit_duration_in_mins}: must be positive")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: must be at least 0 and less than 2**32, as numpy takes it")
+            raise ConfigError(f"seed={self.seed}: must be at least 0 and less than 2**32, as numpy takes it")
         if self.max_tokens_per_micro_batch is not None and self.micro_batch_size != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"micro_batch_size={self.micro_batch_size} and "
                 f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} both size micro-batches: give one"
             )
         if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of "
                 f"micro_batch_size={self.micro_batch_size}"
             )
@@ -100,20 +102,20 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.save_interval is not None and self.save_interval < 1:
-            raise ValueError(f"save_interval={self.save_interval}: must be at least 1")
+            raise ConfigError(f"save_interval={self.save_interval}: must be at least 1")
         if self.save_interval is not None and self.save is None:
-            raise ValueError(f"save_interval={self.save_interval} needs --save")
+            raise ConfigError(f"save_interval={self.save_interval} needs --save")
         if self.keep_latest is not None and self.keep_latest < 1:
-            raise ValueError(f"keep_latest={self.keep_latest}: must be at least 1")
+            raise ConfigError(f"keep_latest={self.keep_latest}: must be at least 1")
         for name in ("async_save", "keep_latest"):
             if getattr(self, name) and self.save is None:
-                raise ValueError(f"{name}={getattr(self, name)} needs --save")
+                raise ConfigError(f"{name}={getattr(self, name)} needs --save")
         if self.finetune and self.load is None:
-            raise ValueError("finetune=true needs --load, the checkpoint whose weights to take")
+            raise ConfigError("finetune=true needs --load, the checkpoint whose weights to take")
         if self.auto_resume and self.save is None:
-            raise ValueError("auto_resume=true needs --save, the folder to resume from")
+            raise ConfigError("auto_resume=true needs --save, the folder to resume from")
         if self.auto_resume and not self.save_optim:
-            raise ValueError(
+            raise ConfigError(
                 "auto_resume=true needs save_optim: a checkpoint without optimizer state cannot be resumed"
             )
 
@@ -125,6 +127,10 @@ class LoggingConfig:
     log_interval: int = 1
     """Steps between the lines on the console; the files get every step."""
 
+    log_metrics: str | None = None
+    """Metrics that the console shows, by their names in metrics.jsonl with commas between them, or `all`; unset: the
+    few that the stage chooses. The files get all."""
+
     tensorboard_dir: str | None = None
     """Folder of the TensorBoard event file and metrics.jsonl; default: --save."""
 
@@ -133,4 +139,4 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         if self.log_interval < 1:
-            raise ValueError(f"log_interval={self.log_interval}: must be at least 1")
+            raise ConfigError(f"log_interval={self.log_interval}: must be at least 1")

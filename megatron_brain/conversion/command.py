@@ -1,4 +1,4 @@
-"""What the two conversion tools have in common: their flags, their course, what they say and return."""
+"""What the two conversion tools share: flags, the order of steps, messages and the exit status."""
 
 import argparse
 import sys
@@ -11,12 +11,12 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.conversion.compare import TOLERANCE, Comparison, count_parts
 from megatron_brain.conversion.errors import ConversionError, MismatchError
 from megatron_brain.conversion.output_folder import verified_folder
 from megatron_brain.conversion.workers import Workers
-from megatron_brain.errors import ConfigError, OwnError
+from megatron_brain.errors import ConfigError, OwnError, UserError
 from megatron_brain.files import folder_problem
 from megatron_brain.flag_types import not_negative
 from megatron_brain.runtime import parallel
@@ -24,9 +24,9 @@ from megatron_brain.runtime.launch import is_reporting_rank
 
 
 class Conversion(Protocol):
-    """A conversion that is known to be possible. See `ToCheckpoint` and `ToHF`."""
+    """A conversion that has been checked and can be done: `ToCheckpoint` or `ToHF`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     nbytes: int
 
     def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None: ...
@@ -35,7 +35,7 @@ class Conversion(Protocol):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of both tools."""
+    """Add the flags that both tools have."""
     parser.add_argument(
         "--tolerance",
         type=not_negative,
@@ -47,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion]) -> int:
-    """Convert, compare and publish; all processes call it.
+    """Convert, compare and publish. All processes call it.
 
     Args:
         args: `save` and the flags of `add_arguments`.
-        source: folder that is converted.
-        prepare: reads what is to be converted and refuses what cannot be.
+        source: the folder that is converted.
+        prepare: checks the source and returns its conversion, or raises an error if it cannot be converted.
 
     Returns:
-        the exit status: 1 where the two models differ or a process failed, 2 for a mistake in what was asked for.
+        The exit status: 1 if the two models differ or a process failed, 2 if the request was wrong.
     """
     prints = is_reporting_rank()
     try:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
         status, said = 1, f"error: {args.save}.unverified: {error}"
     except ConversionError as error:
         status, said = 1, f"error: {error}"
-    except ValueError as error:
+    except UserError as error:
         status, said, prints = 2, f"error: {error}", prints or isinstance(error, OwnError)
     else:
         status = 0
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, source: Path, prepare: Callable[[], Conversion
 
 
 def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: Callable[[], Conversion]) -> str | None:
-    """Returns on the first process what was done, in words."""
+    """Returns the closing message on the first process, and None on the others."""
     workers.all(lambda: _require_place(args.save))
     conversion = workers.all(prepare)
     with _progress(workers) as progress, verified_folder(args.save, workers, source=source) as folder:
@@ -96,7 +96,7 @@ def _convert(args: argparse.Namespace, source: Path, workers: Workers, prepare: 
             gigabytes = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e9
             return f"{args.save}: {gigabytes:.2f} GB in {seconds:.2f} s ({gigabytes / seconds:.2f} GB/s); {compare()}"
 
-        # By the first alone: it also renames the folder when all have left it.
+        # The first process compares alone. It also renames the folder when all processes have left the block.
         return workers.first(finish)
 
 
@@ -107,7 +107,7 @@ def _require_place(save: Path) -> None:
 
 @contextmanager
 def _progress(workers: Workers) -> Iterator[Progress]:
-    """Bars on the terminal of the first process, and none elsewhere."""
+    """Progress bars, on the terminal of the first process only."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (workers.is_first and console.is_terminal)) as progress:

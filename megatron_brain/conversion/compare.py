@@ -1,10 +1,11 @@
-"""Compares a checkpoint with the Hugging Face directory it was converted from or to, on random tokens.
+"""Compares a checkpoint with the Hugging Face directory that it was converted from or to, on random tokens.
 
-Both models are run with one module's weights in memory at a time. Both compute in float32 on weights rounded to
-one type, so that what is left is the order of float32 sums, and a difference in the conversion stands out whatever type
-was written. That rest is not nothing: on a pretrained model's logits transformers' own attention implementations differ
-by 1e-4 to 2e-4. So policies are compared on rows without padding, where transformers sums in our order; reward models
-on padded rows, which are what may be read wrongly.
+Both models run with one module's weights in memory at a time. Both compute in float32, on weights that are rounded to
+the same type. So right conversions differ only by the order of float32 sums, whatever type was written.
+
+The order of sums matters too: on a pretrained model's logits, transformers' own attention implementations differ by
+1e-4 to 2e-4. Policies are therefore compared on rows without padding, where transformers sums in our order. Reward
+models are compared on padded rows, because with a wrong padding token transformers reads the reward at a wrong place.
 """
 
 import math
@@ -32,27 +33,29 @@ from megatron_brain.runtime.parallel import Parallel
 
 SEQUENCES = 6
 LENGTH = 32
-"""Of a reward model's sequences the first has so many tokens and the others fewer, down to about half."""
+"""Tokens of a sequence. The sequences of a reward model get shorter one by one, down to about half of this."""
 
 TOLERANCE = 1e-5
-"""Relative to the largest logit or reward, or to 1 where that is smaller. float32 sums in another order differ by about
-1e-6 of a model's largest hidden state, and logits are sums over those: an absolute bound would refuse right conversions
-of models with large logits (GPT-2's are beyond 100), or pass wrong ones of models with small."""
+"""Largest difference allowed, relative to the largest logit or reward, or to 1 where that is smaller.
+
+float32 sums in another order differ by about 1e-6 of a model's largest hidden state, and logits are sums over hidden
+states. An absolute bound would refuse right conversions of models with large logits (GPT-2's are beyond 100), or accept
+wrong conversions of models with small ones."""
 
 HIDDEN_TOLERANCE = 1e-5
-"""Relative to the largest hidden state of the layer."""
+"""Hidden states that differ by at most this count as equal. It is relative to the largest hidden state of the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What two models differ by.
+    """The difference between two models.
 
     Attributes:
         what: `logits` or `rewards`.
         count: positions or sequences compared.
         largest: the largest absolute difference.
-        scale: the largest absolute value of the Hugging Face model.
-        hidden: relative difference of the hidden states after each part of the model, in order.
+        scale: the largest absolute logit or reward of the Hugging Face model.
+        hidden: the relative difference of the hidden states after each part of the model, in order.
     """
 
     what: str
@@ -63,7 +66,7 @@ class Comparison:
 
     @property
     def first_difference(self) -> str:
-        """The first part of the model after which hidden states differ."""
+        """A sentence that names the first part of the model after which hidden states differ."""
         for part, difference in self.hidden.items():
             if not difference <= HIDDEN_TOLERANCE:
                 return f"{part} is the first after which hidden states differ (by {difference:.1e} of the largest)"
@@ -76,7 +79,7 @@ class Comparison:
         """Raise MismatchError where the difference exceeds the tolerance, or is not a number.
 
         Args:
-            tolerance: as TOLERANCE.
+            tolerance: relative, like TOLERANCE.
         """
         if math.isnan(self.largest):
             raise MismatchError(
@@ -98,7 +101,7 @@ class Comparison:
 
 
 def count_parts(model: ModelConfig) -> int:
-    """Parts of the two models that are run one after another: embedding, layers and final norm of each."""
+    """How many parts the two models have together: the embedding, the layers and the final norm of each."""
     return 2 * (model.num_layers + 2)
 
 
@@ -120,7 +123,7 @@ def compare_with_hf(
         info: the checkpoint, with the same head.
         model: its sizes, resolved.
         dtype: both models' weights are rounded to it.
-        parallel: the models are run on this process's device.
+        parallel: both models run on the device of this process.
         advance: called after each of `count_parts(model)` parts of the two models.
     """
     pad_id = source.config.get("pad_token_id")
@@ -156,7 +159,7 @@ class _Inputs:
         return sorted({token for sequence in self.sequences for token in sequence})
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Tokens `[r, s]` padded on the right, and which of them are no padding."""
+        """Tokens `[r, s]`, padded on the right, and a mask `[r, s]` of those that are not padding."""
         rows = [torch.tensor(sequence) for sequence in self.sequences]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(sequence) for sequence in self.sequences])
@@ -164,7 +167,7 @@ class _Inputs:
         return tokens.to(self.device), real.to(self.device)
 
     def packed(self) -> PackedBatch:
-        """The sequences end to end, each token by its place in `ids`."""
+        """The sequences, packed end to end. Each token is given as its position in `ids`."""
         place = {token: index for index, token in enumerate(self.ids)}
         rows = [[place[token] for token in sequence] for sequence in self.sequences]
         groups = [Group(prompt=(row[0],), responses=(tuple(row[1:]),)) for row in rows]
@@ -172,7 +175,7 @@ class _Inputs:
 
 
 def _random_sequences(model: ModelConfig, tokenizer: Tokenizer, pad_id: int, *, padded: bool) -> list[list[int]]:
-    """Sequences of any tokens but padding, ending in EOS; of different lengths if they are to be padded."""
+    """Random sequences that contain no padding and end in EOS. Their lengths differ if they will be padded."""
     generator = torch.Generator().manual_seed(0)
     longest = min(LENGTH, model.longest_sequence[0])
     ordinary = torch.tensor([i for i in range(model.vocab_size) if i not in (pad_id, tokenizer.eos_id)])
@@ -187,7 +190,7 @@ def _random_sequences(model: ModelConfig, tokenizer: Tokenizer, pad_id: int, *, 
 def _run_hf(
     source: HFModel, model: ModelConfig, inputs: _Inputs, dtype: torch.dtype, advance: Callable[[], None]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits `[T, V]` of all tokens or rewards `[R]`, and hidden states `[T, h]` by part."""
+    """Run transformers. Returns logits `[T, V]` of all tokens or rewards `[R]`, and hidden states `[T, h]` by part."""
     tokens, real = inputs.padded()
     hidden: dict[str, Tensor] = {}
 
@@ -213,7 +216,7 @@ def _run_ours(
     expected_hidden: dict[str, Tensor],
     advance: Callable[[], None],
 ) -> tuple[float, dict[str, float]]:
-    """The largest absolute difference, and the hidden states' relative one by part."""
+    """Run our model. Returns the largest absolute difference, and the relative difference of hidden states by part."""
     batch, chunk, hidden = inputs.packed(), streamed.chunk, {}
 
     def keep(part: str, value: Tensor) -> None:
@@ -229,14 +232,14 @@ def _run_ours(
         (logits - expected[:, start : start + logits.size(1)]).abs().max()
         for start, logits in streamed.logits(out[:, 0])
     ]
-    # A maximum of torch, unlike Python's, keeps what is not a number.
+    # torch's maximum keeps NaN, Python's does not.
     return torch.stack(blocks).max().item(), hidden
 
 
 @contextmanager
 def _watched(layers: list[nn.Module], norm: nn.Module, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While the block runs, hand on the input of the first layer (the embedding, positions included), the output of
-    every layer, and that of the final norm. All `layers` may be one module that is called for each."""
+    """While the block runs, give `keep` the input of the first layer (the embedding, with positions), the output of
+    every layer and the output of the final norm. All `layers` may be one module that is called once for each."""
     calls = iter(range(len(layers)))
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,12 +1,78 @@
-"""What the config.json of several families have in common: sizes, activations, rotary positions, windows."""
+"""Rules that families share: how config.json says sizes, heads, activations, rotary positions and windows."""
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.conversion.family import refuse
+from megatron_brain.conversion.family import Rule
 from megatron_brain.errors import ConfigError
 
-ACTIVATIONS = {
+
+def fixed(value: object) -> Rule:
+    """All models of the family have this value, and config.json does not say it."""
+    return Rule(read=lambda config: value, allows=lambda asked, model: asked == value)
+
+
+def same(key: str) -> Rule:
+    """config.json has the value, as it is, under this key."""
+    return Rule(read=lambda config: config[key], write=lambda value, model: {key: value})
+
+
+def size(key: str) -> Rule:
+    """config.json has the value, as it is, under this key, and it must be a positive number."""
+    return dataclasses.replace(same(key), size=key)
+
+
+UNUSED = Rule(read=lambda config: None)
+"""The family's networks do not use the field: they are the same whatever its value."""
+
+OUTPUT_TIE = Rule(
+    read=lambda config: not config["tie_word_embeddings"],
+    write=lambda value, model: {"tie_word_embeddings": not value},
+)
+"""The rule of `untie_embeddings_and_output_weights`."""
+
+GROUPED_QUERY_HEADS = Rule(
+    read=lambda config: config["num_key_value_heads"] or config["num_attention_heads"],
+    write=lambda value, model: {"num_key_value_heads": value},
+)
+"""The rule of `num_query_groups` where config.json may leave out the number of key/value heads."""
+
+HEAD_SIZE = Rule(
+    read=lambda config: config["head_dim"] or config["hidden_size"] // config["num_attention_heads"],
+    write=lambda value, model: {"head_dim": value},
+)
+"""The rule of `kv_channels` where config.json may leave out the size of a head."""
+
+UNLISTED_HEAD_SIZE = dataclasses.replace(
+    HEAD_SIZE,
+    write=lambda value, model: {} if value * model.num_attention_heads == model.hidden_size else {"head_dim": value},
+)
+"""The same where transformers' configuration class does not list `head_dim`, but its model reads it if it is there."""
+
+
+def multi_head(*, hidden: str, heads: str) -> dict[str, Rule]:
+    """Rules of a family that divides its hidden size among as many key/value heads as query heads.
+
+    Args:
+        hidden: key of the hidden size.
+        heads: key of the number of heads.
+    """
+    return {
+        "num_query_groups": Rule(
+            read=lambda config: config[heads],
+            allows=lambda value, model: value == model.num_attention_heads,
+            because=" for {num_attention_heads} heads",
+        ),
+        "kv_channels": Rule(
+            read=lambda config: config[hidden] // config[heads],
+            allows=lambda value, model: value * model.num_attention_heads == model.hidden_size,
+            because=", which is not hidden_size / num_attention_heads",
+        ),
+    }
+
+
+_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -15,7 +81,25 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""transformers' names of `hidden_act`; the gelu_tanh ones are one function in three implementations."""
+"""Our names of activations by transformers'. The gelu_tanh ones are one function in three implementations."""
+
+
+def activation(names: Mapping[str, str], *, key: str = "hidden_act") -> Rule:
+    """The rule of `hidden_act` for a family that has these activations.
+
+    Args:
+        names: the names that are written, by our names.
+    """
+    known = " or ".join(sorted(names))
+    return Rule(
+        read=lambda config: _ACTIVATIONS[config[key]],
+        write=lambda value, model: {key: names[value]},
+        allows=lambda value, model: value in names,
+        refused=lambda config: {
+            f"hidden_act={config[key]!r} (an activation other than {known})": _ACTIVATIONS.get(config[key]) not in names
+        },
+    )
+
 
 ROPE_DEFAULTS = {
     "rope_theta": 10000.0,
@@ -23,106 +107,25 @@ ROPE_DEFAULTS = {
     "rope_parameters": None,
     "rope_scaling": None,
 }
-"""Keys that rotary positions are read from, and what transformers takes where they are left out."""
+"""The keys that `rope` reads, with transformers' defaults."""
 
-
-def read_sizes(config: dict, names: Mapping[str, str]) -> dict:
-    """Values by our names, from those of config.json.
-
-    Args:
-        names: names in config.json by ours.
-
-    Raises:
-        ConfigError: one of them is null or not positive.
-    """
-    missing = [theirs for theirs in names.values() if config[theirs] is None]
-    if missing:
-        raise ConfigError(f"config.json has no {', '.join(missing)}: the model's sizes are not known; write it there")
-    wrong = [f"{theirs}={config[theirs]}" for theirs in names.values() if config[theirs] <= 0]
-    if wrong:
-        raise ConfigError(f"config.json has {', '.join(wrong)}: must be positive")
-    return {ours: config[theirs] for ours, theirs in names.items()}
-
-
-def write_sizes(model: ModelConfig, names: Mapping[str, str]) -> dict:
-    """The way back of `read_sizes`."""
-    return {theirs: getattr(model, ours) for ours, theirs in names.items()}
-
-
-def multi_head_limits(model: ModelConfig) -> dict[str, bool]:
-    """What a family says nothing of that divides its hidden size among as many key/value heads as query heads."""
-    heads, head = model.num_attention_heads, model.kv_channels
-    return {
-        f"num_query_groups={model.num_query_groups} for {heads} heads": model.num_query_groups != heads,
-        f"kv_channels={head}, which is not hidden_size / num_attention_heads": head * heads != model.hidden_size,
-    }
-
-
-def read_rope(
-    family: str, config: dict, *, types: Collection[str] = ("default", "llama3"), partial: bool = False
-) -> dict:
-    """Rotary positions, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
-
-    Args:
-        config: with the keys of ROPE_DEFAULTS and `max_position_embeddings`.
-        types: values of `rope_type` that transformers' model has and we have too.
-        partial: whether transformers' model may rotate only the first channels of a head.
-
-    Raises:
-        ConfigError: positions are of another kind.
-    """
-    rope = config["rope_scaling"] or config["rope_parameters"] or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"config.json has {rope!r} as rope_scaling or rope_parameters, which must be an object")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    percents = (rope.get("partial_rotary_factor"), config["partial_rotary_factor"], 1.0)
-    percent = next(value for value in percents if value is not None)
-    by_layer = any(isinstance(value, dict) for value in rope.values())
-    refuse(
-        family,
-        {
-            f"rope_type={rope_type!r} (scaled rotary positions)": rope_type not in types,
-            "rope_parameters by layer type": by_layer,
-            f"partial_rotary_factor={percent} (only some channels rotated)": percent != 1.0 and not partial,
-        },
-    )
-    theta = rope.get("rope_theta", config["rope_theta"])
-    if theta is None:
-        raise ConfigError("config.json has rope_theta=null: the base of the rotary positions is not known")
-    base = {"rotary_base": _number("rope_theta", theta), "rotary_percent": _number("partial_rotary_factor", percent)}
-    if rope_type == "default":
-        return base
-    original = rope.get("original_max_position_embeddings")
-    factors = {
-        "rope_scaling_factor": "factor",
-        "rope_low_freq_factor": "low_freq_factor",
-        "rope_high_freq_factor": "high_freq_factor",
-    }
-    missing = [theirs for theirs in factors.values() if rope.get(theirs) is None]
-    if missing:
-        raise ConfigError(f"config.json has rope_type={rope_type!r} without {', '.join(missing)}, which it needs")
-    return {
-        **base,
-        **{ours: _number(theirs, rope[theirs]) for ours, theirs in factors.items()},
-        "rope_original_max_position_embeddings": original or config["max_position_embeddings"],
-    }
-
-
-def _number(name: str, value: object) -> float:
-    if type(value) not in (int, float):
-        raise ConfigError(f"config.json has {name}={value!r}, which must be a number")
-    return float(value)
+_FACTORS = {
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
+_SCALING = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_position_embeddings")
+ROPE_FIELDS = ("rotary_base", "rotary_percent", "rope_scaling_factor", *_SCALING)
+"""The architecture fields of rotary positions."""
 
 
 def write_rope(model: ModelConfig) -> dict:
-    """Rotary positions as transformers 5 (`rope_parameters`) and as transformers 4 and other engines read them."""
+    """Rotary positions, as transformers 5 reads them (`rope_parameters`) and as transformers 4 and other engines do."""
     scaling = {"rope_type": "default"}
     if model.rope_scaling_factor != 1.0:
         scaling = {
             "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": model.rope_low_freq_factor,
-            "high_freq_factor": model.rope_high_freq_factor,
+            **{theirs: getattr(model, ours) for ours, theirs in _FACTORS.items()},
             "original_max_position_embeddings": model.rope_original_max_position_embeddings,
         }
     partial = {} if model.rotary_percent == 1.0 else {"partial_rotary_factor": model.rotary_percent}
@@ -134,52 +137,125 @@ def write_rope(model: ModelConfig) -> dict:
     }
 
 
-def read_activation(family: str, name: str, *, allowed: Collection[str]) -> str:
-    """Our name of an activation.
+def rope(
+    *,
+    types: Collection[str] = ("default", "llama3"),
+    partial: bool = False,
+    theta: str = "rope_theta",
+    percent: str = "partial_rotary_factor",
+    write: Callable[[ModelConfig], dict] = write_rope,
+) -> dict[str, Rule]:
+    """Rules of the fields of rotary positions. They read the spelling of transformers 4 and that of transformers 5.
 
-    Raises:
-        ConfigError: it is not one of the `allowed`, by our names.
+    Args:
+        types: values of `rope_type` that both transformers' model and ours have.
+        partial: whether transformers' model can rotate only the first channels of a head.
+        theta: key of the base.
+        percent: key of the share of the channels that is rotated.
+        write: returns the keys of config.json that say these fields.
     """
-    known = ACTIVATIONS.get(name)
-    others = " or ".join(sorted(allowed))
-    refuse(family, {f"hidden_act={name!r} (an activation other than {others})": known not in allowed})
-    return known
+    scaled = "llama3" in types
+    at_one = {"rotary_percent": not partial, "rope_scaling_factor": not scaled}
+
+    def refused(config: dict) -> dict[str, bool]:
+        settings, share = _rope_settings(config), _rotated_share(config, percent)
+        rope_type = _rope_type(settings)
+        return {
+            f"rope_type={rope_type!r} (scaled rotary positions)": rope_type not in types,
+            "rope_parameters by layer type": any(isinstance(value, dict) for value in settings.values()),
+            f"partial_rotary_factor={share} (only some channels rotated)": share != 1.0 and not partial,
+        }
+
+    def rule(name: str) -> Rule:
+        return Rule(
+            read=lambda config: _read_rope(config, theta, percent).get(name),
+            write=lambda value, model: write(model),
+            allows=lambda value, model: value == 1.0 or not at_one.get(name, False),
+            refused=refused,
+        )
+
+    # Without scaling the network does not use the fields that say how to scale.
+    return {name: rule(name) if scaled or name not in _SCALING else UNUSED for name in ROPE_FIELDS}
+
+
+def _rope_settings(config: dict) -> dict:
+    settings = config["rope_scaling"] or config["rope_parameters"] or {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config.json has {settings!r} as rope_scaling or rope_parameters, which must be an object")
+    return settings
+
+
+def _rope_type(settings: dict) -> str:
+    return settings.get("rope_type") or settings.get("type") or "default"
+
+
+def _rotated_share(config: dict, percent: str) -> object:
+    shares = (_rope_settings(config).get("partial_rotary_factor"), config[percent], 1.0)
+    return next(share for share in shares if share is not None)
+
+
+def _read_rope(config: dict, theta: str, percent: str) -> dict:
+    """Values of the fields of rotary positions; the fields of scaling are left out where there is none."""
+    settings = _rope_settings(config)
+    base = settings.get("rope_theta", config[theta])
+    if base is None:
+        raise ConfigError("config.json has rope_theta=null: the base of the rotary positions is not known")
+    unscaled = {
+        "rotary_base": _number("rope_theta", base),
+        "rotary_percent": _number("partial_rotary_factor", _rotated_share(config, percent)),
+    }
+    rope_type = _rope_type(settings)
+    if rope_type == "default":
+        return unscaled
+    missing = [theirs for theirs in _FACTORS.values() if settings.get(theirs) is None]
+    if missing:
+        raise ConfigError(f"config.json has rope_type={rope_type!r} without {', '.join(missing)}, which it needs")
+    original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return {
+        **unscaled,
+        **{ours: _number(theirs, settings[theirs]) for ours, theirs in _FACTORS.items()},
+        "rope_original_max_position_embeddings": original,
+    }
+
+
+def _number(name: str, value: object) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"config.json has {name}={value!r}, which must be a number")
+    return float(value)
 
 
 WINDOW_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
-"""Keys that a window by layer is read from, with the defaults of Qwen 2 and Qwen 3."""
+"""The keys that WINDOW_BY_LAYER reads, with the defaults of Qwen 2 and Qwen 3."""
 
 
-def read_window_by_layer(family: str, config: dict) -> dict:
-    """The attention window of a family whose config.json says which layers have it.
-
-    Raises:
-        ConfigError: some layers have it and others do not, and the model takes sequences for which that matters.
-    """
-    window, layers = config["sliding_window"], config["num_hidden_layers"]
-    if not config["use_sliding_window"] or window is None:
-        return {"window_size": None}
+def _windowed_layers(config: dict) -> int:
+    """How many layers attend over a window."""
+    if not config["use_sliding_window"] or config["sliding_window"] is None:
+        return 0
     types, first = config["layer_types"], config["max_window_layers"]
     if not isinstance(types, list | None) or (types is None and first is None):
         raise ConfigError(f"config.json has layer_types={types!r} and max_window_layers={first}: which layers have it?")
-    windowed = max(0, layers - first) if types is None else types.count("sliding_attention")
-    if windowed == layers:
-        return {"window_size": window}
-    refuse(
-        family,
-        {
-            f"sliding_window={window} in {windowed} of {layers} layers (attention over a window in some)": windowed > 0
-            and config["max_position_embeddings"] > window
-        },
-    )
-    return {"window_size": None}
+    return max(0, config["num_hidden_layers"] - first) if types is None else types.count("sliding_attention")
 
 
-def write_window_by_layer(model: ModelConfig) -> dict:
-    """The way back of `read_window_by_layer`."""
-    windowed = model.window_size is not None
+def _window_of_some(config: dict) -> dict[str, bool]:
+    """A window in some layers only matters where the model takes sequences that are longer than it."""
+    window, layers, windowed = config["sliding_window"], config["num_hidden_layers"], _windowed_layers(config)
+    matters = 0 < windowed < layers and config["max_position_embeddings"] > window
+    return {f"sliding_window={window} in {windowed} of {layers} layers (attention over a window in some)": matters}
+
+
+def _write_window(window: int | None, model: ModelConfig) -> dict:
     return {
-        "use_sliding_window": windowed,
-        "sliding_window": model.window_size,
-        "max_window_layers": 0 if windowed else model.num_layers,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": model.num_layers if window is None else 0,
     }
+
+
+WINDOW_BY_LAYER = Rule(
+    read=lambda config: config["sliding_window"] if _windowed_layers(config) == config["num_hidden_layers"] else None,
+    write=_write_window,
+    refused=_window_of_some,
+)
+"""The rule of `window_size` where config.json says which layers have the window."""

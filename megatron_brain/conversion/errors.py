@@ -1,9 +1,9 @@
-"""What can go wrong in a conversion besides a mistake in what was asked for."""
+"""Errors of a conversion that are not mistakes in the request."""
 
 
 class MismatchError(Exception):
-    """The two models do not compute the same."""
+    """The two models compute different results."""
 
 
 class ConversionError(RuntimeError):
-    """A process could not do its part; raised on all of them, with its rank."""
+    """A process failed. All processes raise this error, and it names the rank that failed."""

@@ -1,6 +1,6 @@
-"""How Hugging Face tensors are one of megatron-core's: which rows stand where.
+"""How one tensor of megatron-core is made of Hugging Face tensors: the order of the rows.
 
-Every fusion is right for weights `[out, in]` and for biases `[out]` alike. What it gives may be views.
+Every fusion works on weights `[out, in]` and on biases `[out]`. The tensors that it returns may be views.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,12 @@ from megatron_brain.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Fusion:
-    """Hugging Face tensors, in the order of the table, to one of megatron-core's; `split` is the inverse of `join`.
+    """A way to make one tensor of megatron-core of Hugging Face tensors.
 
     Attributes:
-        stacks: the tensors, as they are, stand below each other in the one: each is a box of it.
+        join: makes the tensor of the Hugging Face tensors, which are in the order of the table.
+        split: the inverse of `join`.
+        stacks: whether the Hugging Face tensors stand unchanged below each other, so that each is a box of the tensor.
     """
 
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
@@ -26,7 +28,7 @@ class Fusion:
 
 
 def _join_qkv(parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Rows of each query group together: its query heads, its key head, its value head."""
+    """The rows of each query group stand together: its query heads, its key head, its value head."""
     groups = model.num_query_groups
     grouped = [part.reshape(groups, part.size(0) // groups, *part.shape[1:]) for part in parts]
     return torch.cat(grouped, dim=1).flatten(0, 1)
@@ -49,23 +51,24 @@ def _split_stacked_qkv(fused: Tensor, model: ModelConfig) -> list[Tensor]:
 
 
 SAME = Fusion(join=lambda parts, model: parts[0], split=lambda whole, model: [whole], stacks=True)
+"""One tensor, unchanged."""
 
 TRANSPOSED = Fusion(join=lambda parts, model: parts[0].t(), split=lambda whole, model: [whole.t()])
-"""A weight stored `[in, out]`, as transformers' Conv1D has it; a bias stays as it is."""
+"""One weight that is stored `[in, out]`, as transformers' Conv1D stores it. A bias stays unchanged."""
 
 QKV = Fusion(join=_join_qkv, split=_split_qkv)
 """Three tensors: all query heads, all key heads, all value heads."""
 
 STACKED_QKV = Fusion(join=_join_stacked_qkv, split=_split_stacked_qkv)
-"""The three of `QKV` as one, below each other."""
+"""One tensor: the three of `QKV` below each other."""
 
 TRANSPOSED_STACKED_QKV = Fusion(
     join=lambda parts, model: _join_stacked_qkv([parts[0].t()], model),
     split=lambda whole, model: [_split_stacked_qkv(whole, model)[0].t()],
 )
-"""`STACKED_QKV` stored `[in, out]`."""
+"""The tensor of `STACKED_QKV`, stored `[in, out]`."""
 
 GATE_UP = Fusion(
     join=lambda parts, model: torch.cat(list(parts)), split=lambda fused, model: fused.chunk(2), stacks=True
 )
-"""Two tensors: the gate, which goes through the activation, and what it multiplies."""
+"""Two tensors: the gate, which goes through the activation, and the projection that it multiplies."""

@@ -1,4 +1,4 @@
-"""generation_config.json of a Hugging Face directory, which checkpoints carry along."""
+"""generation_config.json of a Hugging Face directory. A converted checkpoint keeps its contents."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ FILE = "generation_config.json"
 
 
 def read_generation_config(directory: str | Path) -> dict:
-    """What the file says; {} where there is none.
+    """The contents of the file, or {} if there is none.
 
     Raises:
         ConfigError: it is not a JSON object.
@@ -28,10 +28,10 @@ def read_generation_config(directory: str | Path) -> dict:
 
 
 def merged_generation_config(kept: dict, ids: Mapping[str, int | None]) -> dict:
-    """Settings of the original model, with the token ids of the tokenizer.
+    """The settings of the original model with the token ids of the tokenizer.
 
     Args:
-        kept: the original generation_config.json. Its other ids that end a text stay.
+        kept: the original generation_config.json. Other ids in it that end a text stay.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
     """
     ends = kept.get("eos_token_id")

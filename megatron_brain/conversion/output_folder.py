@@ -1,4 +1,4 @@
-"""Folders that are complete or not there."""
+"""Output folders that appear only when they are complete."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from megatron_brain.files import sync_folder
 
 @contextmanager
 def verified_folder(final: str | Path, workers: Workers, *, source: Path | None = None) -> Iterator[Path]:
-    """A folder `<final>.unverified` to write into, which becomes `final` when the block ends without an error.
+    """A folder `<final>.unverified` to write into. It becomes `final` when the block ends without an error.
 
-    All processes enter and leave it. After an error it is left to look at; the next run replaces it.
+    All processes enter and leave the block. After an error the folder stays to be looked at; the next run replaces it.
 
     Args:
-        source: what is read meanwhile.
+        source: the folder that is read in the block.
 
     Raises:
-        ConfigError: `final` exists and is not an empty folder, or `source` stands in the way.
+        ConfigError: `final` exists and is not an empty folder, or `source` would be removed.
     """
-    # The working directory, `.`, has a name too.
+    # `.` has no name, its absolute path has one.
     target = Path(final).absolute()
     unverified = target.with_name(target.name + ".unverified")
 

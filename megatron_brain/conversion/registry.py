@@ -1,34 +1,34 @@
-"""Which family a Hugging Face directory belongs to, read from its config.json alone, and which one a model goes to."""
+"""The families: which one a Hugging Face directory belongs to, and which one a model is written as."""
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_brain.config.model import ModelConfig
-from megatron_brain.conversion import families
+from megatron_brain.config.stage_spec import Head
+from megatron_brain.conversion.families import gemma2, gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3
 from megatron_brain.conversion.family import Family, UnsupportedFamily
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Head
+
+FAMILIES: tuple[Family, ...] = (
+    # Two or all of these three can express the same model. Llama comes first because most programs run it. Mistral
+    # comes before Phi-3 because more programs know its separate tensors than Phi-3's fused ones.
+    llama.FAMILY,
+    mistral.FAMILY,
+    phi3.FAMILY,
+    # Each of these four expresses models that no other family can, so their places do not matter.
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+)
+"""Every family that is converted. A model without `hf_model_type` is written as the first one that can express it."""
+
+UNSUPPORTED: tuple[UnsupportedFamily, ...] = (gemma2.UNSUPPORTED,)
+"""Known families that are refused, with what our network lacks for them."""
 
 _ADAPTER = "adapter_config.json"
-
-_MODULES = [
-    importlib.import_module(f"{families.__name__}.{found.name}") for found in pkgutil.iter_modules(families.__path__)
-]
-
-FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in _MODULES if hasattr(module, "FAMILY"))
-"""By file name. What several can express goes to the first, so a model that is Llama in all but name is Llama."""
-
-_UNSUPPORTED: tuple[UnsupportedFamily, ...] = tuple(
-    module.UNSUPPORTED for module in _MODULES if hasattr(module, "UNSUPPORTED")
-)
-_CLASSES: dict[str, tuple[Family, Head]] = {
-    **{family.policy_class: (family, "policy") for family in FAMILIES},
-    **{family.reward_class: (family, "reward") for family in FAMILIES},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ def read_hf_model(directory: str | Path) -> HFModel:
     """Read config.json.
 
     Raises:
-        ConfigError: no directory, no config.json, an architecture of no family or not that of its `model_type`, or an
-            option that is not supported.
+        ConfigError: there is no directory or no config.json, no family has this architecture, `model_type` names
+            another one, or an option is not supported.
     """
     path = Path(directory)
     config = _read_config(path)
@@ -63,7 +63,7 @@ def read_hf_model(directory: str | Path) -> HFModel:
         sizes = family.architecture(config)
         if head == "reward":
             _check_classifier(config, sizes["vocab_size"])
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return HFModel(directory=path, family=family, head=head, architecture=sizes, config=config)
 
@@ -72,16 +72,16 @@ def read_hf_architecture(directory: str | Path) -> dict:
     """Sizes of the model in a Hugging Face directory, keys of ARCHITECTURE_FIELDS.
 
     Raises:
-        ConfigError: as `read_hf_model`.
+        ConfigError: like `read_hf_model`.
     """
     return read_hf_model(directory).architecture
 
 
 def family_for_export(model: ModelConfig) -> Family:
-    """The family that a model is written as: the one that its `hf_model_type` names, else the first that can have it.
+    """The family that a model is written as: the one that `hf_model_type` names, else the first that can express it.
 
     Raises:
-        ConfigError: the family cannot have this architecture, or none can.
+        ConfigError: the family cannot express the model, or no family can.
     """
     able = [family for family in FAMILIES if not family.lacks(model)]
     wanted = model.hf_model_type
@@ -92,7 +92,7 @@ def family_for_export(model: ModelConfig) -> Family:
         return able[0]
     named = [family for family in FAMILIES if family.model_type == wanted]
     if not named:
-        known = ", ".join(family.model_type for family in FAMILIES)
+        known = ", ".join(sorted(family.model_type for family in FAMILIES))
         raise ConfigError(f"hf_model_type={wanted} is not supported; supported are {known}")
     [family] = named
     if family not in able:
@@ -103,19 +103,26 @@ def family_for_export(model: ModelConfig) -> Family:
 
 
 def _family_of(named: object, where: Path) -> tuple[Family, Head]:
-    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    for name in classes:
-        if name in _CLASSES:
-            return _CLASSES[name]
-        for family in _UNSUPPORTED:
-            if name in family.classes:
-                missing = ", no ".join(family.missing)
-                raise ConfigError(f"{where}: {family.name} ({name}) is not supported: our network has no {missing}")
-    raise ConfigError(f"{where}: architectures={named} is not supported; supported are {', '.join(_CLASSES)}")
+    supported: dict[str, tuple[Family, Head]] = {
+        **{family.policy_class: (family, "policy") for family in FAMILIES},
+        **{family.reward_class: (family, "reward") for family in FAMILIES},
+    }
+    unsupported = {name: family for family in UNSUPPORTED for name in family.classes}
+    for name in named if isinstance(named, list) else []:
+        if not isinstance(name, str):
+            continue
+        if name in supported:
+            return supported[name]
+        if name in unsupported:
+            missing = ", no ".join(unsupported[name].missing)
+            raise ConfigError(
+                f"{where}: {unsupported[name].name} ({name}) is not supported: our network has no {missing}"
+            )
+    raise ConfigError(f"{where}: architectures={named} is not supported; supported are {', '.join(sorted(supported))}")
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """transformers would load the adapter over the weights beside it, or over those of another folder."""
+    """Refuse an adapter: transformers would apply it to the weights beside it, or to those of another folder."""
     if (directory / _ADAPTER).is_file():
         raise ConfigError(
             f"{directory} has an {_ADAPTER}: the model is its weights with that adapter. Merge them with peft "
@@ -147,7 +154,7 @@ def _read_config(directory: Path) -> dict:
 
 
 def _check_classifier(config: dict, vocab_size: int) -> None:
-    """A reward model has one label, and is read at the end-of-text token."""
+    """Refuse a classifier with several labels, or one that transformers does not read at the end-of-text token."""
     named = config.get("id2label")
     labels = len(named) if named and isinstance(named, dict) else config.get("num_labels", 2)
     if labels != 1:

@@ -20,9 +20,9 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class SafetensorsReader:
-    """Tensors of a directory by name; nothing is read before it is asked for.
+    """The tensors of a directory, by name. Nothing is read before it is asked for.
 
-    A file is open while one tensor is read, no longer: what was read of an open file counts as this process's memory.
+    A file is open only while one tensor is read, because what was read of an open file counts as this process's memory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,7 +33,7 @@ class SafetensorsReader:
         """
         self.directory = directory
         self._headers: dict[str, dict[str, TensorHeader]] = {}
-        # In transformers' order, where both are there.
+        # If both are there, transformers reads the single file.
         if (directory / SINGLE).is_file():
             self.file_of: dict[str, str] = dict.fromkeys(self._header(SINGLE), SINGLE)
         elif (directory / INDEX).is_file():
@@ -50,14 +50,14 @@ class SafetensorsReader:
             )
 
     def lacks(self, name: str) -> bool:
-        """Whether the index says that a tensor is in a file that does not have it."""
+        """Whether the index names a file for a tensor, and that file does not hold it."""
         return name not in self._header(self.file_of[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it.
 
         Raises:
-            ConfigError: it is of a type that holds no weights as they are.
+            ConfigError: it is of a type that we do not read, such as a quantised one.
         """
         return self._described(name).shape
 
@@ -67,12 +67,12 @@ class SafetensorsReader:
         return math.prod(described.shape) * _ITEM_BYTES[described.dtype]
 
     def read(self, name: str) -> Tensor:
-        """A tensor. Its memory is the file's: it must not be written to."""
+        """A tensor. It must not be written to, because it shares the memory of the file."""
         with self._open(self.file_of[name]) as file:
             return file.get_tensor(name)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
-        """Rows [start, end) of a tensor; the others are not read."""
+        """Rows [start, end) of a tensor. The other rows are not read."""
         with self._open(self.file_of[name]) as file:
             return file.get_slice(name)[start:end]
 
@@ -101,7 +101,7 @@ class SafetensorsReader:
     def _open(self, name: str) -> Iterator[safe_open]:
         path = self.directory / name
         with explained(), path.open("rb") as plain:
-            # The library says of any file that it may not open that it is not there.
+            # safetensors says of a file without read permission that it is missing, so the file is opened here first.
             start = plain.read(len(_POINTER))
         if start == _POINTER:
             raise ConfigError(f"{path} is a pointer of git-lfs, not the weights: fetch them with `git lfs pull`")
@@ -127,12 +127,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What the head of a file says of a tensor; `dtype` as safetensors names it."""
+    """What the header of a file says about a tensor. `dtype` is safetensors' name of the type."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, values: object) -> "TensorHeader":
-        """From what `safe_open.get_slice` returns."""
+        """Made of what `safe_open.get_slice` returns."""
         return cls(values.get_dtype(), tuple(values.get_shape()))

@@ -1,12 +1,13 @@
-"""Our model of a checkpoint, run with one module's weights in memory at a time.
+"""Runs our model of a checkpoint with one module's weights in memory at a time.
 
-A chunk of one layer is built, and that layer stands in the decoder as often as the model has layers: a module of it is
-given the weights of the layer it stands for when it is called, read as a training run reads them. Of the embedding
-there are the rows of the tokens that occur, which are numbered anew.
+A chunk of one layer is built, and the decoder calls that layer as often as the model has layers. When a module of it is
+called, it reads the weights of the layer that it stands for, in the way that a training run reads them. The embedding
+holds only the rows of the tokens that occur, and these tokens are numbered from 0.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from megatron_brain.checkpointing.state import model_boxes
 from megatron_brain.checkpointing.storage import Index, fill
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.conversion.streamed_hf import BLOCK_ELEMENTS, parameters_without_memory
+from megatron_brain.config.stage_spec import Head
+from megatron_brain.conversion.streaming import BLOCK_ELEMENTS, parameters_without_memory, read_when_called
 from megatron_brain.models.logprobs import local_logits
-from megatron_brain.models.provider import Chunk, Head, build_model
+from megatron_brain.models.provider import Chunk, build_model
 from megatron_brain.runtime.parallel import Parallel
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -26,14 +28,14 @@ _FIRST_LAYER = "decoder.layers.0."
 
 
 class StreamedChunk:
-    """The model of a checkpoint, its weights rounded to `dtype` and computed with in float32.
+    """The model of a checkpoint. It rounds its weights to `dtype` and computes in float32.
 
     Attributes:
-        chunk: to be called; it knows each token by its place among `tokens`.
+        chunk: the model to call. It takes the position of a token in `tokens` instead of its id.
 
     Args:
-        model: sizes of the whole model.
-        index: of the checkpoint.
+        model: architecture of the whole model.
+        index: the checkpoint's.
         tokens: the ids that occur.
     """
 
@@ -54,24 +56,27 @@ class StreamedChunk:
         with parameters_without_memory():
             (self.chunk,) = build_model(small, ParallelConfig(), parallel, head=head, seed=None)
         self.chunk.eval()
-        boxes = _boxes_by_parameter(self.chunk)
+        self._boxes = _boxes_by_parameter(self.chunk)
         (layer,) = self.chunk.decoder.layers
         in_layer = set(layer.modules())
         for module in self.chunk.modules():
-            absent = {name: boxes[parameter] for name, parameter in module.named_parameters(recurse=False)}
+            own = dict(module.named_parameters(recurse=False))
             if module in in_layer:
-                self._fill_when_called(module, absent)
+                read_when_called(module, partial(self._read_in_layer, own))
                 continue
-            for name, parts in absent.items():
-                if parts[0].key != _OUTPUT:  # which `logits` reads
-                    setattr(module, name, self._filled(getattr(module, name), parts, tokens))
+            for name, parameter in own.items():
+                if self._boxes[parameter][0].key != _OUTPUT:  # `logits` reads it.
+                    setattr(module, name, self._filled(parameter, self._boxes[parameter], tokens))
         self.chunk.decoder.layers = nn.ModuleList([layer] * model.num_layers)
         self._layer_number = -1
         layer.register_forward_pre_hook(self._begin_layer, prepend=True)
 
     def logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """First token id and logits `[T, ids]` of one block of the vocabulary after another, from hidden states
-        `[T, h]` after the final norm."""
+        """The first token id and the logits `[T, ids]` of each block of the vocabulary.
+
+        Args:
+            hidden: hidden states `[T, h]` after the final norm.
+        """
         count, width = self._index.shape(self._output)
         step = max(1, BLOCK_ELEMENTS // width)
         for start in range(0, count, step):
@@ -82,26 +87,16 @@ class StreamedChunk:
     def _begin_layer(self, layer: nn.Module, args: tuple) -> None:
         self._layer_number += 1
 
-    def _fill_when_called(self, module: nn.Module, absent: dict[str, list[Box]]) -> None:
-        """Give a module of the layer its own parameters before each call and take them after it."""
-        without_memory = dict(module.named_parameters(recurse=False))
-
-        def fill_module(module: nn.Module, args: tuple) -> None:
-            prefix = f"decoder.layers.{self._layer_number}."
-            for name, boxes in absent.items():
-                renamed = [dataclasses.replace(box, key=prefix + box.key.removeprefix(_FIRST_LAYER)) for box in boxes]
-                setattr(module, name, self._filled(without_memory[name], renamed))
-
-        def empty_module(module: nn.Module, args: tuple, output: object) -> None:
-            for name, parameter in without_memory.items():
-                setattr(module, name, parameter)
-
-        if absent:
-            module.register_forward_pre_hook(fill_module)
-            module.register_forward_hook(empty_module)
+    def _read_in_layer(self, own: dict[str, nn.Parameter], name: str) -> nn.Parameter:
+        """A parameter of a module of the layer, with the weights of the layer that is called."""
+        prefix = f"decoder.layers.{self._layer_number}."
+        renamed = [
+            dataclasses.replace(box, key=prefix + box.key.removeprefix(_FIRST_LAYER)) for box in self._boxes[own[name]]
+        ]
+        return self._filled(own[name], renamed)
 
     def _filled(self, parameter: nn.Parameter, boxes: Sequence[Box], tokens: Sequence[int] = ()) -> nn.Parameter:
-        """A parameter with memory, from boxes of it that have none."""
+        """A parameter that holds its weights, given the boxes of one that has no memory."""
         values = torch.zeros(parameter.shape, device=self._device)
         for box in boxes:
             place = values.as_strided(box.data.size(), box.data.stride(), box.data.storage_offset())
@@ -128,7 +123,7 @@ class StreamedChunk:
 
 
 def _boxes_by_parameter(chunk: Chunk) -> dict[nn.Parameter, list[Box]]:
-    """Boxes of each parameter of a chunk without memory: those that are views of the same storage."""
+    """The boxes of each parameter of a chunk without memory. A box belongs to the parameter whose storage it views."""
     parameters = {parameter.untyped_storage()._cdata: parameter for parameter in chunk.parameters()}
     found: dict[nn.Parameter, list[Box]] = {parameter: [] for parameter in parameters.values()}
     for box in model_boxes([chunk]):

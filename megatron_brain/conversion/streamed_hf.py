@@ -1,23 +1,21 @@
-"""transformers' model of a directory, run with one module's weights in memory at a time.
+"""Runs transformers' model of a directory with one module's weights in memory at a time.
 
-The code that runs is transformers' own. Two modules are replaced, because whole vocabulary matrices are not to be held
-in float32: the embedding reads the rows of the tokens there are, the output layer multiplies with a block of rows at a
-time.
+The code that runs is transformers' own. Only two modules are replaced, because a whole vocabulary matrix in float32
+takes too much memory: our embedding reads the rows of the tokens that occur, and our output layer multiplies with one
+block of rows at a time.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_brain.conversion.registry import HFModel
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
-
-BLOCK_ELEMENTS = 2**25
-"""Entries of a vocabulary matrix that are in memory at one time."""
+from megatron_brain.conversion.streaming import BLOCK_ELEMENTS, parameters_without_memory, read_when_called
+from megatron_brain.errors import ConfigError
 
 
 def streamed_hf_model(
@@ -27,56 +25,52 @@ def streamed_hf_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
-    """transformers' model of a directory, its weights rounded to `dtype` and computed with in float32.
+    """transformers' model of a directory. It rounds its weights to `dtype` and computes in float32.
 
-    Weights are read when a module is called, and are gone when it has returned.
+    A module reads its weights when it is called, and drops them when it returns.
 
     Args:
-        files: of the directory.
-        names: names in the files of the tensors in the family's table, as `check_tensors` returns them.
+        files: those of the directory.
+        names: the names in the files of the tensors in the family's table, as `check_tensors` returns them.
+
+    Raises:
+        ConfigError: transformers does not take config.json.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForCausalLM if source.head == "policy" else AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
     with parameters_without_memory():
-        hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        try:
+            config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False)
+            hf = auto.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except ValueError as error:
+            raise ConfigError(
+                f"{source.directory / 'config.json'}: transformers makes no model of it ({error}): correct it, or do "
+                "not compare (--no-compare)"
+            ) from error
     weights = _Weights(files, names, dtype, device)
-    # By the table: transformers has other names for some output layers in memory than in files.
+    # The table has the names in files. transformers has other names for some output layers in memory.
     embedding, output = (weight.sources[0].name for weight in (source.family.embedding[0], source.family.output))
     hf.set_input_embeddings(_RowEmbedding(weights, embedding))
     if source.head == "policy":
         hf.set_output_embeddings(_BlockedOutput(weights, embedding if config.tie_word_embeddings else output))
     for path, module in hf.named_modules():
         _to_device(module, device)
-        _stream(module, path, weights)
+        read_when_called(module, partial(weights.parameter, path))
     return hf
 
 
-@contextmanager
-def parameters_without_memory() -> Iterator[None]:
-    """Modules made meanwhile have their parameters on the meta device, and their buffers as they make them."""
-
-    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-    handle = register_module_parameter_registration_hook(without_memory)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 class _Weights:
-    """Tensors of the files by transformers' names, rounded to a type and then float32."""
+    """Tensors of the files, by transformers' names, rounded to a type and returned in float32."""
 
     def __init__(
         self, files: SafetensorsReader, names: Mapping[str, str], dtype: torch.dtype, device: torch.device
     ) -> None:
         self._files, self._names, self._dtype, self._device = files, names, dtype, device
 
-    def whole(self, name: str) -> Tensor:
-        return self._rounded(self._files.read(self._names[name]))
+    def parameter(self, module: str, name: str) -> nn.Parameter:
+        whole = self._files.read(self._names[f"{module}.{name}"])
+        return nn.Parameter(self._rounded(whole), requires_grad=False)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         return self._rounded(self._files.rows(self._names[name], start, end))
@@ -102,7 +96,7 @@ class _RowEmbedding(nn.Module):
 
 
 class _BlockedOutput(nn.Module):
-    """An output layer without bias that reads a block of its rows at a time."""
+    """An output layer without bias that reads one block of its rows at a time."""
 
     def __init__(self, weights: _Weights, name: str) -> None:
         super().__init__()
@@ -121,21 +115,3 @@ class _BlockedOutput(nn.Module):
 def _to_device(module: nn.Module, device: torch.device) -> None:
     for name, buffer in module.named_buffers(recurse=False):
         setattr(module, name, buffer.to(device))
-
-
-def _stream(module: nn.Module, path: str, weights: _Weights) -> None:
-    """Give a module its own parameters before each call and take them after it."""
-    absent = dict(module.named_parameters(recurse=False))
-
-    def fill(module: nn.Module, args: tuple) -> None:
-        for name in absent:
-            weight = weights.whole(f"{path}.{name}")
-            setattr(module, name, nn.Parameter(weight, requires_grad=False))
-
-    def empty(module: nn.Module, args: tuple, output: object) -> None:
-        for name, parameter in absent.items():
-            setattr(module, name, parameter)
-
-    if absent:
-        module.register_forward_pre_hook(fill)
-        module.register_forward_hook(empty)

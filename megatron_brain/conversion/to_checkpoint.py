@@ -1,4 +1,4 @@
-"""A Hugging Face directory to a checkpoint, without building a model: a bounded part of the weights is in memory."""
+"""Converts a Hugging Face directory to a checkpoint. No model is built, and few weights are in memory at a time."""
 
 import itertools
 import math
@@ -29,7 +29,9 @@ from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.runtime.parallel import Parallel
 
 _MAX_FILE_BYTES = 10**9
-"""Of the files written, unless one tensor is larger; two are in memory. Where the files read are smaller, as those."""
+"""Largest file that is written, unless one tensor is larger or all files that are read are smaller.
+
+Two files are in memory at a time."""
 
 
 @dataclass
@@ -44,12 +46,12 @@ class ToCheckpoint:
     """The conversion of a Hugging Face model to a checkpoint of iteration 0.
 
     Args:
-        hf_model: directory.
-        bf16: write bfloat16 weights, else float32.
-        tokenizer: of the checkpoint.
+        hf_model: the directory.
+        bf16: whether to write bfloat16 weights instead of float32.
+        tokenizer: the tokenizer that the checkpoint gets.
 
     Raises:
-        ValueError: the model or its tokenizer cannot be converted.
+        ConfigError: the model or its tokenizer cannot be converted.
     """
 
     def __init__(self, hf_model: Path, *, bf16: bool, tokenizer: TokenizerConfig) -> None:
@@ -59,7 +61,7 @@ class ToCheckpoint:
         self.tokenizer = build_tokenizer(tokenizer.tokenizer_type, tokenizer.tokenizer_model, tokenizer.chat_template)
         check_fits(self.tokenizer, self.model.vocab_size)
         if self.source.head == "reward":
-            # Also where config.json leaves out what ends a text.
+            # config.json may leave out the id that ends a text, the tokenizer knows it.
             refuse_pad_that_ends(self.source.config.get("pad_token_id"), [self.tokenizer.eos_id])
         stage = "sft" if self.source.head == "policy" else "reward"
         self.config = RunConfig(stage=stage, model=self.model, tokenizer=tokenizer)
@@ -73,8 +75,8 @@ class ToCheckpoint:
         """Write the checkpoint. All processes call it, and each writes its share of the files.
 
         Args:
-            folder: of the checkpoint, there and empty.
-            advance: told of bytes that are done here.
+            folder: the checkpoint's, which exists and is empty.
+            advance: called with the number of bytes that this process has done since the last call.
         """
         info = self._info(folder)
         partial = workers.first(lambda: begin(folder, info.iteration))
@@ -105,7 +107,7 @@ class ToCheckpoint:
         )
 
     def _plan_files(self) -> list[_File]:
-        """Files to write, in the order of the network, which is about that of the files to read."""
+        """The files to write. Their weights have the order of the network, which is about that of the files to read."""
         read = {self.source.directory / name for name in self._files.file_of.values()}
         limit = min(_MAX_FILE_BYTES, max(path.stat().st_size for path in read))
         plan = [_File()]
@@ -126,7 +128,7 @@ class ToCheckpoint:
         return [box for weight, layer in file.entries for box in self._boxes(weight, layer)]
 
     def _boxes(self, weight: Weight, layer: int | None) -> Iterator[Box]:
-        """A weight; in several boxes where that saves to copy what it is made of."""
+        """The boxes of a weight. Tensors that stand below each other are a box each, which saves a copy of them."""
         parts = [self._files.read(self._names[source.in_layer(layer)]) for source in weight.sources]
         if not weight.fusion.stacks:
             parts = [weight.fusion.join(parts, self.model)]

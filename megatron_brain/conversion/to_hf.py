@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face directory, shard by shard: one is read while the one before is written."""
+"""Converts a checkpoint to a Hugging Face directory. A shard is read while the one before it is written."""
 
 import dataclasses
 import json
@@ -38,14 +38,14 @@ class ToHF:
 
     Args:
         load: a checkpoint folder, or one iter_ folder of it.
-        dtype: of the written weights; None: the checkpoint's.
-        max_shard_size: of a file of weights, unless one tensor is larger, as transformers spells it ("5GB").
-        hf_model_type: family to write; None: the one it came from, else the first that can express the model.
-        chat_template: file of a template that replaces the tokenizer's; None: its own.
-        verify: compare what is read with its checksums.
+        dtype: type of the written weights. None means the checkpoint's type.
+        max_shard_size: largest file of weights, unless one tensor is larger. It is spelled as in transformers ("5GB").
+        hf_model_type: family to write. None means the one the model came from, else the first that can express it.
+        chat_template: file of a template that replaces the tokenizer's. None means the tokenizer's own.
+        verify: whether to compare what is read with its checksums.
 
     Raises:
-        ValueError: there is no checkpoint, transformers cannot express it, or a size cannot be read.
+        ConfigError: there is no checkpoint, transformers cannot express it, or a size cannot be read.
     """
 
     def __init__(
@@ -80,11 +80,11 @@ class ToHF:
     def write(self, folder: Path, workers: Workers, advance: Callable[[int], None]) -> None:
         """Write the directory. All processes call it, and each writes its share of the files.
 
-        config.json is written last: without it nothing takes the directory for a model.
+        config.json is written last, because without it no program takes the directory for a model.
 
         Args:
-            folder: there and empty.
-            advance: told of bytes that are done here.
+            folder: one that exists and is empty.
+            advance: called with the number of bytes that this process has done since the last call.
         """
 
         def write_mine() -> None:
@@ -101,7 +101,7 @@ class ToHF:
             boxes = [box for key in self._weights() for box in self._index.boxes[key]]
             mine = workers.share(boxes, lambda box: box.part.nbytes)
             workers.all(lambda: require_sound(mine, self.info.path))
-        # First, because a tokenizer may turn out not to be expressible.
+        # The tokenizer comes first, because transformers may be unable to express it.
         workers.first(lambda: self._write_tokenizer(folder))
         workers.all(write_mine)
         workers.first(lambda: self._write_small_files(folder))
@@ -112,7 +112,7 @@ class ToHF:
         return compare_with_hf(source, self.info, self.model, self.tokenizer, self.dtype, parallel, advance=advance)
 
     def _check_weights(self) -> None:
-        """The checkpoint has the weights that its architecture says, and no others."""
+        """Check that the checkpoint has the weights of its architecture and no others."""
         entries = self.family.entries(self.model, self.info.head)
         expected = {weight.key(layer): weight.shape(self.model) for weight, layer in entries}
         found = {key: self._index.shape(key) for key in self._weights()}
@@ -144,14 +144,14 @@ class ToHF:
             if weight.fusion.stacks:
                 tensors |= self._read_stacked(whole, weight, layer, names)
             else:
-                # One that becomes tensors of two shards is read for each.
+                # A weight whose tensors are in two shards is read for each of them.
                 split = weight.fusion.split(read_part(whole, self._index), self.model)
                 found = zip(wanted, split, strict=True)
                 tensors |= {name: tensor.contiguous() for name, tensor in found if name in names}
         return tensors
 
     def _read_stacked(self, whole: Part, weight: Weight, layer: int | None, names: set[str]) -> dict[str, Tensor]:
-        """Of the tensors that stand below each other in a weight, those of `names`."""
+        """Those tensors of `names` that stand below each other in a weight."""
         tensors, start = {}, 0
         for source in weight.sources:
             size, name = source.sizes(self.model), source.in_layer(layer)
@@ -162,8 +162,8 @@ class ToHF:
         return tensors
 
     def _write_tokenizer(self, folder: Path) -> None:
-        """Beside a config.json, by which transformers chooses its class: in a folder of its own, as it is not to stand
-        in this one yet."""
+        """Write the tokenizer in a scratch folder and move it. transformers chooses its class by the config.json beside
+        it, and `folder` must not have a config.json yet."""
         with tempfile.TemporaryDirectory(dir=folder) as name:
             scratch = Path(name)
             _write_json(scratch / "config.json", {**self.config, **self._ids})
@@ -178,7 +178,7 @@ class ToHF:
             write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         if self.info.head == "policy":
             _write_json(folder / GENERATION_CONFIG, merged_generation_config(self.info.generation_config, self._ids))
-        sync_tree(folder, but="*.safetensors")  # which are synced
+        sync_tree(folder, but="*.safetensors")  # Those are synced already.
         _write_json(folder / "config.json", {**self.config, **self._ids})
 
     @property
@@ -190,31 +190,32 @@ class ToHF:
         }
 
     def _config(self) -> dict:
-        """config.json, but for the tokenizer's ids."""
+        """config.json without the tokenizer's ids."""
         is_policy = self.info.head == "policy"
         reward = {"problem_type": "regression", "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         return {
             "architectures": [self.family.policy_class if is_policy else self.family.reward_class],
             **self.family.hf_config(self.model),
-            # The name of transformers 4, which transformers 5 reads as well.
+            # This is transformers 4's name, and transformers 5 reads it as well.
             "torch_dtype": str(self.dtype).removeprefix("torch."),
-            # Some versions take a model without it for one of old.
+            # Some versions take a model without this key for an old one.
             "transformers_version": transformers.__version__,
             **({} if is_policy else reward),
         }
 
 
 def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
-    """Which tensors go into which file: divided by what transformers itself divides with."""
+    """Which tensors go into which file. The function that decides is the one that transformers uses."""
     try:
         split = split_torch_state_dict_into_shards(
             sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
         )
-        if float(max_shard_size.strip()[:-2]) <= 0:
-            raise ValueError("must be positive")
-        return split
+        size = float(max_shard_size.strip()[:-2])
     except ValueError as error:
         raise ConfigError(f"--max-shard-size {max_shard_size}: {error}") from error
+    if size <= 0:
+        raise ConfigError(f"--max-shard-size {max_shard_size}: must be positive")
+    return split
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -10,27 +10,28 @@ from torch import Tensor
 from megatron_brain.checkpointing.boxes import Box
 from megatron_brain.checkpointing.state import model_boxes, zero_vocabulary_padding
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.family import Family, Weight
 from megatron_brain.conversion.registry import HFModel, read_hf_model
 from megatron_brain.conversion.safetensors_files import SafetensorsReader
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 
 log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def load_hf_weights(directory: str | Path, chunks: Sequence[Chunk], model: ModelConfig, head: Head) -> None:
-    """Fill this rank's chunks, of any layout, from a Hugging Face directory; one whole tensor is in memory at a time.
+    """Fill this rank's chunks, of any layout, from a Hugging Face directory. One whole tensor is in memory at a time.
 
-    Vocabulary padding becomes zeros. A reward model may start from a language model: its head stays as it was.
+    Vocabulary padding becomes zeros. If a reward model starts from a language model, its head stays as it was.
 
     Args:
-        directory: holds config.json and safetensors.
-        chunks: what `build_model` made of `model` and `head`.
+        directory: one that holds config.json and safetensors files.
+        chunks: those that `build_model` made for `model` and `head`.
 
     Raises:
-        ConfigError: a policy is asked from a classifier; tensors are missing, of other shapes, or not known.
+        ConfigError: `head` is a policy but the directory a classifier, or tensors are missing, unknown or misshapen.
     """
     source = read_hf_model(directory)
     if head == "policy" and source.head == "reward":
@@ -47,7 +48,7 @@ def load_hf_weights(directory: str | Path, chunks: Sequence[Chunk], model: Model
             log.info("%s is a language model: the reward head starts from its random weights", directory)
             continue
         if key != box.key:
-            # The one before goes first: there is never more than one.
+            # The tensor before is dropped first, so that there is never more than one.
             key, whole = box.key, None
             whole = _read(files, names, *table[key], model)
         box.data.copy_(whole[_place(box)])
@@ -55,7 +56,7 @@ def load_hf_weights(directory: str | Path, chunks: Sequence[Chunk], model: Model
 
 
 def hf_tensors(chunk: Chunk, model: ModelConfig, head: Head, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything the Hugging Face model has, from a chunk that holds the whole model."""
+    """Name and values of every tensor of the Hugging Face model, from a chunk that holds the whole model."""
     held: dict[str, list[Box]] = {}
     for box in model_boxes([chunk]):
         held.setdefault(box.key, []).append(box)
@@ -66,17 +67,19 @@ def hf_tensors(chunk: Chunk, model: ModelConfig, head: Head, family: Family) -> 
 
 
 def check_tensors(files: SafetensorsReader, source: HFModel, model: ModelConfig) -> dict[str, str]:
-    """The files hold exactly the tensors of the table, in their shapes. Reads headers, and a tied output layer.
+    """Check that the files hold exactly the tensors of the table, in their shapes.
+
+    This reads headers only, and an output layer that a tied model repeats.
 
     Args:
         files: of the directory of `source`.
         model: sizes of `source`, resolved.
 
     Returns:
-        The name in the files of every tensor of the table: files of a base model lack the prefix.
+        The name in the files of every tensor of the table. Files of a base model lack the prefix.
 
     Raises:
-        ConfigError: tensors are missing, of other shapes, or not known; a tied output layer differs.
+        ConfigError: tensors are missing, unknown or misshapen, or a repeated output layer differs.
     """
     where, family = source.directory, source.family
     lacking = "" if any(name.startswith(family.prefix) for name in files.file_of) else family.prefix
@@ -92,7 +95,7 @@ def check_tensors(files: SafetensorsReader, source: HFModel, model: ModelConfig)
     unknown = [name for name in files.file_of if name not in known and not name.endswith(family.ignored)]
     output = family.output.sources[0].name
     if output in unknown and source.head == "policy":
-        # Of a tied model: the table of an untied one has it. Some indexes list it though no file has it.
+        # The model is tied: the table of an untied one has this tensor. Some indexes list it, but no file has it.
         if not files.lacks(output):
             _check_tied_output(files, where, output, names[family.embedding[0].sources[0].name])
         unknown.remove(output)
@@ -102,17 +105,21 @@ def check_tensors(files: SafetensorsReader, source: HFModel, model: ModelConfig)
             f"{_some(unknown)}; fetch its files again, or correct config.json"
         )
     for name, shape in shapes.items():
-        found = files.shape(names[name])
-        if found != shape:
-            raise ConfigError(
-                f"{where / files.file_of[names[name]]}: {names[name]} has shape {list(found)}, "
-                f"the sizes in config.json ask for {list(shape)}: correct the one that is wrong"
-            )
+        _check_shape(files, names[name], shape)
     return names
 
 
+def _check_shape(files: SafetensorsReader, name: str, expected: tuple[int, ...]) -> None:
+    found = files.shape(name)
+    if found != expected:
+        raise ConfigError(
+            f"{files.directory / files.file_of[name]}: {name} has shape {list(found)}, "
+            f"the sizes in config.json ask for {list(expected)}: correct the one that is wrong"
+        )
+
+
 def _check_tied_output(files: SafetensorsReader, where: Path, output: str, embedding: str) -> None:
-    """Some files repeat the embedding as output layer. transformers unties the two if they differ."""
+    """Some files repeat the embedding as the output layer. If the two differ, transformers unties them."""
     if not torch.equal(files.read(output), files.read(embedding)):
         raise ConfigError(
             f"{where}: config.json has tie_word_embeddings=true, but {output} differs from {embedding}: "
@@ -123,10 +130,10 @@ def _check_tied_output(files: SafetensorsReader, where: Path, output: str, embed
 def _read(
     files: SafetensorsReader, names: dict[str, str], weight: Weight, layer: int | None, model: ModelConfig
 ) -> Tensor:
-    """A whole tensor of a checkpoint, of those in the files.
+    """A whole weight of a checkpoint, made of the tensors in the files.
 
     Raises:
-        ConfigError: it holds NaN or infinity.
+        ConfigError: one of them holds NaN or infinity.
     """
     parts = []
     for name in (names[source.in_layer(layer)] for source in weight.sources):
@@ -139,7 +146,7 @@ def _read(
 
 
 def _place(box: Box) -> tuple[slice, ...]:
-    """Where a box stands in the whole tensor."""
+    """The part of the whole tensor that a box covers."""
     return tuple(slice(start, start + size) for start, size in zip(box.offset, box.data.shape, strict=True))
 
 

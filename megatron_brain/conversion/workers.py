@@ -1,4 +1,4 @@
-"""The processes of a conversion: each writes files of its own, and all stop where one fails."""
+"""The processes of a conversion: each writes files of its own, and all stop if one fails."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from megatron_brain import files
 from megatron_brain.checkpointing import CheckpointError
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.conversion.errors import ConversionError, MismatchError
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, UserError
 from megatron_brain.runtime import parallel
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT_MINUTES = 7 * 24 * 60
-"""Processes wait for the slowest at the end of every part. One that has died is noticed at once."""
+"""How long processes wait for the slowest one. A process that has died is noticed at once."""
 
-_EXPECTED = (ValueError, MismatchError, OSError, SafetensorError, CheckpointError)
+_EXPECTED = (UserError, MismatchError, OSError, SafetensorError, CheckpointError)
 """Errors that their message explains."""
 
 T = TypeVar("T")
@@ -34,30 +34,30 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process does what only one does."""
+        """Whether this process does what only one process may do."""
         return self.parallel.rank == 0
 
     def all(self, action: Callable[[], T]) -> T:
-        """Do something on every process. All call it.
+        """Run `action` on every process. All processes call this.
 
         Returns:
-            what `action` returned here.
+            What `action` returned on this process.
 
         Raises:
-            ConfigError, MismatchError, ConversionError: it failed on some process; the same is raised on all.
+            ConfigError, MismatchError, ConversionError: `action` failed on some process. All processes raise the same.
         """
         return self._run(action, actors=self.parallel.world_size)
 
     def first(self, action: Callable[[], T]) -> T | None:
-        """Do something on the first process while the others wait; None on those. As `all` otherwise."""
+        """Like `all`, but only the first process runs `action`. The others wait and get None."""
         return self._run(action if self.is_first else lambda: None, actors=1)
 
     def gather(self, item: T) -> list[T]:
-        """What every process has, in the order of ranks, on all of them."""
+        """The items of all processes, in the order of ranks. Every process gets them."""
         return self.parallel.gather_over_world(item, self._group)
 
     def share(self, items: Sequence[Item], size: Callable[[Item], int]) -> list[Item]:
-        """Which of the items, known to all processes, are this one's, in their order: about equal sums of sizes."""
+        """The items that this process takes, in their order. The sums of sizes are about equal on all processes."""
         load = [0] * self.parallel.world_size
         mine = []
         for place, item in sorted(enumerate(items), key=lambda found: size(found[1]), reverse=True):
@@ -81,7 +81,7 @@ class Workers:
         if not failures:
             return result
         _, kind, words = failures[0]
-        # A mistake in what was asked for is not one process's.
+        # A mistake in the request is the same on all processes, so its message names no rank.
         common = kind is not ConversionError and [found[1:] for found in failures] == [(kind, words)] * actors
         if len(told) > 1 and not common:
             words = "; ".join(f"rank {rank}: {said}" for rank, _, said in failures)
@@ -91,9 +91,9 @@ class Workers:
 def _kind(error: Exception) -> type[Exception]:
     if isinstance(error, MismatchError):
         return MismatchError
-    return ConfigError if isinstance(error, ValueError) else ConversionError
+    return ConfigError if isinstance(error, UserError) else ConversionError
 
 
 def _in_words(error: Exception) -> str:
-    plain = isinstance(error, (ValueError, MismatchError, CheckpointError))
+    plain = isinstance(error, (UserError, MismatchError, CheckpointError))
     return str(error) if plain else f"{type(error).__name__}: {error}"

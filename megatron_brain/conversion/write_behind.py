@@ -1,4 +1,4 @@
-"""Writing beside reading."""
+"""Writes one item while the next one is read."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +12,12 @@ Result = TypeVar("Result")
 def write_behind(
     items: Iterable[Item], read: Callable[[Item], Contents], write: Callable[[Item, Contents], Result]
 ) -> list[Result]:
-    """Read each item's contents and write them in a thread while the next are read; two are in memory at most.
+    """Read each item's contents, and write them in a thread while the next are read. At most two are in memory.
+
+    The first error of `read` or `write` is raised when the write before it has ended.
 
     Returns:
-        what `write` returned, in order. The first error, of either, is raised when the write before it has ended.
+        What `write` returned, in order.
     """
     results, pending = [], None
     with ThreadPoolExecutor(max_workers=1) as thread:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_brain.data.conversations import Messages
 from megatron_brain.data.tokenizer import Tokenizer
+from megatron_brain.data.tokenizer.base import Tools
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError
 from megatron_brain.data.tools import called_functions
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError
+
+Rendered = TypeVar("Rendered")
 
 
 class Span(NamedTuple):
@@ -39,7 +42,7 @@ class Chat:
         tokenizer: Tokenizer,
         messages: Messages,
         where: str,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.messages, self.where = tokenizer, messages, where
@@ -111,7 +114,7 @@ class Chat:
                 "remove the field",
             )
 
-    def _attempt(self, render: Any, messages: Messages, **settings: Any) -> Any:
+    def _attempt(self, render: Callable[..., Rendered], messages: Messages, **settings: Any) -> Rendered:
         # Which messages are learned is no business of the template.
         said = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
         try:
@@ -123,5 +126,5 @@ class Chat:
                 f"the chat template refuses these messages: {error}; give messages that it takes, or another template "
                 "(--chat-template FILE)",
             ) from error
-        except ValueError as error:
+        except ConfigError as error:
             raise RecordError(self.where, "chat template", f"{error}") from error

@@ -27,7 +27,7 @@ from megatron_brain.data.sources import RawRecord, Record, parse_record, raw_rec
 from megatron_brain.data.text_hints import TextHints, missing_space
 from megatron_brain.data.tokenizer.kinds import token_kinds
 from megatron_brain.data.workers import map_in_order
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import RecordError, UserError
 
 _CHUNK = 2000
 _NEXT_TURN = "\n\nHuman:"
@@ -92,17 +92,19 @@ def check(
     """All problems of training and validation data.
 
     Args:
-        train, valid: sources of records; valid ones are also compared with those to train on.
+        train: sources of records to train on.
+        valid: sources of records to validate on, which are also compared with those to train on.
         reading: how the stage will read them.
-        split, valid_split: of saved or hub data sets.
+        split: split of `train` where it is a saved or hub data set.
+        valid_split: the same of `valid`.
         workers: processes that read.
         max_shown: problems of a kind to keep.
 
     Raises:
-        ValueError: a source that is not there, or is prepared data.
+        ConfigError: a source that is not there, or is prepared data.
     """
     if reading.template_date is None:
-        reading = dataclasses.replace(reading, template_date=now())  # for all processes the same
+        reading = reading.at(now())  # for all processes the same
     opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()
@@ -128,7 +130,7 @@ def _check_source(
         try:
             while chunk := list(islice(records, _CHUNK)):
                 yield chunk
-        except ValueError as error:
+        except UserError as error:
             unreadable.append(str(error))
 
     counts: Counter[str] = Counter(read=0)
@@ -174,7 +176,7 @@ class RecordChecker:
         self._reader = reading.build()
         # Overlong records are told whatever is done with them.
         self._strict = copy.copy(self._reader)
-        self._strict.limits = dataclasses.replace(reading.limits, overlong="error")
+        self._strict.limits = dataclasses.replace(reading.config.data, overlong="error")
         self._kinds = token_kinds(self._reader.tokenizer)
         self._hints = TextHints(self._kinds.special)
 
@@ -183,7 +185,7 @@ class RecordChecker:
         problems: list[Problem] = []
         formats: dict[str, str] = {}
 
-        def on_error(where: str, error: ValueError) -> None:
+        def on_error(where: str, error: UserError) -> None:
             kind, message = (error.kind, error.message) if isinstance(error, RecordError) else ("other", str(error))
             problems.append(Problem(where, kind, message, True))
 
@@ -238,7 +240,7 @@ class RecordChecker:
     def _token_hints(self, tokenised: Tokenised) -> Iterator[tuple[str, str]]:
         draft, prompt, responses = tokenised
         ids = [*prompt, *(token for response in responses for token in response)]
-        if unknown := ids.count(self._kinds.unknown):
+        if unknown := sum(token == self._kinds.unknown for token in ids):
             yield "unknown tokens", f"{unknown} of {len(ids)} tokens are unknown to the tokenizer"
         fallback = sum(token in self._kinds.byte_fallback for token in ids)
         if fallback > _MUCH_FALLBACK * len(ids):
@@ -297,7 +299,8 @@ class _Seen:
 
     def mixed_formats(self) -> Iterator[Problem]:
         """Where formats differ from the most frequent one."""
-        most, *others = sorted(self._formats.items(), key=lambda item: -item[1][0]) or [None]
-        for form, (count, first) in others:
-            message = f"{count} records are {form!r} (this is the first), {most[1][0]} are {most[0]!r}"
+        ranked = sorted(self._formats.items(), key=lambda item: -item[1][0])
+        for form, (count, first) in ranked[1:]:
+            most, (count_of_most, _) = ranked[0]
+            message = f"{count} records are {form!r} (this is the first), {count_of_most} are {most!r}"
             yield Problem(first, "mixed formats", message, False)

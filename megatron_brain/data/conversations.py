@@ -98,7 +98,8 @@ def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, An
 
 def answer_text(messages: Messages) -> str:
     """Text of the last message."""
-    return messages[-1].get("content", "")
+    text: str = messages[-1].get("content", "")
+    return text
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
@@ -196,7 +197,7 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
         raise RecordError(where, "bad messages", f"{place} must be an object with a text 'role', not {short(message)}")
     place = f"{place} ({role})"
     _check_fields(message, place, where)
-    plain = without_nulls(message)
+    plain: dict[str, Any] = without_nulls(message)
     calls = from_json(plain.pop("tool_calls", None), list, f"{place}: 'tool_calls'", where, blank=list)
     if calls:
         if not isinstance(calls, list):
@@ -230,9 +231,10 @@ def _text_of(part: Any, place: str, where: str) -> str:
     if kind not in _TEXT_PARTS:
         cure = "give it as 'reasoning_content' of the message" if kind in _THOUGHT_PARTS else "only texts are read"
         raise RecordError(where, "unsupported field", f"{place} is of type {kind!r}, which is not supported: {cure}")
-    if not isinstance(part.get("text"), str):
+    text = part.get("text")
+    if not isinstance(text, str):
         raise RecordError(where, "bad messages", f"{place} must be {{'type': 'text', 'text': ...}}, not {short(part)}")
-    return part["text"]
+    return text
 
 
 def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:

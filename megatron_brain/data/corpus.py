@@ -1,9 +1,8 @@
 """What stages read: raw records, or prepared data of the same items."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.groups import Group
@@ -11,23 +10,6 @@ from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.prepared.read import PreparedItems, open_prepared
 from megatron_brain.data.records import Item, PreferencePair, Prompt, RecordReader, read_records
 from megatron_brain.data.sources import load_records
-
-log = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
-
-
-class OnDemand(Sequence[Made]):
-    """A sequence whose members are made when they are asked for."""
-
-    def __init__(self, length: int, make: Callable[[int], Made]) -> None:
-        self._length, self._make = length, make
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Made:
-        return self._make(range(self._length)[index])
 
 
 @dataclass(frozen=True)
@@ -37,6 +19,8 @@ class Corpus(Generic[Item]):
     items: Sequence[Item]
     contents: Contents
     """Their fingerprint."""
+    summary: str
+    """The source and what became of its records, in words."""
 
 
 def read_corpus(
@@ -51,16 +35,15 @@ def read_corpus(
         limit: use only the first so many records.
 
     Raises:
-        ValueError: a bad record, or prepared data that does not fit the run, with the cure.
+        ConfigError: no records, or prepared data that does not fit the run, with the cure.
+        RecordError: a bad record.
     """
     prefix = prepared_prefix(source)
     if prefix is None:
-        items, report = read_records(reader, load_records(source, split, limit))
-        log.info("%s: %s", source, report)
-        return Corpus(items, reader.contents(list(map(reader.hash, items))))
+        read, report = read_records(reader, load_records(source, split, limit))
+        return Corpus(read, reader.contents(list(map(reader.hash, read))), f"{source}: {report}")
     items, report, contents = open_prepared(prefix, reader, limit=limit)
-    log.info("%s: prepared: %s; %d used", source, report, len(items))
-    return Corpus(items, contents)
+    return Corpus(items, contents, f"{source}: prepared: {report}; {len(items):,} used")
 
 
 def place_of(item: Group | PreferencePair | Prompt) -> str:

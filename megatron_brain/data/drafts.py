@@ -62,8 +62,8 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
         return Draft(where=where, prompt=prompt, responses=[response], kind=kind)
     chat = _chat(tokenizer, record, conversations.check_messages(record["messages"], "messages", where), where)
     if multi_turn_loss:
-        prompt, response, mask = encode_all_turns(chat)
-        return Draft(where=where, prompt=prompt, responses=[response], kind="ids", loss_mask=mask)
+        prompt_ids, ids, mask = encode_all_turns(chat)
+        return Draft(where=where, prompt=prompt_ids, responses=[ids], kind="ids", loss_mask=mask)
     prompt, response = render_last_turn(chat)
     _require_weight(chat.messages[-1], "messages", where)
     return Draft(where=where, prompt=prompt, responses=[response], kind="chat")
@@ -114,11 +114,11 @@ def _prompt_and_reference(record: Mapping[str, Any], where: str) -> tuple[Any, A
             return messages[:-1], messages[-1:], "messages"
         return messages, record.get(key), key
     if record.get("prompt") is None and record.get("rejected") is not None:
-        pair = [_field(record, name, where) for name in ("chosen", "rejected")]
-        if conversations.is_messages(pair[0]):
-            chosen, rejected = (conversations.check_messages(value, "chosen", where) for value in pair)
+        chosen, rejected = (_field(record, name, where) for name in ("chosen", "rejected"))
+        if conversations.is_messages(chosen):
+            chosen, rejected = (conversations.check_messages(value, "chosen", where) for value in (chosen, rejected))
             return *conversations.split_shared_messages(chosen, rejected, where)[:2], key
-        return *_split_dialogues(*pair, where)[:2], key
+        return *_split_dialogues(chosen, rejected, where)[:2], key
     return _field(record, "prompt", where), record.get(key), key
 
 
@@ -167,13 +167,13 @@ def _prompt_and_answers(
         )
     if kinds == {False}:
         if implicit:
-            prompt, *answers = _split_dialogues(*answers, where)
+            prompt, *answers = _split_dialogues(answers[0], answers[1], where)
         for key, text in zip(keys, answers, strict=True):
             _check_text(text, key, where)
         return _check_text(prompt, "prompt", where), answers, "text"
     checked = [conversations.check_messages(value, key, where) for key, value in zip(keys, answers, strict=True)]
     if implicit:
-        messages, *checked = conversations.split_shared_messages(*checked, where)
+        messages, *checked = conversations.split_shared_messages(checked[0], checked[1], where)
     else:
         messages = conversations.check_messages(prompt, "prompt", where)
     for key, answer in zip(keys, checked, strict=True):

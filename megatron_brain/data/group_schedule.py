@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import NamedTuple
 
+from megatron_brain.errors import ConfigError
+
 # A spreading this close to the lower bound is good enough; searching on would take time for nothing.
 _BALANCE_TOLERANCE = 0.01
 
@@ -60,7 +62,7 @@ class Piece:
 MicroBatch = tuple[Piece, ...]
 
 
-class GroupDoesNotFitError(ValueError):
+class GroupDoesNotFitError(ConfigError):
     """A group, or the least piece it may be cut into, is longer than a micro-batch."""
 
 
@@ -88,7 +90,7 @@ def plan_groups(
     """Spread the groups of one optimizer step over the replicas and pack them into micro-batches.
 
     Args:
-        groups: lengths of the step's groups, in tokens.
+        groups: lengths of the step's groups, in tokens, each at least 1; there is at least one group.
         replicas: data-parallel size.
         max_tokens: tokens a micro-batch may have after rounding.
         seed: of ties and order; pass another one each step.
@@ -99,11 +101,10 @@ def plan_groups(
         labels: names of the groups for error messages, one each.
 
     Returns:
-        plan[replica][micro-batch], the pieces of a micro-batch by ascending group.
+        For each replica its micro-batches, each a list of pieces in the order of the groups.
 
     Raises:
         GroupDoesNotFitError: a group that does not fit, by index and label, with its tokens and the cure.
-        ValueError: no groups, a group without responses, a length or another argument below 1.
     """
     limits = {"replicas": replicas, "max_tokens": max_tokens, "round_to": round_to}
     _check_arguments(groups, labels, **limits, count_multiple_of=count_multiple_of)
@@ -125,17 +126,14 @@ def plan_groups(
 
 def _check_arguments(groups: Sequence[GroupLengths], labels: Sequence[str] | None, **at_least_one: int) -> None:
     for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
-    if not groups:
-        raise ValueError("there are no groups to plan")
-    if labels is not None and len(labels) != len(groups):
-        raise ValueError(f"{len(labels)} labels for {len(groups)} groups")
+        assert value >= 1, f"{name}={value}: must be at least 1"
+    assert groups, "there are no groups to plan"
+    assert labels is None or len(labels) == len(groups), f"{len(labels)} labels for {len(groups)} groups"
     for index, lengths in enumerate(groups):
-        if not lengths.responses:
-            raise ValueError(f"{_name(index, labels)} has no responses")
-        if lengths.prompt < 1 or min(lengths.responses) < 1:
-            raise ValueError(f"{_name(index, labels)}: prompt and responses need at least one token each: {lengths}")
+        assert lengths.responses, f"{_name(index, labels)} has no responses"
+        assert lengths.prompt >= 1 and min(lengths.responses) >= 1, (
+            f"{_name(index, labels)}: prompt and responses need at least one token each: {lengths}"
+        )
 
 
 def _name(index: int, labels: Sequence[str] | None) -> str:

@@ -8,9 +8,12 @@ at positions that continue the prompt's. Without, every response brings its own 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_brain.errors import RecordError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,9 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise ValueError(f"{self.record_id}: the prompt has no tokens")
+            raise RecordError(self.record_id, "empty prompt", "the prompt has no tokens")
         if not self.responses or not all(self.responses):
-            raise ValueError(f"{self.record_id}: a group needs responses of at least one token each")
+            raise RecordError(self.record_id, "empty response", "a group needs responses of at least one token each")
 
     def num_tokens(self, *, shared_prefix: bool) -> int:
         """Length of the group in a packed sequence."""
@@ -71,6 +74,7 @@ class PackedBatch:
     temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
     each of them, up to one factor, where it is known beforehand; None where it depends on them. known_loss: the loss,
     where that is known too.
+    token_scores: whether a policy's head also tells the entropy and the top-1 agreement at each response token.
     """
 
     tokens: Tensor
@@ -85,6 +89,7 @@ class PackedBatch:
     temperature: float = 1.0
     known_gradient: Tensor | None = None
     known_loss: KnownLoss | None = None
+    token_scores: bool = False
 
     @property
     def num_responses(self) -> int:
@@ -92,7 +97,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
         return PackedBatch(**moved)
 
     def values(self, name: str) -> Tensor:
@@ -113,18 +120,13 @@ def packed_length(groups: Sequence[Group], *, shared_prefix: bool, multiple_of: 
 
 
 def pack_groups(groups: Sequence[Group], *, shared_prefix: bool, length: int | None = None) -> PackedBatch:
-    """Lay groups end to end in one sequence, padded at its end to `length` tokens.
-
-    Raises:
-        ValueError: the groups do not fit into `length`.
-    """
+    """Lay groups end to end in one sequence, padded at its end to `length` tokens, which they must fit into."""
     builder = _Builder()
     for group in groups:
         builder.add_group(group, shared_prefix=shared_prefix and len(group.responses) > 1)
     total = len(builder.tokens)
     length = total if length is None else length
-    if total > length:
-        raise ValueError(f"groups of {total} tokens do not fit into a sequence of {length}")
+    assert total <= length, f"groups of {total} tokens do not fit into a sequence of {length}"
     if total < length:
         builder.add_padding(length - total)
     return builder.build(tuple(groups))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_brain.errors import RecordError, short
+
+Json = TypeVar("Json")
 
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors put before a text."""
@@ -48,7 +50,7 @@ def require_text(value: Any, where: str) -> Any:
     return value
 
 
-def require_json(value: Any, what: str, where: str) -> Any:
+def require_json(value: Json, what: str, where: str) -> Json:
     """The value, unless it holds what JSON has no word for: dates, bytes and decimals of a table, NaN, infinity.
 
     Args:
@@ -100,7 +102,7 @@ def from_json(value: Any, kind: type, what: str, where: str, *, blank: type | No
         return value
     if blank is not None and not value.strip():
         return blank()
-    named = {list: "a list", dict: "an object"}[kind]
+    named = "a list" if kind is list else "an object"
     try:
         found = json.loads(value)
     except (ValueError, RecursionError) as error:

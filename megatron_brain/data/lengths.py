@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError
 
 Ids = tuple[int, ...]
 
@@ -62,11 +62,11 @@ def make_report(counts: Counter[str], kept: int, limits: LengthLimits) -> ReadRe
     """The report of `kept` records.
 
     Raises:
-        ValueError: none is left.
+        ConfigError: none is left.
     """
     report = ReadReport(kept=kept, **counts)
     if not kept:
-        raise ValueError(f"no record left ({report}) at --seq-length {limits.seq_length}; raise the length limits")
+        raise ConfigError(f"no record left ({report}) at --seq-length {limits.seq_length}; raise the length limits")
     return report
 
 
@@ -76,7 +76,7 @@ def fit_group(
     """Prompt and responses within the limits, or None where the record is dropped.
 
     Raises:
-        ValueError: overlong under "error", naming `where`, the lengths and the cure.
+        RecordError: overlong under "error", naming `where`, the lengths and the cure.
     """
     longest = max(map(len, responses))
     max_prompt = limits.max_prompt_length or len(prompt)
@@ -113,7 +113,7 @@ def keep_overlong(what: str, *, limits: LengthLimits, where: str, counts: Counte
     """Whether an overlong record stays, to be cut (True), or is dropped and counted.
 
     Raises:
-        ValueError: the rule is "error".
+        RecordError: the rule is "error".
     """
     if limits.overlong == "error":
         raise RecordError(

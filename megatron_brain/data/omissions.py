@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from megatron_brain.data.chat import Chat, Span
-from megatron_brain.data.conversations import THOUGHTS, thoughts_of
+from megatron_brain.data.conversations import THOUGHTS, Messages, thoughts_of
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tools import called_functions, change_function
 from megatron_brain.errors import RecordError, short
@@ -32,7 +32,7 @@ _TAG = r"<[^<>\s][^<>\n]{0,60}>|\[/?[A-Z_]+\]|(?<![\w/])/\w+"
 _TAG_OR_WORD = re.compile(rf"({_TAG})|\w+")
 _TAGS, _WORD = re.compile(_TAG), re.compile(r"\w")
 _STAND_IN = re.compile(r"zq\d+x|73\d{8}")
-_COMPLETE: WeakKeyDictionary[Tokenizer, set[tuple]] = WeakKeyDictionary()
+_COMPLETE: WeakKeyDictionary[Tokenizer, set[tuple[Any, ...]]] = WeakKeyDictionary()
 """Shapes of conversations that a tokenizer's templates were found to leave nothing out of."""
 
 
@@ -45,7 +45,8 @@ def require_written(
         chat: the conversation.
         text: its first `count` messages as the template writes them.
         learned: where in the text the messages of the assistant stand that are learned, by their place in the chat.
-        count, add_generation_prompt: how the text was rendered.
+        count: messages in the text.
+        add_generation_prompt: whether the text ends in the generation prompt.
 
     Raises:
         RecordError: something is left out; names it.
@@ -65,9 +66,7 @@ def require_written(
     known.add(shape)
 
 
-def _require_words(
-    chat: Chat, messages: Sequence[Mapping[str, Any]], wanted: Sequence[int], *, add_generation_prompt: bool
-) -> None:
+def _require_words(chat: Chat, messages: Messages, wanted: Sequence[int], *, add_generation_prompt: bool) -> None:
     """Raise where a template does not write each word of the wanted messages."""
     for with_calls in (True, False):
         probe = _Probe(with_calls)
@@ -83,7 +82,7 @@ def _require_words(
         return
 
 
-def _require_arguments_without_words(chat: Chat, messages: Sequence[Mapping[str, Any]], index: int, text: str) -> None:
+def _require_arguments_without_words(chat: Chat, messages: Messages, index: int, text: str) -> None:
     """Arguments such as true have no words to replace: they are left out, and another text must be written then."""
     calls = messages[index].get("tool_calls", [])
     for place, function in enumerate(called_functions(calls)):
@@ -111,13 +110,13 @@ def _left_out(chat: Chat, index: int, part: str) -> RecordError:
     return RecordError(chat.where, "chat template", message)
 
 
-def shape_of(chat: Chat, count: int) -> tuple:
+def shape_of(chat: Chat, count: int) -> tuple[Any, ...]:
     """What a template's decisions about the first `count` messages can depend on."""
     source = "".join(chat.tokenizer.chat_templates.values())
     return (*(_shape_of_message(message, source) for message in chat.messages[:count]), chat.settings)
 
 
-def _shape_of_message(message: Mapping[str, Any], source: str) -> tuple:
+def _shape_of_message(message: Mapping[str, Any], source: str) -> tuple[Any, ...]:
     """The same of a message. Of the tags in its texts, those count that stand in the template's source."""
     said = tuple(
         (name, tuple(tag for tag in _TAGS.findall(message[name]) if tag in source), bool(_WORD.search(message[name])))
@@ -154,11 +153,12 @@ def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | No
         return None  # The most frequent one by far, told at once.
     turn = "".join(written.split())
     for name in _SPOKEN:
+        said: str = message.get(name, "")
         position = 0
-        for piece in _between_tags(message.get(name, "")):
+        for piece in _between_tags(said):
             place = turn.find(piece, position)
             if place < 0:
-                return message[name]
+                return said
             position = place + len(piece)
     names = (function["name"] for function in called_functions(message.get("tool_calls")))
     return next((name for name in names if name not in turn), None)

@@ -16,8 +16,7 @@ class SampleOrder:
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
-        if num_samples < 1:
-            raise ValueError("there are no samples to train on")
+        assert num_samples >= 1, "there are no samples to train on"
         self.num_samples = num_samples
         self._seed = seed
         self._epoch = -1
@@ -39,11 +38,11 @@ class SampleOrder:
 def replica_share(items: Sequence[Item], *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[Item]]:
     """A replica's micro-batches of a global batch: micro-batches are dealt out to the replicas in turn.
 
-    Raises:
-        ValueError: the batch does not divide into equally many whole micro-batches per replica.
+    The batch must divide into equally many whole micro-batches per replica.
     """
     per_turn = micro_batch_size * dp_size
-    if len(items) % per_turn:
-        raise ValueError(f"a global batch of {len(items)} does not divide by micro-batch x replicas = {per_turn}")
+    assert len(items) % per_turn == 0, (
+        f"a global batch of {len(items)} does not divide by micro-batch x replicas = {per_turn}"
+    )
     starts = range(dp_rank * micro_batch_size, len(items), per_turn)
     return [list(items[start : start + micro_batch_size]) for start in starts]

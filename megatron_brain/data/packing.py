@@ -15,6 +15,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from megatron_brain.errors import ConfigError
+
 
 def pack_by_length(lengths: Sequence[int], capacity: int, *, seed: int, window: int = 1000) -> list[list[int]]:
     """Pack records into bins, first-fit-decreasing inside windows of the shuffled records.
@@ -29,13 +31,12 @@ def pack_by_length(lengths: Sequence[int], capacity: int, *, seed: int, window: 
         bins of indices into `lengths`, in the order to train on.
 
     Raises:
-        ValueError: a length below 1 or above `capacity`, naming the record.
+        ConfigError: a length below 1 or above `capacity`, naming the record.
     """
-    if window < 1:
-        raise ValueError(f"window={window}: must be at least 1")
+    assert window >= 1, f"window={window}: must be at least 1"
     for index, length in enumerate(lengths):
         if not 1 <= length <= capacity:
-            raise ValueError(f"record {index} has {length} tokens; a sequence holds 1 to {capacity}")
+            raise ConfigError(f"record {index} has {length} tokens; a sequence holds 1 to {capacity}")
     rng = random.Random(seed)
     order = list(range(len(lengths)))
     rng.shuffle(order)

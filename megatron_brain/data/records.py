@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import numpy
 
@@ -33,11 +33,12 @@ from megatron_brain.data.sources import Record
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError, UserError
 
 _BATCH = 1000
 
 Item = TypeVar("Item")
+ItemKind = Literal["group", "pair", "prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +80,19 @@ class RecordReader(ABC, Generic[Item]):
         limits: length limits and the rule for overlong records.
 
     Raises:
-        ValueError: the limits leave no room for a prompt and a response.
+        ConfigError: the limits leave no room for a prompt and a response.
     """
 
     stage: ClassVar[str]
     """The stage whose records these are."""
+    item_kind: ClassVar[ItemKind]
+    """What an item is: a `Group`, a `PreferencePair` or a `Prompt`."""
     num_responses: ClassVar[int]
     """Responses of an item."""
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
         if limits.seq_length < 2:
-            raise ValueError(f"--seq-length {limits.seq_length}: a prompt and a response need at least 2")
+            raise ConfigError(f"--seq-length {limits.seq_length}: a prompt and a response need at least 2")
         self.tokenizer, self.limits = tokenizer, limits
 
     @abstractmethod
@@ -97,7 +100,7 @@ class RecordReader(ABC, Generic[Item]):
         """Check the fields of a record and render its chats.
 
         Raises:
-            ValueError: naming the place and the cure.
+            RecordError: naming the place and the cure.
         """
 
     @abstractmethod
@@ -132,7 +135,7 @@ class RecordReader(ABC, Generic[Item]):
         return {"template_date": tokenizer.template_time.isoformat()} if tokenizer.uses_clock else {}
 
     def tokenise(
-        self, records: Iterable[Record], on_error: Callable[[str, ValueError], None] | None = None
+        self, records: Iterable[Record], on_error: Callable[[str, UserError], None] | None = None
     ) -> Iterator[Tokenised]:
         """Drafts of the records, tokenised in batches, in order.
 
@@ -158,11 +161,11 @@ class RecordReader(ABC, Generic[Item]):
                     ids = [tuple(response) for response in islice(of_record, len(draft.responses))]
                     yield Tokenised(draft, tuple(prompt), ids)
 
-    def _drafts(self, records: Iterable[Record], on_error: Callable[[str, ValueError], None] | None) -> Iterator[Draft]:
+    def _drafts(self, records: Iterable[Record], on_error: Callable[[str, UserError], None] | None) -> Iterator[Draft]:
         for where, record in records:
             try:
                 draft = self.draft(where, record)
-            except ValueError as error:
+            except UserError as error:
                 if on_error is None:
                     raise
                 on_error(where, error)
@@ -186,9 +189,9 @@ class RecordReader(ABC, Generic[Item]):
         counts.update(cut)
         if fitted is None:
             return None
-        prompt, responses = fitted
-        masks = None if mask is None else (tuple(mask[: len(responses[0])]),)
-        return Group(prompt=prompt, responses=responses, loss_masks=masks, record_id=where)
+        prompt, kept = fitted
+        masks = None if mask is None else (tuple(mask[: len(kept[0])]),)
+        return Group(prompt=prompt, responses=kept, loss_masks=masks, record_id=where)
 
 
 class SFTReader(RecordReader[Group]):
@@ -198,7 +201,7 @@ class SFTReader(RecordReader[Group]):
     (the response is the last assistant turn; with `multi_turn_loss` the loss counts every assistant turn).
     """
 
-    stage, num_responses = "sft", 1
+    stage, item_kind, num_responses = "sft", "group", 1
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits, *, multi_turn_loss: bool = False) -> None:
         super().__init__(tokenizer, limits)
@@ -227,7 +230,7 @@ class PreferenceReader(RecordReader[PreferencePair]):
     ``margin``. Without ``prompt``, chosen and rejected are whole conversations and the prompt is what they share.
     """
 
-    stage, num_responses = "reward", 2
+    stage, item_kind, num_responses = "reward", "pair", 2
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
         return draft_preference(self.tokenizer, record, where)
@@ -254,7 +257,7 @@ class PromptReader(RecordReader[Prompt]):
     response.
     """
 
-    stage, num_responses = "brain", 0
+    stage, item_kind, num_responses = "brain", "prompt", 0
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits, *, room: int = 1) -> None:
         super().__init__(tokenizer, limits)
@@ -262,7 +265,7 @@ class PromptReader(RecordReader[Prompt]):
         left = limits.seq_length - room
         self.longest = min(left, limits.max_prompt_length or left)
         if self.longest < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--seq-length {limits.seq_length} leaves no room for a prompt beside --max-new-tokens {room}: raise "
                 "the one or lower the other"
             )
@@ -303,7 +306,8 @@ def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple
     """The items a stage makes of records, and what became of the records.
 
     Raises:
-        ValueError: a bad or overlong record, or none left, naming its place and the cure.
+        RecordError: a bad or overlong record, naming its place and the cure.
+        ConfigError: no record is left.
     """
     counts: Counter[str] = Counter()
     items, seen = [], set()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_brain.data import json_values, tables
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError
 
 Record = tuple[str, dict[str, Any]]
 """Place of the record (``file:line``, ``file[row]`` or ``name[split][row]``) and its fields."""
@@ -26,7 +26,6 @@ RawRecord = tuple[str, Any]
 RecordError of a row that cannot be read."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FIRST = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*(.?)")
 """The first character of JSON."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed files, and Arrow's names of the compressions."""
@@ -43,11 +42,12 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
         limit: read only the first so many records.
 
     Raises:
-        ValueError: nothing there, nothing in it, or a line that is no JSON object: naming file and line.
+        ConfigError: nothing there, nothing in it, or a file that cannot be read.
+        RecordError: a line that is no JSON object, naming file and line.
     """
     loaded = [(where, parse_record(where, raw)) for where, raw in islice(raw_records(source, split), limit)]
     if not loaded:
-        raise ValueError(f"{source}: no records in it; write some into it")
+        raise ConfigError(f"{source}: no records in it; write some into it")
     return loaded
 
 
@@ -55,17 +55,17 @@ def raw_records(source: str, split: str | None = None) -> Iterator[RawRecord]:
     """The records of a source as they stand there, read on demand, for :func:`parse_record`.
 
     Raises:
-        ValueError: nothing there, or a file that cannot be read.
+        ConfigError: nothing there, or a file that cannot be read.
     """
     if not source.strip():
-        raise ValueError("the name of the records is empty: give a file, a glob, a saved data set or a hub name")
+        raise ConfigError("the name of the records is empty: give a file, a glob, a saved data set or a hub name")
     if Path(source).is_dir():
         return tables.read_saved(source, split)
     if paths := _paths(source):
         return chain.from_iterable(map(_read_file, paths))
     if _HUB_NAME.fullmatch(source) and not is_record_file(source):
         return tables.read_hub(source, split)
-    raise ValueError(f"{source}: no such file (looked for {Path(source).absolute()}); give one that is there")
+    raise ConfigError(f"{source}: no such file (looked for {Path(source).absolute()}); give one that is there")
 
 
 def parse_record(where: str, raw: Any) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def parse_record(where: str, raw: Any) -> dict[str, Any]:
             where, "no JSON object", f"must be a JSON object with named fields, not {type(value).__name__}"
         )
     try:
-        return json_values.without_nulls(value)
+        fields: dict[str, Any] = json_values.without_nulls(value)
+        return fields
     except RecursionError as error:
         raise RecordError(where, "nested too deeply", "is nested too deeply to be read; remove the record") from error
 
@@ -111,13 +112,13 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
     reader = _reader_of(path)
     if reader is None:
         compressed = [f".jsonl{ending}" for ending in _COMPRESSIONS]
-        raise ValueError(f"{path}: unknown kind of file; must be one of {', '.join([*_READERS, *compressed])}")
+        raise ConfigError(f"{path}: unknown kind of file; must be one of {', '.join([*_READERS, *compressed])}")
     empty = True
     for record in reader(path):
         empty = False
         yield record
     if empty:
-        raise ValueError(f"{path}: the file is empty; write records into it, or leave it out")
+        raise ConfigError(f"{path}: the file is empty; write records into it, or leave it out")
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with pyarrow.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as unpacked:
             yield io.BufferedReader(unpacked)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error}; {tables.CURE}") from error
+        raise ConfigError(f"{path}: cannot be read: {error}; {tables.CURE}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
@@ -146,7 +147,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRecord]:
 def _read_json(path: Path) -> Iterator[RawRecord]:
     with _opened(path) as file:
         start = file.read(4096)
-        is_array = _FIRST.match(start)[1] == b"["
+        is_array = start.removeprefix(json_values.BOM).lstrip(b" \t\r\n").startswith(b"[")
         data = start + file.read() if is_array else b""
     if not is_array:
         yield from _read_jsonl(path)

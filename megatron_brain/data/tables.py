@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_brain.data.json_values import require_text
-from megatron_brain.errors import RecordError
+from megatron_brain.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +32,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """Rows of a parquet file.
 
     Raises:
-        ValueError: it cannot be read.
+        ConfigError: it cannot be read.
     """
     import pyarrow.parquet
 
@@ -42,7 +42,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
         nonlocal keeps_structs
         file = pyarrow.parquet.ParquetFile(path)
         keeps_structs = file.metadata.created_by != _WITHOUT_STRUCTS
-        return file.iter_batches()
+        found: Iterable[pyarrow.RecordBatch] = file.iter_batches()
+        return found
 
     for where, row in _read_batches(path, batches):
         yield where, row if keeps_structs or isinstance(row, RecordError) else _without_empty(row)
@@ -52,7 +53,7 @@ def read_arrow(path: Path) -> Iterator[Row]:
     """Rows of an Arrow file, in the stream or the file format.
 
     Raises:
-        ValueError: it cannot be read.
+        ConfigError: it cannot be read.
     """
     import pyarrow
 
@@ -61,7 +62,8 @@ def read_arrow(path: Path) -> Iterator[Row]:
             is_file_format = file.read(6) == b"ARROW1"
         source = pyarrow.memory_map(str(path))
         if not is_file_format:
-            return pyarrow.ipc.open_stream(source)
+            stream: Iterable[pyarrow.RecordBatch] = pyarrow.ipc.open_stream(source)
+            return stream
         reader = pyarrow.ipc.open_file(source)
         return map(reader.get_batch, range(reader.num_record_batches))
 
@@ -72,14 +74,14 @@ def read_saved(source: str, split: str | None) -> Iterator[Row]:
     """Rows of a folder that `datasets.save_to_disk` wrote, of one split where it has several.
 
     Raises:
-        ValueError: it is no such folder, or has no such split.
+        ConfigError: it is no such folder, or has no such split.
     """
     import datasets
 
     try:
         loaded = datasets.load_from_disk(source)
     except Exception as error:  # of many unrelated types, for files of a folder that are not what they should be
-        raise ValueError(
+        raise ConfigError(
             f"{source}: a folder that datasets.save_to_disk did not write, or that is damaged or empty "
             f"({type(error).__name__}: {error}); write it anew, or for a folder of files give a glob such as "
             f"{source.rstrip('/')}/*.jsonl"
@@ -91,14 +93,14 @@ def read_hub(source: str, split: str | None) -> Iterator[Row]:
     """Rows of a hub data set, of one split where it has several.
 
     Raises:
-        ValueError: it cannot be loaded, or has no such split.
+        ConfigError: it cannot be loaded, or has no such split.
     """
     import datasets
 
     try:
         loaded = datasets.load_dataset(source)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{source}: no such file (looked for {Path(source).absolute()}), "
             f"and not a data set that can be loaded from the hub ({type(error).__name__}: {error})"
         ) from error
@@ -111,18 +113,23 @@ def _read_split(source: str, loaded: Any, split: str | None) -> Iterator[Row]:
         if split is None and len(loaded) == 1:
             split = next(iter(loaded))
         if split not in loaded:
-            raise ValueError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
+            raise ConfigError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
         source, loaded = f"{source}[{split}]", loaded[split]
     return _read_data_set(source, loaded)
 
 
 def _read_data_set(source: str, data: datasets.Dataset) -> Iterator[Row]:
     """Rows of a data set, of all its columns whatever format it was saved in; sounds and images are not decoded."""
+    import pyarrow
+
     first = 0
-    for table in data.with_format("arrow").iter(batch_size=_BATCH):
-        for batch in table.to_batches():
-            yield from _rows_of(batch, source, first)
-            first += batch.num_rows
+    try:
+        for table in data.with_format("arrow").iter(batch_size=_BATCH):
+            for batch in table.to_batches():
+                yield from _rows_of(batch, source, first)
+                first += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}; write it anew") from error
 
 
 def _read_batches(path: Path, open_batches: Callable[[], Iterable[pyarrow.RecordBatch]]) -> Iterator[Row]:
@@ -134,7 +141,7 @@ def _read_batches(path: Path, open_batches: Callable[[], Iterable[pyarrow.Record
             yield from _rows_of(batch, path, first)
             first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}; {CURE}") from error
+        raise ConfigError(f"{path}: cannot be read as {path.suffix[1:]}: {error}; {CURE}") from error
 
 
 def _rows_of(batch: pyarrow.RecordBatch, source: Path | str, first: int) -> Iterator[Row]:
@@ -153,7 +160,7 @@ def _rows_of(batch: pyarrow.RecordBatch, source: Path | str, first: int) -> Iter
 
 
 def _require_sound(batch: pyarrow.RecordBatch, source: Path | str) -> None:
-    """Raise ValueError where a column's lengths contradict each other: to read it would end the process.
+    """Raise ConfigError where a column's lengths contradict each other: to read it would end the process.
 
     Text that is no UTF-8 is told later, with its row.
     """
@@ -164,22 +171,18 @@ def _require_sound(batch: pyarrow.RecordBatch, source: Path | str) -> None:
             column.validate(full=True)
         except pyarrow.ArrowInvalid as error:
             if "Invalid UTF8" not in str(error):
-                raise ValueError(f"{source}: damaged in its column {name!r} ({error}); {CURE}") from error
+                raise ConfigError(f"{source}: damaged in its column {name!r} ({error}); {CURE}") from error
 
 
 def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | RecordError:
     fields = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            [fields[name]] = _values(column)
+            [value] = column.to_pylist(maps_as_pydicts="strict")
         except UnicodeDecodeError as error:
             return _no_text(where, f"field {name!r}", error)
-        except RecordError as error:
-            return RecordError(where, error.kind, f"field {name!r}: {error.message}")
         except KeyError as error:  # of a map
             return RecordError(where, "wrong type", f"field {name!r} has a key twice: write the table anew ({error})")
-        except json.JSONDecodeError as error:
-            return RecordError(where, "invalid JSON", f"field {name!r} is of Arrow's JSON type and no JSON: {error}")
         except _UNREADABLE as error:  # such as dates behind the year 9999
             return RecordError(
                 where,
@@ -187,6 +190,12 @@ def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | Reco
                 f"field {name!r} has a value that cannot be read ({type(error).__name__}: {error}): write the table "
                 "anew, without the column where nothing needs it",
             )
+        try:
+            fields[name] = _from_json(value, column.type) if _holds_json(column.type) else value
+        except RecordError as error:
+            return RecordError(where, error.kind, f"field {name!r}: {error.message}")
+        except json.JSONDecodeError as error:
+            return RecordError(where, "invalid JSON", f"field {name!r} is of Arrow's JSON type and no JSON: {error}")
     return fields
 
 
@@ -229,7 +238,13 @@ def _from_json(value: Any, kind: pyarrow.DataType) -> Any:
     if value is None:
         return None
     if _is_json(kind):
-        return json.loads(value) if "\\u" not in value else require_text(json.loads(value), "")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a number of more digits than Python reads
+            raise RecordError("", "invalid JSON", str(error)) from error
+        return parsed if "\\u" not in value else require_text(parsed, "")
     if isinstance(value, list):
         return [_from_json(member, kind.value_type) for member in value]
     if pyarrow.types.is_map(kind):

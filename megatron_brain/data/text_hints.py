@@ -66,5 +66,5 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(value.get("text"))
 
 
-def _around(match: re.Match) -> str:
+def _around(match: re.Match[str]) -> str:
     return match.string[max(match.start() - 15, 0) : match.end() + 15]

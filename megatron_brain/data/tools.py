@@ -70,7 +70,7 @@ def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
             yield function
 
 
-def change_function(call: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+def change_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """A call with its function changed, which is the call itself where it has no wrapper."""
     return {**call, "function": change(call["function"])} if "function" in call else change(call)
 
@@ -104,13 +104,13 @@ def _check_schema(schema: Any, place: str, where: str, *, blank: type | None = N
     schema = from_json(schema, dict, place, where, blank=blank)
     if not isinstance(schema, dict):
         raise RecordError(where, "bad tools", f"{place} must be an object, not {short(schema)}")
-    schema = dict(schema)
+    checked: dict[str, Any] = dict(schema)
     for name, kind in _INNER_SCHEMAS.items():
-        if isinstance(schema.get(name), str):
-            schema[name] = from_json(schema[name], kind, f"{place}.{name}", where)
-    if isinstance(properties := schema.get("properties"), dict):
-        schema["properties"] = {
+        if isinstance(checked.get(name), str):
+            checked[name] = from_json(checked[name], kind, f"{place}.{name}", where)
+    if isinstance(properties := checked.get("properties"), dict):
+        checked["properties"] = {
             name: _check_schema(inner, f"{place}.properties.{name}", where) if isinstance(inner, str | dict) else inner
             for name, inner in properties.items()
         }
-    return schema
+    return checked

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, pairwise
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from megatron_brain.data.chat import Chat, Span
@@ -35,7 +36,7 @@ _MARK_CURE = (
     "in the chat template (--chat-template FILE), or train on the last turn only (without --multi-turn-loss)"
 )
 _KIND = "unmarked assistant turns"
-_AGREED: WeakKeyDictionary[Tokenizer, set[tuple]] = WeakKeyDictionary()
+_AGREED: WeakKeyDictionary[Tokenizer, set[tuple[Any, ...]]] = WeakKeyDictionary()
 """Shapes of conversations in which a tokenizer's marks were found to be what growing conversations tell."""
 
 
@@ -216,15 +217,15 @@ def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) 
         begin, earliest = len(prompt), len(os.path.commonprefix([prompt, chat.closed(index)]))
     else:
         # Earlier turns are written otherwise by now; the generation prompt is the same, or at least its header is.
-        begin = _end_of_opening(text, span, opening)
-        if begin is None and (header := _header(chat, opening)) and _end_of_opening(text, span, header) is not None:
+        found = _end_of_opening(text, span, opening)
+        if found is None and (header := _header(chat, opening)) and _end_of_opening(text, span, header) is not None:
             _warn_of_other_opening(opening, header)
             return span.start
-        if begin is None:
+        if found is None:
             raise _not_marked(
                 chat, f"does not mark every turn from the end of its generation prompt on, {short(opening)}"
             )
-        earliest = begin - len(opening)
+        begin, earliest = found, found - len(opening)
     turn = f"the assistant's turn messages[{index}]"
     if span.start > begin:
         raise _not_marked(chat, f"leaves the beginning of {turn} unmarked, {short(text[begin : span.start])}")

@@ -6,9 +6,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from megatron_brain.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -16,7 +18,7 @@ Result = TypeVar("Result")
 _state: Any = None
 
 
-class WorkerKilledError(RuntimeError):
+class WorkerKilledError(UserError):
     """A process ended in the middle of its work, often for want of memory."""
 
 
@@ -42,7 +44,7 @@ def map_in_order(
     # Not forked: threads of the tokenizers library would be missing in the copy.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(set_up,)) as pool:
-        waiting: deque = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for task in tasks:
                 waiting.append(pool.submit(_run, function, task))
@@ -64,7 +66,9 @@ def _start(set_up: Callable[[], Any]) -> None:
 
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for tasks for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 

@@ -1,237 +1,121 @@
-"""`--dry-run`: what a start finds out and checks before it makes a process group, on a machine that may lack it.
+"""What a start finds out and checks before it makes a process group, on a machine that may lack weights and data.
 
-It goes through the functions of a real start, so it refuses what that refuses, in the same words. Weights, tokenizer
-and data that are not on this machine are left out and named; those that are here are read. No device is looked at.
+A dry run resolves the run as a start does, so it refuses what that refuses, in the same words. Weights, tokenizer and
+data that are not on this machine are left out and named; those that are here are read. No device is looked at.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.config.run_length import check_warmup, iterations, rounds, steps_per_round
-from megatron_brain.data.corpus import num_tokens, read_corpus
-from megatron_brain.data.packing import pack_by_length
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run_length import RunLength, check_warmup, length_of_rounds
+from megatron_brain.config.stage_spec import Source
+from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.info import prepared_prefix
-from megatron_brain.data.records import PreferenceReader, PromptReader, RecordReader, SFTReader
 from megatron_brain.data.sources import load_records, source_files
 from megatron_brain.data.tokenizer import Tokenizer
-from megatron_brain.errors import ConfigError
-from megatron_brain.models.architecture import REQUIRED_SIZES
-from megatron_brain.models.provider import Head
 from megatron_brain.runtime.launch import pretended_world_size
 from megatron_brain.stages.brain.proposals import read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
-from megatron_brain.training.frozen import read_frozen_info
-from megatron_brain.training.run import (
-    find_start,
-    fix_template_date,
-    open_tokenizer,
-    resolve_frozen,
-    resolve_model,
-    set_up_logging,
-)
+from megatron_brain.startup.disk import Search
+from megatron_brain.startup.resolved import ResolvedRun, resolve_run
+from megatron_brain.training.run import fix_template_date
+from megatron_brain.training.trainer import metrics_on_console
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What is known of a run that was not started."""
 
+    resolved: ResolvedRun
     config: RunConfig
-    """With the model's sizes resolved."""
-    world_size: int
-    start_from: CheckpointInfo | None = None
-    resuming: bool = False
-    tokenizer: Tokenizer | None = None
-    frozen: dict[str, ModelConfig] = field(default_factory=dict)
-    """Sizes of the scoring models that are here, by the name in --NAME-load."""
-    num_samples: int | None = None
-    """Training samples (sft, reward), prompts or pairs (brain), prompts (generate, evaluate); None: not known."""
-    num_rounds: int | None = None
-    """Rounds of brain; None: not known."""
-    steps_per_round: int | None = None
-    """Optimizer steps of a round of brain; None: not known."""
-    train_iters: int | None = None
-    """Optimizer steps of the run; None: not known."""
-    checked: list[str] = field(default_factory=list)
-    """What was looked at, in words."""
-    absent: list[str] = field(default_factory=list)
-    """What was not looked at, in words."""
-
-    def is_here(self, flag: str, place: str, what: str) -> bool:
-        """Whether a path exists on this machine; one that does not is noted with what it would have told."""
-        here = Path(place).exists()
-        if not here:
-            self.absent.append(f"{flag} {place}: {what}")
-        return here
+    """The resolved settings, with the date for chat templates."""
+    search: Search
+    """What was looked at, and what is elsewhere."""
+    num_samples: int | None
+    """What the run trains on or answers: samples, prompts or pairs; None: not known."""
+    length: RunLength
+    """Steps and rounds of a stage that trains, as far as they are known."""
 
 
 def inspect(config: RunConfig) -> Findings:
     """Find out what there is to know of a run of WORLD_SIZE processes.
 
     Raises:
-        ValueError: whatever a start would refuse before it makes a process group, or data that cannot be read.
+        UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
-    set_up_logging()
-    found = Findings(config=config, world_size=pretended_world_size())
-    _resolve_model(found)
-    _open_tokenizer(found)
-    _check_frozen(found)
-    _read_data(found)
-    if "optimizer" in STAGE_SECTIONS[config.stage]:
-        _find_length(found)
-    found.absent.append("the GPUs: whether Transformer Engine, FP8 and NCCL work there")
-    return found
-
-
-def _resolve_model(found: Findings) -> None:
-    """Sizes from the checkpoint or Hugging Face folder that is here, else from the configuration alone."""
-    config, checkpoint, model = found.config, found.config.checkpoint, found.config.model
-    resumes = checkpoint.auto_resume and has_checkpoint(checkpoint.save)
-    what = "weights, their sizes and tokenizer"
-    if resumes or checkpoint.load is None or found.is_here("--load", checkpoint.load, what):
-        found.start_from, found.resuming = find_start(config)
-    if checkpoint.auto_resume and not resumes:
-        found.is_here("--save", checkpoint.save, "whether there is a checkpoint to go on from")
-    if found.start_from is None and model.hf_model and not found.is_here("--hf-model", model.hf_model, what):
-        config = dataclasses.replace(config, model=dataclasses.replace(model, hf_model=None))
-    _require_sizes(found, config)
-    config, _ = resolve_model(config, found.start_from, found.world_size)
-    found.config = dataclasses.replace(config, model=dataclasses.replace(config.model, hf_model=model.hf_model))
-    if found.start_from is not None:
-        how = "to be resumed" if found.resuming else "weights to start from"
-        found.checked.append(f"{found.start_from.path}: {how}; the sizes are its own, the weights were not read")
-    elif config.model.hf_model is not None:
-        found.checked.append(
-            f"--hf-model {config.model.hf_model}: config.json; the sizes are its own, the weights were not read"
+    if config.spec.trains:
+        metrics_on_console(config, config.spec.load())
+    search = Search(may_be_elsewhere=True)
+    resolved = resolve_run(config, pretended_world_size(), device=None, search=search)
+    config = resolved.config
+    search.checked += [_weights(resolved), f"layout and batches divide over {resolved.world_size} processes"]
+    tokenizer = resolved.tokenizer
+    if tokenizer is not None:
+        config = fix_template_date(config, tokenizer, resolved.start)
+        search.checked.append(
+            f"tokenizer: its {tokenizer.vocab_size} ids fit the vocabulary of {config.model.vocab_size}"
         )
-    else:
-        found.checked.append("the sizes are those of the configuration")
-    found.checked.append(f"layout and batches divide over {found.world_size} processes")
+    for found in resolved.scoring.values():
+        what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
+        search.checked.append(f"{found.info.path}: {what}")
+    if (code := config.spec.work(config).user_code) is not None:
+        search.finds("--judge", code.rpartition(":")[0], "the code of the judge")
+    num_samples, length = _read_sources(config, tokenizer, search)
+    if config.spec.trains and length.train_iters is not None:
+        check_warmup(config, length.train_iters)
+    search.absent.append("the GPUs: whether Transformer Engine, FP8 and NCCL work there")
+    return Findings(resolved=resolved, config=config, search=search, num_samples=num_samples, length=length)
 
 
-def _require_sizes(found: Findings, config: RunConfig) -> None:
-    """Where the weights are elsewhere, the configuration says what they would."""
-    missing = [name for name in REQUIRED_SIZES if getattr(config.model, name) is None]
-    if found.start_from is None and config.model.hf_model is None and missing and found.absent:
-        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        place = found.absent[0].partition(": ")[0]
-        raise ConfigError(
-            f"{place} is not on this machine and the model's sizes are not in the configuration: add {flags} (a start "
-            "compares them with the weights), or make the dry run where the weights are"
-        )
+def _weights(resolved: ResolvedRun) -> str:
+    """What was found of the weights, in words."""
+    start = resolved.start
+    if start.checkpoint is not None:
+        how = "to be resumed" if start.resuming else "weights to start from"
+        return f"{start.checkpoint.path}: {how}; the sizes are its own, the weights were not read"
+    if start.hf_model is not None:
+        return f"--hf-model {start.hf_model}: config.json; the sizes are its own, the weights were not read"
+    return "the sizes are those of the configuration"
 
 
-def _open_tokenizer(found: Findings) -> None:
-    place = found.config.tokenizer.tokenizer_model
-    if place is not None:
-        if not found.is_here("--tokenizer-model", place, "whether the vocabulary holds its ids"):
-            return
-    elif _weights_are_elsewhere(found):
-        return
-    found.tokenizer, config = open_tokenizer(found.config, found.start_from)
-    found.config = fix_template_date(config, found.tokenizer, found.start_from)
-    found.checked.append(
-        f"tokenizer: its {found.tokenizer.vocab_size} ids fit the vocabulary of {found.config.model.vocab_size}"
-    )
+def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search) -> tuple[int | None, RunLength]:
+    """Samples of the first source and the length of the run over it; the other sources are read too."""
+    first, *others = config.spec.sources(config)
+    if first.holds == "rollouts":
+        return None, _read_rollouts(config, first, search)
+    items = _read(config, first, tokenizer, search)
+    for source in others:
+        _read(config, source, tokenizer, search)
+    num_samples = None if items is None else config.spec.num_samples(config, items)
+    return num_samples, config.spec.length(config, num_samples)
 
 
-def _weights_are_elsewhere(found: Findings) -> bool:
-    """Whether a start would take weights, and the tokenizer that comes with them, from what is not here."""
-    asked = found.config.checkpoint.load or found.config.model.hf_model
-    return found.start_from is None and asked is not None and not Path(asked).exists()
-
-
-def _check_frozen(found: Findings) -> None:
-    """Prior, reward model and baseline that are here: their kind, vocabulary and layout."""
-    sections, scoring = STAGE_SECTIONS[found.config.stage], found.config.scoring
-    asked: list[tuple[str, str | None, Head]] = []
-    if "scoring" in sections:
-        asked += [("prior", scoring.prior_load, "policy"), ("reward", scoring.reward_load, "reward")]
-    if "evaluate" in sections:
-        asked.append(("baseline", found.config.evaluate.baseline_load, "policy"))
-    for name, directory, head in asked:
-        if directory is None or not found.is_here(
-            f"--{name}-load", directory, "weights; the estimate takes the policy's sizes"
-        ):
-            continue
-        info = read_frozen_info(name, directory, head)
-        found.frozen[name] = resolve_frozen(found.config, info, found.world_size)
-        found.checked.append(f"{info.path}: a {head} model for this layout and vocabulary; the weights were not read")
-    judge = found.config.evaluate.judge if "evaluate" in sections else None
-    if judge is not None:
-        found.is_here("--judge", judge.rpartition(":")[0], "the code of the judge")
-
-
-def _read_data(found: Findings) -> None:
-    """Read all records that are here, as the stage would."""
-    config, data = found.config, found.config.data
-    if config.stage == "brain" and config.brain.rollout_data is not None:
-        _read_rollouts(found, config.brain.rollout_data)
-        return
-    if config.stage in ("generate", "evaluate"):
-        limit = config.generate.max_prompts
-        found.num_samples = _read(found, "--prompts", config.generate.prompts, data.valid_split, limit)
-        return
-    found.num_samples = _read(found, "--train-data", data.train_data, data.train_split, data.max_train_records)
-    if data.valid_data is not None and config.stage in ("sft", "reward"):
-        _read(found, "--valid-data", data.valid_data, data.valid_split, data.max_valid_records, packs=False)
-
-
-def _read(found: Findings, flag: str, source: str, split: str, limit: int | None, *, packs: bool = True) -> int | None:
-    """Samples that a stage makes of a source; None where that cannot be known here."""
-    config, prefix = found.config, prepared_prefix(source)
-    if prefix is None and not source_files(source):
-        found.absent.append(f"{flag} {source}: records and how many there are")
+def _read(config: RunConfig, source: Source, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
+    """The items that the stage makes of a source; None where they cannot be known here."""
+    place = source.place(config)
+    if place is None:
         return None
-    if found.tokenizer is None:
+    (split, limit), prefix, name = source.chosen(config), prepared_prefix(place), f"{source.flag} {place}"
+    if prefix is None and not source_files(place):
+        search.absent.append(f"{name}: records and how many there are")
+        return None
+    if tokenizer is None:
         if prefix is None:
-            load_records(source, split, limit=1)
-        found.absent.append(f"{flag} {source}: more than its first record, which needs the tokenizer")
+            load_records(place, split, limit=1)
+        search.absent.append(f"{name}: more than its first record, which needs the tokenizer")
         return None
-    items = read_corpus(source, _reader(config, found.tokenizer), split=split, limit=limit).items
-    found.checked.append(f"{flag} {source}: {len(items)} records of it are used")
-    if config.stage == "sft" and config.sft.packing and packs:
-        return len(pack_by_length(num_tokens(items), config.data.seq_length, seed=config.training.seed))
-    return len(items)
+    corpus = read_corpus(place, config.spec.reader(config, tokenizer), split=split, limit=limit)
+    search.checked.append(f"{source.flag} {corpus.summary}")
+    return corpus.items
 
 
-def _reader(config: RunConfig, tokenizer: Tokenizer) -> RecordReader:
-    """What the stage makes of a record."""
-    if config.stage == "sft":
-        return SFTReader(tokenizer, config.data, multi_turn_loss=config.sft.multi_turn_loss)
-    if config.stage == "reward" or (config.stage == "brain" and config.brain.responses == "given"):
-        return PreferenceReader(tokenizer, config.data)
-    return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)
-
-
-def _read_rollouts(found: Findings, pattern: str) -> None:
+def _read_rollouts(config: RunConfig, source: Source, search: Search) -> RunLength:
+    """The length of a run over the rollouts of a source, one file a round."""
+    pattern = source.place(config)
     if not source_files(pattern):
-        found.absent.append(f"--rollout-data {pattern}: rollouts, and how many rounds they are")
-        return
-    files = rollout_files(pattern)
-    groups = [len(read_round(found.config, file)) for file in files]
-    found.num_rounds, found.steps_per_round = len(files), steps_per_round(found.config, groups[0])
-    found.checked.append(f"--rollout-data {pattern}: {len(files)} rounds, {sum(groups)} groups in all")
-
-
-def _find_length(found: Findings) -> None:
-    """Steps and rounds, as far as the records are known; as the stages reckon them."""
-    config, training, samples = found.config, found.config.training, found.num_samples
-    if config.stage != "brain":
-        if samples is not None or training.train_iters is not None:
-            found.train_iters = iterations(training, samples or 0)
-    else:
-        if config.brain.rollout_data is None:
-            groups = config.brain.prompts_per_round
-            found.steps_per_round = steps_per_round(config, groups)
-            if samples is not None:
-                found.num_rounds = rounds(training.train_epochs or 1.0, samples, groups)
-        if training.train_iters is not None:
-            found.train_iters = training.train_iters
-        elif found.num_rounds is not None:
-            found.train_iters = found.num_rounds * found.steps_per_round
-    if found.train_iters is not None:
-        check_warmup(config, found.train_iters)
+        search.absent.append(f"{source.flag} {pattern}: rollouts, and how many rounds they are")
+        return RunLength(train_iters=config.training.train_iters)
+    groups = [len(read_round(config, file)) for file in rollout_files(pattern)]
+    search.checked.append(f"{source.flag} {pattern}: {len(groups)} rounds, {sum(groups)} groups in all")
+    return length_of_rounds(config, len(groups), groups[0])

@@ -1,8 +1,6 @@
 """The report of `--dry-run`, as text for people: titles, and under each a name and a value a line."""
 
-import dataclasses
 import math
-import textwrap
 
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8_checks import validate_fp8_device
@@ -12,13 +10,19 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import PARTS, estimate_memory
-from megatron_brain.planning.sizes import stage_parameters, total_parameters
+from megatron_brain.planning.sizes import total_parameters
+from megatron_brain.planning.summary import (
+    Row,
+    fullest_rank,
+    global_batch,
+    learning_rate,
+    section,
+    sizes,
+)
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import launch
 
-Rows = list[tuple[str, str]]
-
-_WIDTH = 118
+Rows = list[Row]
 
 _H100 = (9, 0)
 """Its compute capability. A dry run looks at no device and takes it for an H100, as for memory."""
@@ -26,13 +30,12 @@ _H100 = (9, 0)
 
 def render(found: Findings) -> str:
     """The whole report."""
-    config = found.config
-    workload, layout = from_run_config(config, found.world_size)
-    frozen = (dataclasses.replace(m, model=found.frozen.get(m.name, m.model)) for m in workload.frozen_models)
-    workload = dataclasses.replace(workload, frozen_models=tuple(frozen))
-    trains = workload.trains
+    config, world_size = found.config, found.resolved.world_size
+    sizes = {name: scoring.model for name, scoring in found.resolved.scoring.items()}
+    workload, layout = from_run_config(config, world_size, sizes)
+    trains = config.spec.trains
     sections: list[tuple[str, Rows]] = [
-        (f"{config.stage} on {found.world_size} processes: dry run, nothing was started", []),
+        (f"{config.stage} on {world_size} processes: dry run, nothing was started", []),
         ("Settings that differ from the defaults", _settings(config)),
         ("Model", _model(workload, layout)),
         ("Layout", _layout(layout)),
@@ -40,33 +43,17 @@ def render(found: Findings) -> str:
         ("Memory per GPU, on the fullest (estimate)", _memory(config, workload, layout)),
         ("Schedule", _schedule(found) if trains else _prompts(found)),
         ("FP8", _fp8(config, workload)),
-        ("Checked", [("", line) for line in found.checked]),
-        ("Not looked at, not on this machine", [("", line) for line in found.absent]),
+        ("Checked", [("", line) for line in found.search.checked]),
+        ("Not looked at, not on this machine", [("", line) for line in found.search.absent]),
     ]
-    return "\n".join(_section(title, rows) for title, rows in sections)
-
-
-def _section(title: str, rows: Rows) -> str:
-    lines = [title]
-    width = max((len(label) for label, _ in rows), default=0)
-    for label, value in rows:
-        start = f"  {label:<{width}}  " if label else "  - "
-        lines += textwrap.wrap(
-            value,
-            _WIDTH,
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join(section(title, rows) for title, rows in sections)
 
 
 def _settings(config: RunConfig) -> Rows:
     """Every setting but the sizes, which the model's section has."""
     rows = []
     for name, spec in stage_fields(config.stage).items():
-        value = getattr(getattr(config, spec.section), name)
+        value = getattr(config.section(spec.section), name)
         if value != spec.default and name not in ARCHITECTURE_FIELDS and name != "dry_run":
             rows.append((name, _text(value)))
     return rows
@@ -78,20 +65,19 @@ def _text(value: object) -> str:
 
 def _model(workload: Workload, layout: Layout) -> Rows:
     model = workload.model
-    sizes = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
-    fullest = max(stage_parameters(model, layout, stage, workload.head) for stage in range(layout.pipeline))
+    known = {name: getattr(model, name) for name in ARCHITECTURE_FIELDS if getattr(model, name) is not None}
     return [
-        *((name, _text(value)) for name, value in sizes.items()),
+        *((name, _text(value)) for name, value in known.items()),
         ("parameters", f"{total_parameters(model, workload.head):,} with the {workload.head} head"),
-        ("parameters per GPU", f"{fullest:,} on the fullest"),
+        ("parameters per GPU", f"{fullest_rank(workload, layout):,} on the fullest"),
     ]
 
 
 def _layout(layout: Layout) -> Rows:
     """Sizes, and the ranks of the first groups as megatron-core deals them out: tensor, then data, then pipeline."""
-    tensor, data, pipeline = layout.tensor, layout.data, layout.pipeline
+    tensor, data = layout.tensor, layout.data
     rows = [
-        ("world", f"{layout.world_size} = tensor {tensor} x data {data} x pipeline {pipeline}"),
+        ("world", f"{layout.world_size} = {sizes(layout)}"),
         ("sequence parallel", "yes" if layout.sequence_parallel else "no"),
         (
             "chunks of a stage",
@@ -123,27 +109,17 @@ def _ranks(ranks: range) -> str:
 
 
 def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
-    sample = {"sft": "sequences" if config.sft.packing else "records", "reward": "pairs", "brain": "groups"}
-    unit, batch = sample[config.stage], workload.global_batch_size
+    unit, batch = config.spec.work(config).unit, workload.global_batch_size
+    rows = global_batch(config, workload, layout)
     if layout.max_tokens_per_micro_batch is None:
-        rows = [
-            (
-                "global batch",
-                f"{batch} {unit} = micro-batch {layout.micro_batch_size} x data {layout.data} x "
-                f"{layout.num_micro_batches} micro-batches",
-            ),
-            ("per replica and step", f"{batch // layout.data} {unit}"),
-        ]
+        rows.append(("per replica and step", f"{batch // layout.data} {unit}"))
     else:
-        longer = "a longer group is cut in parts" if config.stage == "brain" else f"longer {unit} are refused"
-        rows = [
-            ("global batch", f"{batch} {unit} over {layout.data} replicas, by length"),
-            ("micro-batch", f"at most {layout.max_tokens_per_micro_batch:,} tokens; {longer}"),
-            ("micro-batches", f"about {layout.num_micro_batches} per replica, were all {unit} as long as allowed"),
-        ]
+        rows.append(
+            ("micro-batches", f"about {layout.num_micro_batches} per replica, were all {unit} as long as allowed")
+        )
     each = workload.sample_tokens
     rows.append(("tokens of a step", f"at most {batch * each:,}: {batch} {unit} of at most {each:,}"))
-    if config.stage == "brain":
+    if config.spec.rounds:
         rows += _round(config, workload, layout)
     rows.append(("pipeline bubble", _bubble(layout)))
     return rows
@@ -151,7 +127,7 @@ def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
 
 def _round(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     n, prompts = workload.samples_per_prompt, workload.prompts_per_round
-    if config.brain.rollout_data is not None:
+    if config.spec.sources(config)[0].holds == "rollouts":
         return [("round", "one rollout file")]
     rows = [
         ("responses of a group", str(n)),
@@ -205,35 +181,36 @@ def _gib(size: float) -> str:
 
 def _schedule(found: Findings) -> Rows:
     config = found.config
-    checkpoint, optimizer, total = config.checkpoint, config.optimizer, found.train_iters
+    checkpoint, optimizer, total = config.checkpoint, config.optimizer, found.length.train_iters
     rows = [
         ("iterations", _iterations(found)),
-        ("learning rate", f"{optimizer.lr:g}, {optimizer.lr_decay_style} to {optimizer.min_lr:g}"),
+        ("learning rate", learning_rate(config)),
         ("warm-up", f"{optimizer.lr_warmup_iters} iterations"),
         ("decay", f"over {optimizer.lr_decay_iters or total or 'all'} iterations"),
         ("saves", _every(checkpoint.save_interval, total) if checkpoint.save else "none: --save is not set"),
     ]
-    if config.stage in ("sft", "reward"):
+    if not config.spec.rounds:
         interval = config.training.eval_interval
         rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
-    elif total is not None and found.steps_per_round is not None:
-        rows.append(("rounds", str(math.ceil(total / found.steps_per_round))))
-    if found.resuming:
-        rows.append(("goes on after", f"iteration {found.start_from.iteration}"))
+    elif total is not None and found.length.steps_per_round is not None:
+        rows.append(("rounds", str(math.ceil(total / found.length.steps_per_round))))
+    if found.resolved.start.resuming:
+        rows.append(("goes on after", f"iteration {found.resolved.start.checkpoint.iteration}"))
     return rows
 
 
 def _iterations(found: Findings) -> str:
     """Steps of the run and how that is known."""
-    training, total = found.config.training, found.train_iters
+    training, length = found.config.training, found.length
+    total = length.train_iters
     epochs = f"{training.train_epochs or 1.0:g} epoch{'' if (training.train_epochs or 1.0) == 1 else 's'}"
     if training.train_iters is not None:
         return f"{total}: --train-iters"
     if total is None:
         return f"not known: {epochs} of records that are not known here"
-    if found.config.stage != "brain":
+    if length.num_rounds is None:
         return f"{total}: {epochs} of {found.num_samples} samples"
-    return f"{total}: {found.num_rounds} rounds of {found.steps_per_round} steps"
+    return f"{total}: {length.num_rounds} rounds of {length.steps_per_round} steps"
 
 
 def _every(interval: int | None, total: int | None, *, before: int = 0) -> str:

@@ -20,7 +20,8 @@ def trunk_forward(
 
     Args:
         chunks: this stage's chunks of the model, in eval mode.
-        tokens, position_ids: `[1, T]` int64, T a multiple of the tensor-parallel size with sequence parallelism.
+        tokens: `[1, T]` int64, T a multiple of the tensor-parallel size with sequence parallelism.
+        position_ids: `[1, T]` int64.
         layout: attention layout, as in `models.attention`.
     """
     ring = dist.get_process_group_ranks(parallel.groups.pp)

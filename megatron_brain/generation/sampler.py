@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Segment
+from megatron_brain.errors import ConfigError
 from megatron_brain.generation.batch import Batch, Sample
 from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, PrefillLayout
 from megatron_brain.generation.choose import choose_tokens, draw_uniforms
@@ -61,7 +62,7 @@ class Sampler:
         Whole prompts are batched up to `sampling_batch_size` responses; a batch holds at least one prompt.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: token ids of each prompt, at least one.
             samples_per_prompt: n responses of each.
             keys: a number per prompt that stays its own from call to call; it seeds the prompt's draws.
             seed: seeds all draws.
@@ -70,7 +71,7 @@ class Sampler:
             n samples per prompt, prompts in the order given.
 
         Raises:
-            ValueError: a prompt is empty or leaves no room for `max_new_tokens`, or keys do not match prompts.
+            ConfigError: a prompt leaves no room for `max_new_tokens`.
         """
         self._check(prompts, keys)
         self._done = self._tokens = 0
@@ -88,14 +89,12 @@ class Sampler:
         return results
 
     def _check(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> None:
-        if len(keys) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many keys, not {len(keys)}")
+        assert len(keys) == len(prompts), f"{len(prompts)} prompts need as many keys, not {len(keys)}"
         (limit, setting), new = self.chunks[0].longest_sequence, self.sampling.max_new_tokens
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} has no tokens")
+            assert prompt, f"prompt {index} has no tokens"
             if len(prompt) + new > limit:
-                raise ValueError(
+                raise ConfigError(
                     f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={new} that is more than {setting}: "
                     f"shorten the prompt to {max(0, limit - new)} tokens or lower --max-new-tokens"
                 )

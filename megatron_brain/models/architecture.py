@@ -1,9 +1,10 @@
 """Finds the sizes of the model before anything is built: from a checkpoint, a Hugging Face folder or explicit flags."""
 
-import dataclasses
+from typing import Any
 
 from megatron_brain.config.fields import all_fields, convert
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
+from megatron_brain.errors import ConfigError
 
 ARCHITECTURE_FIELDS = (
     "num_layers",
@@ -62,45 +63,45 @@ _DEFAULTS = {
 """What a model has that says nothing else. `num_query_groups` and `kv_channels` follow from the sizes."""
 
 
-def resolve(requested: ModelConfig, found: dict | None, source: str) -> ModelConfig:
+def resolve(requested: ModelConfig, found: dict[str, Any] | None, source: str) -> ResolvedModel:
     """`requested` with its unset sizes filled from `found` (a checkpoint's or Hugging Face's), else by default.
 
     What `found` leaves out is the default there: a Hugging Face family need not name what it cannot have.
 
     Raises:
-        ValueError: `source` has something that is not known here, of another type, or that contradicts what was asked
+        ConfigError: `source` has something that is not known here, of another type, or that contradicts what was asked
             for; a size is missing, or they do not fit together.
     """
     unknown = sorted((found or {}).keys() - set(ARCHITECTURE_FIELDS))
     if unknown:
-        raise ValueError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
+        raise ConfigError(f"{source} has {', '.join(unknown)}, which this version of megatron_brain does not know")
     sizes = {name: getattr(requested, name) for name in ARCHITECTURE_FIELDS}
     for name, given in ({**_DEFAULTS, **found} if found else {}).items():
         spec = all_fields()[name]
         if isinstance(given, str) and spec.kind is not str:
             # On a command line "2" is a number, in a file of JSON it is a text.
-            raise ValueError(f"{name}={given!r} ({source}): expected {spec.expected}")
+            raise ConfigError(f"{name}={given!r} ({source}): expected {spec.expected}")
         value = convert(spec, given, source)
         if sizes[name] is not None and sizes[name] != value:
-            raise ValueError(
+            raise ConfigError(
                 f"{name}={sizes[name]} was asked for, but {source} has {name}={value}: drop the flag, it is read there"
             )
         sizes[name] = value
     missing = [name for name in REQUIRED_SIZES if sizes[name] is None]
     if missing:
-        raise ValueError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
+        raise ConfigError(f"the model's {', '.join(missing)} are not known: give --hf-model, --load or the sizes")
     try:
-        return dataclasses.replace(requested, **_with_defaults(sizes))
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        return ResolvedModel(**{**vars(requested), **_with_defaults(sizes)})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
-def architecture(model: ModelConfig) -> dict:
+def architecture(model: ModelConfig) -> dict[str, Any]:
     """The sizes of a resolved model, as a checkpoint records them."""
     return {name: getattr(model, name) for name in ARCHITECTURE_FIELDS}
 
 
-def _with_defaults(sizes: dict) -> dict:
+def _with_defaults(sizes: dict[str, Any]) -> dict[str, Any]:
     defaults = {
         **_DEFAULTS,
         "num_query_groups": sizes["num_attention_heads"],
@@ -109,7 +110,7 @@ def _with_defaults(sizes: dict) -> dict:
     return {name: defaults.get(name) if value is None else value for name, value in sizes.items()}
 
 
-def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
+def padded_vocab_size(model: ResolvedModel, tensor_parallel_size: int) -> int:
     """Vocabulary size rounded up so that every tensor-parallel rank holds the same number of rows."""
     multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
     return -(-model.vocab_size // multiple) * multiple

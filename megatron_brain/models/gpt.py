@@ -1,6 +1,7 @@
 """Policy and reward model: a megatron-core GPT trunk that reads packed batches."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.errors import RecordError
 from megatron_brain.models.attention import PackedLayout
-from megatron_brain.models.logprobs import vocab_parallel_logprobs
-from megatron_brain.models.rotary import Rotated
+from megatron_brain.models.logprobs import vocab_parallel_logprobs, vocab_parallel_token_scores
+from megatron_brain.models.rotary import Rotated, scale_frequencies
 
 
 class _PackedGPT(GPTModel):
@@ -27,10 +30,23 @@ class _PackedGPT(GPTModel):
     else (construction, pipeline input, checkpoint names) is megatron-core's.
     """
 
-    true_vocab_size: int
-    logprob_chunk_size: int
-    longest_sequence: tuple[int, str]
-    packed_multiple: int
+    def __init__(self, *, model: ResolvedModel, packed_multiple: int, device: torch.device, **trunk: Any) -> None:
+        """Build the chunk.
+
+        Args:
+            model: architecture with every size resolved.
+            packed_multiple: lengths of micro-batches are multiples of so many tokens.
+            device: where rotary frequencies are, which are no parameters.
+            trunk: arguments of GPTModel.
+        """
+        super().__init__(**trunk)
+        self.true_vocab_size, self.logprob_chunk_size = model.vocab_size, model.logprob_chunk_size
+        self.longest_sequence, self.packed_multiple = model.longest_sequence, packed_multiple
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.inv_freq = scale_frequencies(self.rotary_pos_emb.inv_freq, model).to(device)
+        elif self.pre_process:
+            # megatron-core makes this one weight in float32 whatever params_dtype says.
+            self.embedding.position_embeddings.to(self.config.params_dtype)
 
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
         """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
@@ -51,13 +67,15 @@ class _PackedGPT(GPTModel):
         for group in groups:
             length = len(group.prompt) + max(map(len, group.responses))
             if length > limit:
-                raise ValueError(f"{group.record_id}: prompt and response of {length} tokens are more than {setting}")
+                raise RecordError(
+                    group.record_id, "too long", f"prompt and response of {length} tokens are more than {setting}"
+                )
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """This stage's output: hidden states, or on the last stage what the head makes of them.
 
         Raises:
-            ValueError: a sequence is longer than the model has positions, or than its attention's window.
+            RecordError: a sequence is longer than the model has positions, or than its attention's window.
         """
         self._check_lengths(batch.groups)
         hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
@@ -68,13 +86,14 @@ class PolicyModel(_PackedGPT):
     """Language model: response tokens' log-probabilities."""
 
     def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Log-probabilities `[N]` float32 of the batch's response tokens."""
-        return self.token_logprobs(
-            self.select(hidden, batch.predict_index),
-            batch.targets,
-            temperature=batch.temperature,
-            known_gradient=batch.known_gradient,
-        )
+        """Log-probabilities `[N]` float32 of the batch's response tokens; with `token_scores` the rows of `TokenScores`
+        as one tensor `[3, N]` float32."""
+        selected = self.select(hidden, batch.predict_index)
+        options = {"temperature": batch.temperature, "known_gradient": batch.known_gradient}
+        if not batch.token_scores:
+            return self.token_logprobs(selected, batch.targets, **options)
+        scores = vocab_parallel_token_scores(selected, self.output_weight, batch.targets, **self._softmax, **options)
+        return torch.stack([row.float() for row in scores])
 
     def select(self, hidden: Tensor, index: Tensor) -> Tensor:
         """Hidden states `[N, h]` at places of the whole sequence, their gradient summed over tensor-parallel ranks."""
@@ -100,19 +119,26 @@ class PolicyModel(_PackedGPT):
             hidden,
             self.output_weight,
             targets,
-            group=self.pg_collection.tp,
-            vocab_size=self.true_vocab_size,
             temperature=temperature,
-            chunk_size=self.logprob_chunk_size,
             known_gradient=known_gradient,
+            **self._softmax,
         )
+
+    @property
+    def _softmax(self) -> dict:
+        """What the passes over the vocabulary must know of this model."""
+        return {
+            "group": self.pg_collection.tp,
+            "vocab_size": self.true_vocab_size,
+            "chunk_size": self.logprob_chunk_size,
+        }
 
 
 class RewardModel(_PackedGPT):
     """The same trunk with a scalar head instead of the vocabulary projection."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         if self.post_process:
             # GPTModel allocates a vocabulary projection; a reward model has none.
             self.output_layer = None

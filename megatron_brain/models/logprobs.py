@@ -74,7 +74,6 @@ def vocab_parallel_logprobs(
         `[N]` float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a temperature, chunk size or shape that cannot be.
         RuntimeError: in the backward pass, a gradient that is no multiple of `known_gradient`, or a second one.
     """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=False)
@@ -92,7 +91,10 @@ def vocab_parallel_token_scores(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     known_gradient: Tensor | None = None,
 ) -> TokenScores:
-    """As `vocab_parallel_logprobs`, with entropy and top-1 agreement out of the same pass and a second buffer."""
+    """As `vocab_parallel_logprobs`, bit for bit, with entropy and top-1 agreement out of the same pass.
+
+    The entropy takes a second buffer of `chunk_size` entries and a third all-reduce.
+    """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=True)
     return _token_scores(hidden, weight, targets, head, known_gradient)
 
@@ -121,10 +123,8 @@ class _Head:
 
     @classmethod
     def of(cls, weight, group, vocab_size, temperature, chunk_size, *, with_entropy) -> "_Head":
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: it divides the logits and must be positive")
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size}: at least one logit must exist at a time")
+        assert temperature > 0, f"temperature={temperature}: it divides the logits and must be positive"
+        assert chunk_size >= 1, f"chunk_size={chunk_size}: at least one logit must exist at a time"
         first_id = group.rank() * weight.size(0)
         size = min(max(vocab_size - first_id, 0), weight.size(0))
         return cls(group, first_id, size, vocab_size, temperature, chunk_size, with_entropy)
@@ -133,8 +133,9 @@ class _Head:
 def _token_scores(
     hidden: Tensor, weight: Tensor, targets: Tensor, head: _Head, known_gradient: Tensor | None
 ) -> TokenScores:
-    if known_gradient is not None and known_gradient.shape != targets.shape:
-        raise ValueError(f"known_gradient has shape {list(known_gradient.shape)}, targets have {list(targets.shape)}")
+    assert known_gradient is None or known_gradient.shape == targets.shape, (
+        f"known_gradient has shape {list(known_gradient.shape)}, targets have {list(targets.shape)}"
+    )
     differentiated = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if known_gradient is None or not differentiated:
         return TokenScores(*_Recomputed.apply(hidden, weight, targets, head))
@@ -310,17 +311,20 @@ class _SoftmaxSums:
         return exponentials
 
     def reduce(self, positions: slice) -> None:
-        """From this rank's ids to those of all ranks: two all-reduces."""
+        """From this rank's ids to those of all ranks: two all-reduces, and a third for the entropy."""
         if self._head.group.size() == 1:
             return
         largest = self.largest[positions].clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._head.group)
         self._raise_largest(positions, largest)
-        parts = [part[positions] for part in (self.total, self.target, self._moment) if part is not None]
-        sums = torch.stack(parts)
+        sums = torch.stack((self.total[positions], self.target[positions]))
         dist.all_reduce(sums, group=self._head.group)
-        for part, value in zip(parts, sums, strict=True):
-            part.copy_(value)
+        self.total[positions], self.target[positions] = sums
+        if self._moment is not None:
+            # Apart: in a longer message, ranks' sums come in another order, and last bits of log-probabilities change.
+            moment = self._moment[positions].clone()
+            dist.all_reduce(moment, group=self._head.group)
+            self._moment[positions] = moment
 
     def _raise_largest(self, positions: slice, largest: Tensor) -> None:
         shift = self.largest[positions] - largest

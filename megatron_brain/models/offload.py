@@ -16,17 +16,14 @@ class HostWeights:
     Host memory is pinned where the device is CUDA; there this has not been run.
 
     Args:
-        modules: modules whose parameters move; buffers stay.
-
-    Raises:
-        ValueError: a parameter is trained, whose optimizer would lose it.
+        modules: modules whose parameters move; buffers stay. None may be trained: its optimizer would lose it.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
         self._modules = list(modules)
         self._parameters = [parameter for module in modules for parameter in module.parameters()]
-        if any(parameter.requires_grad for parameter in self._parameters):
-            raise ValueError("only weights that are not trained can be offloaded")
+        is_trained = any(parameter.requires_grad for parameter in self._parameters)
+        assert not is_trained, "only weights that are not trained can be offloaded"
         self._devices = [parameter.device for parameter in self._parameters]
         self._host = [_to_host(parameter.data) for parameter in self._parameters]
         self._leave()

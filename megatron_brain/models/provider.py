@@ -1,32 +1,29 @@
 """Builds this rank's share of a policy or reward model."""
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_brain.config.fp8 import Fp8Config
-from megatron_brain.config.fp8_checks import validate_fp8_device
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.errors import ConfigError
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.activation import ACTIVATIONS, activation_module
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.fp8 import weights as fp8_weights
 from megatron_brain.models.fp8.emulation import emulated_format
+from megatron_brain.models.fp8.spec import check_fp8, fp8_settings
 from megatron_brain.models.fused_kernels import gradient_accumulation_fusion
 from megatron_brain.models.gpt import PolicyModel, RewardModel
 from megatron_brain.models.initialize import initialize_weights, mark_tensor_parallel
 from megatron_brain.models.norm import NORMS
-from megatron_brain.models.rotary import scale_frequencies
 from megatron_brain.models.specs import choose_transformer_impl, layer_spec, requested_impl
-from megatron_brain.runtime import transformer_engine
 from megatron_brain.runtime.parallel import Parallel, virtual_pipeline_size
 
-Head = Literal["policy", "reward"]
 Chunk = PolicyModel | RewardModel
 
 
@@ -51,7 +48,7 @@ def transformer_config(
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=model.gated_linear_unit,
         activation_func=ACTIVATIONS[model.hidden_act],
-        # Of Transformer Engine or not: the activation is the module that the spec names, where it names one.
+        # Whether the layer spec names the module of the activation, whoever has written it.
         use_te_activation_func=activation_module(model) is not None,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -77,68 +74,46 @@ def transformer_config(
         recompute_num_layers=(model.recompute_num_layers or 1) if full else None,
         calculate_per_token_loss=True,
         **interleaved,
-        **_fp8_settings(fp8),
+        **fp8_settings(fp8),
     )
 
 
-def _fp8_settings(fp8: Fp8Config | None) -> dict:
-    """FP8 under megatron-core's names; an emulation is no FP8 to it."""
-    if fp8 is None or not fp8.uses_kernels:
-        return {}
-    start, end = fp8.layers_in_bf16
-    return {
-        "fp8": fp8.fp8_format,
-        "fp8_recipe": fp8.fp8_recipe,
-        "fp8_quantizer_factory": fp8.fp8_quantizer_factory,
-        "fp8_param": fp8.fp8_param_gather,
-        "fp8_margin": fp8.fp8_margin,
-        "fp8_amax_history_len": fp8.fp8_amax_history_len or 1024,
-        "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo or "max",
-        "first_last_layers_bf16": fp8.first_last_layers_bf16,
-        "num_layers_at_start_in_bf16": start,
-        "num_layers_at_end_in_bf16": end,
-    }
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """How the layers are computed on a device, and why so."""
+
+    impl: str
+    """`local` or `transformer_engine`."""
+    reason: str
+    gradient_accumulation_fusion: bool
+    """Whether the product that computes a weight gradient adds it to the float32 buffer."""
+    fusion_reason: str
 
 
 def choose_layers(
     model: ModelConfig, parallel_config: ParallelConfig, fp8: Fp8Config | None, device: torch.device
-) -> tuple[str, str]:
-    """The implementation of the layers on a device, and why; needs no process groups.
+) -> Layers:
+    """How the layers are computed on a device; needs no process groups.
 
     Raises:
         ConfigError: the implementation or the FP8 recipe that was asked for cannot run there.
     """
     impl, reason = choose_transformer_impl(requested_impl(model, fp8), device)
     if fp8 is not None and fp8.uses_kernels:
-        _check_fp8(fp8, transformer_config(model, parallel_config, fp8), impl, reason, device)
-    return impl, reason
-
-
-def _check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
-    """The layers, the device and Transformer Engine can do what the recipe asks for, or ConfigError."""
-    if impl != "transformer_engine":
-        raise ConfigError(
-            f"fp8_format={fp8.fp8_format} needs the layers of transformer_engine, and these are the {impl} ones "
-            f"({reason}): drop it, or add --fp8-emulate to study the rounding"
-        )
-    validate_fp8_device(fp8, transformer_engine.capability(device), transformer_engine.cuda_version())
-    try:
-        get_fp8_recipe(config)
-    except Exception as error:  # Of the factory's import, too, which is the user's code.
-        raise ConfigError(
-            f"fp8_recipe={fp8.fp8_recipe}: Transformer Engine {transformer_engine.version()} makes no such recipe "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        check_fp8(fp8, transformer_config(model, parallel_config, fp8), impl, reason, device)
+    fused, fusion_reason = gradient_accumulation_fusion(device)
+    return Layers(impl=impl, reason=reason, gradient_accumulation_fusion=fused, fusion_reason=fusion_reason)
 
 
 def build_model(
-    model: ModelConfig,
+    model: ResolvedModel,
     parallel_config: ParallelConfig,
     parallel: Parallel,
     *,
     head: Head,
     seed: int | None,
     fp8: Fp8Config | None = None,
+    layers: Layers | None = None,
 ) -> list[Chunk]:
     """This rank's model chunks, one unless the pipeline is interleaved.
 
@@ -148,20 +123,26 @@ def build_model(
         seed: seeds random weights, which depend on it alone and not on the layout; None leaves zeros, for weights
             that are going to be loaded.
         fp8: FP8 of the layers' linear maps; None: none.
+        layers: what a run has chosen when it started; None: chosen here, for a model outside of a run.
 
     Raises:
         ConfigError: the implementation or the FP8 recipe that was asked for cannot run here.
     """
     config = transformer_config(model, parallel_config, fp8)
-    config.gradient_accumulation_fusion, _ = gradient_accumulation_fusion(parallel.device)
-    impl, _ = choose_layers(model, parallel_config, fp8, parallel.device)
+    layers = layers or choose_layers(model, parallel_config, fp8, parallel.device)
+    config.gradient_accumulation_fusion = layers.gradient_accumulation_fusion
+    packed_multiple = (fp8 or Fp8Config()).packed_multiple(parallel_config)
     vp_size = config.virtual_pipeline_model_parallel_size
     chunks = [
-        _build_chunk(model, config, parallel, head=head, impl=impl, fp8=fp8, vp_stage=vp_stage)
+        (PolicyModel if head == "policy" else RewardModel)(
+            model=model,
+            packed_multiple=packed_multiple,
+            device=parallel.device,
+            **_trunk(model, config, parallel, head=head, impl=layers.impl, fp8=fp8, vp_stage=vp_stage),
+        )
         for vp_stage in (range(vp_size) if vp_size else [None])
     ]
     for chunk in chunks:
-        chunk.packed_multiple = (fp8 or Fp8Config()).packed_multiple(parallel_config)
         mark_tensor_parallel(chunk)
         with fp8_weights.written([chunk]):
             if seed is None:
@@ -174,8 +155,8 @@ def build_model(
     return chunks
 
 
-def _build_chunk(
-    model: ModelConfig,
+def _trunk(
+    model: ResolvedModel,
     config: TransformerConfig,
     parallel: Parallel,
     *,
@@ -183,7 +164,8 @@ def _build_chunk(
     impl: str,
     fp8: Fp8Config | None,
     vp_stage: int | None,
-) -> Chunk:
+) -> dict[str, Any]:
+    """The arguments of megatron-core's GPTModel for one chunk."""
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
     if impl == "local":
         # A block spec of our own, because the default one ends in a norm that refuses sequence parallelism.
@@ -194,7 +176,7 @@ def _build_chunk(
         spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=NORMS[model.normalization])
     else:
         spec = layer_spec(impl, model)
-    chunk = (PolicyModel if head == "policy" else RewardModel)(
+    return dict(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(model, config.tensor_model_parallel_size),
@@ -208,15 +190,6 @@ def _build_chunk(
         pg_collection=parallel.groups,
         vp_stage=vp_stage,
     )
-    if model.position_embedding_type == "rope":
-        chunk.rotary_pos_emb.inv_freq = scale_frequencies(chunk.rotary_pos_emb.inv_freq, model).to(parallel.device)
-    elif chunk.pre_process:
-        # megatron-core makes this one weight in float32 whatever params_dtype says.
-        chunk.embedding.position_embeddings.to(config.params_dtype)
-    chunk.true_vocab_size = model.vocab_size
-    chunk.logprob_chunk_size = model.logprob_chunk_size
-    chunk.longest_sequence = model.longest_sequence
-    return chunk
 
 
 @torch.no_grad()

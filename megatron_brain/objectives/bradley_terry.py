@@ -10,7 +10,8 @@ def bradley_terry_losses(
     """Per-pair loss `-log sigmoid(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2`.
 
     Args:
-        chosen, rejected: `[B]` rewards.
+        chosen: `[B]` rewards.
+        rejected: `[B]` rewards.
         margin: `[B]` by how much the chosen reward should be larger (Llama 2, arXiv 2307.09288, eq. 2).
         centering_coefficient: c; keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_brain.errors import UserError
 from megatron_brain.objectives.importance import (
     IMPORTANCE_MAXIMA,
     IMPORTANCE_MEANS,
@@ -41,8 +42,8 @@ class Brain:
     fixes = "alpha"
     group_multiple = 1
     mean_metrics: tuple[str, ...] = ("ess_alpha", *IMPORTANCE_MEANS)
-    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "beta_error")
-    refresh_check: RefreshCheck | None = RefreshCheck("beta_error", "every beta is 1/n")
+    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "beta_error_at_refresh")
+    refresh_check: RefreshCheck | None = RefreshCheck("beta_error_at_refresh", "every beta is 1/n")
 
     def __init__(
         self, *, baseline: Baseline, alpha: AlphaKind, policy_strength: float, reward_temperature: float
@@ -87,7 +88,7 @@ class Brain:
         return {
             "ess_alpha": effective_sample_size(_log_alpha(numbers)),
             **importance_metrics(log_policy, numbers),
-            "beta_error": (beta - 1.0 / len(beta)).abs().max(),
+            "beta_error_at_refresh": (beta - 1.0 / len(beta)).abs().max(),
         }
 
 
@@ -104,8 +105,7 @@ def posterior_log_weights(
         kind: "hard" puts all weight on the largest reward, as in DPO; ties go to the first.
 
     Raises:
-        ValueError: fewer than two samples, for which every weight is 1 and nothing can be learned; or numbers that
-            give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
+        UserError: numbers that give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
     """
     check_group(rewards)
     if kind == "hard":
@@ -115,7 +115,7 @@ def posterior_log_weights(
         log_alpha = torch.log_softmax(log_prior + rewards / reward_temperature - log_proposal, dim=0)
         undefined = log_alpha.isnan()
     if undefined.any():  # makes the host wait for the device, which a loss must not do
-        raise ValueError(
+        raise UserError(
             f"no posterior weights follow from log_prior {log_prior.tolist()}, rewards {rewards.tolist()} and "
             f"log_proposal {log_proposal.tolist()}: all must be finite, or -inf in the first two for some samples"
         )
@@ -141,9 +141,6 @@ def brain_loss(
     Returns:
         A scalar in nats, zero where the policy's weights equal alpha, infinite where the policy excludes a sample that
         alpha does not. NaN follows from a NaN, and for `self-normalized` from a policy that excludes all samples.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
     alpha = log_alpha.exp()
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
@@ -167,9 +164,6 @@ def brain_loss_gradient(
     As constants they weight the samples' log-probabilities: `sum_i gradient_i log q_theta(y_i)` has the loss's gradient
     in the parameters. So a first pass without gradients gives them for a whole group, and a second pass may take its
     samples one by one.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
     subtracted = 0.0 if baseline == "none" else log_weights.exp()

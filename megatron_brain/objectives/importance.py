@@ -44,6 +44,7 @@ def importance_metrics(log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor
 
 
 def check_group(values: Tensor) -> None:
-    """Raise ValueError where a group is no vector of at least two responses."""
-    if values.dim() != 1 or len(values) < 2:
-        raise ValueError(f"a group needs at least two samples in one dimension, got shape {list(values.shape)}")
+    """Fail where a group is no vector of at least two responses: of one, every weight is 1 and nothing is learned."""
+    assert values.dim() == 1 and len(values) >= 2, (
+        f"a group needs at least two samples in one dimension, got shape {list(values.shape)}"
+    )

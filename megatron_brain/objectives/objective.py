@@ -49,7 +49,7 @@ class Objective(Protocol):
         """The number `[n]` that stays for the round, from those it `needs`.
 
         Raises:
-            ValueError: the group is too small, or nothing follows from its numbers.
+            UserError: nothing follows from its numbers.
         """
 
     def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:

@@ -12,6 +12,7 @@ nothing: its loss is 0, and it still counts in the mean, so that every other pai
 import torch
 from torch import Tensor
 
+from megatron_brain.errors import UserError
 from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 
@@ -44,13 +45,14 @@ class PairwiseObjective:
         """The preference: 1 for the winner of a pair, -1 for the loser, 0 for both of a tie.
 
         Raises:
-            ValueError: an odd number of responses, or a reward that is NaN.
+            UserError: a reward is NaN.
         """
         rewards = numbers["reward"]
-        if rewards.dim() != 1 or len(rewards) < 2 or len(rewards) % 2:
-            raise ValueError(f"pairs need an even number of responses in one dimension, got {list(rewards.shape)}")
+        assert rewards.dim() == 1 and len(rewards) >= 2 and len(rewards) % 2 == 0, (
+            f"pairs need an even number of responses in one dimension, got {list(rewards.shape)}"
+        )
         if rewards.isnan().any():
-            raise ValueError(f"no pair can be ranked by the rewards {rewards.tolist()}")
+            raise UserError(f"no pair can be ranked by the rewards {rewards.tolist()}")
         first, second = rewards[0::2], rewards[1::2]
         sign = (first > second).to(rewards.dtype) - (first < second).to(rewards.dtype)
         return torch.stack([sign, -sign], dim=1).flatten()

@@ -12,6 +12,7 @@ on the side to which its advantage pushes.
 import torch
 from torch import Tensor
 
+from megatron_brain.errors import UserError
 from megatron_brain.objectives.importance import IMPORTANCE_MAXIMA, IMPORTANCE_MEANS, check_group, importance_metrics
 from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
@@ -28,8 +29,10 @@ class PolicyGradientObjective:
     fixes = "advantage"
     group_multiple = 1
     mean_metrics: tuple[str, ...] = (*IMPORTANCE_MEANS, "clipped_fraction")
-    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "ratio_error")
-    refresh_check: RefreshCheck | None = RefreshCheck("ratio_error", "every ratio of policy and proposal is 1")
+    max_metrics: tuple[str, ...] = (*IMPORTANCE_MAXIMA, "ratio_error_at_refresh")
+    refresh_check: RefreshCheck | None = RefreshCheck(
+        "ratio_error_at_refresh", "every ratio of policy and proposal is 1"
+    )
 
     def __init__(self, *, kl_coefficient: float, clip_ratio: float) -> None:
         self.kl_coefficient = kl_coefficient
@@ -43,13 +46,13 @@ class PolicyGradientObjective:
         """The advantages.
 
         Raises:
-            ValueError: fewer than two responses, or numbers that are not finite.
+            UserError: numbers are not finite.
         """
         check_group(numbers["reward"])
         advantages = self.advantages(numbers)
         if not advantages.isfinite().all():
             known = {name: numbers[name].tolist() for name in self.needs}
-            raise ValueError(f"no advantages follow from {known}: all must be finite")
+            raise UserError(f"no advantages follow from {known}: all must be finite")
         return advantages
 
     def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
@@ -73,7 +76,7 @@ class PolicyGradientObjective:
         return {
             **importance_metrics(log_policy, numbers),
             "clipped_fraction": self._is_clipped(ratio, numbers["advantage"]).to(ratio.dtype).mean(),
-            "ratio_error": (ratio - 1.0).abs().max(),
+            "ratio_error_at_refresh": (ratio - 1.0).abs().max(),
         }
 
     def _is_clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
-from megatron_brain.planning.workload import Head, Layout, Workload
+from megatron_brain.planning.workload import Layout, Workload
 
 TransformerImpl = Literal["local", "transformer_engine"]
 
@@ -24,7 +25,7 @@ _INT64 = 8
 class Shapes:
     """Sizes of one micro-batch on one rank of the model."""
 
-    model: ModelConfig
+    model: ResolvedModel
     element: int
     """Bytes of an entry of an activation."""
     impl: TransformerImpl
@@ -41,7 +42,7 @@ class Shapes:
     """Tensor-parallel size."""
 
     @classmethod
-    def of(cls, workload: Workload, layout: Layout, model: ModelConfig, impl: TransformerImpl) -> "Shapes":
+    def of(cls, workload: Workload, layout: Layout, model: ResolvedModel, impl: TransformerImpl) -> "Shapes":
         """Of a training micro-batch of a workload."""
         tokens = workload.micro_batch_tokens(layout)
         # Less than 1 where a token budget cuts a sample.

@@ -1,6 +1,7 @@
 """What a GPU and its links can do by their data sheets, and the share of it that is reached."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_brain.planning.workload import Precision
 
@@ -77,7 +78,7 @@ class Machine:
         return min(self.node_bandwidth, members * self.network_bandwidth)
 
 
-_H100 = {
+_H100: dict[str, Any] = {
     "fp8_flops": 1979e12,
     "bf16_flops": 989e12,
     "fp32_flops": 67e12,

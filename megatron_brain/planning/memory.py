@@ -8,7 +8,8 @@ communication buffers of NCCL, and fragmentation. docs/planner.md says how it wa
 import functools
 from dataclasses import dataclass, fields
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.activations import (
     FLOAT32,
@@ -67,7 +68,8 @@ class Memory:
 
     def as_dict(self) -> dict[str, int | str]:
         """Parts, total, phase and stage, for JSON."""
-        return {"phase": self.phase, "stage": self.stage} | {p: getattr(self, p) for p in PARTS} | {"total": self.total}
+        parts = {part: getattr(self, part) for part in PARTS}
+        return {"phase": self.phase, "stage": self.stage, **parts, "total": self.total}
 
 
 PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("phase", "stage"))
@@ -102,7 +104,7 @@ class _Stage:
     impl: TransformerImpl
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> ResolvedModel:
         return self.workload.model
 
     @property
@@ -134,20 +136,18 @@ class _Stage:
     def phases(self) -> list[Memory]:
         """All phases of a step."""
         found = []
-        if self.workload.trains:
+        if self.workload.spec.trains:
             found += [self._training(), self._update()]
         if self.workload.generates:
             found.append(self._sampling())
-        if self.workload.stage in ("brain", "evaluate"):
-            found += [self._scoring(model) for model in self.workload.frozen_models]
-        return found
+        return found + [self._scoring(model) for model in self.workload.frozen_models]
 
     # Weights and what belongs to them
 
     def _memory(self, phase: str, using: FrozenModel | None = None, **parts: int) -> Memory:
         """What is there in all phases, and `parts`."""
         frozen = (m for m in self.workload.frozen_models if m is using or not m.offloaded)
-        trains = self.workload.trains
+        trains = self.workload.spec.trains
         return Memory(
             phase=phase,
             stage=self.stage,
@@ -158,7 +158,7 @@ class _Stage:
             **parts,
         )
 
-    def _weights(self, model: ModelConfig, head: str, *, trained: bool) -> int:
+    def _weights(self, model: ResolvedModel, head: Head, *, trained: bool) -> int:
         """Weights in the dtype of the activations. In FP8 linear maps have a copy, and one transposed where there are
         gradients to compute; with --fp8-param-gather these are all there is."""
         element = self.shapes.element
@@ -294,7 +294,7 @@ class _Stage:
         """A batch of prompts and their responses: the cache is full when the last token is drawn."""
         workload, model, layout = self.workload, self.model, self.layout
         prompts = max(1, workload.sampling_batch_size // workload.drawn_per_prompt)
-        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.stage == "brain" else prompts
+        prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.spec.rounds else prompts
         rows = prompts * workload.drawn_per_prompt
         heads = max(1, model.num_query_groups // layout.tensor)
         entry = FLOAT32 if self.impl == "local" else self.shapes.element

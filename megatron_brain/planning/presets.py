@@ -1,8 +1,9 @@
 """Architectures of published models by name, as their config.json has them."""
 
-from megatron_brain.config.fields import did_you_mean
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.errors import ConfigError
+from typing import Any
+
+from megatron_brain.config.model import ModelConfig, ResolvedModel
+from megatron_brain.errors import ConfigError, did_you_mean
 from megatron_brain.models.architecture import resolve
 
 _LLAMA_3 = {
@@ -32,11 +33,11 @@ _QWEN_2_5 = {
 }
 
 
-def _sizes(layers: int, hidden: int, ffn: int, heads: int) -> dict:
+def _sizes(layers: int, hidden: int, ffn: int, heads: int) -> dict[str, Any]:
     return {"num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "num_attention_heads": heads}
 
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "llama3-8b": {**_LLAMA_3, **_sizes(32, 4096, 14336, 32)},
     "llama3-70b": {**_LLAMA_3, **_sizes(80, 8192, 28672, 64)},
     "llama3.1-8b": {**_LLAMA_3_1, **_sizes(32, 4096, 14336, 32)},
@@ -67,7 +68,7 @@ PRESETS: dict[str, dict] = {
 """Sizes by name, keys of ARCHITECTURE_FIELDS; what is left out is the default."""
 
 
-def preset(name: str) -> ModelConfig:
+def preset(name: str) -> ResolvedModel:
     """The architecture of a published model, every size resolved.
 
     Raises:

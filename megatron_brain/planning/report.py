@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 from rich.table import Table
 
@@ -92,7 +93,7 @@ def as_json(
     rejections: Sequence[Rejection],
     *,
     reward_model: str | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """The whole answer: every plan and every rejection. Sizes are bytes, times seconds.
 
     Args:
@@ -112,7 +113,7 @@ def as_json(
     }
 
 
-def _plan_as_dict(plan: Plan) -> dict:
+def _plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "layout": {name: getattr(plan.layout, name) for name in _LAYOUT},
         "micro_batch_tokens": plan.workload.micro_batch_tokens(plan.layout),

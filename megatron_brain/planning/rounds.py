@@ -16,13 +16,13 @@ from megatron_brain.planning.traffic import (
     key_value_width,
     layer_forward_bytes,
 )
-from megatron_brain.planning.workload import FrozenModel, Layout, Workload
+from megatron_brain.planning.workload import FrozenModel, Layout, Precision, Workload
 
 
 def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
     """Seconds of one optimizer step with all that belongs to it."""
     step = training_time(workload, layout, machine)
-    if workload.stage != "brain":
+    if not workload.spec.rounds:
         return step
     share = 1 / workload.steps_per_round
     return dataclasses.replace(
@@ -79,7 +79,7 @@ def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompt
     """Logits of a batch's next tokens, gathered over tensor-parallel ranks, and the choice, which each rank makes."""
     rows, vocabulary = prompts * workload.drawn_per_prompt, padded_vocab_size(workload.model, layout.tensor)
     weights = vocabulary / layout.tensor * workload.model.hidden_size
-    precision = "fp32" if workload.precision == "fp32" else "bf16"
+    precision: Precision = "fp32" if workload.precision == "fp32" else "bf16"
     product = max(
         machine.compute_seconds(2 * rows * weights, precision),
         machine.memory_seconds(weights * bytes_per_value(workload)),

@@ -3,32 +3,34 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_brain.config.checks import require, validate_layout
+from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import stage_spec, stages
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.memory import Memory, stage_memory
 from megatron_brain.planning.rounds import step_time
 from megatron_brain.planning.time import StepTime
-from megatron_brain.planning.workload import Layout, Precision, Workload, from_run_config
+from megatron_brain.planning.workload import Layout, Precision, Recompute, Workload, from_run_config
 
 Settings = dict[str, object]
 """Flags of a run, by field."""
 
-_FILES = {"load": "POLICY", "finetune": True, "train_data": "DATA"}
-_BRAIN_FILES = {"reward_load": "REWARD"}
-_FP8 = {"fp8_format": "hybrid"}
-_RECOMPUTE = ("none", "selective", "full")
+_FILES: Settings = {"load": "POLICY", "finetune": True, "train_data": "DATA", "reward_load": "REWARD"}
+"""Files that a run needs and a plan does not have."""
+_FP8: dict[str, Any] = {"fp8_format": "hybrid"}
+_RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
-_ONLY_BRAIN = (
+_OF_SOME_STAGES = (
     "samples_per_prompt",
     "prompts_per_round",
     "refresh_interval",
@@ -36,16 +38,17 @@ _ONLY_BRAIN = (
     "offload_prior",
     "offload_reward",
     "two_pass",
-    "reward_model",
 )
+"""What is asked of the stages that have a setting of that name, and of no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is to be run, and on what."""
 
-    stage: Literal["sft", "reward", "brain"]
-    model: ModelConfig
+    stage: str
+    """One that trains."""
+    model: ResolvedModel
     """Its sizes resolved."""
     machine: Machine
     gpus: int
@@ -70,7 +73,7 @@ class Question:
     offload_prior: bool = False
     offload_reward: bool = False
     two_pass: bool = False
-    reward_model: ModelConfig | None = None
+    reward_model: ResolvedModel | None = None
     """brain: sizes of the reward model; None: the policy's."""
     reserved_bytes: int = 6 * GIB
     """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
@@ -78,16 +81,19 @@ class Question:
     def __post_init__(self) -> None:
         if self.reserved_bytes < 0:
             raise ConfigError(f"reserved_bytes={self.reserved_bytes} is negative: a GPU has no more memory than it has")
-        if self.stage != "brain":
-            self._refuse_settings_of_brain()
+        for name in _OF_SOME_STAGES:
+            self._require_setting(name, setting=name)
+        self._require_setting("reward_model", setting="reward_load")
         if self.reward_model is not None and self.reward_model.vocab_size != self.model.vocab_size:
             raise ConfigError(
                 f"the reward model has vocab_size={self.reward_model.vocab_size}, the policy has "
                 f"{self.model.vocab_size}: all models of a run share one tokenizer"
             )
-        if self.seq_length is not None and self.stage != "sft":
+        packs = _packs(self.stage)
+        if self.seq_length is not None and not packs:
             raise ConfigError(
-                f"seq_length={self.seq_length} packs records of --stage sft, not {self.stage}: leave it out"
+                f"seq_length={self.seq_length} packs records of --stage {_named(_packs)}, not {self.stage}: leave it "
+                "out"
             )
         record = self.prompt_length + self.response_length
         if self.seq_length is not None and self.seq_length < record:
@@ -95,16 +101,18 @@ class Question:
                 f"seq_length={self.seq_length} holds no record of prompt_length={self.prompt_length} + response_length="
                 f"{self.response_length}: use {record} or more"
             )
-        if self.prompt_length == 0 and (self.stage != "sft" or self.seq_length not in (None, self.response_length)):
+        if self.prompt_length == 0 and (not packs or self.seq_length not in (None, self.response_length)):
             raise ConfigError(
-                "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage sft and "
+                "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage "
+                f"{_named(_packs)} and "
                 "give their length as --response-length"
             )
 
-    def _refuse_settings_of_brain(self) -> None:
-        for name in _ONLY_BRAIN:
-            if getattr(self, name) != getattr(type(self), name):
-                raise ConfigError(f"{name}={getattr(self, name)} is for --stage brain, not {self.stage}: leave it out")
+    def _require_setting(self, name: str, *, setting: str) -> None:
+        """Raise ConfigError where something is asked that the stage has no setting for."""
+        if getattr(self, name) != getattr(type(self), name) and setting not in stage_fields(self.stage):
+            readers = _named(lambda stage: setting in stage_fields(stage))
+            raise ConfigError(f"{name}={getattr(self, name)} is for --stage {readers}, not {self.stage}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +167,10 @@ def run_config(question: Question, settings: Settings) -> RunConfig:
         ConfigError: as a run would.
     """
     config = config_from_dict(question.stage, settings, "the plan")
-    sizes = {name: getattr(question.model, name) for name in ARCHITECTURE_FIELDS}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    model = resolve(config.model, architecture(question.model), "the plan")
+    config = dataclasses.replace(config, model=model)
     require(config)
-    validate_layout(config, question.gpus, config.model)
+    validate_layout(config, question.gpus, model)
     if question.reward_model is not None:
         try:
             of_reward = dataclasses.replace(config, model=question.reward_model)
@@ -180,8 +188,8 @@ def _plan(question: Question, settings: Settings) -> Plan:
     """
     config = run_config(question, settings)
     _check_nodes(question, config.parallel.tensor_model_parallel_size)
-    asked = from_run_config(config, question.gpus)
-    workload, layout, phases = _that_fits(question, _with_reward_model(asked[0], question), asked[1])
+    scoring = {} if question.reward_model is None else {"reward": question.reward_model}
+    workload, layout, phases = _that_fits(question, *from_run_config(config, question.gpus, scoring))
     time = step_time(workload, layout, question.machine)
     return Plan(
         settings=_without_files(settings) | _chosen(workload, layout),
@@ -263,18 +271,8 @@ def _chosen(workload: Workload, layout: Layout) -> Settings:
     return recompute | ({"sampling_batch_size": workload.sampling_batch_size} if workload.generates else {})
 
 
-def _with_reward_model(workload: Workload, question: Question) -> Workload:
-    if question.reward_model is None:
-        return workload
-    models = tuple(
-        dataclasses.replace(frozen, model=question.reward_model) if frozen.name == "reward" else frozen
-        for frozen in workload.frozen_models
-    )
-    return dataclasses.replace(workload, frozen_models=models)
-
-
 def _without_files(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name not in _FILES | _BRAIN_FILES}
+    return {name: value for name, value in settings.items() if name not in _FILES}
 
 
 def _candidates(question: Question) -> Iterator[Settings]:
@@ -305,7 +303,7 @@ def _divisors(number: int, *, at_most: int) -> list[int]:
 
 
 def _settings(question: Question, tensor: int, pipeline: int, layers: int | None, micro_batch: int) -> Settings:
-    replicas = question.gpus // (tensor * pipeline)
+    replicas, fields = question.gpus // (tensor * pipeline), stage_fields(question.stage)
     settings: Settings = {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
@@ -313,11 +311,12 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
         "global_batch_size": question.global_batch_size,
         "shared_prefix": question.shared_prefix,
         "seq_length": _seq_length(question, tensor),
-        **_FILES,
+        **{name: value for name, value in _FILES.items() if name in fields},
+        **_settings_of_stage(question),
     }
     if question.prompt_length:
         settings["max_prompt_length"] = question.prompt_length
-        if question.stage != "brain":
+        if "max_new_tokens" not in fields:
             settings["max_response_length"] = question.response_length
     if layers is not None:
         settings["num_layers_per_virtual_pipeline_stage"] = layers
@@ -331,7 +330,7 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
         settings["overlap_grad_reduce"] = True
     if replicas > 1 and question.distributed_optimizer:
         settings |= {"use_distributed_optimizer": True, "overlap_param_gather": True}
-    return settings | (_brain_settings(question) if question.stage == "brain" else {})
+    return settings
 
 
 def _seq_length(question: Question, tensor: int) -> int:
@@ -342,15 +341,25 @@ def _seq_length(question: Question, tensor: int) -> int:
     return question.seq_length or -(-longest // unit) * unit
 
 
-def _brain_settings(question: Question) -> Settings:
-    settings: Settings = {
-        "samples_per_prompt": question.samples_per_prompt,
-        "max_new_tokens": question.response_length,
-        "prompts_per_round": question.prompts_per_round or question.global_batch_size,
-        "offload_prior": question.offload_prior,
-        "offload_reward": question.offload_reward,
-        "two_pass": question.two_pass,
-        **_BRAIN_FILES,
-    }
-    optional = {"refresh_interval": question.refresh_interval, "sampling_batch_size": question.sampling_batch_size}
-    return settings | {name: value for name, value in optional.items() if value is not None}
+def _settings_of_stage(question: Question) -> Settings:
+    """What is asked of some stages alone, under the names of their settings."""
+    asked = {name: getattr(question, name) for name in _OF_SOME_STAGES}
+    asked["prompts_per_round"] = question.prompts_per_round or question.global_batch_size
+    asked["max_new_tokens"] = question.response_length
+    fields = stage_fields(question.stage)
+    return {name: value for name, value in asked.items() if name in fields and value is not None}
+
+
+def training_stages() -> list[str]:
+    """Names of the stages that can be planned."""
+    return [name for name, spec in stages().items() if spec.trains]
+
+
+def _packs(stage: str) -> bool:
+    """Whether a stage packs records, unless it is told otherwise."""
+    return stage_spec(stage).work(config_from_dict(stage, {})).packed
+
+
+def _named(has: Callable[[str], bool]) -> str:
+    """The planned stages of which something is true, in words."""
+    return " or ".join(filter(has, training_stages()))

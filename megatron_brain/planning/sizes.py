@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.workload import Head, Layout, Segment
+from megatron_brain.planning.workload import Layout, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Linear:
         return self.weights // tensor + (bias // tensor if self.split == "column" else bias)
 
 
-def linear_layers(model: ModelConfig) -> tuple[Linear, ...]:
+def linear_layers(model: ResolvedModel) -> tuple[Linear, ...]:
     """The linear maps of one layer: qkv, projection, fc1 (with the gate), fc2."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     query, key_value = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
@@ -48,30 +49,30 @@ def linear_layers(model: ModelConfig) -> tuple[Linear, ...]:
     )
 
 
-def linear_weights(model: ModelConfig) -> int:
+def linear_weights(model: ResolvedModel) -> int:
     """Entries of all matrices of one layer: what FP8 applies to."""
     return sum(linear.weights for linear in linear_layers(model))
 
 
-def norm_parameters(model: ModelConfig) -> int:
+def norm_parameters(model: ResolvedModel) -> int:
     """Parameters of one norm over the hidden size."""
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
-def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
+def layer_parameters(model: ResolvedModel, tensor: int = 1) -> int:
     """Parameters of one layer on one tensor-parallel rank."""
     heads = 2 * model.kv_channels if model.qk_layernorm else 0
     return sum(linear.parameters(tensor) for linear in linear_layers(model)) + 2 * norm_parameters(model) + heads
 
 
-def embedding_parameters(model: ModelConfig, tensor: int = 1) -> int:
+def embedding_parameters(model: ResolvedModel, tensor: int = 1) -> int:
     """Parameters of token embedding and learned positions on one tensor-parallel rank of the first stage."""
     learned = model.position_embedding_type == "learned_absolute"
     positions = model.max_position_embeddings * model.hidden_size if learned else 0
     return padded_vocab_size(model, tensor) // tensor * model.hidden_size + positions
 
 
-def output_parameters(model: ModelConfig, head: Head, tensor: int = 1, pipeline: int = 1) -> int:
+def output_parameters(model: ResolvedModel, head: Head, tensor: int = 1, pipeline: int = 1) -> int:
     """Parameters of final norm and head on one tensor-parallel rank of the last stage.
 
     Weights tied to the embedding's are there a second time when the last stage is not the first.
@@ -83,7 +84,7 @@ def output_parameters(model: ModelConfig, head: Head, tensor: int = 1, pipeline:
     return norm_parameters(model) + rows * model.hidden_size
 
 
-def stage_layers(model: ModelConfig, layout: Layout, stage: int) -> int:
+def stage_layers(model: ResolvedModel, layout: Layout, stage: int) -> int:
     """Layers of one pipeline stage."""
     ends = 2 if layout.account_for_ends else 0
     per_stage = (model.num_layers + ends) // layout.pipeline
@@ -92,7 +93,7 @@ def stage_layers(model: ModelConfig, layout: Layout, stage: int) -> int:
     return per_stage - (stage == 0) - (stage == layout.pipeline - 1)
 
 
-def stage_parameters(model: ModelConfig, layout: Layout, stage: int, head: Head = "policy") -> int:
+def stage_parameters(model: ResolvedModel, layout: Layout, stage: int, head: Head = "policy") -> int:
     """Parameters of one pipeline stage on one of its tensor-parallel ranks."""
     total = stage_layers(model, layout, stage) * layer_parameters(model, layout.tensor)
     if stage == 0:
@@ -102,14 +103,14 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: int, head: Head 
     return total
 
 
-def total_parameters(model: ModelConfig, head: Head = "policy") -> int:
+def total_parameters(model: ResolvedModel, head: Head = "policy") -> int:
     """Parameters of the whole model, without the padding of the vocabulary."""
     padding = padded_vocab_size(model, 1) - model.vocab_size
     matrices = 1 + (head == "policy" and bool(model.untie_embeddings_and_output_weights))
     return stage_parameters(model, Layout(), 0, head) - padding * model.hidden_size * matrices
 
 
-def linear_flops(model: ModelConfig, tokens: int) -> int:
+def linear_flops(model: ResolvedModel, tokens: float) -> float:
     """Of one forward pass of `tokens` through the linear maps of one layer: 2 for each weight and token."""
     return 2 * tokens * linear_weights(model)
 
@@ -119,18 +120,18 @@ def attended_pairs(segments: Iterable[Segment]) -> int:
     return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in segments)
 
 
-def attention_flops(model: ModelConfig, segments: Iterable[Segment]) -> int:
+def attention_flops(model: ResolvedModel, segments: Iterable[Segment]) -> int:
     """Of one forward pass through the core attention of one layer: scores and weighted values, 2 each for every pair
     and channel of every query head."""
     return 4 * attended_pairs(segments) * model.num_attention_heads * model.kv_channels
 
 
-def head_flops(model: ModelConfig, targets: int) -> int:
+def head_flops(model: ResolvedModel, targets: int) -> int:
     """Of one matrix product of hidden states at `targets` positions with the output layer."""
     return 2 * targets * model.hidden_size * padded_vocab_size(model, 1)
 
 
-def model_flops(model: ModelConfig, segments: Iterable[Segment], targets: int) -> int:
+def model_flops(model: ResolvedModel, segments: Iterable[Segment], targets: int) -> float:
     """Of one forward and backward pass, three times the forward pass, without anything that is computed again."""
     segments = tuple(segments)
     tokens = sum(segment.length for segment in segments)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.models.logit_blocks import block_shape, positions_of_whole_rows
 from megatron_brain.planning.communication import (
@@ -31,7 +32,7 @@ from megatron_brain.planning.traffic import (
     linear_operand_bytes,
     update_bytes,
 )
-from megatron_brain.planning.workload import Head, Layout, Precision, Workload
+from megatron_brain.planning.workload import Layout, Precision, Workload
 
 # Matrix products of attention's backward pass, which computes the probabilities again, for each of its forward pass.
 _ATTENTION_BACKWARD = 2.5
@@ -87,7 +88,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        seconds: float = sum(getattr(self, field.name) for field in fields(self))
+        return seconds
 
 
 def linear_seconds(workload: Workload, layout: Layout, machine: Machine, tokens: float, precision: Precision) -> float:
@@ -110,7 +112,7 @@ class PassTimer:
     def __init__(self, workload: Workload, layout: Layout, machine: Machine, *, head: Head | None = None) -> None:
         self.workload, self.layout, self.machine = workload, layout, machine
         self._model, self._head_kind = workload.model, head or workload.head
-        self._dense = "fp32" if workload.precision == "fp32" else "bf16"
+        self._dense: Precision = "fp32" if workload.precision == "fp32" else "bf16"
         self._tokens = workload.micro_batch_tokens(layout)
         self._local = self._tokens / layout.context
         # A token budget may cut a sample: attention and targets are cut with it.

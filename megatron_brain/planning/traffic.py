@@ -1,6 +1,6 @@
 """Memory traffic of what is not a matrix product, counted from the operations of our layers and heads."""
 
-from megatron_brain.config.model import ModelConfig
+from megatron_brain.config.model import ResolvedModel
 from megatron_brain.planning.sizes import layer_parameters, linear_layers, linear_weights
 from megatron_brain.planning.workload import Layout, Precision, Workload
 
@@ -93,7 +93,7 @@ def cache_bytes_per_value(workload: Workload) -> int:
     return 4 if workload.precision == "fp32" else 2 + 4 + 4
 
 
-def key_value_width(model: ModelConfig, tensor: int) -> float:
+def key_value_width(model: ResolvedModel, tensor: int) -> float:
     """Numbers of keys and values of one token in one layer on one rank. Heads are never cut, so ranks beyond their
     number hold copies."""
     return 2 * model.kv_channels * max(1, model.num_query_groups / tensor)

@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_brain.config.checks import data_parallel_size
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.run import STAGE_SECTIONS, RunConfig
-from megatron_brain.config.run_length import steps_per_round
+from megatron_brain.config.model import ResolvedModel
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import Head, StageSpec, stage_spec
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
-Head = Literal["policy", "reward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class FrozenModel:
     name: str
     """`prior`, `reward` or `baseline`."""
 
-    model: ModelConfig
+    model: ResolvedModel
     head: Head
     offloaded: bool = False
     """In host memory while it does not score."""
@@ -119,9 +119,9 @@ class Workload:
     """One stage over one model, with lengths as they are taken for the estimate: all prompts and responses alike."""
 
     stage: str
-    """A key of `STAGE_SECTIONS`."""
+    """Name of a registered stage."""
 
-    model: ModelConfig
+    model: ResolvedModel
     """The model that trains (or that generates), its sizes resolved."""
 
     prompt_length: int
@@ -173,14 +173,14 @@ class Workload:
     """Prior, reward model, baseline."""
 
     @property
-    def trains(self) -> bool:
-        """Whether the stage has an optimizer."""
-        return "optimizer" in STAGE_SECTIONS[self.stage]
+    def spec(self) -> StageSpec:
+        """The stage's descriptor."""
+        return stage_spec(self.stage)
 
     @property
     def generates(self) -> bool:
         """Whether the stage draws responses."""
-        return self.stage in ("generate", "evaluate") or (self.stage == "brain" and self.samples_responses)
+        return "sampling" in self.spec.sections and self.samples_responses
 
     @property
     def drawn_per_prompt(self) -> int:
@@ -189,13 +189,13 @@ class Workload:
 
     @property
     def head(self) -> Head:
-        """Head of the model that trains."""
-        return "reward" if self.stage == "reward" else "policy"
+        """Head of the model that trains, or answers."""
+        return self.spec.head
 
     @property
     def known_gradient(self) -> bool:
         """Whether log-probabilities are computed with a gradient known beforehand: three products instead of four."""
-        return self.stage == "sft" or self.two_pass
+        return self.spec.linear_loss or self.two_pass
 
     @property
     def records_per_sample(self) -> int:
@@ -246,37 +246,42 @@ class Workload:
         return -(-tokens // unit) * unit
 
 
-def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layout]:
+def from_run_config(
+    config: RunConfig, world_size: int, scoring: Mapping[str, ResolvedModel] | None = None
+) -> tuple[Workload, Layout]:
     """What a run computes, and its layout, from its configuration. Unknown lengths are the longest that are allowed.
 
     Args:
-        config: with the model's sizes resolved, checked by `validate_layout`. The scoring models are taken to be of
-            the policy's sizes.
+        config: with the model's sizes resolved, checked by `validate_layout`.
         world_size: number of processes.
+        scoring: sizes of scoring models by name; those of others are taken to be the policy's.
     """
+    assert isinstance(config.model, ResolvedModel)
     prompt, response = _lengths(config)
     model, fp8 = config.model, config.fp8
-    packed = config.stage == "sft" and config.sft.packing
-    prompts = config.brain.prompts_per_round
+    work = config.spec.work(config)
     workload = Workload(
         stage=config.stage,
         model=model,
         prompt_length=prompt,
         response_length=response,
-        samples_per_prompt=_samples_per_prompt(config),
-        seq_length=config.data.seq_length if packed else None,
+        samples_per_prompt=work.responses_per_prompt,
+        seq_length=config.data.seq_length if work.packed else None,
         global_batch_size=config.training.global_batch_size,
         shared_prefix=config.training.shared_prefix,
         precision="fp8" if fp8.fp8_format else "bf16" if model.bf16 else "fp32",
         fp8_param_gather=fp8.fp8_param_gather,
         bf16_layers=fp8.layers_in_bf16,
         two_pass=config.brain.two_pass,
-        prompts_per_round=prompts,
-        steps_per_round=steps_per_round(config, prompts),
-        samples_responses=config.brain.responses != "given" and config.brain.rollout_data is None,
-        candidates_per_prompt=config.brain.rso_candidates if config.brain.responses == "rso" else None,
+        prompts_per_round=config.brain.prompts_per_round,
+        steps_per_round=config.spec.length(config, None).steps_per_round or 1,
+        samples_responses=work.draws,
+        candidates_per_prompt=work.candidates_per_prompt,
         sampling_batch_size=config.sampling.sampling_batch_size,
-        frozen_models=_frozen_models(config),
+        frozen_models=tuple(
+            FrozenModel(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)
+            for m in work.scoring
+        ),
     )
     return workload, _layout(config, workload, world_size)
 
@@ -284,35 +289,15 @@ def from_run_config(config: RunConfig, world_size: int) -> tuple[Workload, Layou
 def _lengths(config: RunConfig) -> tuple[int, int]:
     """Longest prompt and response that the settings allow together."""
     total, prompt, response = config.data.seq_length, config.data.max_prompt_length, config.data.max_response_length
-    drawn = config.brain.responses != "given" and config.brain.rollout_data is None
-    if "sampling" in STAGE_SECTIONS[config.stage] and drawn:
+    if config.spec.work(config).draws:
         response = config.sampling.max_new_tokens
     if response is None:
         response = total - (prompt or 0)
     return total - response if prompt is None else min(prompt, total - response), response
 
 
-def _samples_per_prompt(config: RunConfig) -> int:
-    if config.stage in ("sft", "reward"):
-        return 1 if config.stage == "sft" else 2
-    given = config.stage == "brain" and config.brain.responses == "given"
-    return 2 if given else config.sampling.samples_per_prompt
-
-
-def _frozen_models(config: RunConfig) -> tuple[FrozenModel, ...]:
-    scoring, model = config.scoring, config.model
-    found = []
-    if config.stage in ("brain", "evaluate"):
-        found.append(FrozenModel(name="prior", model=model, head="policy", offloaded=scoring.offload_prior))
-        if scoring.reward_load is not None:
-            found.append(FrozenModel(name="reward", model=model, head="reward", offloaded=scoring.offload_reward))
-    if config.stage == "evaluate" and config.evaluate.baseline_load not in (None, scoring.prior_load):
-        found.append(FrozenModel(name="baseline", model=model, head="policy"))
-    return tuple(found)
-
-
 def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
-    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, config.model
+    parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, workload.model
     data = data_parallel_size(config, world_size)
     chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
     layout = Layout(

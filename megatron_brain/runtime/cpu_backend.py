@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_brain.runtime import quiet
+
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor")
 _installed = False
@@ -34,6 +36,7 @@ def install() -> None:
     _redirect_torch_cuda()
     _redirect_device_literals()
     _redirect_random_states()
+    quiet.ignore_advice_for_cuda()
     _installed = True
 
 
@@ -60,7 +63,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _redirect_torch_cuda() -> None:
-    cuda = torch.cuda
+    cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.Stream = cuda.Event = _Stream
     cuda.stream = lambda stream: contextlib.nullcontext()
@@ -79,7 +82,7 @@ def _is_cuda(device: object) -> bool:
     )
 
 
-def _on_cpu(function: Callable) -> Callable:
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def redirected(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
@@ -95,9 +98,10 @@ def _redirect_device_literals() -> None:
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+    tensor: Any = torch.Tensor
+    tensor_to, tensor_type = tensor.to, tensor.type
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         return tensor_to(self, *(_CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
@@ -108,9 +112,9 @@ def _redirect_device_literals() -> None:
         # The mixed-precision optimizers compare the name with 'torch.cuda.FloatTensor'.
         return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.to = to
-    torch.Tensor.type = type_
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.to = to
+    tensor.type = type_
+    tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _redirect_random_states() -> None:
@@ -120,7 +124,8 @@ def _redirect_random_states() -> None:
     def set_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    for module in (torch.cuda, torch.cuda.random):
+    modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = get_state
         module.set_rng_state = set_state
         # Not torch.manual_seed: that seeds CUDA as well and would come back here.
@@ -128,5 +133,5 @@ def _redirect_random_states() -> None:
 
     import megatron.core.tensor_parallel.random as mcore_random
 
-    mcore_random._get_cuda_rng_state = get_state
-    mcore_random._set_cuda_rng_state = set_state
+    for name, function in (("_get_cuda_rng_state", get_state), ("_set_cuda_rng_state", set_state)):
+        setattr(mcore_random, name, function)

@@ -42,10 +42,10 @@ class Launch:
 
     def export(self, environment: MutableMapping[str, str]) -> None:
         """Say it as torchrun does, for torch and megatron-core."""
-        if self.is_alone:
+        if self.address is None:
             return
-        environment |= {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": self.address}
-        environment["MASTER_PORT"] = str(self.port)
+        environment.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size))
+        environment.update(MASTER_ADDR=self.address, MASTER_PORT=str(self.port))
         if self.local_rank is not None:
             environment["LOCAL_RANK"] = str(self.local_rank)
 
@@ -171,11 +171,11 @@ def first_host(nodes: str) -> str:
     """The first host of a list as Slurm writes it, such as ``n[01-04,7],login``.
 
     Raises:
-        ValueError: it is no such list.
+        ConfigError: it is no such list.
     """
     match = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?(?:,|$)", nodes)
     if match is None or not match[0].strip(","):
-        raise ValueError(f"not a list of hosts: {nodes!r}")
+        raise ConfigError(f"not a list of hosts: {nodes!r}")
     return "".join(part for part in match.groups() if part)
 
 
@@ -263,7 +263,7 @@ def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
         return "127.0.0.1"
     try:
         return first_host(nodes)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"SLURM_STEP_NODELIST is {error}: set MASTER_ADDR") from error
 
 

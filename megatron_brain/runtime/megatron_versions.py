@@ -4,6 +4,7 @@ What the older ones lack goes when support for them does: look for users of this
 """
 
 import functools
+from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -13,13 +14,15 @@ from torch import Tensor
 
 def mlp_submodules(layer: ModuleSpec) -> MLPSubmodules:
     """Submodules of the feed-forward layer in the spec of a layer, to change them in place."""
-    mlp = layer.submodules.mlp
-    # A ModuleSpec in 0.16, a partial in 0.19.
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    submodules: Any = layer.submodules
+    # The feed-forward layer is a ModuleSpec in 0.16, a partial in 0.19.
+    mlp = submodules.mlp
+    found: MLPSubmodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    return found
 
 
 def grads_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
     """This rank's gradients, each of which counts on one rank alone. The optimizer is none of several chained ones."""
-    if hasattr(optimizer, "get_grads_for_grad_norm"):
-        return optimizer.get_grads_for_grad_norm()
-    return optimizer.get_main_grads_for_grad_norm()  # Its name in 0.16.
+    newer, in_0_16 = "get_grads_for_grad_norm", "get_main_grads_for_grad_norm"
+    grads: list[Tensor] = getattr(optimizer, newer if hasattr(optimizer, newer) else in_0_16)()
+    return grads

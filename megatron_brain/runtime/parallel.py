@@ -1,10 +1,13 @@
 """Start-up among the processes of a launcher or alone, and the one object that holds all process groups."""
 
+from __future__ import annotations
+
 import datetime
 import logging
 import os
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy
 import torch
@@ -15,7 +18,12 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.runtime import cpu_backend
 from megatron_brain.runtime.launch import read_launch
 
+if TYPE_CHECKING:  # It is not imported before the CPU backend is installed.
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _host_group: dist.ProcessGroup | None = None
 
@@ -24,11 +32,10 @@ _host_group: dist.ProcessGroup | None = None
 class Parallel:
     """This process's place in the layout.
 
-    `groups` is megatron-core's ProcessGroupCollection; ranks and sizes are read off it once. The first and last
-    pipeline stage are those of the physical pipeline.
+    Ranks and sizes are read off `groups` once. The first and last pipeline stage are those of the physical pipeline.
     """
 
-    groups: object
+    groups: ProcessGroupCollection
     device: torch.device
     rank: int
     world_size: int
@@ -64,9 +71,9 @@ class Parallel:
             dist.broadcast(tensor, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
         return tensor
 
-    def gather_over_data_parallel(self, item: object) -> list[object]:
+    def gather_over_data_parallel(self, item: T) -> list[T]:
         """Collect one picklable object from every data-parallel replica, in replica order, on all of them."""
-        items: list[object] = [None] * self.dp_size
+        items = [item] * self.dp_size
         dist.all_gather_object(items, item, group=self.groups.dp)
         return items
 
@@ -84,7 +91,9 @@ class Parallel:
         """A gloo group of all ranks for what goes on beside training, made once. All ranks must call it."""
         global _host_group
         if _host_group is None:
-            _host_group = dist.new_group(backend="gloo", timeout=self.timeout)
+            group = dist.new_group(backend="gloo", timeout=self.timeout)
+            assert isinstance(group, dist.ProcessGroup)
+            _host_group = group
         return _host_group
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
@@ -93,9 +102,9 @@ class Parallel:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return tuple(flag != 0 for flag in seen.tolist())
 
-    def gather_over_world(self, item: object, group: dist.ProcessGroup | None = None) -> list[object]:
+    def gather_over_world(self, item: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Collect one picklable object from every rank, in rank order, on all of them; `group` may be `host_group`."""
-        items: list[object] = [None] * self.world_size
+        items = [item] * self.world_size
         dist.all_gather_object(items, item, group=group)
         return items
 
@@ -219,8 +228,7 @@ def virtual_pipeline_size(config: ParallelConfig, num_layers: int | None) -> int
     per_chunk = config.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
         return None
-    if num_layers is None:
-        raise ValueError("the interleaved schedule needs the number of layers before start-up")
+    assert num_layers is not None, "the interleaved schedule needs the number of layers before start-up"
     return num_layers // (config.pipeline_model_parallel_size * per_chunk)
 
 

@@ -16,7 +16,9 @@ def random_state() -> dict[str, Tensor]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     _, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    state = numpy.random.get_state()
+    assert isinstance(state, tuple)
+    _, keys, position, has_gauss, cached = state
     trackers = get_cuda_rng_tracker().get_states()
     return {
         "python": torch.tensor(words, dtype=torch.int64),

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -39,14 +40,16 @@ def problem() -> str | None:
 
 def version() -> str:
     """Of the Transformer Engine that can be imported."""
-    return importlib.import_module("transformer_engine").__version__
+    found: str = importlib.import_module("transformer_engine").__version__
+    return found
 
 
 def _hide() -> None:
     """Have `import transformer_engine` raise the ImportError of a package that is not there."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
-        del sys.modules[name]
-    sys.modules["transformer_engine"] = None
+    modules: dict[str, Any] = sys.modules
+    for name in [name for name in modules if name.partition(".")[0] == "transformer_engine"]:
+        del modules[name]
+    modules["transformer_engine"] = None
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from megatron_brain.config.stage_spec import PROMPTS
 from megatron_brain.config.stages import SamplingConfig
-from megatron_brain.data.records import Prompt, PromptReader
+from megatron_brain.data.records import Prompt
 from megatron_brain.generation.sampler import Sample, Sampler
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
@@ -12,10 +13,7 @@ from megatron_brain.training.run import Run
 
 def read_prompts(run: Run) -> Sequence[Prompt]:
     """The prompts of --prompts."""
-    settings = run.config.generate
-    reader = PromptReader(run.tokenizer, run.config.data, room=run.config.sampling.max_new_tokens)
-    split = run.config.data.valid_split
-    return run.read_data("prompts", settings.prompts, reader, split=split, limit=settings.max_prompts)
+    return run.read(PROMPTS)
 
 
 def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:

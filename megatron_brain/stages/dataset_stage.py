@@ -1,32 +1,35 @@
 """What stages that train on a fixed set of samples have in common."""
 
-import logging
 from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.run_length import iterations
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
-from megatron_brain.models.provider import Head
+from megatron_brain.planning.summary import Row
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import plan_step
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import mean_loss
 
-log = logging.getLogger(__name__)
 
-
-class SampledStage:
+class DatasetStage:
     """A stage over a list of samples, each a few groups: shuffled epochs to train on, a fixed list to validate on.
 
     Every replica holds all samples; which ones a step takes follows from the seed and the iteration.
     """
 
-    head: Head
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
+    occasional_metrics: tuple[str, ...] = ()
+    """Names of the means that only its validation reports, from what the head tells of each token."""
+    shown_metrics: tuple[str, ...] = ("loss", "tokens_per_second")
+
+    @classmethod
+    def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
+        """Names of the metrics that the stage logs."""
+        return (*cls.mean_metrics, *cls.max_metrics, *cls.occasional_metrics)
 
     def __init__(
         self,
@@ -40,10 +43,15 @@ class SampledStage:
         self.shared_prefix = settings.shared_prefix
         self._train, self._valid = train, valid
         self._order = SampleOrder(len(train), seed=settings.seed)
-        self.train_iters = iterations(settings, len(train))
+        self.train_iters = run.config.spec.length(run.config, len(train)).train_iters
         self._fixed = {**fixed_settings(run.config), "num_samples": len(train), **(fixed or {})}
-        self._corpora = run.corpora
-        log.info("%d samples, %d iterations of %d", len(train), self.train_iters, settings.global_batch_size)
+        self._config, self._corpora = run.config, run.corpora
+
+    def summary(self) -> list[Row]:
+        """Steps and epochs."""
+        epochs = self.train_iters * self._config.training.global_batch_size / len(self._train)
+        unit = self._config.spec.work(self._config).unit
+        return [("steps", f"{self.train_iters:,}: {epochs:.3g} epochs of {len(self._train):,} {unit}")]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's micro-batches of the next step."""
@@ -78,14 +86,15 @@ class SampledStage:
         if not self._valid:
             return {}
         return mean_loss(
-            trainer.chunks,
+            trainer.gathered_chunks(),
             self._valid,
             self.loss,
             trainer.parallel,
             micro_batch_size=trainer.config.training.micro_batch_size,
             shared_prefix=self.shared_prefix,
-            mean_names=self.mean_metrics,
+            mean_names=(*self.mean_metrics, *self.occasional_metrics),
             max_names=self.max_metrics,
+            token_scores=bool(self.occasional_metrics),
         )
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:

@@ -16,14 +16,11 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], *, samples: int, seed: int) -> Estimate:
-    """Mean of one value per prompt with a percentile bootstrap interval over prompts (Efron 1979).
-
-    Raises:
-        ValueError: no values.
+    """Mean of one value per prompt, of which there is one at least, with a percentile bootstrap interval over prompts
+    (Efron 1979).
     """
     data = numpy.asarray(values, dtype=numpy.float64)
-    if data.size == 0:
-        raise ValueError("no values to average")
+    assert data.size, "no values to average"
     draws = numpy.random.default_rng(seed).integers(data.size, size=(samples, data.size))
     low, high = numpy.percentile(data[draws].mean(axis=1), [2.5, 97.5])
     return Estimate(float(data.mean()), float(low), float(high))
@@ -33,12 +30,9 @@ def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequen
     """1 where a score beats the other, 0 where it loses, one half for a tie; one entry per prompt.
 
     Args:
+        scores, other_scores: none is NaN, which neither wins nor loses nor ties.
         ties: prompts that tie whatever their scores, as those of equal answers do, which may differ by rounding.
-
-    Raises:
-        ValueError: a score is NaN, which neither wins nor loses nor ties.
     """
-    if any(score != score for score in (*scores, *other_scores)):
-        raise ValueError("a score is NaN: there is no winner")
+    assert not any(score != score for score in (*scores, *other_scores)), "a score is NaN: there is no winner"
     ties = [False] * len(scores) if ties is None else ties
     return [0.5 if tie or a == b else float(a > b) for a, b, tie in zip(scores, other_scores, ties, strict=True)]

@@ -3,23 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_brain.checkpointing import CheckpointInfo, read_info
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.offload import HostWeights
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
+from megatron_brain.startup.disk import FrozenCheckpoint, find_frozen
 from megatron_brain.training.run import Run
-
-
-def read_frozen_info(name: str, directory: str, head: Head) -> CheckpointInfo:
-    """What the checkpoint of --NAME-load says of itself.
-
-    Raises:
-        ConfigError: there is none, or it holds another kind of model.
-    """
-    info = read_info(directory)
-    if info.head != head:
-        raise ConfigError(f"--{name}-load: {info.path} holds a {info.head} model, a {head} model is needed here")
-    return info
 
 
 class FrozenModel:
@@ -40,19 +29,29 @@ class FrozenModel:
 
     def __init__(self, run: Run, name: str, directory: str | None, *, head: Head, offload: bool = False) -> None:
         self._run, self._name, self._head, self._offload = run, name, head, offload
-        self.path: str | None = None
+        self._found: FrozenCheckpoint | None = None
         self._chunks: list[Chunk] | None = None
         self._weights: HostWeights | None = None
         self.point_to(directory)
 
+    @property
+    def path(self) -> str | None:
+        """The checkpoint's folder."""
+        return None if self._found is None else str(self._found.info.path.resolve())
+
     def point_to(self, directory: str | None) -> None:
         """Take another checkpoint, before the first use."""
         assert self._chunks is None, "the model is loaded already"
-        if directory is not None:
-            info = read_frozen_info(self._name, directory, self._head)
-            directory = str(info.path.resolve())
-            self._run.in_use.add(info.path.resolve())
-        self.path = directory
+        self._found = None if directory is None else self._find(directory)
+        if self._found is not None:
+            self._run.in_use.add(self._found.info.path.resolve())
+
+    def _find(self, directory: str) -> FrozenCheckpoint:
+        resolved = self._run.resolved
+        asked = {model.name: model.load for model in resolved.config.spec.work(resolved.config).scoring}
+        if asked.get(self._name) == directory:
+            return resolved.scoring[self._name]
+        return find_frozen(resolved.config, self._name, directory, self._head, resolved.world_size)
 
     @contextmanager
     def loaded(self) -> Iterator[list[Chunk]]:
@@ -62,9 +61,9 @@ class FrozenModel:
             ConfigError: there is no checkpoint.
         """
         if self._chunks is None:
-            if self.path is None:
+            if self._found is None:
                 raise ConfigError(f"the {self._name} model is needed: give --{self._name}-load")
-            self._chunks = self._run.load_frozen(self.path, self._head)
+            self._chunks = self._run.load_frozen(self._found)
             if self._offload:
                 self._weights = HostWeights(self._chunks)
         if self._weights is None:

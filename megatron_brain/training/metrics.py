@@ -1,4 +1,4 @@
-"""What a run shows of itself: TensorBoard events, metrics.jsonl and a progress line.
+"""The metrics of a run: all of them in TensorBoard events and metrics.jsonl, a few of them on the console.
 
 Metric names are flat, with a slash for a group: `loss`, `grad_norm`, `lr`, `validation/loss`. A line of metrics.jsonl
 is one iteration; calls of `log` for the same iteration are merged into its line.
@@ -6,18 +6,16 @@ is one iteration; calls of `log` for the same iteration are merged into its line
 
 import json
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from megatron_brain.training.progress import LiveDisplay, PlainDisplay, TimeLeft
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-_SHOWN_LIVE = ("loss", "grad_norm", "lr", "tokens_per_second")
 
 
 class MetricsLogger:
@@ -25,7 +23,8 @@ class MetricsLogger:
 
     Args:
         directory: folder of metrics.jsonl and the event file, made if missing; None writes no file.
-        total_steps: last iteration of the run, for progress and ETA.
+        total_steps: last iteration of the run, for progress and the time left.
+        shown: names of the metrics that the console shows, in this order.
         is_writer: True on the one rank that writes.
         progress: show a live progress line if the console is a terminal. Otherwise, a plain line every `log_interval`.
         log_interval: iterations between plain lines. Files get every iteration.
@@ -39,6 +38,7 @@ class MetricsLogger:
         directory: str | None,
         *,
         total_steps: int,
+        shown: Sequence[str],
         is_writer: bool,
         progress: bool,
         log_interval: int,
@@ -48,7 +48,7 @@ class MetricsLogger:
         self._is_writer = is_writer
         self._lines: _JsonLines | None = None
         self._events: SummaryWriter | None = None
-        self._display: _LiveDisplay | _PlainDisplay | None = None
+        self._display: LiveDisplay | PlainDisplay | None = None
         if not is_writer:
             return
         self._first_step = resume_step or 0
@@ -56,27 +56,23 @@ class MetricsLogger:
             self._lines = _JsonLines(Path(directory) / "metrics.jsonl", resume_step)
             self._events = _open_events(directory, purge_step=0 if resume_step is None else resume_step + 1)
         console = console or Console()
-        eta = _Eta(self._first_step, total_steps)
+        time_left = TimeLeft(self._first_step, total_steps)
         if progress and console.is_terminal:
-            self._display = _LiveDisplay(console, eta)
+            self._display = LiveDisplay(console, time_left, shown)
         else:
-            self._display = _PlainDisplay(console, eta, log_interval)
+            self._display = PlainDisplay(console, time_left, shown, log_interval)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of an iteration.
 
         Args:
             step: iteration, not smaller than the last one logged.
-            metrics: numbers (or zero-dimensional tensors) by flat name.
-
-        Raises:
-            ValueError: the iteration lies before the last one, or a metric is called `iteration`.
+            metrics: numbers (or zero-dimensional tensors) by flat name, none of which is `iteration`.
         """
         if not self._is_writer:
             return
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        if "iteration" in numbers:
-            raise ValueError("a metric cannot be called 'iteration': that is the key of the step in metrics.jsonl")
+        assert "iteration" not in numbers, "a metric cannot be called 'iteration': metrics.jsonl has the step there"
         if self._lines is not None:
             self._lines.write(step, numbers)
             for name, value in numbers.items():
@@ -117,8 +113,7 @@ class _JsonLines:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append a line, or merge into the last one if it is of the same iteration."""
         last_step = self._last.get("iteration")
-        if last_step is not None and step < last_step:
-            raise ValueError(f"iteration {step} is logged after iteration {last_step}")
+        assert last_step is None or step >= last_step, f"iteration {step} is logged after iteration {last_step}"
         if step == last_step:
             self._file.truncate(self._last_offset)
         else:
@@ -147,72 +142,6 @@ class _JsonLines:
             file.truncate(kept)
 
 
-class _Eta:
-    """Time left, from the mean time per iteration of this run so far."""
-
-    def __init__(self, first_step: int, total_steps: int) -> None:
-        self.first_step = first_step
-        self.total_steps = total_steps
-        self._start = time.monotonic()
-
-    def remaining(self, step: int) -> str:
-        """Hours, minutes and seconds until `total_steps`; `-:--:--` before the first step is done."""
-        done = step - self.first_step
-        if done <= 0:
-            return "-:--:--"
-        seconds = round((time.monotonic() - self._start) / done * max(self.total_steps - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-class _PlainDisplay:
-    """One line every `log_interval` iterations, for logs and pipes; validation and the last iteration always."""
-
-    def __init__(self, console: Console, eta: _Eta, log_interval: int) -> None:
-        self._console = console
-        self._eta = eta
-        self._log_interval = log_interval
-
-    def show(self, step: int, numbers: Mapping[str, float]) -> None:
-        due = step % self._log_interval == 0 or step == self._eta.total_steps
-        if due or any(name.startswith("validation/") for name in numbers):
-            line = f"iteration {step}/{self._eta.total_steps} | {_words(numbers)} | eta {self._eta.remaining(step)}"
-            print(line, file=self._console.file, flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-class _LiveDisplay:
-    """A progress bar that stays at the bottom of the terminal; validation metrics scroll by above it."""
-
-    def __init__(self, console: Console, eta: _Eta) -> None:
-        self._eta = eta
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("eta {task.fields[eta]}"),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            console=console,
-            auto_refresh=False,
-        )
-        self._task = self._bar.add_task(
-            "", total=eta.total_steps, completed=eta.first_step, eta=eta.remaining(eta.first_step), numbers=""
-        )
-        self._bar.start()
-
-    def show(self, step: int, numbers: Mapping[str, float]) -> None:
-        validation = {name: value for name, value in numbers.items() if name.startswith("validation/")}
-        if validation:
-            self._bar.console.print(f"iteration {step} | {_words(validation)}", markup=False, highlight=False)
-        shown = {name: numbers[name] for name in _SHOWN_LIVE if name in numbers}
-        fields = {"numbers": _words(shown)} if shown else {}
-        self._bar.update(self._task, completed=step, eta=self._eta.remaining(step), **fields)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
 def _open_events(directory: str, purge_step: int) -> "SummaryWriter":
     """TensorBoard's writer. TensorBoard hides what earlier event files of the folder hold from `purge_step` on."""
     from torch.utils.tensorboard import SummaryWriter
@@ -233,8 +162,3 @@ def json_number(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _words(numbers: Mapping[str, float]) -> str:
-    """`loss 1.234 | lr 1e-05`."""
-    return " | ".join(f"{name} {value:.4g}" for name, value in numbers.items())

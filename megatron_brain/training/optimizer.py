@@ -1,10 +1,8 @@
 """Gradient buffers, AdamW and the learning-rate schedule, all megatron-core's."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -14,9 +12,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.models.provider import Chunk
+from megatron_brain.planning.summary import Row
 from megatron_brain.runtime.parallel import Parallel
-
-log = logging.getLogger(__name__)
 
 
 def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Parallel) -> list[DistributedDataParallel]:
@@ -47,20 +44,20 @@ def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Para
     if settings.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         model_config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
-        _log_overlap(wrapped)
     if settings.overlap_param_gather and wrapped[-1].module.post_process:
         _gather_before_head(wrapped[-1])
     return wrapped
 
 
-def _log_overlap(wrapped: Sequence[DistributedDataParallel]) -> None:
-    gathers = wrapped[0].ddp_config.overlap_param_gather
-    log.info(
-        "gradients are reduced during the backward pass%s: %d bucket(s) on the first stage, backend %s",
-        ", weights gathered during the forward pass" if gathers else "",
-        sum(len(chunk.bucket_groups) for chunk in wrapped),
-        dist.get_backend(wrapped[0].dp_group),
-    )
+def overlap(wrapped: Sequence[DistributedDataParallel]) -> list[Row]:
+    """What communication over replicas runs beside the computation, as a row of the banner; none where nothing does."""
+    settings = wrapped[0].ddp_config
+    if not settings.overlap_grad_reduce:
+        return []
+    gathers = ", weights gathered during the forward pass" if settings.overlap_param_gather else ""
+    buckets = sum(len(chunk.bucket_groups) for chunk in wrapped)
+    text = f"gradients are reduced during the backward pass{gathers}: {buckets} bucket(s) on the first pipeline stage"
+    return [("overlap", text)]
 
 
 def _gather_before_head(chunk: DistributedDataParallel) -> None:

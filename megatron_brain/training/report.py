@@ -35,8 +35,8 @@ def reduce_reports(
 
     Args:
         reports: one per micro-batch on the last pipeline stage; none on the others.
-        mean_names, max_names: the metrics every report carries, which all ranks know, so that two small
-            reductions suffice.
+        mean_names: the means every report carries. All ranks know these names, so two small reductions suffice.
+        max_names: the maxima every report carries.
     """
     sums = torch.zeros(1 + len(mean_names), 2, dtype=torch.float64)
     peaks = torch.full((len(max_names),), -torch.inf, dtype=torch.float64)

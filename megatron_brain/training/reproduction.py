@@ -16,6 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_brain.data.groups import Group, KnownLoss, PackedBatch, pack_groups, packed_length
+from megatron_brain.errors import ConfigError, UserError
 from megatron_brain.files import write_whole
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.parameter_names import global_parameters
@@ -140,25 +141,40 @@ def read_reproduction(path: str | Path) -> Reproduction:
     """Read a file of `write_reproduction`.
 
     Raises:
-        ValueError: the file is not one.
+        ConfigError: the file is not one.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _no_reproduction(path, error) from error
+    try:
         known, known_loss = values["known_gradient"], values.get("known_loss")
         return Reproduction(
             **values
             | {
-                "loss": float(values["loss"]),
-                "grad_norm": float(values["grad_norm"]),
+                "loss": _number(values["loss"]),
+                "grad_norm": _number(values["grad_norm"]),
                 "other_micro_batches": tuple(values["other_micro_batches"]),
                 "nonfinite_parameters": tuple(values["nonfinite_parameters"]),
-                "known_gradient": None if known is None else tuple(map(float, known)),
+                "known_gradient": None if known is None else tuple(map(_number, known)),
                 "known_loss": None if known_loss is None else _known_loss(known_loss),
                 "groups": tuple(_group(group) for group in values["groups"]),
             }
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a reproduction file of megatron_brain ({error})") from error
+    except (KeyError, TypeError, UserError) as error:
+        raise _no_reproduction(path, error) from error
+
+
+def _no_reproduction(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: not a reproduction file of megatron_brain ({error})")
+
+
+def _number(value: object) -> float:
+    """A number of the file, where one that is not finite is a text."""
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _group(values: dict) -> Group:
@@ -167,7 +183,7 @@ def _group(values: dict) -> Group:
         prompt=tuple(values["prompt"]),
         responses=tuple(map(tuple, values["responses"])),
         loss_masks=None if masks is None else tuple(map(tuple, masks)),
-        values={name: tuple(map(float, numbers)) for name, numbers in values["values"].items()},
+        values={name: tuple(map(_number, numbers)) for name, numbers in values["values"].items()},
         record_id=values["record_id"],
     )
 

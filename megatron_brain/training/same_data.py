@@ -13,7 +13,7 @@ import xxhash
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.corpus import Corpus, place_of
 from megatron_brain.data.records import RecordReader
-from megatron_brain.errors import AgreedError, is_ours
+from megatron_brain.errors import AgreedError, UserError
 from megatron_brain.files import explained
 from megatron_brain.runtime.parallel import Parallel
 
@@ -32,9 +32,7 @@ def read_on_all(read: Callable[[], T], parallel: Parallel) -> T:
     try:
         with explained():
             result = read()
-    except ValueError as error:
-        if not is_ours(error):
-            raise
+    except UserError as error:
         problem = error
     told = parallel.gather_over_world(None if problem is None else str(problem))
     failed = [rank for rank, text in enumerate(told) if text is not None]

@@ -102,7 +102,8 @@ def forward(chunks: Sequence[Chunk], batches: Sequence[PackedBatch], parallel: P
     """The model's output for every micro-batch, on all pipeline stages of the replica.
 
     Returns:
-        per batch `[N]` token log-probabilities of a policy or `[R]` rewards of a reward model, float32.
+        per batch `[N]` token log-probabilities of a policy (with `token_scores` `[3, N]`) or `[R]` rewards of a reward
+        model, float32.
     """
     if not batches:
         return []
@@ -115,8 +116,10 @@ def forward(chunks: Sequence[Chunk], batches: Sequence[PackedBatch], parallel: P
     if parallel.pp_size > 1:
         size = torch.tensor([output.numel() for output in outputs] or [0] * len(batches), device=parallel.device)
         sizes = parallel.broadcast_from_last_stage(size).tolist()
-        flat = torch.cat(outputs) if outputs else torch.empty(sum(sizes), device=parallel.device)
-        outputs = list(parallel.broadcast_from_last_stage(flat).split(sizes))
+        parts = [output.flatten() for output in outputs]
+        flat = torch.cat(parts) if parts else torch.empty(sum(sizes), device=parallel.device)
+        parts = parallel.broadcast_from_last_stage(flat).split(sizes)
+        outputs = [p.view(3, -1) if batch.token_scores else p for p, batch in zip(parts, batches, strict=True)]
     return outputs
 
 

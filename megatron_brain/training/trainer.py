@@ -17,18 +17,23 @@ from megatron_brain.checkpointing import (
     read_info,
     read_records,
 )
+from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
+from megatron_brain.planning.summary import Row
 from megatron_brain.runtime import signals
+from megatron_brain.training.banner import show_banner
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
     build_optimizer,
     clip_and_step,
     finish_param_gather,
+    overlap,
     wrap_for_training,
 )
+from megatron_brain.training.progress import shown_metrics
 from megatron_brain.training.replicas import check_replicas
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.run import Run
@@ -37,16 +42,37 @@ from megatron_brain.training.schedule import forward_backward, pack_micro_batche
 log = logging.getLogger(__name__)
 
 
+STEP_METRICS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped_steps",
+    "padding_fraction",
+    "response_length",
+    "seconds_per_step",
+    "tokens_per_second",
+)
+"""Names of the metrics of a step that every stage has."""
+
+
 class Stage(Protocol):
     """What a stage adds to the loop: its batches, its loss and what it measures."""
 
-    head: Head
     mean_metrics: tuple[str, ...]
     """Names of the means its loss reports besides the loss."""
     max_metrics: tuple[str, ...]
     """Names of the maxima its loss reports."""
+    shown_metrics: tuple[str, ...]
+    """Names of the few metrics that the console shows, in their order, of steps and of validations."""
     shared_prefix: bool
     train_iters: int
+
+    @classmethod
+    def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
+        """Names of all metrics that the stage logs, also of those that only some steps or validations have."""
+
+    def summary(self) -> Sequence[Row]:
+        """Rows of the banner: the length of the run, and the models and samples that the stage alone knows."""
 
     def micro_batches(self, trainer: "Trainer") -> Sequence[Sequence[Group]]:
         """This replica's micro-batches of the next step, the one after `trainer.iteration` steps."""
@@ -76,6 +102,25 @@ class Stage(Protocol):
         """Take up the state of an earlier run and the records of all its replicas."""
 
 
+def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequence[str]:
+    """Names of the metrics that the console shows: those of --log-metrics, or else the stage's own choice.
+
+    Raises:
+        AgreedError: --log-metrics has a name that is none of a metric.
+    """
+    known = (*STEP_METRICS, *stage.metric_names(config))
+    usual = [name for name in stage.shown_metrics if name in known]
+    return shown_metrics(config.logging.log_metrics, usual, known)
+
+
+def train(run: Run, make_stage: type[Stage]) -> None:
+    """Train a stage from its settings to its last iteration."""
+    metrics_on_console(run.config, make_stage)  # A mistake there is told before the data are read.
+    trainer = Trainer(run, make_stage(run))
+    show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
+    trainer.train()
+
+
 class Trainer:
     """Policy or reward model in training: model chunks, optimizer and schedule, and the loop over them."""
 
@@ -83,13 +128,13 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_warmup(self.config, stage.train_iters)
-        self._chunks = run.build_model(stage.head)
+        self._chunks = run.build_model(self.config.spec.head)
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(run.start_from, self._chunks, head=stage.head, verify=self.config.checkpoint.verify)
+            load_weights(run.start_from, self._chunks, head=self.config.spec.head, verify=self.config.checkpoint.verify)
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
@@ -98,13 +143,12 @@ class Trainer:
             self._resume()
         self._saver = self._open_saver()
         # Last: a start that fails leaves the files of an earlier run alone.
-        self.logger = run.open_logger(stage.train_iters)
+        self.logger = run.open_logger(stage.train_iters, metrics_on_console(self.config, stage))
 
-    @property
-    def chunks(self) -> list[Chunk]:
-        """The model's chunks with whole weights, which --overlap-param-gather leaves in shards after an update.
+    def gathered_chunks(self) -> list[Chunk]:
+        """The model's chunks with whole weights.
 
-        All ranks read it at the same points: it may have to gather.
+        All ranks call it: --overlap-param-gather leaves the weights in shards after an update, which are gathered here.
         """
         if self._weights_in_shards:
             finish_param_gather(self.wrapped)
@@ -191,7 +235,7 @@ class Trainer:
         self.scheduler.step(increment=1)
         self.iteration += 1
         if self.guard.compares_replicas_after(self.iteration):
-            check_replicas(self.chunks, self.parallel)
+            check_replicas(self.gathered_chunks(), self.parallel)
         metrics |= {"grad_norm": verdict.grad_norm, "lr": learning_rate, "skipped_steps": self.guard.skipped_steps}
         return metrics | self._count_tokens(batches)
 
@@ -280,7 +324,7 @@ class Trainer:
         )
         if self.config.checkpoint.save_optim:
             state.optimizer, state.scheduler = self.optimizer, self.scheduler
-        self._saver.save(self.iteration, self.chunks, state)
+        self._saver.save(self.iteration, self.gathered_chunks(), state)
 
     def finish_saving(self) -> None:
         """Wait for a checkpoint that is still being written.
@@ -311,8 +355,8 @@ class Trainer:
             self.config,
             self.parallel,
             self.run.tokenizer,
-            head=self.stage.head,
-            generation_config=self.run.generation_config,
+            head=self.config.spec.head,
+            generation_config=self.run.resolved.start.generation_config,
             protected=self.run.in_use,
         )
 
@@ -320,7 +364,7 @@ class Trainer:
         info = self.run.start_from
         load_training_state(
             info,
-            self.chunks,
+            self.gathered_chunks(),
             parallel=self.parallel,
             optimizer=self.optimizer,
             scheduler=self.scheduler,

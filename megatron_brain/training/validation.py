@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.schedule import LossFunction, forward, forward_backward, pack_micro_batches
@@ -27,8 +28,13 @@ def mean_loss(
     shared_prefix: bool,
     mean_names: Sequence[str] = (),
     max_names: Sequence[str] = (),
+    token_scores: bool = False,
 ) -> dict[str, float]:
-    """Loss and metrics of samples every replica holds, each replica computing its share."""
+    """Loss and metrics of samples every replica holds, each replica computing its share.
+
+    Args:
+        token_scores: of the batches that `loss_function` gets.
+    """
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -38,6 +44,7 @@ def mean_loss(
         batches = pack_micro_batches(
             window, parallel, shared_prefix=shared_prefix, multiple_of=chunks[0].packed_multiple
         )
+        batches = [dataclasses.replace(batch, token_scores=token_scores) for batch in batches]
         reports += forward_backward(chunks, batches, loss_function, parallel, forward_only=True)
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
@@ -53,6 +60,7 @@ def score_groups(
     shared_prefix: bool,
     window: int = _WINDOW,
     temperature: float = 1.0,
+    entropy: bool = False,
 ) -> list[list[Tensor]]:
     """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
 
@@ -61,9 +69,11 @@ def score_groups(
         window: micro-batches that share a padded length in a pipeline. With training's micro-batches and as many as a
             step has, scores are bit for bit what training computes.
         temperature: divides the logits behind the log-probabilities.
+        entropy: also tell the entropies of a policy, summed over the tokens of each response, in nats.
 
     Returns:
-        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
+        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages; with `entropy` `[2, n]`:
+        the log-probabilities and the entropies.
     """
     scored: list[list[Tensor]] = []
     for start in range(0, len(micro_batches), window):
@@ -73,10 +83,14 @@ def score_groups(
             shared_prefix=shared_prefix,
             multiple_of=chunks[0].packed_multiple,
         )
-        batches = [dataclasses.replace(batch, temperature=temperature) for batch in batches]
+        batches = [dataclasses.replace(batch, temperature=temperature, token_scores=entropy) for batch in batches]
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
-            values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
-            scored.append(list(values.split([len(group.responses) for group in batch.groups])))
+            values = output.cpu()
+            if entropy:
+                values = torch.stack([batch.sum_per_response(row) for row in values[:2]])
+            elif head == "policy":
+                values = batch.sum_per_response(values)
+            scored.append(list(values.split([len(group.responses) for group in batch.groups], dim=-1)))
     return scored
 
 

@@ -173,3 +173,29 @@ def chat(*turns: tuple[str, str]) -> list[dict]:
 
 def _write(path: Path, records: Sequence[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def commands_that_are_right(assets: Assets, folder: Path) -> dict[str, list[str]]:
+    """The commands that the tables give bad inputs to, with good ones."""
+    sft, pairs, prompts = (str(assets.records(kind)) for kind in ("sft", "pairs", "prompts"))
+    (folder / "judge.py").write_text("def score(prompts, responses, references):\n    return [1] * len(responses)\n")
+    return {
+        "sft": assets.sft_on(sft),
+        "sft on chats": assets.sft_on(str(assets.records("chats")), "--multi-turn-loss"),
+        "sft from Hugging Face": assets.sft("--train-data", sft, "--hf-model", str(assets.hf)),
+        "sft from nothing": assets.sft_from_sizes(str(assets.tokenizer)),
+        "sft resumed": assets.sft("--train-data", sft, "--load", str(assets.policy), "--train-iters", "3"),
+        "reward": assets.reward_on(pairs),
+        "brain": assets.brain_on(prompts),
+        "brain on rollouts": assets.brain_from("--rollout-data", str(assets.rollouts)),
+        "brain resumed": assets.brain_again(str(assets.brain)),
+        "generate": assets.generate_from(assets.policy),
+        "evaluate": assets.evaluate("--judge", "judge.py:score", "--reward-load", str(assets.reward)),
+        "check_data": assets.check(sft),
+        "preprocess_data": assets.preprocess(sft),
+        "train_tokenizer": assets.train_tokenizer(sft),
+        "convert_hf_to_megatron": ["convert_hf_to_megatron", "--hf-model", str(assets.hf), "--save", "converted"],
+        "convert_megatron_to_hf": assets.export(assets.policy),
+        "inspect_checkpoint": ["inspect_checkpoint", str(assets.policy)],
+        "plan": assets.plan(),
+    }

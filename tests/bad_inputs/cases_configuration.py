@@ -52,6 +52,12 @@ CASES = [
     BadInput("an epsilon below 0", _sft("--adam-eps", "-1"), r"adam_eps=-1.0", r"must be positive"),
     BadInput("a rate below 0", _sft("--lr", "-1"), r"lr=-1.0.*command line", r"must be positive"),
     BadInput("a deviation below 0", _sft("--init-method-std", "-1"), r"init_method_std=-1.0", r"must not be negative"),
+    BadInput(
+        "a metric of another stage",
+        _sft("--log-metrics", "loss,kl_to_prior"),
+        r"log_metrics='loss,kl_to_prior': this stage has no metric 'kl_to_prior'",
+        r"only loss, grad_norm, .*'all' shows all",
+    ),
     BadInput("two configurations", _sft("--config", "a", "--config", "b"), r"2 times \(a, b\)", r"give one file"),
     BadInput(
         "no configuration where one is named",

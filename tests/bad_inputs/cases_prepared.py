@@ -120,7 +120,7 @@ CASES = [
     BadInput(
         "an id that the tokenizer does not have",
         _prepared(_first_ids),
-        r"data: document \d is damaged \(ValueError: it is not what was written, by its checksum\)",
+        r"data: document \d is damaged \(it is not what was written, by its checksum\)",
         r"prepare the records again",
         leaves=UNFINISHED_RUN,
     ),

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from megatron_brain import __main__ as stages
-from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain import __main__ as command_line
+from megatron_brain.config.stage_spec import stages
 from megatron_brain.runtime.launch import _LAUNCHERS
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +62,8 @@ def run_here(argv: Sequence[str]) -> int:
     root.handlers.clear()  # else logging.basicConfig of the command would do nothing
     sys.argv[0] = f"{argv[0]}.py"  # argparse, of a tool, begins its message with it
     try:
-        if argv[0] in STAGE_SECTIONS:
-            return stages.main(argv)
+        if argv[0] in stages():
+            return command_line.main(argv)
         return _tool(argv[0]).main(argv[1:])
     except SystemExit as stopped:  # argparse, of a tool
         return stopped.code
@@ -75,7 +75,7 @@ def run_here(argv: Sequence[str]) -> int:
 
 def run_apart(argv: Sequence[str], environment: Mapping[str, str]) -> Outcome:
     """A stage or a tool as a process of its own, in the working directory."""
-    command = ["-m", "megatron_brain", *argv] if argv[0] in STAGE_SECTIONS else [_path(argv[0]), *argv[1:]]
+    command = ["-m", "megatron_brain", *argv] if argv[0] in stages() else [_path(argv[0]), *argv[1:]]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},

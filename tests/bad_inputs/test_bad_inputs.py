@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from pathlib import Path
 
-import datasets
-import huggingface_hub
 import pytest
 
 from bad_inputs import (
@@ -31,10 +27,9 @@ from bad_inputs import (
     cases_templates,
     cases_tokenizers,
 )
-from bad_inputs.assets import Assets, write_assets
-from bad_inputs.case import BadInput, Site
-from bad_inputs.running import LAUNCHER_VARIABLES, Outcome, run_apart, run_here, snapshot
-from megatron_brain.runtime import parallel
+from bad_inputs.assets import commands_that_are_right
+from bad_inputs.case import BadInput
+from bad_inputs.running import Outcome, run_apart, run_here, snapshot
 
 TABLES: dict[str, list[BadInput]] = {
     "configuration": cases_configuration.CASES,
@@ -52,43 +47,6 @@ TABLES: dict[str, list[BadInput]] = {
     "place to write": cases_places.CASES,
 }
 """Cases by category."""
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[pytest.MonkeyPatch]:
-    """No launcher and no hub, and the process groups of the test session stay where a stage would leave its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in LAUNCHER_VARIABLES:
-            patch.delenv(name, raising=False)
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(parallel, "stop", lambda: None)
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def assets(alone, single, tmp_path_factory) -> Iterator[Assets]:
-    """What the bad inputs are made of; no case may have changed it."""
-    root = tmp_path_factory.mktemp("assets")
-
-    def run(argv: list[str]) -> None:
-        assert run_here(argv) == 0, argv
-
-    made = write_assets(root, run)
-    before = snapshot(root)
-    yield made
-    assert snapshot(root) == before
-
-
-@pytest.fixture
-def site(assets, tmp_path, monkeypatch) -> Iterator[Site]:
-    """An empty folder, which is the working directory; what was imported from it is forgotten afterwards."""
-    monkeypatch.chdir(tmp_path)
-    yield Site(tmp_path, assets)
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def _parameters() -> Iterator:
@@ -124,32 +82,6 @@ def _run(case: BadInput, argv: list[str], monkeypatch: pytest.MonkeyPatch, capfd
     capfd.readouterr()
     status = run_here(argv)
     return Outcome(status, *capfd.readouterr())
-
-
-def commands_that_are_right(assets: Assets, folder: Path) -> dict[str, list[str]]:
-    """The commands that the tables give bad inputs to, with good ones."""
-    sft, pairs, prompts = (str(assets.records(kind)) for kind in ("sft", "pairs", "prompts"))
-    (folder / "judge.py").write_text("def score(prompts, responses, references):\n    return [1] * len(responses)\n")
-    return {
-        "sft": assets.sft_on(sft),
-        "sft on chats": assets.sft_on(str(assets.records("chats")), "--multi-turn-loss"),
-        "sft from Hugging Face": assets.sft("--train-data", sft, "--hf-model", str(assets.hf)),
-        "sft from nothing": assets.sft_from_sizes(str(assets.tokenizer)),
-        "sft resumed": assets.sft("--train-data", sft, "--load", str(assets.policy), "--train-iters", "3"),
-        "reward": assets.reward_on(pairs),
-        "brain": assets.brain_on(prompts),
-        "brain on rollouts": assets.brain_from("--rollout-data", str(assets.rollouts)),
-        "brain resumed": assets.brain_again(str(assets.brain)),
-        "generate": assets.generate_from(assets.policy),
-        "evaluate": assets.evaluate("--judge", "judge.py:score", "--reward-load", str(assets.reward)),
-        "check_data": assets.check(sft),
-        "preprocess_data": assets.preprocess(sft),
-        "train_tokenizer": assets.train_tokenizer(sft),
-        "convert_hf_to_megatron": ["convert_hf_to_megatron", "--hf-model", str(assets.hf), "--save", "converted"],
-        "convert_megatron_to_hf": assets.export(assets.policy),
-        "inspect_checkpoint": ["inspect_checkpoint", str(assets.policy)],
-        "plan": assets.plan(),
-    }
 
 
 def test_the_commands_succeed_where_nothing_is_wrong_with_their_input(site):

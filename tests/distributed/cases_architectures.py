@@ -30,7 +30,7 @@ def expect_training_of_one_process(name: str, layout: Layout, context: Context) 
         ),
     )
     steps = [step(trainer) for _ in range(STEPS)]
-    weights = gather_weights(trainer.chunks)
+    weights = gather_weights(trainer.gathered_chunks())
     actual = {key: [metrics[key] for metrics in steps] for key in ("loss", "grad_norm")}
     expected = context.reference(f"architecture_{name}", actual)
     for key, values in expected.items():

@@ -124,7 +124,7 @@ def gradients(layout: Layout, context: Context, *extra: str) -> tuple[float, dic
     metrics = reduce_reports(reports, parallel, mean_names=stage.mean_metrics, max_names=stage.max_metrics)
     return metrics["loss"], {
         f"{number}.{name}": parameter.main_grad.clone()
-        for number, chunk in enumerate(trainer.chunks)
+        for number, chunk in enumerate(trainer.gathered_chunks())
         for name, parameter in chunk.named_parameters()
     }
 

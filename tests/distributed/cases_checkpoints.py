@@ -107,12 +107,12 @@ def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: C
     with pytest.raises(AgreedError, match="rank 0: iter_0000001; rank 1: iter_0000002"):
         open_trainer("sft", flags_of("sft", layout, context, *flags, "--load", str(mine)))
     with pytest.raises(CheckpointError, match="different checkpoints in .*: iter_0000001, iter_0000002"):
-        load_weights(read_info(mine), trainer.chunks, head="policy")
+        load_weights(read_info(mine), trainer.gathered_chunks(), head="policy")
     if trainer.parallel.rank == 1:
         (path / "iter_0000002" / "tensors.json").unlink()
     torch.distributed.barrier()
-    with pytest.raises(ValueError, match="has no tensors.json"):
-        load_weights(read_info(path), trainer.chunks, head="policy")
+    with pytest.raises(AgreedError, match="has no tensors.json"):
+        load_weights(read_info(path), trainer.gathered_chunks(), head="policy")
 
 
 @at(lambda layout: layout.name in ("tp2", "tp4"))
@@ -121,6 +121,7 @@ def case_boxes_that_several_ranks_have_are_written_once_and_evenly(layout: Layou
     from megatron_brain.checkpointing.boxes import Box
     from megatron_brain.checkpointing.storage import read_boxes, read_tensors, write_boxes
     from megatron_brain.config.parallel import ParallelConfig
+    from megatron_brain.errors import AgreedError
     from megatron_brain.runtime.parallel import start
 
     place = start(ParallelConfig(tensor_model_parallel_size=layout.tp), seed=1)
@@ -145,7 +146,7 @@ def case_boxes_that_several_ranks_have_are_written_once_and_evenly(layout: Layou
         files[-1].write_bytes(b"?" * sizes[-1])
     torch.distributed.barrier()
     by = rf".*\(found by rank {size - 1}\)" if size > 1 else ""
-    with pytest.raises(ValueError, match=f"{files[-1].name} is damaged{by}"):
+    with pytest.raises(AgreedError, match=f"{files[-1].name} is damaged{by}"):
         read_boxes([mine], folder)
 
 

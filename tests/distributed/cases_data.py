@@ -72,7 +72,7 @@ def case_one_date_for_all_ranks_and_days(layout: Layout, context: Context) -> No
     assert resumed.iteration == 1 and _texts(resumed, context) == first
     assert resumed.config.tokenizer.template_date == "2026-11-30T23:59:58"
     message = "the date in the chat template was 2026-11-30T23:59:58, now it is 2026-12-24T00:00:00"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AgreedError, match=message):
         open_trainer("sft", [*flags, "--template-date", "2026-12-24"])
 
 

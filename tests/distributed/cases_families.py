@@ -58,7 +58,7 @@ def _our_logits(trainer, sequences: torch.Tensor) -> torch.Tensor:
     from megatron_brain.data.groups import Group
     from megatron_brain.training.schedule import forward, pack_micro_batches
 
-    chunks, parallel = trainer.chunks, trainer.run.parallel
+    chunks, parallel = trainer.gathered_chunks(), trainer.run.parallel
     groups = [[Group(prompt=(ids[0],), responses=(tuple(ids[1:]),))] for ids in sequences.tolist()]
     batches = pack_micro_batches(groups, parallel, shared_prefix=False)
     last = chunks[-1]

@@ -33,7 +33,7 @@ def case_a_step_with_nan_on_one_rank_is_skipped_by_all(layout: Layout, context: 
         _assert_equal(_weights(trainer), before[0])
         _assert_equal(_moments(trainer), before[1])
         assert trainer.iteration == 2 and metrics["skipped_steps"] == 1
-        assert all(not p.main_grad.any() for chunk in trainer.chunks for p in chunk.parameters())
+        assert all(not p.main_grad.any() for chunk in trainer.gathered_chunks() for p in chunk.parameters())
         _assert_culprit(trainer, folder / "nonfinite", micro_batch, record, rank)
         following = _numbers(step(trainer))
         if extra:
@@ -58,7 +58,7 @@ def case_a_flipped_bit_names_the_weight_and_the_rank(layout: Layout, context: Co
 
     text = "nothing"
     try:
-        check_replicas(trainer.chunks, trainer.parallel)
+        check_replicas(trainer.gathered_chunks(), trainer.parallel)
     except RuntimeError as error:
         text = str(error)
     told = trainer.parallel.gather_over_world((text, name))
@@ -87,7 +87,7 @@ def _one_skipped_by_hand(layout: Layout, context: Context) -> tuple[list[torch.T
 
 
 def _weights(trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for chunk in trainer.chunks for p in chunk.parameters()]
+    return [p.detach().clone() for chunk in trainer.gathered_chunks() for p in chunk.parameters()]
 
 
 def _moments(trainer) -> list[torch.Tensor]:
@@ -146,7 +146,7 @@ def _nan_gradient(trainer):
     """NaN in the gradient of one norm on the world's last rank; nothing else is touched before the reduction."""
     micro_batch, record = _target(trainer)
     last = trainer.parallel.world_size - 1
-    norm, here = trainer.chunks[-1].decoder.layers[-1].input_layernorm, [False]
+    norm, here = trainer.gathered_chunks()[-1].decoder.layers[-1].input_layernorm, [False]
 
     def look(module, args):
         here[0] = _holds(args[0], record)
@@ -156,7 +156,7 @@ def _nan_gradient(trainer):
 
     handles = []
     if trainer.parallel.rank == last:
-        handles = [trainer.chunks[-1].register_forward_pre_hook(look), norm.register_forward_hook(poison)]
+        handles = [trainer.gathered_chunks()[-1].register_forward_pre_hook(look), norm.register_forward_hook(poison)]
     yield micro_batch, record, last
     for handle in handles:
         handle.remove()
@@ -187,7 +187,7 @@ def _held_twice(trainer) -> tuple[str, torch.nn.Parameter | None]:
     """A weight of this rank that another rank holds too: any with replicas, else a norm, else the tied embedding."""
     from megatron_brain.models.parameter_names import global_parameters
 
-    parameters, parallel = dict(global_parameters(trainer.chunks)), trainer.parallel
+    parameters, parallel = dict(global_parameters(trainer.gathered_chunks())), trainer.parallel
     if parallel.dp_size > 1 or parallel.tp_size > 1:
         return next((name, p) for name, p in parameters.items() if name.endswith("layernorm.weight"))
     if parallel.is_last_stage:

@@ -138,11 +138,21 @@ def case_no_positions(layout: Layout, context: Context) -> None:
 
 
 @at(lambda layout: layout.pp == layout.dp == 1)
-def case_two_reductions_however_small_the_blocks(layout: Layout, context: Context) -> None:
+def case_as_many_reductions_however_small_the_blocks(layout: Layout, context: Context) -> None:
     group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[1])
     weight = problem.weight.chunk(group.size())[group.rank()]
-    with mock.patch.object(logprobs.dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-        logprobs.vocab_parallel_token_scores(
-            problem.hidden, weight, problem.targets, group=group, vocab_size=problem.vocab_size, chunk_size=1
-        )
-    assert all_reduce.call_count == (2 if group.size() > 1 else 0)
+    for compute, count in ((logprobs.vocab_parallel_logprobs, 2), (logprobs.vocab_parallel_token_scores, 3)):
+        with mock.patch.object(logprobs.dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            compute(problem.hidden, weight, problem.targets, group=group, vocab_size=problem.vocab_size, chunk_size=1)
+        assert all_reduce.call_count == (count if group.size() > 1 else 0)
+
+
+@at(lambda layout: layout.pp == layout.dp == 1)
+def case_entropy_moves_no_bit_of_the_log_probabilities(layout: Layout, context: Context) -> None:
+    group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[0])
+    hidden = problem.hidden.repeat(50, 1) + torch.linspace(0, 1, 50 * POSITIONS)[:, None]  # Many sums, of other values.
+    arguments = hidden, problem.weight.chunk(group.size())[group.rank()], problem.targets.repeat(50)
+    for chunk_size in CHUNK_SIZES[1:]:
+        options = {"group": group, "vocab_size": problem.vocab_size, "chunk_size": chunk_size}
+        scores = logprobs.vocab_parallel_token_scores(*arguments, **options)
+        assert torch.equal(scores.logprobs, logprobs.vocab_parallel_logprobs(*arguments, **options)), chunk_size

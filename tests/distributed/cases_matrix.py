@@ -34,7 +34,7 @@ def train(entry: Entry, layout: Layout, context: Context, *extra: str) -> tuple[
     assert len(shares) == 1 or any(len(set(step)) > 1 for step in zip(*shares, strict=True)), (
         "some step gives replicas different numbers of tokens"
     )
-    weights = gather_weights(trainer.chunks)
+    weights = gather_weights(trainer.gathered_chunks())
     return {name: [step[name] for step in steps] for name in ("loss", "grad_norm")}, weights
 
 

@@ -79,7 +79,7 @@ def steps_of_each(layout: Layout, context: Context, flags, ways) -> tuple[dict[s
             metrics = trainer.step(micro_batches)
             for name, values in found.items():
                 values.append(metrics[name])
-    return found, gather_weights(trainer.chunks)
+    return found, gather_weights(trainer.gathered_chunks())
 
 
 @halves

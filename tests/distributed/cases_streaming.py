@@ -21,6 +21,7 @@ def case_processes_share_the_files_and_stop_together(layout: Layout, context: Co
     from megatron_brain.conversion.errors import ConversionError
     from megatron_brain.conversion.output_folder import verified_folder
     from megatron_brain.conversion.workers import Workers
+    from megatron_brain.errors import ConfigError
 
     workers = Workers()
     root = context.shared / f"streaming_{context.world_size}"
@@ -62,7 +63,7 @@ def case_processes_share_the_files_and_stop_together(layout: Layout, context: Co
         convert(to_hf_of(checkpoint), root / "refused", workers)
     assert not (root / "refused").exists()
     assert not (root / "refused.unverified" / "config.json").exists()
-    with pytest.raises(ValueError, match="^--save .* exists and is not empty"), verified_folder(checkpoint, workers):
+    with pytest.raises(ConfigError, match="^--save .* exists and is not empty"), verified_folder(checkpoint, workers):
         pass
 
 

@@ -20,8 +20,9 @@ _DATA = {"sft": "sft.jsonl", "reward": "pairs.jsonl", "brain": "prompts.jsonl"}
 def open_trainer(stage: str, flags: Sequence[str]) -> "Trainer":
     """A stage's trainer, as its `main` makes it."""
     from megatron_brain.config.loader import load_config
-    from megatron_brain.stages import reward, sft
     from megatron_brain.stages.brain import stage as brain
+    from megatron_brain.stages.reward import stage as reward
+    from megatron_brain.stages.sft import stage as sft
     from megatron_brain.training.run import open_run
     from megatron_brain.training.trainer import Trainer
 
@@ -51,7 +52,7 @@ def train(stage: str, layout: Layout, context: Context, *extra: str) -> dict[str
     flags = ["--train-iters", str(STEPS), "--lr-decay-style", "constant", *extra]
     trainer = open_trainer(stage, flags_of(stage, layout, context, *flags))
     steps = [step(trainer) for _ in range(STEPS)]
-    assert all(torch.isfinite(p).all() for chunk in trainer.chunks for p in chunk.parameters())
+    assert all(torch.isfinite(p).all() for chunk in trainer.gathered_chunks() for p in chunk.parameters())
     return {name: [metrics[name] for metrics in steps] for name in ("loss", "grad_norm")}
 
 

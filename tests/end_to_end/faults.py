@@ -10,7 +10,6 @@ waits for a save to begin.
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import random
@@ -275,8 +274,10 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     # Imported once, here, for all ranks to come.
-    for stage in ("sft", "reward", "brain.stage"):
-        importlib.import_module(f"megatron_brain.stages.{stage}")
+    from megatron_brain.config.stage_spec import stage_spec
+
+    for stage in ("sft", "reward", "brain"):
+        stage_spec(stage).load()
     report = run_faults(args.folder, stage=args.stage, kills=args.kills, count=args.ranks, seed=args.seed)
     print(json.dumps(vars(report), indent=2))
     return 1 if report.corrupt or report.differences else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.assets import SIZES, write_assets
+from helpers.console import strange_lines
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,7 +32,9 @@ def run(*command: str) -> str:
 
 def stage(name: str, *flags: str, processes: int = 2) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return run(sys.executable, *launcher, "-m", "megatron_brain", name, *LENGTHS, *flags)
+    output = run(sys.executable, *launcher, "-m", "megatron_brain", name, *LENGTHS, *flags)
+    assert not strange_lines(output) and output.count(f"{name} with megatron_brain ") == 1, output
+    return output
 
 
 def tool(name: str, *flags: str) -> str:
@@ -89,6 +92,16 @@ def _write_base_model(work: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(work / "base_hf")
     tokenizer.save_pretrained(work / "base_hf")
+
+
+def test_layouts_that_make_libraries_warn_print_our_lines_alone(chain, tmp_path):
+    output = stage(
+        *("sft", "--load", str(chain / "base"), "--finetune", "--save", str(tmp_path / "sft")),
+        *("--train-data", str(chain / "sft.jsonl"), "--train-iters", "2", "--global-batch-size", "4", "--bf16"),
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--recompute-granularity", "selective"),
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    )
+    assert output.count("iteration ") == 2 and "tensor 2 x data 1 x pipeline 1; sequence parallel" in output
 
 
 def test_sft_lowers_the_validation_loss(chain):

@@ -32,12 +32,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from megatron_brain.checkpointing import load_weights
 from megatron_brain.config.loader import load_config
+from megatron_brain.config.stage_spec import stage_spec
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
 from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
+from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.trainer import train as training_loop
 from megatron_brain.training.validation import score_groups
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +125,7 @@ def stage(name: str, *flags: object) -> Run:
 def train(name: str, *flags: object) -> Run:
     """Run a training stage as its command would, quietly."""
     run = stage(name, *flags, "--no-progress")
-    importlib.import_module("megatron_brain.stages." + name.replace("brain", "brain.stage")).main(run)
+    training_loop(run, stage_spec(name).load())
     return run
 
 
@@ -207,7 +210,7 @@ def rewards_here(run: Run, records: list[dict]) -> list[float]:
     """Rewards of a training run's model, from its checkpoint, as the evaluate stage computes them."""
     encode, respond = run.tokenizer.encode_prompt, run.tokenizer.encode_response
     groups = [[Group(prompt=tuple(encode(r["prompt"])), responses=(tuple(respond(r["completion"])),))] for r in records]
-    chunks = run.load_frozen(run.config.checkpoint.save, "reward")
+    chunks = run.load_frozen(find_frozen(run.config, "reward", run.config.checkpoint.save, "reward", 1))
     return [
         rewards.item() for [rewards] in score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=True)
     ]

@@ -84,6 +84,6 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint_and_the_trajectory_
         job.wait_for_iteration(work / "stopped", began + 7)
         job.send(signal.SIGKILL, rank=1)
         assert job.finish() == 0, job.output[-5000:]
-    assert job.output.count("INFO megatron_brain.training.run: transformer implementation") == 2, "no restart"
+    assert job.output.count("sft with megatron_brain") == 2, "no restart"
     assert trajectory(work / "stopped") == trajectory(work / "uninterrupted")
     assert last_iteration(work / "stopped") == ITERATIONS

@@ -12,8 +12,8 @@ from megatron_brain.__main__ import main
 from megatron_brain.checkpointing import CheckpointInfo
 from megatron_brain.config.loader import load_config
 from megatron_brain.planning.memory import Memory
-from megatron_brain.stages.reward import RewardStage
-from megatron_brain.stages.sft import SFTStage
+from megatron_brain.stages.reward.stage import RewardStage
+from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training.run import open_run
 
 
@@ -247,6 +247,7 @@ def test_what_a_start_refuses_is_refused_in_the_same_words(mistake, assets, monk
         (["--load", "/no/sft", "--finetune"], "--load /no/sft is not on this machine and the model's sizes"),
         (["--hf-model", "/no/hf"], "--hf-model /no/hf is not on this machine and the model's sizes"),
         (["--load", "policy", "--finetune", "--lr-warmup-iters", "9"], "less than the run's 5 iterations"),
+        (["--load", "policy", "--finetune", "--log-metrics", "los"], "'all' shows all; did you mean 'loss'?"),
     ],
 )
 def test_what_a_dry_run_cannot_do_or_foresees_is_refused_with_a_cure(

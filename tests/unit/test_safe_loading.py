@@ -53,7 +53,7 @@ def test_a_tokenizer_that_brings_code_does_not_run_it(tmp_path, proof):
     add_auto_map(folder / "tokenizer_config.json", auto_map, tokenizer_class="Tokenizer")
     try:
         build_tokenizer("HuggingFaceTokenizer", str(folder))
-    except ValueError as error:
+    except ConfigError as error:
         assert "AutoTokenizer cannot read it" in str(error)
     assert not proof.exists()
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -77,7 +77,7 @@ def test_a_model_that_brings_code_does_not_run_it(model, proof, architecture):
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     add_auto_map(model / "config.json", auto_map, architectures=[architecture])
     if architecture == "Model":
-        with pytest.raises(ValueError, match=r"architectures=\['Model'\] is not supported"):
+        with pytest.raises(ConfigError, match=r"architectures=\['Model'\] is not supported"):
             read_hf_architecture(model)
     else:
         assert read_hf_architecture(model)["hidden_size"] == 8
@@ -86,7 +86,7 @@ def test_a_model_that_brings_code_does_not_run_it(model, proof, architecture):
 
 def test_a_model_of_pickled_weights_is_refused(model):
     torch.save({"lm_head.weight": torch.zeros(64, 8)}, model / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         SafetensorsReader(model)
 
 
@@ -103,7 +103,7 @@ def test_remote_code_cannot_be_allowed_by_a_file_or_a_flag(tmp_path):
 def test_a_settings_file_makes_plain_values_only(tmp_path, proof):
     settings = tmp_path / "sft.yaml"
     settings.write_text(f"train_data: !!python/object/apply:os.system ['touch {proof}']\nload: ckpt\n")
-    with pytest.raises(ValueError, match="sft.yaml"):
+    with pytest.raises(ConfigError, match="sft.yaml"):
         load_config("sft", ["--config", str(settings)])
     assert not proof.exists()
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from megatron_brain.errors import ConfigError
 from megatron_brain.user_functions import ScoringFunction, UserFunctionError
 
 COLUMNS = (["p"] * 5, ["a", "bb", "ccc", "dddd", "eeeee"], ["r"] * 5)
@@ -29,12 +30,12 @@ def test_a_judge_that_cannot_be_loaded_is_named_with_what_would_be_right(tmp_pat
     path.write_text("score = 1\n")
     (tmp_path / "judge.txt").write_text("def score(p, y, r): return y\n")
     for name in (f"{tmp_path}/absent.py:score", str(path), "score", str(tmp_path) + ":score"):
-        with pytest.raises(ValueError, match=r"judge=.*give path/to/file.py:function; .* is no file"):
+        with pytest.raises(ConfigError, match=r"judge=.*give path/to/file.py:function; .* is no file"):
             ScoringFunction(name, "judge")
     for function in ("score", "absent"):
-        with pytest.raises(ValueError, match=f"my_judge.py has no function {function}"):
+        with pytest.raises(ConfigError, match=f"my_judge.py has no function {function}"):
             ScoringFunction(f"{path}:{function}", "judge")
-    with pytest.raises(ValueError, match="is no Python file"):
+    with pytest.raises(ConfigError, match="is no Python file"):
         ScoringFunction(f"{tmp_path}/judge.txt:score", "judge")
 
 

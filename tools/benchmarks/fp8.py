@@ -70,11 +70,8 @@ def run(args: argparse.Namespace) -> dict:
     lengths, moved = _numbers(args.lengths, int, "--lengths"), _numbers(args.moved, float, "--moved")
     with_gradient = _gradient_lengths(args.gradient_lengths, lengths)
     _check(args)
-    try:
-        opened = _open(args, max(lengths))
-        prompts = [prompt.tokens for prompt in read_prompts(opened)]
-    except ValueError as error:  # What a start says of a user's mistake.
-        raise ConfigError(str(error)) from error
+    opened = _open(args, max(lengths))
+    prompts = [prompt.tokens for prompt in read_prompts(opened)]
     study = _Study(opened, args, moved)
     groups = study.draw(prompts)
     report: dict = {"groups": len(groups), "samples": args.samples, "lengths": {}}

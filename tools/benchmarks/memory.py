@@ -237,9 +237,10 @@ def measure_steps(stage: str, flags: list[str], *, steps: int = _STEPS) -> dict:
 
 def _train(stage: str, flags: list[str], steps: int) -> None:
     from megatron_brain.generation.sampler import Sampler
-    from megatron_brain.stages import reward, sft
     from megatron_brain.stages.brain import rounds
     from megatron_brain.stages.brain import stage as brain
+    from megatron_brain.stages.reward import stage as reward
+    from megatron_brain.stages.sft import stage as sft
     from megatron_brain.training import trainer
     from megatron_brain.training.run import open_run
 

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from megatron_brain.config.loader import config_from_dict
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.conversion.registry import family_for_export
 from megatron_brain.conversion.weights import hf_tensors
 from megatron_brain.data.groups import Group
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.provider import Chunk, Head
+from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.brain import brain_loss, posterior_log_weights
 from megatron_brain.stages.brain.rollouts import Response, Rollout, write_rollouts
 from megatron_brain.stages.brain.stage import BrainStage
+from megatron_brain.startup.disk import Start
 from megatron_brain.training.run import Run, open_run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 from megatron_brain.training.trainer import Trainer
@@ -298,7 +300,7 @@ class OurPolicy:
 
     def gradients(self) -> dict[str, Tensor]:
         """What `forward_backward` left, by the names and in the shapes of transformers."""
-        (chunk,) = self.trainer.chunks
+        (chunk,) = self.trainer.gathered_chunks()
         with _gradients_as_weights(chunk):
             model = self.run.config.model
             tensors = hf_tensors(chunk, model, "policy", family_for_export(model))
@@ -322,8 +324,8 @@ class OurScorer:
     """Frozen chunks that score groups as a round does."""
 
     def __init__(self, run: Run, directory: Path, *, head: Head) -> None:
-        model = dataclasses.replace(run.config.model, hf_model=str(directory))
-        self.run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+        resolved = dataclasses.replace(run.resolved, start=Start(hf_model=str(directory)))
+        self.run = dataclasses.replace(run, resolved=resolved)
         self.head = head
         self.chunks = self.run.build_model(head)
         for chunk in self.chunks:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_brain.config.fp8 import Fp8Config
+from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.generation.sampler import Sampler
-from megatron_brain.models.provider import Chunk, Head
-from megatron_brain.training.frozen import read_frozen_info
+from megatron_brain.models.provider import Chunk
+from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
 
@@ -54,8 +55,8 @@ class Model:
     def __init__(self, run: Run, precision: str, name: str, directory: Path, head: Head) -> None:
         self._run = run_in(run, precision)
         self._head = head
-        info = read_frozen_info(name, str(directory), head)
-        (self.chunk,) = self._run.load_frozen(str(info.path), head)
+        found = find_frozen(self._run.config, name, str(directory), head, self._run.parallel.world_size)
+        (self.chunk,) = self._run.load_frozen(found)
         self.take(self.weights())
 
     def weights(self) -> list[Tensor]:

@@ -197,13 +197,8 @@ def _required(table: dict[tuple[int, int, int], float], shape: Shape, timed: dic
 
 
 def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict:
-    """Relative L2 differences of our gradients from the baseline's: of all together, and of the worst tensor.
-
-    Raises:
-        ValueError: they are not gradients of the same tensors.
-    """
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"gradients of different tensors: {sorted(ours.keys() ^ theirs.keys())}")
+    """Relative L2 differences of our gradients from the baseline's: of all together, and of the worst tensor."""
+    assert ours.keys() == theirs.keys(), f"gradients of different tensors: {sorted(ours.keys() ^ theirs.keys())}"
     squares = {
         name: ((ours[name].double() - right.double()).square().sum().item(), right.double().square().sum().item())
         for name, right in theirs.items()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_brain.errors import ConfigError
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
 from megatron_brain.planning.report import layout_name
@@ -25,7 +26,7 @@ def fastest(model: str, gpus: int, groups: int, **question: object) -> Plan:
     """The fastest layout of a BRAIn step of `groups` groups on so many H100.
 
     Raises:
-        ValueError: none fits.
+        ConfigError: none fits.
     """
     lengths = {"prompt_length": _PROMPT, "response_length": _RESPONSE, "samples_per_prompt": _SAMPLES}
     plans, rejections = search(
@@ -39,7 +40,7 @@ def fastest(model: str, gpus: int, groups: int, **question: object) -> Plan:
         )
     )
     if not plans:
-        raise ValueError(f"{model} on {gpus} GPUs: none of {len(rejections)} layouts fits")
+        raise ConfigError(f"{model} on {gpus} GPUs: none of {len(rejections)} layouts fits")
     return plans[0]
 
 
@@ -110,13 +111,13 @@ def replace_tables(text: str) -> str:
     """The page with its tables replaced.
 
     Raises:
-        ValueError: the page lacks a marker.
+        ConfigError: the page lacks a marker.
     """
     for name, table in TABLES.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"markers {begin!r} and {end!r} are missing")
+            raise ConfigError(f"markers {begin!r} and {end!r} are missing")
         text = pattern.sub(f"{begin}\n{table()}\n{end}", text)
     return text
 

@@ -1,1 +1,1 @@
-"""Families of Hugging Face models, one file each: `FAMILY`, or `UNSUPPORTED` where our network cannot compute it."""
+"""Families of Hugging Face models, one file each. `conversion.registry` lists them."""

@@ -1,4 +1,4 @@
-"""Items of the stages as documents and back."""
+"""Items as documents and back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any, Generic
 
 from megatron_brain.data.groups import Group
 from megatron_brain.data.prepared.documents import Document
-from megatron_brain.data.records import Item, PreferencePair, Prompt
+from megatron_brain.data.records import Item, ItemKind, PreferencePair, Prompt
 
 
 class Codec(ABC, Generic[Item]):
-    """Items of one stage as documents and back."""
+    """Items of one kind as documents and back."""
 
     @abstractmethod
     def encode(self, item: Item, row: int) -> Document:
@@ -45,7 +45,7 @@ class _PairCodec(Codec[PreferencePair]):
         return Document([item.group.prompt, *item.group.responses], fields)
 
     def decode(self, document: Document) -> PreferencePair:
-        return PreferencePair(group=CODECS["sft"].decode(document), margin=document.fields["margin"])
+        return PreferencePair(group=CODECS["group"].decode(document), margin=document.fields["margin"])
 
 
 class _PromptCodec(Codec[Prompt]):
@@ -66,8 +66,8 @@ class _PromptCodec(Codec[Prompt]):
         )
 
 
-CODECS: dict[str, Codec] = {"sft": _GroupCodec(), "reward": _PairCodec(), "brain": _PromptCodec()}
-"""By the stage whose records they are."""
+CODECS: dict[ItemKind, Codec[Any]] = {"group": _GroupCodec(), "pair": _PairCodec(), "prompt": _PromptCodec()}
+"""By the `RecordReader.item_kind`."""
 
 
 def _run_lengths(mask: Sequence[bool]) -> list[int]:

@@ -42,10 +42,9 @@ class Document:
         """The same with a checksum among its fields."""
         return Document(self.sequences, {**self.fields, "checksum": self._checksum()})
 
-    def require_checksum(self) -> None:
-        """Raise ValueError where the document is not the one that the checksum was made of."""
-        if self.fields.get("checksum") != self._checksum():
-            raise ValueError("it is not what was written, by its checksum")
+    def is_whole(self) -> bool:
+        """Whether the document is the one that its checksum was made of."""
+        return self.fields.get("checksum") == self._checksum()
 
     def _checksum(self) -> str:
         """XXH3 of 64 bits over the sequences and all other fields that are not null."""
@@ -115,7 +114,8 @@ class _IndexedReader(DocumentReader):
     def __getitem__(self, index: int) -> Document:
         first = range(len(self))[index] * self._stride
         try:
-            *sequences, fields = self._data[first : first + self._stride]
+            arrays: Any = self._data[first : first + self._stride]
+            *sequences, fields = arrays
             named = json.loads(fields.tobytes())
         except ValueError as error:
             raise _damaged(self._tokens, f"document {index}: {error}") from error
@@ -123,7 +123,8 @@ class _IndexedReader(DocumentReader):
 
     def lengths(self) -> numpy.ndarray:
         # A copy: the index is unmapped with its reader, whoever still looks at it.
-        return self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+        lengths: numpy.ndarray = self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
+        return lengths
 
 
 def _damaged(file: str, problem: object) -> ConfigError:
@@ -133,7 +134,8 @@ def _damaged(file: str, problem: object) -> ConfigError:
 def _token_type(vocab_size: int) -> type[numpy.number]:
     from megatron.core.datasets.indexed_dataset import DType
 
-    return DType.optimal_dtype(vocab_size)
+    token_type: type[numpy.number] = DType.optimal_dtype(vocab_size)
+    return token_type
 
 
 def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) -> None:
@@ -144,7 +146,8 @@ def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) 
     for document in documents:
         sequences = [numpy.asarray(sequence, dtype=dtype) for sequence in document.sequences]
         sequences.append(_as_tokens(document.fields, dtype))
-        builder.add_document(numpy.concatenate(sequences), [len(sequence) for sequence in sequences])
+        tokens, lengths = numpy.concatenate(sequences), [len(sequence) for sequence in sequences]
+        builder.add_document(tokens, lengths)  # type: ignore[arg-type]  # it takes arrays, its annotation tensors
     builder.finalize(f"{prefix}.idx")
 
 
@@ -227,6 +230,9 @@ def _merge_arrow(prefix: str, parts: Sequence[str], vocab_size: int) -> None:
 
     with pyarrow.ipc.new_stream(f"{prefix}.arrow", _arrow_schema()) as writer:
         for part in parts:
-            with pyarrow.memory_map(f"{part}.arrow") as source, pyarrow.ipc.open_stream(source) as batches:
-                for batch in batches:
-                    writer.write_batch(batch)
+            try:
+                with pyarrow.memory_map(f"{part}.arrow") as source, pyarrow.ipc.open_stream(source) as batches:
+                    for batch in batches:
+                        writer.write_batch(batch)
+            except pyarrow.ArrowException as error:
+                raise _damaged(f"{part}.arrow", error) from error

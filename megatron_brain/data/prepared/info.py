@@ -105,6 +105,9 @@ def read_info(prefix: str) -> PreparedInfo:
     path = Path(f"{prefix}.json")
     try:
         values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _not_written(path, error) from error
+    try:
         if values["format_version"] != FORMAT_VERSION:
             raise ConfigError(
                 f"{path}: prepared in format version {values['format_version']}, this is version {FORMAT_VERSION}; "
@@ -112,13 +115,8 @@ def read_info(prefix: str) -> PreparedInfo:
             )
         info = PreparedInfo(**values)
         info.require_whole()
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path}: not written by {TOOL}, or damaged ({type(error).__name__}: {error}); copy it again, or prepare "
-            "the records again under another name"
-        ) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise _not_written(path, error) from error
     for ending, size in info.files.items():
         file = Path(prefix + ending)
         found = file.stat().st_size if file.is_file() else None
@@ -127,3 +125,10 @@ def read_info(prefix: str) -> PreparedInfo:
             raise ConfigError(f"{file} {state}, {path.name} says {size:,} bytes; copy it again or prepare it again")
         file.open("rb").close()  # what maps it into memory is not as clear where it may not be read
     return info
+
+
+def _not_written(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path}: not written by {TOOL}, or damaged ({type(error).__name__}: {error}); copy it again, or prepare the "
+        "records again under another name"
+    )

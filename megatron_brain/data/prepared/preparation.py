@@ -76,7 +76,8 @@ def prepare(job: Preparation) -> PreparedInfo:
     """Prepare a corpus, or go on with a preparation that was stopped.
 
     Raises:
-        ValueError: a record no stage would take, with its place; or leftovers of another preparation.
+        RecordError: a record no stage would take, with its place.
+        ConfigError: leftovers of another preparation, or a place or tokenizer that does not serve.
     """
     refuse_prepared(job.input)
     _require_place(job)
@@ -119,15 +120,15 @@ def _dated(job: Preparation) -> Preparation:
     if before is not None:
         with contextlib.suppress(ValueError, AttributeError):  # What is wrong with it is told where it is read.
             date = json.loads(before.read_bytes()).get("settings", {}).get("template_date")
-    return dataclasses.replace(job, reading=dataclasses.replace(job.reading, template_date=date or now()))
+    return dataclasses.replace(job, reading=job.reading.at(date or now()))
 
 
-def _plan(job: Preparation, reader: RecordReader) -> dict[str, Any]:
+def _plan(job: Preparation, reader: RecordReader[Any]) -> dict[str, Any]:
     """What the result is made of and how, as `PREFIX.json` says it."""
     files = [{"path": str(path), **_stamp(path)} for path in source_files(job.input)]
     return {
         "format_version": FORMAT_VERSION,
-        "stage": job.reading.stage,
+        "stage": reader.stage,
         "format": job.format,
         "tokenizer": {
             "tokenizer_type": reader.tokenizer.tokenizer_type,
@@ -168,7 +169,8 @@ def _take_up(folder: Path, plan: dict[str, Any]) -> None:
 def _read_plan(path: Path) -> dict[str, Any]:
     """The plan of a preparation that was stopped."""
     try:
-        return json.loads(path.read_bytes())
+        plan: dict[str, Any] = json.loads(path.read_bytes())
+        return plan
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
             f"{path}: parts of a preparation are there and what they are of is not to be read ({error}); remove "
@@ -192,7 +194,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, lefto
         )
 
 
-def _flat(plan: dict | list, above: str = "") -> dict[str, Any]:
+def _flat(plan: dict[str, Any] | list[Any], above: str = "") -> dict[str, Any]:
     """Values by their path, such as "source.files.0.bytes"."""
     flat: dict[str, Any] = {}
     for name, value in plan.items() if isinstance(plan, dict) else enumerate(plan):
@@ -232,7 +234,7 @@ def _write_parts(job: Preparation, records: Iterable[RawRecord], folder: Path) -
     for number in map_in_order(_write_part, missing(), workers=job.workers, set_up=set_up):
         log.info("%s: part %d written", job.prefix, number)
     if not parts:
-        raise ValueError(f"{job.input}: no records in it")
+        raise ConfigError(f"{job.input}: no records in it")
     return parts
 
 
@@ -253,7 +255,7 @@ class _Worker:
 
 def _write_part(worker: _Worker, part: _Part) -> int:
     """Write a part: its documents, the hashes of its items, its counts."""
-    reader, codec = worker.reader, CODECS[worker.reader.stage]
+    reader, codec = worker.reader, CODECS[worker.reader.item_kind]
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter(text_bytes=0, text_tokens=0)
     documents, hashes, contents = [], [], []
@@ -286,7 +288,7 @@ def _hash(ids: Iterable[tuple[int, ...]]) -> bytes:
     return digest.digest()
 
 
-def _text_bytes(tokenised: Tokenised, reader: RecordReader) -> int:
+def _text_bytes(tokenised: Tokenised, reader: RecordReader[Any]) -> int:
     """UTF-8 bytes of the texts behind the ids; of conversations tokenised as one text, without special tokens."""
     draft = tokenised.draft
     if draft.kind == "ids":
@@ -294,15 +296,15 @@ def _text_bytes(tokenised: Tokenised, reader: RecordReader) -> int:
     return sum(len(text.encode()) for text in (draft.prompt, *draft.responses))
 
 
-def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: list[Path]) -> PreparedInfo:
+def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader[Any], parts: list[Path]) -> PreparedInfo:
     """Make one result of the parts."""
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter()
     for part in parts:
-        of_part = json.loads((part / "counts.json").read_text())
+        of_part = _read(part, "counts.json")
         counts.update(of_part["records"])
         sums.update(of_part["sums"])
-    hashes = [numpy.load(part / "hashes.npy") for part in parts]
+    hashes = [_read(part, "hashes.npy") for part in parts]
     counts["duplicates"] = count_duplicates(hashes)
     report: ReadReport = make_report(counts, sum(map(len, hashes)), reader.limits)
     partial = f"{job.prefix}.partial"
@@ -320,9 +322,18 @@ def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader, parts: 
         sizes[ending] = os.path.getsize(partial + ending)
         os.replace(partial + ending, job.prefix + ending)
     sync_folder(Path(job.prefix).parent)
-    contents = reader.contents(numpy.concatenate([numpy.load(part / "contents.npy") for part in parts]))
+    contents = reader.contents(numpy.concatenate([_read(part, "contents.npy") for part in parts]))
     info = PreparedInfo(
         **plan, counts=dataclasses.asdict(report), statistics=statistics, contents=contents.as_dict(), files=sizes
     )
     info.write(job.prefix)
     return info
+
+
+def _read(part: Path, name: str) -> Any:
+    """What a small file of a part holds."""
+    path = part / name
+    try:
+        return json.loads(path.read_text()) if path.suffix == ".json" else numpy.load(path)
+    except (ValueError, EOFError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove {part}, and run the same command again") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Any
 
 from megatron_brain.data.contents import Contents
 from megatron_brain.data.lengths import ReadReport
+from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.prepared.codecs import CODECS, Codec
 from megatron_brain.data.prepared.documents import DocumentReader, open_documents
 from megatron_brain.data.prepared.info import TOOL, PreparedInfo, read_info
@@ -16,7 +16,7 @@ from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.errors import ConfigError
 
 
-class PreparedItems(Sequence[Item]):
+class PreparedItems(OnDemand[Item]):
     """Items of prepared data, each made when it is asked for.
 
     Args:
@@ -25,26 +25,22 @@ class PreparedItems(Sequence[Item]):
     """
 
     def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int, *, prefix: str) -> None:
-        self._documents, self._codec, self._count, self._prefix = documents, codec, count, prefix
+        super().__init__(count, self._read)
+        self._documents, self._codec, self._prefix = documents, codec, prefix
 
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Item:
-        place = range(self._count)[index]
+    def _read(self, place: int) -> Item:
         document = self._documents[place]
-        try:
-            document.require_checksum()
-            return self._codec.decode(document)
-        except (ValueError, KeyError, TypeError) as error:
+        if not document.is_whole():
             raise ConfigError(
-                f"{self._prefix}: document {place} is damaged ({type(error).__name__}: {error}): copy the files again, "
-                "or prepare the records again"
-            ) from error
+                f"{self._prefix}: document {place} is damaged (it is not what was written, by its checksum): copy the "
+                "files again, or prepare the records again"
+            )
+        return self._codec.decode(document)
 
     def num_tokens(self) -> list[int]:
         """Tokens of each item, its prompt counted once, without reading the items."""
-        return self._documents.lengths()[: self._count].sum(axis=1).tolist()
+        lengths: list[int] = self._documents.lengths()[: len(self)].sum(axis=1).tolist()
+        return lengths
 
 
 def open_prepared(
@@ -74,13 +70,13 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    items = PreparedItems(documents, CODECS[info.stage], count, prefix=prefix)
+    items = PreparedItems(documents, CODECS[reader.item_kind], count, prefix=prefix)
     if count == len(documents):
         return items, report, Contents.from_dict(info.contents)
     return items, report, reader.contents(list(map(reader.hash, items)))
 
 
-def _check_stage(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+def _check_stage(info: PreparedInfo, reader: RecordReader[Any], prefix: str) -> None:
     if info.stage != reader.stage:
         raise ConfigError(
             f"{prefix}: prepared with --stage {info.stage}, and {reader.stage} records are needed here; run {TOOL} "
@@ -88,7 +84,7 @@ def _check_stage(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
         )
 
 
-def _check_tokenizer(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+def _check_tokenizer(info: PreparedInfo, reader: RecordReader[Any], prefix: str) -> None:
     if info.tokenizer["fingerprint"] != tokenizer_fingerprint(reader.tokenizer):
         raise ConfigError(
             f"{prefix}: prepared with another tokenizer ({info.tokenizer['tokenizer_type']} of "
@@ -98,7 +94,7 @@ def _check_tokenizer(info: PreparedInfo, reader: RecordReader, prefix: str) -> N
         )
 
 
-def _check_settings(info: PreparedInfo, reader: RecordReader, prefix: str) -> None:
+def _check_settings(info: PreparedInfo, reader: RecordReader[Any], prefix: str) -> None:
     """Rules must be the same; items may be shorter than the run allows, but not longer."""
     mine, prepared = reader.settings(), info.settings
     if missing := sorted(mine.keys() - prepared.keys() - {"template_date"}):
@@ -136,5 +132,5 @@ def _check_settings(info: PreparedInfo, reader: RecordReader, prefix: str) -> No
 
 
 def _longest_prompt(settings: dict[str, Any]) -> int:
-    left = settings["seq_length"] - settings["max_new_tokens"]
+    left: int = settings["seq_length"] - settings["max_new_tokens"]
     return min(left, settings["max_prompt_length"] or left)

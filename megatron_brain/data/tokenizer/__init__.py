@@ -9,11 +9,13 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_brain.data.tokenizer.base import Tokenizer
 from megatron_brain.data.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_brain.data.tokenizer.sentencepiece import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from megatron_brain.errors import ConfigError
 
 __all__ = [
     "SENTENCEPIECE_FILE",
@@ -25,8 +27,9 @@ __all__ = [
     "check_fits",
 ]
 
-TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
-    cls.tokenizer_type: cls for cls in (HuggingFaceTokenizer, SentencePieceTokenizer)
+TOKENIZER_TYPES: dict[str, Callable[[str, str | None], Tokenizer]] = {
+    HuggingFaceTokenizer.tokenizer_type: HuggingFaceTokenizer,
+    SentencePieceTokenizer.tokenizer_type: SentencePieceTokenizer,
 }
 
 
@@ -42,24 +45,24 @@ def build_tokenizer(
         chat_template: file of a Jinja template in place of the tokenizer's own ones.
 
     Raises:
-        ValueError: unknown type, unreadable model or template, a tokenizer without EOS, or one that renders no chats
+        ConfigError: unknown type, unreadable model or template, a tokenizer without EOS, or one that renders no chats
             where a template is given.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
-        raise ValueError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
+        raise ConfigError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
     template = None if chat_template is None else str(chat_template)
     return TOKENIZER_TYPES[tokenizer_type](str(tokenizer_model), template)
 
 
 def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise ValueError where the tokenizer has ids for which the model has no embedding row.
+    """Raise ConfigError where the tokenizer has ids for which the model has no embedding row.
 
     Args:
         tokenizer: any tokenizer.
         model_vocab_size: embedding rows of the model, padding for tensor parallelism included or not.
     """
     if tokenizer.vocab_size > model_vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"the tokenizer needs a vocabulary of {tokenizer.vocab_size} ids and the model has {model_vocab_size}: "
             "give --tokenizer-model the tokenizer that belongs to the model, or resize the model's embeddings "
             "(transformers: model.resize_token_embeddings(len(tokenizer))) and convert it again"

@@ -22,6 +22,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_brain.errors import ConfigError
+
+Tools = list[dict[str, Any]]
+"""JSON schemas of functions."""
+
 
 @dataclass(frozen=True)
 class Before:
@@ -87,8 +92,9 @@ class Tokenizer(ABC):
         """Token ids of texts that each go on after another one, without the word mark of a beginning.
 
         Args:
-            texts, parse_special: as :meth:`encode_batch` has them.
+            texts: as `encode_batch` takes them.
             before: what precedes each text.
+            parse_special: as `encode_batch` takes it.
         """
         return self.encode_batch(texts, parse_special=parse_special)
 
@@ -121,7 +127,7 @@ class Tokenizer(ABC):
                 and cuts on the left.
 
         Raises:
-            ValueError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
+            ConfigError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
         """
 
     def encode(self, text: str) -> list[int]:
@@ -140,6 +146,7 @@ class Tokenizer(ABC):
         """Token ids of prompts. A plain one starts with BOS where ``adds_bos``; a chat template writes its own."""
         batch = self.encode_batch(texts, parse_special=chat)
         if self.adds_bos and not chat:
+            assert self.bos_id is not None
             return [[self.bos_id, *ids] for ids in batch]
         return batch
 
@@ -209,7 +216,7 @@ class Tokenizer(ABC):
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The messages as the chat template writes them.
@@ -221,16 +228,16 @@ class Tokenizer(ABC):
             template_kwargs: further variables of the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ConfigError: the tokenizer has no chat template.
             TemplateRefusalError: the template does not take the messages.
         """
-        raise ValueError(self._no_chat_template())
+        raise ConfigError(self._no_chat_template())
 
     def render_chat_marked(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """The messages as the chat template writes them, and where in that ``{% generation %}`` blocks start and end.
@@ -238,13 +245,13 @@ class Tokenizer(ABC):
         Raises:
             as :meth:`render_chat`.
         """
-        raise ValueError(self._no_chat_template())
+        raise ConfigError(self._no_chat_template())
 
-    def opens_behind(self, tools: list | None = None) -> str:
+    def opens_behind(self, tools: Tools | None = None) -> str:
         """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
         return ""
 
-    def marks_turns(self, tools: list | None = None) -> bool:
+    def marks_turns(self, tools: Tools | None = None) -> bool:
         """Whether the template of such records has ``{% generation %}`` blocks."""
         return False
 

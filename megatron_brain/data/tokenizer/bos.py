@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from megatron_brain.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +34,7 @@ def settle_bos(hf: PreTrainedTokenizerBase, place: str, own: Tokenizer | None) -
         own: the tokenizer that its tokenizer.json describes, if it has one.
 
     Raises:
-        ValueError: something else than BOS is put before a text.
+        ConfigError: something else than BOS is put before a text.
     """
     there = _front(hf(_LETTER)["input_ids"], hf(_LETTER, add_special_tokens=False)["input_ids"])
     wanted, why = there, ""
@@ -46,7 +48,7 @@ def settle_bos(hf: PreTrainedTokenizerBase, place: str, own: Tokenizer | None) -
         why = f"add_bos_token {json.dumps(asked)} in tokenizer_config.json"
     if wanted and wanted != [hf.bos_token_id]:
         named = "null" if hf.bos_token_id is None else f"{hf.bos_token!r} (id {hf.bos_token_id})"
-        raise ValueError(
+        raise ConfigError(
             f"--tokenizer-model {place}: {_in_words(hf, wanted)} stands before every text, and bos_token is {named}: "
             "set bos_token in tokenizer_config.json to what the model was trained with, or mend the post-processor of "
             "tokenizer.json"
@@ -81,7 +83,7 @@ def _settings(place: str) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     name = "tokenizer_config.json"
-    path = Path(place) / name
+    path: str | Path | None = Path(place) / name
     if not Path(place).is_dir():
         path = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
     return {} if path is None or not Path(path).is_file() else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -16,9 +16,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jinja2
+
+from megatron_brain.data.tokenizer.base import Tools
+from megatron_brain.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +33,8 @@ Marks = list[tuple[int, int]]
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
 _BOM = "\ufeff"
 _WORD, _CALLED = "zqxword", "zqxcall"
+_NoContent = Literal["absent", "null", "empty"]
+_NO_CONTENTS: tuple[_NoContent, ...] = get_args(_NoContent)
 
 
 class TemplateRefusalError(Exception):
@@ -40,7 +45,7 @@ def read_template(path: str) -> str:
     """The Jinja template in a file.
 
     Raises:
-        ValueError: there is none, or it is no UTF-8 or no Jinja.
+        ConfigError: there is none, or it is no UTF-8 or no Jinja.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -48,21 +53,21 @@ def read_template(path: str) -> str:
         template = Path(path).read_text(encoding="utf-8-sig")
         _compile_jinja_template(template)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: {error.strerror or error} (looked for {Path(path).absolute()}); give the file of "
             "a Jinja template"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: not UTF-8 text ({error.reason} at byte {error.start}); write the file as UTF-8"
         ) from error
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: not a Jinja template (line {error.lineno}: {error}); mend that line, or leave "
             "--chat-template out for the tokenizer's own"
         ) from error
     if not template.strip():
-        raise ValueError(
+        raise ConfigError(
             f"--chat-template {path}: the file is empty; write a template into it, or leave --chat-template out for "
             "the tokenizer's own"
         )
@@ -82,7 +87,7 @@ class _Dialect:
     """Contents as lists of parts instead of texts."""
     text_arguments: bool = False
     """Arguments of tool calls as JSON text instead of objects."""
-    no_content: Literal["absent", "null", "empty"] = "absent"
+    no_content: _NoContent = "absent"
     """What stands for the content of a message that only calls tools."""
 
     def spell(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +119,7 @@ class ChatRenderer:
         )
         for name, template in self.templates.items():
             if not isinstance(template, str):
-                raise ValueError(
+                raise ConfigError(
                     f"the tokenizer's chat template {name!r} is {template!r}, which is no text: mend chat_template in "
                     "tokenizer_config.json, or give --chat-template FILE"
                 )
@@ -125,16 +130,16 @@ class ChatRenderer:
         self._dialect = functools.cache(self._find_dialect)
         self._behind = functools.cache(self._find_behind)
 
-    def template_for(self, tools: list | None) -> str:
+    def template_for(self, tools: Tools | None) -> str:
         """The template of records with or without tools, chosen as transformers does.
 
         Raises:
-            ValueError: there is no default among several templates.
+            ConfigError: there is no default among several templates.
         """
         if tools is not None and "tool_use" in self.templates:
             return self.templates["tool_use"]
         if "default" not in self.templates:
-            raise ValueError(
+            raise ConfigError(
                 f"the tokenizer has the chat templates {', '.join(sorted(self.templates))} and none called default: "
                 "give one with --chat-template FILE"
             )
@@ -145,7 +150,7 @@ class ChatRenderer:
         messages: Messages,
         *,
         add_generation_prompt: bool = False,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, Marks]:
@@ -153,7 +158,7 @@ class ChatRenderer:
 
         Raises:
             TemplateRefusalError: the template does not take the messages.
-            ValueError: there is no template for them.
+            ConfigError: there is no template for them.
         """
         template = self.template_for(tools)
         spell = self._dialect(template).spell
@@ -166,7 +171,7 @@ class ChatRenderer:
             marked=marked,
         )
 
-    def opens_behind(self, tools: list | None) -> str:
+    def opens_behind(self, tools: Tools | None) -> str:
         """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
         return self._behind(self.template_for(tools))
 
@@ -181,7 +186,7 @@ class ChatRenderer:
                 self._render(template, [spell(user)], add_generation_prompt=asks)[0] for asks in (True, False)
             )
             both = self._render(template, [spell(user), spell(answer)])[0]
-        except (TemplateRefusalError, ValueError):
+        except (TemplateRefusalError, ConfigError):
             return ""  # What it does not take is said with the record.
         header = both.removeprefix(closed).partition(answer["content"])[0] if both.startswith(closed) else ""
         return header.strip() if asked == closed else ""
@@ -208,10 +213,10 @@ class ChatRenderer:
     def _render(
         self,
         template: str,
-        messages: Messages,
+        messages: Sequence[dict[str, Any]],
         *,
         add_generation_prompt: bool = False,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, Marks]:
@@ -221,17 +226,18 @@ class ChatRenderer:
             # Kept by the library, which renders the same object. It takes no function as an argument.
             _compile_jinja_template(template).globals["strftime_now"] = self.time.strftime
             # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
-            [text], marks = render_jinja_template(
+            written: Any = render_jinja_template(
                 conversations=[list(messages)],
-                tools=tools,
+                tools=None if tools is None else [*tools],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marked,
                 **{**self._hf.special_tokens_map, **(template_kwargs or {})},
             )
+            [text], marks = written
         except Exception as error:  # whatever the template's expressions raise
             raise TemplateRefusalError(f"{error}" or type(error).__name__) from error
-        return text, [tuple(span) for span in marks[0]] if marked else []
+        return text, [(start, end) for start, end in marks[0]] if marked else []
 
     def _find_dialect(self, template: str) -> _Dialect:
         plain, parts = _Dialect(), _Dialect(parts=True)
@@ -240,15 +246,16 @@ class ChatRenderer:
         dialect = plain if spoken else parts
         arguments = {_WORD: _WORD}
         call = {"id": "callzqxw0", "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
-        for content in ({}, {"content": ""}):
-            calling = [user, {"role": "assistant", **content, "tool_calls": [call]}]
-            for no_content, text_arguments in product(("absent", "null", "empty"), (False, True)):
+        contents: tuple[dict[str, str], ...] = ({}, {"content": ""})
+        for content in contents:
+            calling: Messages = [user, {"role": "assistant", **content, "tool_calls": [call]}]
+            for no_content, text_arguments in product(_NO_CONTENTS, (False, True)):
                 tried = replace(dialect, no_content=no_content, text_arguments=text_arguments)
                 written = json.dumps(arguments) if text_arguments else _CALLED
                 if self._writes(template, calling, tried, wanted=written, but_not=repr(arguments)):
                     return tried
         # It writes no calls, which is told later: they must not fail before.
-        takes = (replace(dialect, no_content=no_content) for no_content in ("absent", "null", "empty"))
+        takes = (replace(dialect, no_content=no_content) for no_content in _NO_CONTENTS)
         return next((tried for tried in takes if self._writes(template, calling, tried, wanted="")), dialect)
 
     def _writes(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS, where_differing
 from megatron_brain.data.tokenizer.base import Before, Tokenizer
+from megatron_brain.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
     own, which builds the tokenizer otherwise. Where the files are right and only that class is not, this is warned of.
 
     Raises:
-        ValueError: ids or decoded text differ; names the text, both results and the cure.
+        ConfigError: ids or decoded text differ; names the text, both results and the cure.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +81,7 @@ def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
         cure = "set add_eos_token to false in the checkpoint's tokenizer/tokenizer_config.json: prompts end without EOS"
     else:
         cure = "give transformers token ids that this tokenizer made"
-    raise ValueError(f"{message}; {cure}")
+    raise ConfigError(f"{message}; {cure}")
 
 
 def warn_of_joins(directory: str | Path, tokenizer: Tokenizer) -> None:
@@ -114,9 +115,9 @@ def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> s
         ids = [*tokenizer.encode_prompt(text), tokenizer.eos_id]
         if exported.unk_token_id in ids:
             continue  # An unknown token has no text.
-        ours, theirs = tokenizer.decode(ids), exported.decode(ids, skip_special_tokens=True)
-        if ours != theirs:
-            return f"decodes {ids[:20]} as {theirs[:80]!r}, here it is {ours[:80]!r}"
+        here, there = tokenizer.decode(ids), exported.decode(ids, skip_special_tokens=True)
+        if here != there:
+            return f"decodes {ids[:20]} as {there[:80]!r}, here it is {here[:80]!r}"
     return None
 
 

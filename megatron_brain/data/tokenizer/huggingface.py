@@ -9,12 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_brain.data.tokenizer.base import Before, Tokenizer
+from megatron_brain.data.tokenizer.base import Before, Tokenizer, Tools
 from megatron_brain.data.tokenizer.bos import settle_bos
 from megatron_brain.data.tokenizer.chat_template import ChatRenderer, TemplateRefusalError, marks_turns, read_template
 from megatron_brain.data.tokenizer.export import check_exported, finish_config, warn_of_joins
 from megatron_brain.data.tokenizer.own_file import read_tokenizer
 from megatron_brain.data.tokenizer.word_mark import begins_word, without_word_mark
+from megatron_brain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class HuggingFaceTokenizer(Tokenizer):
         chat_template: file of a Jinja template that replaces the tokenizer's own ones.
 
     Raises:
-        ValueError: there is no tokenizer, it has no EOS, or its files contradict each other.
+        ConfigError: there is no tokenizer, it has no EOS, or its files contradict each other.
     """
 
     tokenizer_type = "HuggingFaceTokenizer"
@@ -38,10 +39,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, tokenizer_model: str, chat_template: str | None = None) -> None:
         if not Path(tokenizer_model).exists() and not _HUB_NAME.fullmatch(tokenizer_model):
             place = Path(tokenizer_model).absolute()
-            raise ValueError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
+            raise ConfigError(f"--tokenizer-model {tokenizer_model}: no such folder (looked for {place})")
         self.hf, own = read_tokenizer(tokenizer_model)
         if self.hf.eos_token_id is None:
-            raise ValueError(
+            raise ConfigError(
                 f"--tokenizer-model {tokenizer_model}: no EOS token, so no response could end; "
                 "set eos_token in tokenizer_config.json"
             )
@@ -87,6 +88,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _finds_spaces_cut(self) -> bool:
         """Whether white space at the beginning of a text is left out."""
+        assert self._unmarked is not None
         return (
             self._unmarked.encode(" a", add_special_tokens=False).ids
             == self._unmarked.encode("a", add_special_tokens=False).ids
@@ -97,6 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
         from its beginning or from the end of what precedes it."""
         if self._marks_after_added and before.last_id in self._added_ids:
             return True
+        assert self._unmarked is not None
         space = before.text[-1:] if before.text[-1:].isspace() else ""
         return self._cuts_spaces and begins_word(self._unmarked.normalizer.normalize_str(f"{_LETTER}{space}{text}"))
 
@@ -106,10 +109,11 @@ class HuggingFaceTokenizer(Tokenizer):
         An id that is special anyway also becomes the pad token of the saved tokenizer, so that a classifier
         exported beside it finds the last token (EOS) of a right-padded row. An ordinary token stays ordinary.
         """
-        if self.hf.pad_token_id is not None and self.hf.pad_token_id != self.eos_id:
-            return self.hf.pad_token_id
+        pad_id: int | None = self.hf.pad_token_id
+        if pad_id is not None and pad_id != self.eos_id:
+            return pad_id
         special = sorted(self.special_ids - {self.eos_id})
-        named_pad = [i for i in special if "pad" in self.hf.convert_ids_to_tokens(i).lower()]
+        named_pad = [i for i in special if "pad" in str(self.hf.convert_ids_to_tokens(i)).lower()]
         unknown = [i for i in special if i == self.hf.unk_token_id]
         rest = sorted(special, key=lambda i: i == self.bos_id)
         candidates = named_pad + unknown + rest
@@ -134,7 +138,7 @@ class HuggingFaceTokenizer(Tokenizer):
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
-        except (TemplateRefusalError, ValueError):
+        except (TemplateRefusalError, ConfigError):
             return  # It takes other messages than these; what is wrong with a record is said there.
         [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
         end = next((i for i in ids if i in self.special_ids), self.eos_id)
@@ -151,7 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        return self.hf(
+        encoded: list[list[int]] = self.hf(
             list(texts),
             add_special_tokens=False,
             split_special_tokens=not parse_special,
@@ -161,6 +165,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
+        return encoded
 
     def encode_continuations(
         self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
@@ -176,7 +181,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        return self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     @property
     def marks_words(self) -> bool:
@@ -204,11 +211,11 @@ class HuggingFaceTokenizer(Tokenizer):
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         if not self.chat_templates:
-            raise ValueError(self._no_chat_template())
+            raise ConfigError(self._no_chat_template())
         text, _ = self._chats.render(
             messages, add_generation_prompt=add_generation_prompt, tools=tools, template_kwargs=template_kwargs
         )
@@ -218,15 +225,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: list | None = None,
+        tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         if not self.chat_templates:
-            raise ValueError(self._no_chat_template())
+            raise ConfigError(self._no_chat_template())
         return self._chats.render(messages, tools=tools, template_kwargs=template_kwargs, marked=True)
 
-    def opens_behind(self, tools: list | None = None) -> str:
+    def opens_behind(self, tools: Tools | None = None) -> str:
         return self._chats.opens_behind(tools) if self.chat_templates else ""
 
-    def marks_turns(self, tools: list | None = None) -> bool:
+    def marks_turns(self, tools: Tools | None = None) -> bool:
         return bool(self.chat_templates) and marks_turns(self._chats.template_for(tools))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS, where_differing
+from megatron_brain.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,21 +34,15 @@ def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | Non
     """The tokenizer of a folder or a hub name, and what its tokenizer.json describes, if it has one.
 
     Raises:
-        ValueError: it cannot be read, the folder holds none, or nothing gives the ids of its tokenizer.json.
+        ConfigError: it cannot be read, the folder holds none, or nothing gives the ids of its tokenizer.json.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         chosen = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        own = _read_own(place)
     except Exception as error:  # the library's readers raise many unrelated types for a bad folder
-        if _has_no_files(place):
-            raise _no_tokenizer(place) from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"--tokenizer-model {place}: AutoTokenizer cannot read it ({reason}); "
-            "give a directory with tokenizer.json and tokenizer_config.json, or a hub name that can be reached"
-        ) from error
+        raise _unreadable(place, error) from error
+    own = _read_own(place)
     if not set(chosen.get_vocab().values()) - set(chosen.added_tokens_decoder):
         raise _no_tokenizer(place)
     if own is None:
@@ -56,13 +51,13 @@ def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | Non
         return chosen, own
     if (unknown := _not_encoded(own)) is not None:
         raise _unusable(place, f"its {_FILE} {unknown}")
-    if (problem := _difference(chosen, own)) is None:
+    if (difference := _difference(chosen, own)) is None:
         _require_known(chosen, own, place)
         return chosen, own
     plain = PreTrainedTokenizerFast.from_pretrained(place)
-    what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {problem}"
+    what = f"{place}: AutoTokenizer ({type(chosen).__name__}) {difference}"
     if (still := _difference(plain, own)) is not None:
-        raise ValueError(f"{what}; without its class, transformers {still}; repair tokenizer_config.json")
+        raise ConfigError(f"{what}; without its class, transformers {still}; repair tokenizer_config.json")
     log.warning(
         "%s. The file's ids are taken: the class in tokenizer_config.json, or the model_type in config.json, is of "
         "another tokenizer",
@@ -73,11 +68,11 @@ def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | Non
 
 
 def _require_known(hf: PreTrainedTokenizerBase, own: Tokenizer, place: str) -> None:
-    """Raise ValueError where EOS or BOS is no token of the file: transformers would make a new one of it."""
+    """Raise ConfigError where EOS or BOS is no token of the file: transformers would make a new one of it."""
     for name in ("eos_token", "bos_token"):
         token = getattr(hf, name)
         if token is not None and own.token_to_id(str(token)) is None:
-            raise ValueError(
+            raise ConfigError(
                 f"--tokenizer-model {place}: {name} {token!r} is not in its {_FILE}: transformers makes the new id "
                 f"{hf.convert_tokens_to_ids(str(token))} of it, which no model has learned; set {name} in "
                 "tokenizer_config.json to a token that is there"
@@ -90,15 +85,25 @@ def _has_no_files(place: str) -> bool:
     return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
 
-def _no_tokenizer(place: str) -> ValueError:
-    return ValueError(
+def _no_tokenizer(place: str) -> ConfigError:
+    return ConfigError(
         f"--tokenizer-model {place}: there is no tokenizer in it, or one without a vocabulary: copy the files of the "
         "model's tokenizer there (tokenizer.json, tokenizer_config.json), or give --tokenizer-model another folder"
     )
 
 
-def _unusable(place: str, problem: str) -> ValueError:
-    return ValueError(
+def _unreadable(place: str, error: Exception) -> ConfigError:
+    if _has_no_files(place):
+        return _no_tokenizer(place)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError(
+        f"--tokenizer-model {place}: AutoTokenizer cannot read it ({reason}); "
+        "give a directory with tokenizer.json and tokenizer_config.json, or a hub name that can be reached"
+    )
+
+
+def _unusable(place: str, problem: str) -> ConfigError:
+    return ConfigError(
         f"--tokenizer-model {place}: {problem}: copy the files of the model's tokenizer there again, or give it an "
         "unknown token or byte fallback"
     )
@@ -110,11 +115,14 @@ def _read_own(place: str) -> Tokenizer | None:
     from transformers.utils import cached_file
 
     path: str | Path | None = Path(place) / _FILE
-    if not Path(place).is_dir():
-        path = cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False)
-    if path is None or not Path(path).is_file():
-        return None
-    own = Tokenizer.from_file(str(path))
+    try:
+        if not Path(place).is_dir():
+            path = cached_file(place, _FILE, _raise_exceptions_for_missing_entries=False)
+        if path is None or not Path(path).is_file():
+            return None
+        own = Tokenizer.from_file(str(path))
+    except Exception as error:  # as those of the other reader
+        raise _unreadable(place, error) from error
     own.no_padding()
     own.no_truncation()
     return own
@@ -139,10 +147,11 @@ def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
     return None
 
 
-def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list | str:
+def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list[Any] | str:
     """The ids of a text or of several, or why there are none: a class may lack what another's vocabulary needs."""
     try:
-        return hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+        ids: list[Any] = hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
+        return ids
     except Exception as error:  # whatever the class raises
         return f"{type(error).__name__}: {error}"
 

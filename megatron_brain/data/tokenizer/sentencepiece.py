@@ -15,6 +15,7 @@ from megatron_brain.data.tokenizer.export import (
     warn_of_joins,
 )
 from megatron_brain.data.tokenizer.word_mark import begins_word
+from megatron_brain.errors import ConfigError
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -37,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         if chat_template is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"--chat-template {chat_template}: a SentencePieceTokenizer renders no chats; use a "
                 "HuggingFaceTokenizer, which tools/train_tokenizer.py and the export write beside it"
             )
@@ -46,19 +47,19 @@ class SentencePieceTokenizer(Tokenizer):
         if self.path.is_dir():
             self.path = self.path / SENTENCEPIECE_FILE
         if not self.path.is_file():
-            raise ValueError(
+            raise ConfigError(
                 f"--tokenizer-model {tokenizer_model}: no file {self.path.absolute()}; give a .model file, or a folder "
                 f"with {SENTENCEPIECE_FILE}"
             )
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(
+            raise ConfigError(
                 f"--tokenizer-model {self.path}: not a SentencePiece model ({error}); copy the model's .model file "
                 "there again, or give --tokenizer-type HuggingFaceTokenizer a folder"
             ) from error
         if self.sp.eos_id() < 0:
-            raise ValueError(f"--tokenizer-model {self.path}: no EOS piece; train the model with --eos_id set")
+            raise ConfigError(f"--tokenizer-model {self.path}: no EOS piece; train the model with --eos_id set")
         self.eos_id = self.sp.eos_id()
         self.bos_id = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
         self.adds_bos = self.bos_id is not None
@@ -71,8 +72,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         if parse_special:
-            raise ValueError(self._no_chat_template())
-        return self.sp.encode(list(texts), out_type=int)
+            raise ConfigError(self._no_chat_template())
+        encoded: list[list[int]] = self.sp.encode(list(texts), out_type=int)
+        return encoded
 
     def encode_continuations(
         self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
@@ -95,7 +97,8 @@ class SentencePieceTokenizer(Tokenizer):
         return begins_word(self.sp.normalize(f"a{before[-1:] if before[-1:].isspace() else ''}{text}"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+        text: str = self.sp.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.sp.is_control(int(i))])
+        return text
 
     @property
     def marks_words(self) -> bool:

@@ -21,6 +21,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 
+from megatron_brain.errors import ConfigError
+
 CURE = (
     "train a bpe model with tools/train_tokenizer.py, or give transformers token ids made with the sentencepiece "
     "library"
@@ -36,7 +38,7 @@ def fast_tokenizer(serialized_model: bytes) -> tokenizers.Tokenizer:
     """The tokenizer, without BOS.
 
     Raises:
-        ValueError: a setting of the model has no counterpart in the `tokenizers` library; names it and the cure.
+        ConfigError: a setting of the model has no counterpart in the `tokenizers` library; names it and the cure.
     """
     model = _parse(serialized_model)
     _check_settings(model)
@@ -76,7 +78,7 @@ def _parse(serialized_model: bytes) -> Any:
 
 
 def _is_unigram(model: Any) -> bool:
-    return model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+    return bool(model.trainer_spec.model_type == model.trainer_spec.UNIGRAM)
 
 
 def _check_settings(model: Any) -> None:
@@ -97,7 +99,7 @@ def _check_settings(model: Any) -> None:
     }
     for setting, present in reasons.items():
         if present:
-            raise ValueError(f"the SentencePiece model has {setting}, which no fast tokenizer can do; {CURE}")
+            raise ConfigError(f"the SentencePiece model has {setting}, which no fast tokenizer can do; {CURE}")
 
 
 def _model(model: Any) -> models.Model:
@@ -121,7 +123,8 @@ def _model(model: Any) -> models.Model:
 
 
 def _normalizer(model: Any, serialized_model: bytes) -> normalizers.Normalizer:
-    spec, steps = model.normalizer_spec, []
+    spec = model.normalizer_spec
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         # The library takes "\r\n" for one character, which its map does not have.
         steps.append(normalizers.Replace("\r\n", _line_break(serialized_model)))
@@ -150,7 +153,8 @@ def _line_break(serialized_model: bytes) -> str:
     model = _parse(serialized_model)
     spec = model.normalizer_spec
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = spec.escape_whitespaces = False
-    return SentencePieceProcessor(model_proto=model.SerializeToString()).normalize("\r\n")
+    written: str = SentencePieceProcessor(model_proto=model.SerializeToString()).normalize("\r\n")
+    return written
 
 
 def _decoder(model: Any) -> decoders.Decoder:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_brain.data.sources import is_record_file, parse_record, raw_records
 from megatron_brain.data.tokenizer import SentencePieceTokenizer
+from megatron_brain.errors import ConfigError, RecordError
 
 _TEXT_FIELDS = ("text", "prompt", "completion", "chosen", "rejected", "messages")
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
@@ -48,23 +49,23 @@ class TokenizerTraining:
     def __post_init__(self) -> None:
         least = len(_SPECIAL) + 256
         if not least < self.vocab_size < 2**31:
-            raise ValueError(f"--vocab-size {self.vocab_size}: must be above {least}, for special tokens and bytes")
+            raise ConfigError(f"--vocab-size {self.vocab_size}: must be above {least}, for special tokens and bytes")
         if not _LEAST_COVERAGE <= self.character_coverage <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"--character-coverage {self.character_coverage}: must be at least {_LEAST_COVERAGE} and at most 1, as "
                 "SentencePiece takes it"
             )
         if not 0 <= self.input_sentence_size < 2**63:
-            raise ValueError(
+            raise ConfigError(
                 f"--input-sentence-size {self.input_sentence_size}: must be at least 0, which takes all lines"
             )
         for place, symbol in enumerate(self.user_defined_symbols):
             if not symbol or re.search(r"\s|\u2581", symbol):
-                raise ValueError(f"--user-defined-symbols {symbol!r}: must not be empty or hold white space")
+                raise ConfigError(f"--user-defined-symbols {symbol!r}: must not be empty or hold white space")
             if symbol in (*_SPECIAL, *_CHARACTERS) or _BYTE.fullmatch(symbol):
-                raise ValueError(f"--user-defined-symbols {symbol}: is always one token; leave it out")
+                raise ConfigError(f"--user-defined-symbols {symbol}: is always one token; leave it out")
             if symbol in self.user_defined_symbols[:place]:
-                raise ValueError(f"--user-defined-symbols {symbol}: is given twice; leave one out")
+                raise ConfigError(f"--user-defined-symbols {symbol}: is given twice; leave one out")
 
 
 @dataclass(kw_only=True)
@@ -77,7 +78,7 @@ class Lines:
     inputs: Sequence[str]
     read: int = 0
     held_out: list[str] = field(default_factory=list)
-    error: ValueError | OSError | None = None
+    error: Exception | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -87,7 +88,7 @@ class Lines:
                     self.held_out.append(line)
                 else:
                     yield line
-        except (ValueError, OSError) as error:
+        except Exception as error:
             self.error = error
 
 
@@ -107,7 +108,8 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
     """A serialised SentencePiece model.
 
     Raises:
-        ValueError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size would.
+        ConfigError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size would.
+        RecordError: a bad record.
         OSError: a file may not be read.
     """
     import sentencepiece
@@ -143,7 +145,7 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         if lines.error is None:
-            raise ValueError(_explain(str(error), settings, lines)) from error
+            raise ConfigError(_explain(str(error), settings, lines)) from error
     if lines.error is not None:
         raise lines.error
     return model.getvalue()
@@ -156,7 +158,8 @@ def corpus_lines(inputs: Sequence[str]) -> Iterator[str]:
         inputs: text files, sources as `load_records` takes them, or globs of either.
 
     Raises:
-        ValueError: nothing there, bad UTF-8, a bad record or one without text; names the place.
+        ConfigError: nothing there, or bad UTF-8; names the place.
+        RecordError: a bad record, or one without text.
     """
     for source in inputs:
         is_file = Path(source).is_file()
@@ -186,7 +189,7 @@ def _plain(path: str) -> Iterator[str]:
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from error
+                raise ConfigError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from error
 
 
 def _texts(source: str) -> Iterator[str]:
@@ -195,15 +198,18 @@ def _texts(source: str) -> Iterator[str]:
         record = parse_record(where, raw)
         values = [(name, record[name]) for name in _TEXT_FIELDS if record.get(name) is not None]
         if not values:
-            raise ValueError(
-                f"{where}: no text; a record needs one of {', '.join(_TEXT_FIELDS)}, this one has "
-                f"{', '.join(record) or 'no fields'}"
+            raise RecordError(
+                where,
+                "missing field",
+                f"no text; a record needs one of {', '.join(_TEXT_FIELDS)}, this one has "
+                f"{', '.join(record) or 'no fields'}",
             )
         for name, value in values:
             if not isinstance(value, (str, list)):
-                raise ValueError(
-                    f"{where}: field {name!r} must be a text or a list of messages, not {type(value).__name__}; "
-                    "remove it"
+                raise RecordError(
+                    where,
+                    "wrong type",
+                    f"field {name!r} must be a text or a list of messages, not {type(value).__name__}; remove it",
                 )
             yield from _strings(value)
 

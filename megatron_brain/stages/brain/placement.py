@@ -91,7 +91,7 @@ class Placement:
             this replica's micro-batches of every step; with a token budget also of rollouts other replicas drew.
 
         Raises:
-            ValueError: a group does not fit the token budget even when it is cut.
+            GroupDoesNotFitError: a group does not fit the token budget even when it is cut.
         """
         return self._fixed_steps(mine) if self._budget is None else self._planned_steps(mine)
 
@@ -100,7 +100,7 @@ class Placement:
         each, or what the token budget holds.
 
         Raises:
-            ValueError: its prompt and one response do not fit the token budget.
+            GroupDoesNotFitError: its prompt and one response do not fit the token budget.
         """
         settings, count = self._training, len(rollout.responses)
         if self._budget is None:

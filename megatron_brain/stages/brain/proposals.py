@@ -6,13 +6,13 @@ responses is how log q' of the distribution they were drawn from becomes known.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.run_length import rounds
+from megatron_brain.config.stage_spec import TRAIN_DATA
 from megatron_brain.data.order import SampleOrder
-from megatron_brain.data.records import PreferenceReader, PromptReader
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
@@ -53,11 +53,8 @@ class Samples:
 
     def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
         self._run, self._placement, self._prior = run, placement, prior
-        data, sampling = run.config.data, run.config.sampling
-        reader = PromptReader(run.tokenizer, data, room=sampling.max_new_tokens)
-        self._prompts = run.read_data(
-            "train_data", data.train_data, reader, split=data.train_split, limit=data.max_train_records
-        )
+        sampling = run.config.sampling
+        self._prompts = run.read(TRAIN_DATA)
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
@@ -68,7 +65,7 @@ class Samples:
 
     def rounds(self, epochs: float) -> int:
         """Rounds of so many passes over the prompts, rounded up."""
-        return rounds(epochs, self.num_prompts, self.groups_per_round)
+        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """Draw this replica's samples of a round."""
@@ -110,7 +107,7 @@ class Samples:
     @contextlib.contextmanager
     def _model(self, trainer: Trainer) -> Iterator[Sequence[Chunk]]:
         if not self.from_prior:
-            yield trainer.chunks
+            yield trainer.gathered_chunks()
             return
         with self._prior.loaded() as chunks:
             yield chunks
@@ -127,19 +124,15 @@ class GivenPairs:
     temperature = 1.0
 
     def __init__(self, run: Run, placement: Placement) -> None:
-        data = run.config.data
         self._placement, self._tokenizer = placement, run.tokenizer
-        reader = PreferenceReader(run.tokenizer, data)
-        self._pairs = run.read_data(
-            "train_data", data.train_data, reader, split=data.train_split, limit=data.max_train_records
-        )
+        self._pairs = run.read(TRAIN_DATA)
         self._order = SampleOrder(len(self._pairs), seed=run.config.training.seed)
         self.num_prompts = len(self._pairs)
         self.groups_per_round = run.config.brain.prompts_per_round
 
     def rounds(self, epochs: float) -> int:
         """Rounds of so many passes over the pairs, rounded up."""
-        return rounds(epochs, self.num_prompts, self.groups_per_round)
+        return math.ceil(epochs * self.num_prompts / self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
         """This replica's pairs of a round."""

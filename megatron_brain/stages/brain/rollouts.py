@@ -167,6 +167,8 @@ def _token_ids(value: object, where: str) -> tuple[int, ...]:
 
 
 def _make_floats(response: Response, where: str) -> None:
+    if (alpha := response.fixed.get("alpha", 0.0)) < 0:
+        raise ConfigError(f"{where}: alpha is {alpha}; a weight is at least 0")
     for name in (*_LOG_PROBABILITIES, "reward"):
         value = getattr(response, name)
         if value is None:

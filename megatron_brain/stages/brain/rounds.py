@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.errors import RecordError, UserError
 from megatron_brain.objectives.objective import Objective
+from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, Samples
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
@@ -71,6 +73,11 @@ class RoundMaker:
             return RejectionSamples(run, placement, self.prior, self._reward)
         return Samples(run, placement, self.prior)
 
+    def scoring_models(self) -> list[Row]:
+        """Where the prior and the reward model come from, as rows of the banner."""
+        paths = {"prior": self.prior.path, "reward model": self._reward.path}
+        return [(name, path) for name, path in paths.items() if path is not None]
+
     def make(self, trainer: Trainer, number: int) -> Round:
         """Make a round; its metrics are the same on all ranks.
 
@@ -82,7 +89,7 @@ class RoundMaker:
         sampled = time.perf_counter()
         steps = self._placement.steps(drawn)
         rollouts = rollouts_in(steps)
-        rescored = self._score(trainer, steps, rollouts, number)
+        rescored, entropy = self._score(trainer, steps, rollouts, number)
         self._fix(rollouts)
         scored = time.perf_counter()
         self._write(rollouts, number)
@@ -95,6 +102,8 @@ class RoundMaker:
         }
         if rescored and self._settings.responses == "sampled":
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
+        if entropy is not None:
+            metrics["policy_entropy"] = self._total(entropy) / tokens
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def take_up(self, number: int, rollouts: Sequence[Rollout]) -> Round:
@@ -113,17 +122,32 @@ class RoundMaker:
         """Whether the policy, as the round starts, still is the checkpoint the prior is."""
         return number == 0 and not self._run.resuming and self._run.config.scoring.prior_load is None
 
-    def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> bool:
-        """Fill in the numbers that the objective needs where they are unknown; whether log q' is among them."""
-        needs, temperature = self._objective.needs, self.proposal.temperature
+    def _score(
+        self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int
+    ) -> tuple[bool, float | None]:
+        """Fill in the numbers that the objective needs where they are unknown.
+
+        Returns:
+            whether log q' was computed; and the entropy of the policy at the sampling temperature, summed over this
+            replica's response tokens, in nats, where the policy drew them and was scored.
+        """
+        needs, temperature, entropy = self._objective.needs, self.proposal.temperature, None
         is_prior = self.proposal.from_prior or self._policy_is_prior(number)
         gives_prior = is_prior and temperature == 1.0 and "log_prior" in needs
         rescores = temperature is not None and ("log_proposal" in needs or gives_prior)
         if rescores:
             # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
             loads_prior = is_prior and not self._policy_is_prior(number)
-            with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.chunks) as chunks:
-                fill_in(self._run, "log_proposal", steps, chunks, head="policy", temperature=temperature)
+            with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.gathered_chunks()) as chunks:
+                entropy = fill_in(
+                    self._run,
+                    "log_proposal",
+                    steps,
+                    chunks,
+                    head="policy",
+                    temperature=temperature,
+                    entropy=not self.proposal.from_prior,
+                )
             if gives_prior:
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal
@@ -133,7 +157,7 @@ class RoundMaker:
         if self._is_missing("reward", rollouts):
             with self._reward.loaded() as chunks:
                 fill_in(self._run, "reward", steps, chunks, head="reward")
-        return rescores
+        return rescores, entropy
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:
         """Whether any replica lacks the number somewhere; all ranks of a layout must then score together."""
@@ -165,8 +189,8 @@ class RoundMaker:
         for rollout in rollouts:
             try:
                 fixed = self._objective.fix(rollout.numbers(self._objective.needs))
-            except ValueError as error:
-                raise ValueError(f"{rollout.id}: {error}") from error
+            except UserError as error:
+                raise RecordError(rollout.id, "no weights", str(error)) from error
             for response, value in zip(rollout.responses, fixed.tolist(), strict=True):
                 response.fixed = {self._objective.fixes: value}
 

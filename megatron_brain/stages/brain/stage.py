@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.config.run_length import steps_per_round
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run_length import length_of_rounds
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
+from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, objective_of, of_known
 from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
@@ -30,7 +32,31 @@ class BrainStage:
     KL(alpha || beta), -(alpha - beta).
     """
 
-    head = "policy"
+    occasional_metrics = (
+        "round",
+        "seconds_sampling",
+        "seconds_scoring",
+        "sampled_tokens_per_second",
+        "sampler_logprob_difference",
+        "policy_entropy",
+    )
+    shown_metrics = (
+        "reward_mean",
+        "kl_to_prior",
+        "ess_alpha",
+        "ess_beta",
+        "pair_accuracy",
+        "clipped_fraction",
+        "loss",
+        "tokens_per_second",
+    )
+    """Those that the objective has are shown."""
+
+    @classmethod
+    def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
+        """Names of the metrics that the stage logs with the objective of a run."""
+        loss = GroupLoss(objective_of(config.brain))
+        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics)
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -41,11 +67,28 @@ class BrainStage:
         self.mean_metrics, self.max_metrics = self._group_loss.mean_metrics, self._group_loss.max_metrics
         self._maker = RoundMaker(run, objective)
         self._proposal = self._maker.proposal
-        self.steps_per_round = steps_per_round(config, self._proposal.groups_per_round)
-        epochs = config.training.train_epochs or 1.0
-        self.train_iters = config.training.train_iters or self._proposal.rounds(epochs) * self.steps_per_round
+        rounds = self._proposal.rounds(config.training.train_epochs or 1.0)
+        length = length_of_rounds(config, rounds, self._proposal.groups_per_round)
+        self.train_iters, self.steps_per_round = length.train_iters, length.steps_per_round
         self._round: Round | None = None
         self._step: Step = []
+
+    def summary(self) -> list[Row]:
+        """The models that score, rounds, and steps."""
+        config, proposal = self._config, self._proposal
+        rounds = -(-self.train_iters // self.steps_per_round)
+        if config.brain.rollout_data is not None:
+            each, epochs = f"a file of {config.brain.rollout_data} each", ""
+        else:
+            responses = 2 if config.brain.responses == "given" else config.sampling.samples_per_prompt
+            each = f"{proposal.groups_per_round:,} groups of {responses} responses each"
+            passes = rounds * proposal.groups_per_round / proposal.num_prompts
+            epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
+        return [
+            *self._maker.scoring_models(),
+            ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
+            ("steps", f"{self.train_iters:,}{epochs}"),
+        ]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
         """This replica's groups of the next step, from a new round where the last one is used up."""
@@ -64,7 +107,7 @@ class BrainStage:
             for place, parts in enumerate(self._step)
             if parts and (everything or not all(part.is_whole for part in parts))
         ]
-        outputs = forward(trainer.chunks, [batches[place] for place in places], trainer.parallel)
+        outputs = forward(trainer.gathered_chunks(), [batches[place] for place in places], trainer.parallel)
         log_policy: dict[int, Tensor] = {}
         for place, output in zip(places, outputs, strict=True):
             sums = batches[place].sum_per_response(output.cpu())
@@ -123,13 +166,13 @@ class BrainStage:
 
     def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
         """Report the round with its first step."""
-        check = self._refresh_check
-        at_refresh = {f"{check.metric}_at_refresh": metrics.pop(check.metric)} if check else {}
         if (trainer.iteration - 1) % self.steps_per_round:
+            if self._refresh_check is not None:
+                del metrics[self._refresh_check.metric]
             return {}
         for tag, text in self._round.texts():
             trainer.logger.log_text(trainer.iteration, tag, text)
-        return {**at_refresh, "round": self._round.number, **self._round.metrics}
+        return {"round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
         """Which round it is, and of which prior."""
@@ -170,8 +213,3 @@ class BrainStage:
             rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
         ]
         self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
-
-
-def main(run: Run) -> None:
-    """Train."""
-    Trainer(run, BrainStage(run)).train()

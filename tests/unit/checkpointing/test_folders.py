@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from megatron_brain.checkpointing import folders
+from megatron_brain.checkpointing.errors import DamagedError
 from megatron_brain.checkpointing.folders import INFO, LATEST, CheckpointInfo, read_info
+from megatron_brain.errors import ConfigError
 
 ENDINGS = (".partial", ".replaced", ".removed")
 
@@ -104,7 +106,7 @@ def test_leftovers_are_never_read(tmp_path):
     write(tmp_path, 2)
     assert read_info(tmp_path).iteration == 1
     shutil.rmtree(tmp_path / "iter_0000001")
-    with pytest.raises(ValueError, match="says 1, but iter_0000001 is not there; iterations found: none"):
+    with pytest.raises(DamagedError, match="says 1, but iter_0000001 is not there; iterations found: none"):
         read_info(tmp_path)
 
 
@@ -118,28 +120,28 @@ def test_only_the_latest_are_kept_besides_protected_and_later_ones(tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_named_with_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match=r"absent does not exist"):
+    with pytest.raises(ConfigError, match=r"absent does not exist"):
         read_info(tmp_path / "absent")
-    with pytest.raises(ValueError, match=f"holds no checkpoint: it has no {LATEST}"):
+    with pytest.raises(ConfigError, match=f"holds no checkpoint: it has no {LATEST}"):
         read_info(tmp_path)
     (tmp_path / LATEST).write_text("soon")
-    with pytest.raises(ValueError, match="says 'soon', which is not an iteration number"):
+    with pytest.raises(DamagedError, match="says 'soon', which is not an iteration number"):
         read_info(tmp_path)
     (tmp_path / LATEST).write_text("12\n")
     (tmp_path / "iter_0000012").mkdir()
-    with pytest.raises(ValueError, match=f"iter_0000012 has no {INFO}"):
+    with pytest.raises(DamagedError, match=f"iter_0000012 has no {INFO}"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12')
-    with pytest.raises(ValueError, match=f"{INFO} is not JSON"):
+    with pytest.raises(DamagedError, match=f"{INFO} is not JSON"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12}')
-    with pytest.raises(ValueError, match="has checkpoint format 1, this version of megatron_brain reads 4"):
+    with pytest.raises(ConfigError, match="has checkpoint format 1, this version of megatron_brain reads 4"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text("[]")
-    with pytest.raises(ValueError, match="has checkpoint format unknown"):
+    with pytest.raises(ConfigError, match="has checkpoint format unknown"):
         read_info(tmp_path)
     (tmp_path / "iter_0000012" / INFO).write_text('{"iteration": 12, "format": 3}')
-    with pytest.raises(ValueError, match="is damaged: it differs in architecture"):
+    with pytest.raises(DamagedError, match="is damaged: it differs in architecture"):
         read_info(tmp_path)
 
 
@@ -150,5 +152,5 @@ def test_an_info_with_a_value_of_another_type_is_refused(name, value, tmp_path):
     save(tmp_path, 3)
     path = tmp_path / "iter_0000003" / INFO
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(ValueError, match=f"{INFO} is damaged: its {name} is {value!r}".replace("[", r"\[")):
+    with pytest.raises(DamagedError, match=f"{INFO} is damaged: its {name} is {value!r}".replace("[", r"\[")):
         read_info(tmp_path)

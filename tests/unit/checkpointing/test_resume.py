@@ -9,6 +9,7 @@ from helpers.tiny_training import Training, equal_weights
 
 from megatron_brain.checkpointing import has_checkpoint, load, load_weights, read_info, read_records
 from megatron_brain.checkpointing.folders import LATEST
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import architecture
 from megatron_brain.runtime.random_state import random_state
 
@@ -118,7 +119,7 @@ def test_a_policy_is_not_made_from_a_reward_model(single, tmp_path):
     training.save(tmp_path, 1, with_optimizer=False)
     policy = Training(single)
     before = policy.weights()
-    with pytest.raises(ValueError, match=r"iter_0000001 is a reward model; a policy is needed here"):
+    with pytest.raises(ConfigError, match=r"iter_0000001 is a reward model; a policy is needed here"):
         load_weights(read_info(tmp_path), policy.chunks, head="policy")
     assert equal_weights(policy.weights(), before)
 
@@ -133,10 +134,10 @@ def test_weights_the_checkpoint_lacks_are_refused(single, tmp_path):
 def test_resuming_needs_the_optimizer_and_the_same_precision(single, tmp_path):
     training = Training(single)
     training.save(tmp_path / "weights", 1, with_optimizer=False)
-    with pytest.raises(ValueError, match="holds no optimizer state .* add --finetune"):
+    with pytest.raises(ConfigError, match="holds no optimizer state .* add --finetune"):
         training.resume(read_info(tmp_path / "weights"))
     training.save(tmp_path / "all", 1)
-    with pytest.raises(ValueError, match="bf16=False, this run has bf16=True"):
+    with pytest.raises(ConfigError, match="bf16=False, this run has bf16=True"):
         Training(single, bf16=True).resume(read_info(tmp_path / "all"))
 
 

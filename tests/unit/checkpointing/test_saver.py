@@ -11,6 +11,7 @@ from helpers.tiny_training import Training, equal_weights
 from megatron_brain.checkpointing import CheckpointError, TrainingState, load_weights, read_info
 from megatron_brain.checkpointing import save as saving
 from megatron_brain.checkpointing.state import model_boxes
+from megatron_brain.errors import ConfigError
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(training, tmp_
     saver.save(1, training.chunks, training.state())
     training.step()
     assert not equal_weights(training.weights(), before)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
         read_info(tmp_path)
     slow_writes.set()
     saver.wait()

@@ -9,7 +9,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.loader import config_from_dict, load_config
 from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.config.stage_spec import stages
 from megatron_brain.errors import ConfigError
 
 START = {
@@ -122,7 +122,7 @@ def load(stage, settings):
     return config_from_dict(stage, START[stage] | settings)
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize("stage", list(stages()))
 @pytest.mark.parametrize("settings", ACCEPTED, ids=str)
 def test_settings_that_fit_together_are_accepted(stage, settings):
     require(load(stage, settings))
@@ -135,7 +135,7 @@ def test_settings_that_something_would_ignore_are_refused(message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize("stage", list(stages()))
 @pytest.mark.parametrize("settings", [{"fp8_margin": 1}, {"fp8_format": "hybrid"}, {**ON, "seq_length": 1000}], ids=str)
 def test_no_stage_is_left_out(stage, settings):
     with pytest.raises(ConfigError, match="fp8"):

@@ -15,7 +15,7 @@ from megatron_brain.config.loader import (
     load_config,
     save_config,
 )
-from megatron_brain.config.run import STAGE_SECTIONS
+from megatron_brain.config.stage_spec import stages
 from megatron_brain.errors import ConfigError
 
 REQUIRED = {
@@ -78,7 +78,7 @@ SPECIAL = {
 # Sections are shared, yet these have one value in a stage.
 _FIXED = {("brain", "hidden_dropout"), ("brain", "attention_dropout")}
 _FIXED |= {("generate", "fp8_param_gather"), ("evaluate", "fp8_param_gather")}
-STAGE_AND_KEY = [(stage, key) for stage in STAGE_SECTIONS for key in stage_fields(stage) if (stage, key) not in _FIXED]
+STAGE_AND_KEY = [(stage, key) for stage in stages() for key in stage_fields(stage) if (stage, key) not in _FIXED]
 
 
 def another_value(key):
@@ -238,12 +238,12 @@ def test_an_abbreviated_flag_is_unknown():
     assert fails("sft", "--micro-batch", "2").startswith("micro_batch='2' (command line): unknown key")
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize("stage", list(stages()))
 def test_a_key_of_another_stage_says_which(tmp_path, stage):
     foreign = [spec for name, spec in all_fields().items() if name not in stage_fields(stage)]
     assert foreign
     for spec in foreign:
-        owners = ", ".join(name for name, sections in STAGE_SECTIONS.items() if spec.section in sections)
+        owners = ", ".join(name for name, other in stages().items() if spec.section in other.all_sections)
         path = write(tmp_path, f"{spec.name}: 1\n")
         assert f"the {stage} stage does not read it; it belongs to {owners}" in fails(stage, "--config", path)
         if spec.kind is not bool:
@@ -316,13 +316,13 @@ def test_saved_values_must_have_their_types():
     assert config_from_dict("sft", {"lr": 1}).optimizer.lr == 1.0
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize("stage", list(stages()))
 def test_help_is_grouped_and_shows_every_flag_its_text_default_and_choices(stage, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = build_parser(stage).format_help()
     words = " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 100
-    for section in STAGE_SECTIONS[stage]:
+    for section in stages()[stage].all_sections:
         assert f"\n{section}:\n" in text
         assert " ".join(section_help(section).split()) in words
         for spec in section_fields(section):

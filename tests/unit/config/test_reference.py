@@ -6,6 +6,7 @@ import pytest
 
 from megatron_brain.config.fields import all_fields
 from megatron_brain.config.reference import option_tables, replace_tables
+from megatron_brain.errors import ConfigError
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 
@@ -24,5 +25,5 @@ def test_every_flag_and_its_help_text_are_in_the_tables():
 
 
 def test_a_page_without_markers_is_refused():
-    with pytest.raises(ValueError, match="options: begin"):
+    with pytest.raises(ConfigError, match="options: begin"):
         replace_tables("no markers")

@@ -183,7 +183,7 @@ def test_weights_are_rounded_once_to_the_chosen_type(dtype, write_hf, convert_in
 
 def test_a_size_that_cannot_be_read_is_a_mistake(write_hf, convert_in, convert_out):
     checkpoint = convert_in(write_hf())
-    with pytest.raises(ValueError, match="5 elephants"):
+    with pytest.raises(ConfigError, match="5 elephants"):
         convert_out(checkpoint, max_shard_size="5 elephants")
 
 

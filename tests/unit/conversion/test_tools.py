@@ -79,10 +79,10 @@ def test_the_last_line_says_size_time_speed_and_comparison(write_hf, into, out_o
 
     monkeypatch.syspath_prepend(TOOLS)
     benchmark = importlib.import_module("benchmarks.convert")
-    read = benchmark.Run.of(compared, 3.0, [7])
-    assert (read.process_seconds, read.peak_bytes) == (3.0, [7])
+    # A comparison of so small a model may take less than the 0.1 s that the line tells.
+    read = benchmark.Run.of(re.sub(r"\d+\.\d s$", "1.5 s", compared), 3.0, [7])
+    assert (read.process_seconds, read.peak_bytes, read.comparison_seconds) == (3.0, [7], 1.5)
     assert 0 <= read.difference < 1e-5
-    assert read.comparison_seconds > 0
     assert benchmark.Run.of(not_compared, 3.0, [7]).difference is None
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
+from megatron_brain.errors import ConfigError
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
@@ -66,7 +67,7 @@ def test_bos_is_put_as_the_files_say_here_and_in_what_is_saved(front, settings, 
     ],
 )
 def test_another_token_before_every_text_is_refused_with_its_id(front, names, message, tmp_path):
-    with pytest.raises(ValueError, match=f"--tokenizer-model .*: {message}.*set bos_token in tokenizer_config.json"):
+    with pytest.raises(ConfigError, match=f"--tokenizer-model .*: {message}.*set bos_token in tokenizer_config.json"):
         HuggingFaceTokenizer(write(tmp_path, front=front, **names))
 
 

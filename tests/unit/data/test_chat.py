@@ -6,6 +6,7 @@ from megatron_brain.data.conversations import check_messages, split_shared_dialo
 from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import RecordError
 
 DIALOGUE = [
     {"role": "user", "content": "hello"},
@@ -64,27 +65,27 @@ def test_all_turns_add_eos_where_the_template_ends_turns_otherwise(tmp_path):
     ],
 )
 def test_a_template_that_does_not_mark_every_turn_is_an_error_with_the_cure(tmp_path, template, message):
-    with pytest.raises(ValueError, match=rf"d.jsonl:3: .*{message}") as error:
+    with pytest.raises(RecordError, match=rf"d.jsonl:3: .*{message}") as error:
         encode_all_turns(Chat(with_template(tmp_path, template), DIALOGUE, "d.jsonl:3"))
     assert "{% generation %}" in str(error.value)
 
 
 def test_a_template_that_rewrites_the_prompt_is_an_error(tmp_path):
     tokenizer = with_template(tmp_path, CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
-    with pytest.raises(ValueError, match="d.jsonl:3: .*cannot be cut out"):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*cannot be cut out"):
         render_last_turn(Chat(tokenizer, DIALOGUE, "d.jsonl:3"))
 
 
 def test_a_template_that_refuses_the_messages_names_the_record(tmp_path):
     tokenizer = with_template(tmp_path, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="d.jsonl:3: the chat template refuses.*roles must alternate"):
+    with pytest.raises(RecordError, match="d.jsonl:3: the chat template refuses.*roles must alternate"):
         render_prompt(Chat(tokenizer, DIALOGUE[:1], "d.jsonl:3"))
 
 
 def test_tokenizers_without_chat_template_say_what_to_do(sp, hf_bos):
     for tokenizer in (sp, hf_bos):
         for function in (render_last_turn, encode_all_turns):
-            with pytest.raises(ValueError, match="d.jsonl:3: .*no chat template: give --chat-template"):
+            with pytest.raises(RecordError, match="d.jsonl:3: .*no chat template: give --chat-template"):
                 function(Chat(tokenizer, DIALOGUE, "d.jsonl:3"))
 
 
@@ -97,13 +98,13 @@ def test_tokenizers_without_chat_template_say_what_to_do(sp, hf_bos):
     ],
 )
 def test_conversations_without_an_answer_or_a_prompt_are_errors(hf, messages, message):
-    with pytest.raises(ValueError, match=rf"d.jsonl:3: .*{message}"):
+    with pytest.raises(RecordError, match=rf"d.jsonl:3: .*{message}"):
         render_last_turn(Chat(hf, messages, "d.jsonl:3"))
 
 
 @pytest.mark.parametrize("bad", ["text", [], ["text"], [{"content": "x"}], [{"role": "user"}], CALLS])
 def test_malformed_messages_name_record_and_field(bad):
-    with pytest.raises(ValueError, match="d.jsonl:3: '?messages"):
+    with pytest.raises(RecordError, match="d.jsonl:3: '?messages"):
         check_messages(bad, "messages", "d.jsonl:3")
 
 
@@ -122,12 +123,12 @@ def test_null_columns_of_a_table_are_removed():
 def test_shared_messages_become_the_prompt():
     other = [*DIALOGUE[:3], {"role": "assistant", "content": "no"}]
     assert split_shared_messages(DIALOGUE, other, "x") == (DIALOGUE[:3], DIALOGUE[3:], other[3:])
-    with pytest.raises(ValueError, match="share every message but the last"):
+    with pytest.raises(RecordError, match="share every message but the last"):
         split_shared_messages(DIALOGUE, DIALOGUE[:2], "x")
 
 
 def test_plain_dialogues_split_at_the_last_shared_answer_cue():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     assert split_shared_dialogue(start + " yes it is", start + " yes no", "x") == (start, " yes it is", " yes no")
-    with pytest.raises(ValueError, match="d.jsonl:3: no 'prompt'"):
+    with pytest.raises(RecordError, match="d.jsonl:3: no 'prompt'"):
         split_shared_dialogue("abc", "abd", "d.jsonl:3")

@@ -16,6 +16,7 @@ from megatron_brain.data.last_turn import render_last_turn, render_prompt
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, build_tokenizer
 from megatron_brain.data.tokenizer.chat_template import TemplateRefusalError, read_template
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import ConfigError, RecordError
 
 MESSAGES = [{"role": "user", "content": "when?"}, {"role": "assistant", "content": "at nine"}]
 TOOLS = [{"type": "function", "function": {"name": "get_time", "parameters": {}}}]
@@ -58,7 +59,7 @@ def test_of_named_templates_tool_use_is_taken_with_tools_and_default_without(spe
 def test_named_templates_without_a_default_are_refused_with_their_names(tmp_path):
     tokenizer = write(tmp_path, {"rag": CHATML, "tool_use": THINKING})
     assert "get_time" in render(tokenizer, TOOLS)
-    with pytest.raises(ValueError, match="the chat templates rag, tool_use and none called default.*--chat-template"):
+    with pytest.raises(ConfigError, match="the chat templates rag, tool_use and none called default.*--chat-template"):
         render(tokenizer)
 
 
@@ -93,7 +94,7 @@ def test_a_file_that_is_no_template_is_told_with_the_flag(content, message, tmp_
     path = tmp_path / "mine.jinja"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"--chat-template .*mine.jinja: .*{message}"):
+    with pytest.raises(ConfigError, match=f"--chat-template .*mine.jinja: .*{message}"):
         read_template(str(path))
 
 
@@ -114,7 +115,7 @@ def test_a_template_that_raises_says_what_and_one_that_is_missing_says_the_cure(
     with pytest.raises(TemplateRefusalError, match="no attribute 'missing'"):
         render(write(tmp_path / "2", "{{ messages[0].missing.again }}"))
     tokenizer = HuggingFaceTokenizer(write_hf_tokenizer(tmp_path / "3", **NAMES))
-    with pytest.raises(ValueError, match="no chat template: give --chat-template FILE"):
+    with pytest.raises(ConfigError, match="no chat template: give --chat-template FILE"):
         render(tokenizer)
 
 
@@ -165,7 +166,7 @@ def test_a_turn_that_is_opened_behind_every_conversation_is_not_learned(turn, he
     header = f"{{{{ {header!r} }}}}"
     tokenizer = write(tmp_path / "a", every + header)
     for function in (render_last_turn, encode_all_turns):
-        with pytest.raises(ValueError, match="x:1: the chat template writes .* behind every conversation"):
+        with pytest.raises(RecordError, match="x:1: the chat template writes .* behind every conversation"):
             function(Chat(tokenizer, MESSAGES, "x:1"))
     asked = write(tmp_path / "b", every + "{% if add_generation_prompt %}" + header + "{% endif %}")
     assert render_prompt(Chat(tokenizer, MESSAGES[:1], "x")) == render_prompt(Chat(asked, MESSAGES[:1], "x"))

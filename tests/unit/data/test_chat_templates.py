@@ -10,6 +10,7 @@ from megatron_brain.data.chat import Chat
 from megatron_brain.data.last_turn import render_last_turn
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_brain.data.turns import encode_all_turns
+from megatron_brain.errors import RecordError
 
 QUESTION = {"role": "user", "content": "hello world"}
 DIALOGUE = [
@@ -120,7 +121,7 @@ def test_system_messages_and_tools_are_prompt_or_refused_at_the_record(shape, tm
     messages = [{"role": "system", "content": "numbers"}, *DIALOGUE]
     for function in (render_last_turn, encode_all_turns):
         if not shape.system:
-            with pytest.raises(ValueError, match="d.jsonl:3: the chat template refuses these messages"):
+            with pytest.raises(RecordError, match="d.jsonl:3: the chat template refuses these messages"):
                 function(Chat(tokenizer, messages, "d.jsonl:3"))
             continue
         prompt = function(Chat(tokenizer, messages, "x"))[0]
@@ -140,7 +141,7 @@ def test_an_end_of_turn_token_that_is_not_marked_is_refused(shape, tmp_path):
     rest = {end: ""}.get(written, " }}")
     template = shape.template.replace(written + "{% endgeneration %}", rest + "{% endgeneration %}" + moved)
     assert template != shape.template
-    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves the end-of-turn token unmarked.*{% generation %}"):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*leaves the end-of-turn token unmarked.*{% generation %}"):
         encode_all_turns(Chat(make(tmp_path, shape, template), DIALOGUE, "d.jsonl:3"))
 
 
@@ -148,9 +149,9 @@ def test_a_template_that_marks_everything_is_refused(shape, tmp_path):
     bare = shape.template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     template = "<pad>{% generation %}" + bare + "{% endgeneration %}"
     tokenizer = make(tmp_path, shape, template)
-    with pytest.raises(ValueError, match="d.jsonl:3: .*marks what precedes the assistant's turn messages.1."):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*marks what precedes the assistant's turn messages.1."):
         encode_all_turns(Chat(tokenizer, DIALOGUE[:2], "d.jsonl:3"))
-    with pytest.raises(ValueError, match="d.jsonl:3: .*marks 1 of 2 assistant turns"):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*marks 1 of 2 assistant turns"):
         encode_all_turns(Chat(tokenizer, DIALOGUE, "d.jsonl:3"))
 
 
@@ -178,7 +179,7 @@ def test_marks_that_do_not_begin_where_sampling_does_are_refused(tmp_path, user_
         + "{{ m['content'] }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(ValueError, match=f"d.jsonl:3: .*{message}"):
+    with pytest.raises(RecordError, match=f"d.jsonl:3: .*{message}"):
         encode_all_turns(Chat(make(tmp_path, SHAPES["chatml"], template), DIALOGUE, "d.jsonl:3"))
 
 
@@ -214,9 +215,9 @@ def test_tools_their_calls_and_thoughts_that_the_template_does_not_write_are_ref
     search = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
     for function in (render_last_turn, encode_all_turns):
         for field, message in ({"tool_calls": [search]}, "search"), ({"reasoning_content": "numbers"}, "numbers"):
-            with pytest.raises(ValueError, match=f"d.jsonl:3: .*leaves out some of what the assistant.*{message}"):
+            with pytest.raises(RecordError, match=f"d.jsonl:3: .*leaves out some of what the assistant.*{message}"):
                 function(Chat(tokenizer, [QUESTION, DIALOGUE[1] | field], "d.jsonl:3"))
-        with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out the tool 'search'"):
+        with pytest.raises(RecordError, match="d.jsonl:3: .*leaves out the tool 'search'"):
             function(Chat(tokenizer, DIALOGUE, "d.jsonl:3", [search]))
 
 
@@ -250,10 +251,10 @@ def test_thinking_that_the_template_drops_is_never_dropped_silently(tmp_path):
     earlier = make(tmp_path / "a", shape, CHATML_MARKED.replace("m['content']", keep_last))
     prompt, response = render_last_turn(Chat(earlier, thinking, "x"))
     assert "numbers" not in prompt and response == "<think>strings</think>a short summary<|im_end|>"
-    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*numbers.*--multi-turn-loss"):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*leaves out.*numbers.*--multi-turn-loss"):
         encode_all_turns(Chat(earlier, thinking, "d.jsonl:3"))
     everywhere = make(tmp_path / "b", shape, CHATML_MARKED.replace("m['content']", drop_all))
-    with pytest.raises(ValueError, match="d.jsonl:3: .*leaves out.*strings"):
+    with pytest.raises(RecordError, match="d.jsonl:3: .*leaves out.*strings"):
         render_last_turn(Chat(everywhere, thinking, "d.jsonl:3"))
 
 
@@ -282,5 +283,5 @@ def test_a_generation_prompt_that_opens_more_than_the_marked_turns_begin_with_is
     assert found == 2 * [encode_all_turns(Chat(plain, DIALOGUE, "x"))]
     assert caplog.text.count("opens a turn for sampling with '<|im_start|>assistant\\n<think>\\n' but begins some") == 1
     unmarked = make(tmp_path / "unmarked", SHAPES["chatml"], CHATML.replace("assistant\n{% endif %}", opens))
-    with pytest.raises(ValueError, match=r"the assistant's turn messages\[1\] cannot be cut out"):
+    with pytest.raises(RecordError, match=r"the assistant's turn messages\[1\] cannot be cut out"):
         encode_all_turns(Chat(unmarked, DIALOGUE, "x"))

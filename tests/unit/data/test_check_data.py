@@ -3,15 +3,16 @@
 import json
 
 import pytest
+from helpers.reading import reading_settings
 from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
 
 from megatron_brain.commands import check_data
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data import checking
 from megatron_brain.data.checking import check
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import read_records
 from megatron_brain.data.sources import parse_record, raw_records
+from megatron_brain.errors import UserError
 
 USER = {"role": "user", "content": "hello"}
 GOOD = {"role": "assistant", "content": "a short summary"}
@@ -48,7 +49,7 @@ WARNINGS = {
 
 def settings(tokenizer, stage="sft", place=None, **options):
     limits = {name: options.pop(name) for name in ("seq_length", "overlong") if name in options}
-    return ReadingSettings(
+    return reading_settings(
         stage=stage,
         tokenizer_type=tokenizer.tokenizer_type,
         tokenizer_model=place or tokenizer.hf.name_or_path,
@@ -93,7 +94,7 @@ def test_errors_are_exactly_the_records_that_stop_a_stage(broken, hf):
     for line, (where, raw) in enumerate(raw_records(broken), start=1):
         try:
             read_records(reader, [(where, parse_record(where, raw))])
-        except ValueError as error:
+        except UserError as error:
             assert str(error).startswith(f"{broken}:{line}: ")
             stopping.add(line)
     report = check([broken], [], reading, max_shown=100)

@@ -6,6 +6,7 @@ import logging
 from datetime import datetime
 
 import pytest
+from helpers.reading import reading_settings
 from helpers.tiny_tokenizers import CHATML_MARKED, write_hf_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from megatron_brain.config.data import DataConfig
 from megatron_brain.data.contents import Contents, contents_of, hash_item
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.errors import AgreedError
@@ -84,7 +84,7 @@ def test_all_that_a_stage_has_of_a_record_counts(hf_marked, tmp_path):
 
 def test_raw_and_prepared_records_have_the_same(hf, tmp_path):
     raw = write(tmp_path / "d.jsonl", RECORDS)
-    reading = ReadingSettings(
+    reading = reading_settings(
         stage="sft", tokenizer_type=hf.tokenizer_type, tokenizer_model=hf.hf.name_or_path, limits=LIMITS
     )
     for form in ("indexed", "arrow"):

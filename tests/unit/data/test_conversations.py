@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.conversations import THINKING, conversations
+from helpers.reading import reading_settings
 from helpers.tiny_tokenizers import write_hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ from megatron_brain.config.data import DataConfig
 from megatron_brain.data.conversations import check_messages, check_template_kwargs
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.sources import load_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
@@ -171,7 +171,7 @@ def test_a_record_has_the_same_ids_from_every_source(thinking, thinking_dir, tmp
     for place in places:
         groups, _ = read_records(reader, load_records(str(place)))
         assert [(group.prompt, group.responses, group.loss_masks) for group in groups] == contents, place
-    reading = ReadingSettings(
+    reading = reading_settings(
         stage="sft",
         tokenizer_type="HuggingFaceTokenizer",
         tokenizer_model=thinking_dir,

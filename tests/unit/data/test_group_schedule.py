@@ -339,7 +339,7 @@ def test_a_large_step_is_planned_quickly():
 
 @pytest.mark.parametrize("name", ["replicas", "max_tokens", "round_to", "count_multiple_of"])
 def test_arguments_below_one_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+    with pytest.raises(AssertionError, match=f"{name}=0: must be at least 1"):
         plan_groups(alone(2), **({"replicas": 1, "max_tokens": 8, "seed": 0} | {name: 0}))
 
 
@@ -354,5 +354,5 @@ def test_arguments_below_one_are_refused_by_name(name):
     ],
 )
 def test_groups_that_are_none_are_refused_with_their_name(groups, labels, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AssertionError, match=message):
         plan_groups(groups, replicas=1, max_tokens=8, seed=0, labels=labels)

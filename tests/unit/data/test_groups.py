@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_brain.data.groups import Group, Segment, pack_groups, packed_length
+from megatron_brain.errors import RecordError
 
 PAIR = Group(
     prompt=(1, 2, 3),
@@ -188,7 +189,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 
 
 def test_groups_longer_than_the_sequence_are_refused_with_both_lengths():
-    with pytest.raises(ValueError, match="groups of 12 tokens do not fit into a sequence of 11"):
+    with pytest.raises(AssertionError, match="groups of 12 tokens do not fit into a sequence of 11"):
         pack_groups([PAIR, LONE], shared_prefix=True, length=11)
 
 
@@ -201,5 +202,5 @@ def test_groups_longer_than_the_sequence_are_refused_with_both_lengths():
     ],
 )
 def test_an_empty_prompt_or_response_is_refused_with_its_place(prompt, responses, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecordError, match=message):
         Group(prompt=prompt, responses=responses, record_id="a.jsonl:7")

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_brain.data.lengths import ReadReport, fit_group, make_report
+from megatron_brain.errors import ConfigError, RecordError
 
 BOS, EOS = 1, 2
 
@@ -45,7 +46,7 @@ def test_a_record_of_exactly_the_limits_is_left_alone(overlong):
     ],
 )
 def test_overlong_error_names_record_lengths_limit_and_cure(rule, message):
-    with pytest.raises(ValueError, match=rf"d.jsonl:3: too long: {message}; .*--overlong truncate"):
+    with pytest.raises(RecordError, match=rf"d.jsonl:3: too long: {message}; .*--overlong truncate"):
         fit(ids(6), [ids(4)], rule)
 
 
@@ -108,5 +109,5 @@ def test_report_reads_as_a_line_and_as_metrics():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(ValueError, match="no record left .*5 dropped overlong.*--seq-length 10"):
+    with pytest.raises(ConfigError, match="no record left .*5 dropped overlong.*--seq-length 10"):
         make_report(Counter(read=5, dropped_overlong=5), 0, limits(10))

@@ -8,13 +8,14 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.reading import reading_settings
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.checking import check
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.tokenizer.training import Lines
+from megatron_brain.errors import ConfigError, RecordError
 
 FINE = {"prompt": "hello", "completion": "world"}
 PROMPTS = [f"hello {n}".encode() for n in range(6)]
@@ -91,7 +92,7 @@ SOURCES = {
 
 def settings(hf_marked, stage="sft"):
     limits = DataConfig(seq_length=64)
-    return ReadingSettings(
+    return reading_settings(
         stage=stage,
         tokenizer_type=hf_marked.tokenizer_type,
         tokenizer_model=hf_marked.hf.name_or_path,
@@ -107,12 +108,12 @@ def test_the_record_that_is_no_text_is_named(name, bad, hf_marked, tmp_path):
     SOURCES[name](path, bad)
     place = f"{path}:{LAST + 1}" if ".json" in name else f"{path}[{LAST}]"
     expected = f"^{re.escape(place)}: .*not UTF-8 text .*: write the (file as UTF-8|table anew)"
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(RecordError, match=expected):
         read_corpus(str(path), settings(hf_marked).build())
     job = Preparation(
         input=str(path), split=None, prefix=str(tmp_path / "out"), format="indexed", reading=settings(hf_marked)
     )
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(RecordError, match=expected):
         prepare(job)
     assert not [left for left in tmp_path.glob("out*") if left.suffix in (".bin", ".idx", ".json")]
     report = check([str(path)], [], settings(hf_marked))
@@ -128,7 +129,7 @@ def test_in_every_stage(stage, hf_marked, tmp_path):
     fields = {"prompt": "hello", "chosen": "world", "rejected": "no"}
     lines = [json.dumps(fields).encode(), json.dumps(fields).encode().replace(b"world", HALF)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match=r"a.jsonl:2: .*not UTF-8 text .*write the file as UTF-8"):
+    with pytest.raises(RecordError, match=r"a.jsonl:2: .*not UTF-8 text .*write the file as UTF-8"):
         read_corpus(str(tmp_path / "a.jsonl"), settings(hf_marked, stage).build())
 
 
@@ -143,7 +144,7 @@ def test_half_a_surrogate_that_is_escaped_is_none_either(kind, escape, hf_marked
     data = b"[" + b",".join(lines) + b"]" if kind == "array.json" else b"\n".join(lines)
     (tmp_path / kind).write_bytes(data)
     place = r"array.json\[1\]" if kind == "array.json" else f"{kind}:2"
-    with pytest.raises(ValueError, match=f"{place}: .*surrogate"):
+    with pytest.raises(RecordError, match=f"{place}: .*surrogate"):
         read_corpus(str(tmp_path / kind), settings(hf_marked).build())
 
 
@@ -160,7 +161,7 @@ def test_a_compressed_file_that_is_damaged_is_named(kind, state, hf_marked, tmp_
     (write_lines if kind == "gz" else write_zst)(path, b"fine")
     data = {"cut": path.read_bytes()[:-12], "no archive": b'{"prompt": "a"}\n', "empty": b""}[state]
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=f"{path}: (cannot be read|the file is empty)"):
+    with pytest.raises(ConfigError, match=f"{path}: (cannot be read|the file is empty)"):
         read_corpus(str(path), settings(hf_marked).build())
 
 
@@ -169,7 +170,7 @@ def test_half_a_surrogate_in_a_column_of_json_is_none_either(escape, hf_marked, 
     column = pyarrow.array([json.dumps("a"), f'"{escape}"', r'"\ud83d\ude00"'], pyarrow.json_())
     table = pyarrow.table({"prompt": ["a"] * 3, "completion": column})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a.parquet\[1\]: field 'completion': .*surrogate"):
+    with pytest.raises(RecordError, match=r"a.parquet\[1\]: field 'completion': .*surrogate"):
         read_corpus(str(tmp_path / "a.parquet"), settings(hf_marked).build())
     pyarrow.parquet.write_table(table.take([0, 2]), tmp_path / "b.parquet")
     assert len(read_corpus(str(tmp_path / "b.parquet"), settings(hf_marked).build()).items) == 2

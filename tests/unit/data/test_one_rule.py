@@ -12,7 +12,8 @@ from megatron_brain.config.data import DataConfig
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_brain.generation.batch import Sample
-from megatron_brain.stages import answers, evaluate
+from megatron_brain.stages import answers
+from megatron_brain.stages.evaluate import stage as evaluate
 
 PROMPT, ANSWER, WORSE = " hello \u6f22 world\nTL;DR:", " a short </s> summary\u2603 ", "no"
 TEMPLATE = (

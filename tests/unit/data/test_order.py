@@ -49,7 +49,7 @@ def test_epochs_and_seeds_shuffle_differently():
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(AssertionError, match="no samples"):
         SampleOrder(0, seed=0)
 
 
@@ -74,5 +74,5 @@ def test_replicas_share_the_batch_out_equally_without_loss(micro_batch_size, dp_
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"global batch of 10 .* replicas = 4"):
+    with pytest.raises(AssertionError, match=r"global batch of 10 .* replicas = 4"):
         replica_share(range(10), micro_batch_size=2, dp_rank=0, dp_size=2)

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tokenizer.awkward_texts import AWKWARD_TEXTS
+from megatron_brain.errors import ConfigError
 
 NAMES = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEXTS = [*AWKWARD_TEXTS[:24], "1234567", "call 555-0199", "a</s> b<|im_end|>\nc"]
@@ -104,7 +105,7 @@ def test_settings_that_change_what_the_file_says_are_refused(tmp_path):
     write_hf_tokenizer(tmp_path, **NAMES)
     fox = {"content": "fox", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
     change(tmp_path, settings={"added_tokens_decoder": {"500": {**fox, "single_word": False}}})
-    with pytest.raises(ValueError, match="without its class, transformers turns .* repair tokenizer_config.json"):
+    with pytest.raises(ConfigError, match="without its class, transformers turns .* repair tokenizer_config.json"):
         HuggingFaceTokenizer(str(tmp_path))
 
 
@@ -123,7 +124,7 @@ def test_what_is_saved_with_a_checkpoint_is_the_file_again(tmp_path, caplog):
 def test_a_folder_without_a_tokenizer_says_so(files, tmp_path):
     for name in files:
         (tmp_path / name).write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="there is no tokenizer in it.*copy the files of the model's tokenizer"):
+    with pytest.raises(ConfigError, match="there is no tokenizer in it.*copy the files of the model's tokenizer"):
         HuggingFaceTokenizer(str(tmp_path))
 
 
@@ -133,7 +134,7 @@ def test_an_end_or_beginning_that_the_file_does_not_have_is_refused(settings, tm
     write_hf_tokenizer(tmp_path, **NAMES)
     change(tmp_path, settings=settings)
     [(name, token)] = settings.items()
-    with pytest.raises(ValueError, match=f"{name} '{re.escape(token)}' is not in its tokenizer.json: .*new id 330"):
+    with pytest.raises(ConfigError, match=f"{name} '{re.escape(token)}' is not in its tokenizer.json: .*new id 330"):
         HuggingFaceTokenizer(str(tmp_path))
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_brain.data.packing import pack_by_length
+from megatron_brain.errors import ConfigError
 
 CASES = {
     "lengths": st.lists(st.integers(1, 64), max_size=120),
@@ -59,5 +60,5 @@ def test_realistic_lengths_pack_to_over_95_percent():
 
 @pytest.mark.parametrize("length", [0, 11])
 def test_a_record_that_cannot_fit_is_named(length):
-    with pytest.raises(ValueError, match=rf"record 2 has {length} tokens.*10"):
+    with pytest.raises(ConfigError, match=rf"record 2 has {length} tokens.*10"):
         pack_by_length([1, 10, length], 10, seed=0)

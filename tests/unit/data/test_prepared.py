@@ -5,11 +5,11 @@ import json
 
 import numpy
 import pytest
+from helpers.reading import reading_settings
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.corpus import num_tokens, read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.errors import ConfigError
@@ -47,7 +47,7 @@ RECORDS = {
 
 def settings(tokenizer, stage, *, multi_turn_loss=False, max_new_tokens=8, **limits):
     limits = DataConfig(**{"seq_length": 40, "overlong": "truncate", **limits})
-    return ReadingSettings(
+    return reading_settings(
         stage=stage,
         tokenizer_type=tokenizer.tokenizer_type,
         tokenizer_model=tokenizer.hf.name_or_path,
@@ -234,5 +234,5 @@ def test_settings_of_the_reader_are_kept(prepared, hf):
     _, prefix = prepared(RECORDS["text"][1], reading)
     with open(f"{prefix}.json") as file:
         info = json.load(file)
-    limits = dataclasses.asdict(reading.limits)
+    limits = dataclasses.asdict(reading.config.data)
     assert info["settings"] == {name: limits.get(name, False) for name in info["settings"]}

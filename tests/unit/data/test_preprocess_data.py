@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy
 import psutil
 import pytest
+from helpers.reading import reading_settings
 
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared import preparation
 from megatron_brain.data.prepared.preparation import Preparation, prepare
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.data.workers import WorkerKilledError, map_in_order
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, RecordError
 
 WORDS = ["the", "quick", "brown", "fox", "over", "lazy", "dog", "again", "hello", "world", "fast", "small", "editor"]
 
@@ -48,7 +48,7 @@ def make_job(corpus, hf_dir, tmp_path):
     def make_job(name="out", form="indexed", workers=1, source=None, **limits):
         from megatron_brain.config.data import DataConfig
 
-        reading = ReadingSettings(
+        reading = reading_settings(
             stage="sft",
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=hf_dir,
@@ -125,10 +125,10 @@ def test_leftovers_of_another_preparation_are_refused_with_what_differs(make_job
     with pytest.raises(ZeroDivisionError):
         prepare(make_job())
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"settings.seq_length was 60, is now 61\..* or remove .*data.parts"):
+    with pytest.raises(ConfigError, match=r"settings.seq_length was 60, is now 61\..* or remove .*data.parts"):
         prepare(make_job(seq_length=61))
     os.utime(corpus, ns=(1, 1))
-    with pytest.raises(ValueError, match=r"source.files.0.changed_ns was \d+, is now 1\."):
+    with pytest.raises(ConfigError, match=r"source.files.0.changed_ns was \d+, is now 1\."):
         prepare(make_job())
 
 
@@ -136,7 +136,7 @@ def test_a_complete_result_is_kept_and_not_overwritten_by_another(make_job):
     info = prepare(make_job())
     before = files(make_job())
     assert prepare(make_job()) == info and files(make_job()) == before
-    with pytest.raises(ValueError, match="settings.overlong was drop, is now truncate"):
+    with pytest.raises(ConfigError, match="settings.overlong was drop, is now truncate"):
         prepare(make_job(overlong="truncate"))
     assert files(make_job()) == before
 
@@ -183,7 +183,7 @@ def test_a_bad_record_stops_it_with_its_place_and_leaves_nothing_that_looks_comp
     lines[6] = "no json"
     source = tmp_path / "bad.jsonl"
     source.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="bad.jsonl:5: field 'completion' is missing"):
+    with pytest.raises(RecordError, match="bad.jsonl:5: field 'completion' is missing"):
         prepare(make_job(form="arrow", source=source))
     assert not list((tmp_path / "out").glob("data.[!p]*"))
 
@@ -191,7 +191,7 @@ def test_a_bad_record_stops_it_with_its_place_and_leaves_nothing_that_looks_comp
 def test_a_preparation_that_finished_no_part_may_be_begun_anew_with_other_settings(make_job, tmp_path):
     source = tmp_path / "bad.jsonl"
     source.write_text('{"prompt": "p"}\n')
-    with pytest.raises(ValueError, match="'completion' is missing"):
+    with pytest.raises(RecordError, match="'completion' is missing"):
         prepare(make_job(source=source))
     (tmp_path / "out" / "data.parts" / "plan.json.partial").write_text("killed in the middle of it")
     source.write_text('{"prompt": "p", "completion": "c"}\n')
@@ -224,7 +224,7 @@ def test_a_killed_worker_process_is_told_in_a_line(capsys, tmp_path, hf_dir, cor
 
 def test_two_preparations_of_one_output_do_not_mix(make_job):
     job = make_job()
-    refused = pytest.raises(ValueError, match="another process is preparing this output")
+    refused = pytest.raises(ConfigError, match="another process is preparing this output")
     with preparation._locked(preparation._parts_folder(job)), refused:
         prepare(job)
 

@@ -4,6 +4,7 @@ from megatron_brain.config.data import DataConfig
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.last_turn import render_prompt
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
+from megatron_brain.errors import ConfigError, RecordError
 
 ROOMY = DataConfig(seq_length=512)
 USER = {"role": "user", "content": "hello"}
@@ -128,7 +129,7 @@ def test_prompts_leave_room_for_the_response(hf):
     (prompt,), report = prompt_groups(at(record), hf, limits, room=8)
     assert len(prompt.tokens) == 12 and report.truncated_prompt == 1
     assert hf.decode(prompt.tokens).endswith("TL;DR:") and prompt.text.startswith("0 1")
-    with pytest.raises(ValueError, match="d.jsonl:1: too long.*12 leave room"):
+    with pytest.raises(RecordError, match="d.jsonl:1: too long.*12 leave room"):
         prompt_groups(at({"prompt": prompt.text}), hf, DataConfig(seq_length=20), room=8)
 
 
@@ -150,7 +151,7 @@ def test_dropped_and_truncated_records_are_counted(hf):
     groups, report = sft_groups(at(long, short), hf, DataConfig(seq_length=16, overlong="truncate"))
     assert len(groups[0].prompt) + len(groups[0].responses[0]) == 16
     assert groups[0].responses[0][-1] == hf.eos_id and report.truncated_prompt == 1
-    with pytest.raises(ValueError, match="no record left"):
+    with pytest.raises(ConfigError, match="no record left"):
         sft_groups(at(long), hf, DataConfig(seq_length=16, overlong="drop"))
 
 
@@ -158,7 +159,7 @@ def test_dropped_and_truncated_records_are_counted(hf):
 def test_a_response_without_tokens_is_an_error_in_every_mode(sp, overlong):
     limits = DataConfig(seq_length=64, overlong=overlong)
     invisible = next(c for c in "\u200b\ufeff\x01\x7f" if sp.encode(c) == [])
-    with pytest.raises(ValueError, match="d.jsonl:1: a response has no tokens"):
+    with pytest.raises(RecordError, match="d.jsonl:1: a response has no tokens"):
         sft_groups(at({"prompt": "hello", "completion": invisible}), sp, limits)
 
 
@@ -188,7 +189,7 @@ def test_truncated_conversations_still_start_with_a_token_to_learn(hf_marked):
 )
 def test_bad_sft_records_name_line_field_and_keys(hf, record, message):
     good = {"prompt": "p", "completion": "c"}
-    with pytest.raises(ValueError, match=f"^d.jsonl:2: .*{message}"):
+    with pytest.raises(RecordError, match=f"^d.jsonl:2: .*{message}"):
         sft_groups(at(good, record), hf, ROOMY)
 
 
@@ -207,7 +208,7 @@ def test_bad_sft_records_name_line_field_and_keys(hf, record, message):
     ],
 )
 def test_bad_preference_records_name_line_and_field(hf, record, message):
-    with pytest.raises(ValueError, match=f"^d.jsonl:1: .*{message}"):
+    with pytest.raises(RecordError, match=f"^d.jsonl:1: .*{message}"):
         preference_groups(at(record), hf, ROOMY)
 
 
@@ -222,7 +223,7 @@ def test_bad_preference_records_name_line_and_field(hf, record, message):
     ],
 )
 def test_bad_prompt_records_name_line_and_field(hf, record, message):
-    with pytest.raises(ValueError, match=f"^d.jsonl:1: .*{message}"):
+    with pytest.raises(RecordError, match=f"^d.jsonl:1: .*{message}"):
         prompt_groups(at(record), hf, ROOMY)
 
 
@@ -236,5 +237,5 @@ def test_a_cut_that_leaves_nothing_to_learn_drops_the_record_and_counts_it(hf_ma
     assert [group.record_id for group in groups] == ["d.jsonl:2"]
     assert (report.kept, report.dropped_unlearned, report.truncated_response) == (1, 1, 0)
     assert "1 dropped unlearned" in str(report)
-    with pytest.raises(ValueError, match="no record left"):
+    with pytest.raises(ConfigError, match="no record left"):
         read_records(SFTReader(hf_marked, limits, multi_turn_loss=True), at(unlearned))

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_brain.data import tables
 from megatron_brain.data.sources import load_records
+from megatron_brain.errors import ConfigError, RecordError, UserError
 
 ROWS = [{"prompt": f"p{i}", "completion": f"c {i} \u2028 é"} for i in range(5)]
 
@@ -62,7 +63,7 @@ def test_saved_dataset_dict_needs_a_split_it_has(tmp_path):
     datasets.DatasetDict({"train": part, "test": part.select([1])}).save_to_disk(source)
     assert load_records(source, split="test") == [(f"{source}[test][0]", ROWS[1])]
     for split in (None, "validation"):
-        with pytest.raises(ValueError, match=rf"no split {split!r}; it has train, test"):
+        with pytest.raises(ConfigError, match=rf"no split {split!r}; it has train, test"):
             load_records(source, split=split)
 
 
@@ -81,10 +82,10 @@ def test_a_name_that_is_neither_file_nor_hub_data_set_says_where_it_looked(monke
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path}/data/train\).*hub \(ConnectionError: no network"):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/data/train\).*hub \(ConnectionError: no network"):
         load_records("data/train")
     for missing in ("data/train.jsonl", "a/b/c", "nothing*.jsonl"):
-        with pytest.raises(ValueError, match=re.escape(f"{missing}: no such file (looked for {tmp_path}/{missing})")):
+        with pytest.raises(ConfigError, match=re.escape(f"{missing}: no such file (looked for {tmp_path}/{missing})")):
             load_records(missing)
 
 
@@ -101,7 +102,7 @@ def test_a_name_that_is_neither_file_nor_hub_data_set_says_where_it_looked(monke
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"prompt": "ok"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=f"bad.jsonl:2: .*{message}"):
+    with pytest.raises(RecordError, match=f"bad.jsonl:2: .*{message}"):
         load_records(str(path))
 
 
@@ -115,20 +116,20 @@ def test_empty_unknown_and_damaged_files_are_named(tmp_path):
         ("bad.json", b'[{"a": 1},', "not valid JSON"),
     ]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        with pytest.raises(UserError, match=f"{name}: .*{message}"):
             load_records(str(tmp_path / name))
 
 
 def test_one_empty_file_of_a_glob_is_named(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     (tmp_path / "b.jsonl").touch()
-    with pytest.raises(ValueError, match=r"b.jsonl: the file is empty"):
+    with pytest.raises(ConfigError, match=r"b.jsonl: the file is empty"):
         load_records(f"{tmp_path}/*.jsonl")
 
 
 def test_a_folder_of_files_suggests_a_glob(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"save_to_disk did not write.*\*\.jsonl"):
+    with pytest.raises(ConfigError, match=r"save_to_disk did not write.*\*\.jsonl"):
         load_records(str(tmp_path))
 
 
@@ -170,5 +171,5 @@ def test_a_column_that_cannot_be_read_is_named_with_its_row(kind, tmp_path):
     else:
         datasets.Dataset(table).save_to_disk(str(path))
     place = re.escape(f"{path}[1]: field 'when' has a value that cannot be read")
-    with pytest.raises(ValueError, match=f"{place} .*write the table anew, without the column"):
+    with pytest.raises(RecordError, match=f"{place} .*write the table anew, without the column"):
         load_records(str(path))

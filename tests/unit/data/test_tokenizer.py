@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, build_tokenizer, check_fits
 from megatron_brain.data.tokenizer.base import PLAIN_TEXT
+from megatron_brain.errors import ConfigError
 
 TEXTS = [*LINES, "", " ", "\n\nTL;DR:", " café ☃ 漢字", "tab\there"]
 
@@ -164,25 +165,25 @@ def test_sentencepiece_without_bos_adds_none_and_without_eos_is_refused(tmp_path
     no_bos = build_tokenizer("SentencePieceTokenizer", train_sentencepiece(tmp_path, bos_id=-1))
     assert no_bos.bos_id is None
     assert no_bos.encode_prompt("hello") == no_bos.encode("hello")
-    with pytest.raises(ValueError, match="no EOS piece"):
+    with pytest.raises(ConfigError, match="no EOS piece"):
         build_tokenizer("SentencePieceTokenizer", train_sentencepiece(tmp_path, eos_id=-1))
 
 
 def test_vocabulary_that_does_not_fit_the_model_names_both_numbers(hf):
     check_fits(hf, hf.vocab_size)
-    with pytest.raises(ValueError, match=rf"{hf.vocab_size} ids and the model has {hf.vocab_size - 1}.*resize"):
+    with pytest.raises(ConfigError, match=rf"{hf.vocab_size} ids and the model has {hf.vocab_size - 1}.*resize"):
         check_fits(hf, hf.vocab_size - 1)
 
 
 def test_bad_tokenizers_name_the_setting_and_the_cure(tmp_path):
-    with pytest.raises(ValueError, match="--tokenizer-type GPT2.*HuggingFaceTokenizer, SentencePieceTokenizer"):
+    with pytest.raises(ConfigError, match="--tokenizer-type GPT2.*HuggingFaceTokenizer, SentencePieceTokenizer"):
         build_tokenizer("GPT2", "x")
-    with pytest.raises(ValueError, match="nowhere.model"):
+    with pytest.raises(ConfigError, match="nowhere.model"):
         build_tokenizer("SentencePieceTokenizer", tmp_path / "nowhere.model")
     (tmp_path / "bad.model").write_text("no model")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
         build_tokenizer("SentencePieceTokenizer", tmp_path / "bad.model")
-    with pytest.raises(ValueError, match="AutoTokenizer cannot read it"):
+    with pytest.raises(ConfigError, match="AutoTokenizer cannot read it"):
         build_tokenizer("HuggingFaceTokenizer", tmp_path)
-    with pytest.raises(ValueError, match="no EOS token.*tokenizer_config.json"):
+    with pytest.raises(ConfigError, match="no EOS token.*tokenizer_config.json"):
         build_tokenizer("HuggingFaceTokenizer", write_hf_tokenizer(tmp_path / "no_eos"))

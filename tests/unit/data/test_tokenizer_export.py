@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
 from megatron_brain.data.tokenizer.export import AWKWARD_TEXTS, check_exported
 from megatron_brain.data.tokenizer.sentencepiece_fast import fast_tokenizer
+from megatron_brain.errors import ConfigError
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
 NAMES = "<>/sunk0x41"  # of special pieces, so that a unigram model can spell them
@@ -172,7 +173,7 @@ def test_what_no_fast_tokenizer_can_do_is_warned_of_with_text_and_both_ids(chang
     ],
 )
 def test_settings_without_counterpart_are_refused_by_name(changes, setting, tmp_path):
-    with pytest.raises(ValueError, match=f"{setting}.*tools/train_tokenizer.py"):
+    with pytest.raises(ConfigError, match=f"{setting}.*tools/train_tokenizer.py"):
         trained(**changes).export(tmp_path, "policy")
 
 
@@ -183,7 +184,7 @@ def test_a_directory_that_encodes_otherwise_is_refused_with_text_and_both_ids(tm
     backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
     backend.save(str(tmp_path / "tokenizer.json"))
     text = next(text for text in AWKWARD_TEXTS if text != text.lower())
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ConfigError) as error:
         check_exported(tmp_path, tokenizer)
     ours, theirs = tokenizer.encode_prompt(text), tokenizer.encode_prompt(text.lower())
     assert ours[1] != theirs[1]
@@ -211,7 +212,7 @@ def test_a_model_type_whose_class_rebuilds_the_tokenizer_is_warned_of(tmp_path, 
 def test_a_tokenizer_that_ends_prompts_with_eos_is_refused_with_the_setting(tmp_path):
     tokenizer = HuggingFaceTokenizer(write_hf_tokenizer(tmp_path, eos_token="</s>", pad_token="<pad>"))
     tokenizer.hf.add_eos_token = True
-    with pytest.raises(ValueError, match="set add_eos_token to false"):
+    with pytest.raises(ConfigError, match="set add_eos_token to false"):
         tokenizer.export(tmp_path / "out", "policy")
 
 

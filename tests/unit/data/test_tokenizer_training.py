@@ -11,6 +11,7 @@ from megatron_brain.commands import train_tokenizer
 from megatron_brain.data.tokenizer import build_tokenizer
 from megatron_brain.data.tokenizer.export import AWKWARD_TEXTS
 from megatron_brain.data.tokenizer.training import Lines, TokenizerTraining, corpus_lines, measure, train
+from megatron_brain.errors import ConfigError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +143,12 @@ def test_mistakes_in_the_settings_name_flag_and_cure(tool, corpus, tmp_path, cap
 )
 def test_mistakes_in_the_corpus_reach_the_user_with_their_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train(TokenizerTraining(vocab_size=420), Lines(inputs=[str(tmp_path / name)]))
 
 
 def test_a_missing_file_and_a_folder_that_exists_or_cannot_be_made_are_errors(tool, corpus, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         train(TokenizerTraining(vocab_size=420), Lines(inputs=[str(tmp_path / "none" / "x.jsonl")]))
     assert tool.main(["--input", corpus, "--vocab-size", "420", "--save", str(tmp_path)]) == 2
     assert f"--save {tmp_path} exists: give another folder, or remove it" in capsys.readouterr().err

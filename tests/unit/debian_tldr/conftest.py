@@ -12,6 +12,7 @@ from helpers.debian_tldr import EXAMPLE
 def example():
     """The example's modules; they are scripts in a folder, importable only while it is on the path."""
     names = (
+        "user_errors",
         "descriptions",
         "wheels",
         "judge",

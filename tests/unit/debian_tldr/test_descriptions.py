@@ -91,7 +91,7 @@ def test_paragraph_of_many_packages_is_left_out_of_all(example):
 
 
 def test_filter_refuses_impossible_limits(example):
-    with pytest.raises(ValueError, match="max_description_words = 10"):
+    with pytest.raises(example.user_errors.UserError, match="max_description_words = 10"):
         example.descriptions.FilterSettings(max_description_words=10)
 
 

@@ -38,24 +38,24 @@ def test_fetch_data_reuses_only_what_is_complete_and_the_same(example, lists, mo
     run(example.fetch_data, monkeypatch, *arguments)
     run(example.fetch_data, monkeypatch, *arguments)
     assert len(calls) == 1 and "used as it is" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="another --out"):
+    with pytest.raises(example.user_errors.UserError, match="another --out"):
         run(example.fetch_data, monkeypatch, *arguments, "--seed", 1)
     (tmp_path / "manifest.json").rename(tmp_path / "kept")
     run(example.fetch_data, monkeypatch, *arguments)
     assert len(calls) == 2
     (tmp_path / "train.jsonl").write_text("changed\n")
-    with pytest.raises(RuntimeError, match="differ from its manifest"):
+    with pytest.raises(example.user_errors.UserError, match="differ from its manifest"):
         run(example.fetch_data, monkeypatch, *arguments)
 
 
 def test_fetch_data_with_an_empty_split_writes_nothing(example, lists, monkeypatch, tmp_path):
     monkeypatch.setattr(example.fetch_data, "fetch_lists", lambda: lists)
-    with pytest.raises(RuntimeError, match="no pair left for valid"):
+    with pytest.raises(example.user_errors.UserError, match="no pair left for valid"):
         run(example.fetch_data, monkeypatch, "--out", tmp_path / "data", "--valid-share", 1e-9)
     assert not (tmp_path / "data").exists()
 
 
 def test_machine_without_apt_is_told_what_to_do(example, monkeypatch):
     monkeypatch.setattr(example.fetch_data.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match="Debian or Ubuntu"):
+    with pytest.raises(example.user_errors.UserError, match="Debian or Ubuntu"):
         example.fetch_data.fetch_lists()

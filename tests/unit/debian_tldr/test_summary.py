@@ -74,15 +74,17 @@ def test_summary_shows_the_numbers_of_the_files(example, results, monkeypatch, c
 )
 def test_summary_names_a_number_that_is_missing(example, results, monkeypatch, flag, message):
     write_jsonl(results[flag], [{"iteration": 0, "validation/loss": 1.0}])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(example.user_errors.UserError, match=message):
         run(example.summary, monkeypatch, *flags(results))
 
 
 def test_summary_names_every_missing_key_of_the_evaluation(example, results, monkeypatch):
     broken = {"metrics": {"kl": {"value": 1.0, "low": 0.5}}, "examples": [{"prompt": "p", "reference": "r"}]}
     results["--evaluation"].write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match="num_prompts, metrics/kl/high, examples/0/baseline, examples/0/response"):
+    with pytest.raises(
+        example.user_errors.UserError, match="num_prompts, metrics/kl/high, examples/0/baseline, examples/0/response"
+    ):
         run(example.summary, monkeypatch, *flags(results))
     results["--evaluation"].write_text(json.dumps({"num_prompts": 1, "metrics": {}, "examples": []}))
-    with pytest.raises(ValueError, match="has 0 examples, --examples asks for 3"):
+    with pytest.raises(example.user_errors.UserError, match="has 0 examples, --examples asks for 3"):
         run(example.summary, monkeypatch, *flags(results))

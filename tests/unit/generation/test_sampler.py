@@ -10,6 +10,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, Segment, pack_groups
+from megatron_brain.errors import ConfigError
 from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.architecture import resolve
@@ -201,16 +202,16 @@ def test_bfloat16_samples_score_as_the_policy_scores_them(single):
 
 
 def test_a_prompt_without_room_is_refused_with_its_number_and_the_cure(model, single):
-    with pytest.raises(ValueError, match=r"prompt 1 has 60 tokens.*max_position_embeddings=64.*to 52 tokens"):
+    with pytest.raises(ConfigError, match=r"prompt 1 has 60 tokens.*max_position_embeddings=64.*to 52 tokens"):
         _generate(model, single, [(1, 2), (1,) * 60])
-    with pytest.raises(ValueError, match=r"prompt 0 has 9 tokens.*window_size=20 \(attention over .*to 8 tokens"):
+    with pytest.raises(ConfigError, match=r"prompt 0 has 9 tokens.*window_size=20 \(attention over .*to 8 tokens"):
         _generate(_build(single, window_size=20), single, [(1,) * 9])
 
 
 def test_empty_prompts_and_missing_keys_are_refused(model, single):
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+    with pytest.raises(AssertionError, match="prompt 1 has no tokens"):
         _generate(model, single, [(1, 2), ()])
-    with pytest.raises(ValueError, match="4 prompts need as many keys, not 1"):
+    with pytest.raises(AssertionError, match="4 prompts need as many keys, not 1"):
         _generate(model, single, keys=[0])
 
 

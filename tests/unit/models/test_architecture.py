@@ -5,6 +5,7 @@ from helpers.architectures import ARCHITECTURES
 from helpers.assets import SIZES
 
 from megatron_brain.config.model import ModelConfig
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import architecture, resolve
 
 
@@ -50,20 +51,20 @@ def test_a_checkpoints_sizes_are_taken_and_choices_of_the_run_kept():
 
 
 def test_a_size_that_contradicts_the_checkpoint_is_named_with_both_values():
-    with pytest.raises(ValueError, match="num_layers=3 was asked for, but ckpt has num_layers=4"):
+    with pytest.raises(ConfigError, match="num_layers=3 was asked for, but ckpt has num_layers=4"):
         resolve(ModelConfig(num_layers=3), {"num_layers": 4}, "ckpt")
 
 
 def test_what_a_newer_version_may_have_saved_is_refused_by_name():
     found = architecture(resolve(ModelConfig(**SIZES), None, ""))
-    with pytest.raises(ValueError, match="ckpt has logit_scale, which this version of megatron_brain does not know"):
+    with pytest.raises(ConfigError, match="ckpt has logit_scale, which this version of megatron_brain does not know"):
         resolve(ModelConfig(), {**found, "logit_scale": 0.5}, "ckpt")
-    with pytest.raises(ValueError, match=r"hidden_act='relu' \(ckpt\): expected .*silu"):
+    with pytest.raises(ConfigError, match=r"hidden_act='relu' \(ckpt\): expected .*silu"):
         resolve(ModelConfig(), {**found, "hidden_act": "relu"}, "ckpt")
 
 
 def test_missing_sizes_are_all_named():
-    with pytest.raises(ValueError, match="ffn_hidden_size, vocab_size are not known: give --hf-model, --load"):
+    with pytest.raises(ConfigError, match="ffn_hidden_size, vocab_size are not known: give --hf-model, --load"):
         resolve(ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4), None, "the flags")
 
 
@@ -79,7 +80,7 @@ def test_what_a_source_does_not_name_is_the_default_there(name, value, default):
     found = architecture(resolve(ModelConfig(**SIZES), None, ""))
     del found[name]
     assert getattr(resolve(ModelConfig(), found, "ckpt"), name) == default
-    with pytest.raises(ValueError, match=f"{name}={value} was asked for, but ckpt has {name}={default}"):
+    with pytest.raises(ConfigError, match=f"{name}={value} was asked for, but ckpt has {name}={default}"):
         resolve(ModelConfig(**{name: value}), found, "ckpt")
 
 
@@ -91,5 +92,5 @@ def test_a_checkpoint_says_what_its_layers_are(settings):
 
 
 def test_sizes_that_only_together_make_no_sense_are_named():
-    with pytest.raises(ValueError, match="rotary_percent=0.3 of kv_channels=10 are 3 channels"):
+    with pytest.raises(ConfigError, match="rotary_percent=0.3 of kv_channels=10 are 3 channels"):
         resolve(ModelConfig(**SIZES | {"hidden_size": 40}, rotary_percent=0.3), None, "the flags")

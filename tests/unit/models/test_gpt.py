@@ -11,6 +11,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, pack_groups
+from megatron_brain.errors import RecordError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.architecture import padded_vocab_size, resolve
 from megatron_brain.models.attention import PackedLayout
@@ -130,7 +131,7 @@ def test_a_sequence_longer_than_the_models_positions_is_an_error_that_says_which
     model = build(single, "policy", max_position_embeddings=4, position_embedding_type=positions)
     last = pack_groups(GROUPS[2:], shared_prefix=shared_prefix)
     with pytest.raises(
-        ValueError, match="prompts.jsonl:3: prompt and response of 5 tokens .*max_position_embeddings=4"
+        RecordError, match="prompts.jsonl:3: prompt and response of 5 tokens .*max_position_embeddings=4"
     ):
         model(last)
 
@@ -138,7 +139,7 @@ def test_a_sequence_longer_than_the_models_positions_is_an_error_that_says_which
 def test_a_sequence_longer_than_the_attentions_window_is_an_error_that_says_which(single):
     batch = pack_groups(GROUPS[2:], shared_prefix=True)
     build(single, "policy", window_size=5)(batch)
-    with pytest.raises(ValueError, match=r"prompts.jsonl:3: .* 5 tokens are more than window_size=4 \(attention over"):
+    with pytest.raises(RecordError, match=r"prompts.jsonl:3: .* 5 tokens are more than window_size=4 \(attention over"):
         build(single, "policy", window_size=4)(batch)
 
 

@@ -50,5 +50,5 @@ def test_away_from_the_device_the_weights_take_no_room_and_cannot_be_used(single
 def test_weights_that_are_trained_are_refused(single):
     chunks = build(single, "policy")
     next(chunks[0].parameters()).requires_grad_()
-    with pytest.raises(ValueError, match="not trained"):
+    with pytest.raises(AssertionError, match="not trained"):
         HostWeights(chunks)

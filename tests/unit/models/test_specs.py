@@ -15,6 +15,7 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.errors import ConfigError
 from megatron_brain.models import provider, specs
 from megatron_brain.models.architecture import resolve
+from megatron_brain.models.fp8 import spec as fp8_spec
 from megatron_brain.models.parallel_residual import ParallelResidualLayer
 from megatron_brain.models.provider import build_model
 from megatron_brain.runtime import transformer_engine
@@ -122,7 +123,7 @@ def test_auto_takes_transformer_engine_where_it_runs_and_a_request_that_cannot_b
 def build_in_fp8(single, monkeypatch, impl="transformer_engine", **fp8):
     """As far as the checks of FP8; what is built is then refused on purpose."""
     monkeypatch.setattr(provider, "choose_transformer_impl", lambda requested, device: (impl, "the test says so"))
-    monkeypatch.setattr(provider, "_build_chunk", lambda *args, **options: pytest.fail("weights were made"))
+    monkeypatch.setattr(provider, "_trunk", lambda *args, **options: pytest.fail("weights were made"))
     monkeypatch.setattr(transformer_engine, "version", lambda: "2.16.0")
     model = resolve(ModelConfig(bf16=True, **SIZES), None, "the test")
     fp8 = Fp8Config(fp8_format="hybrid", **fp8)
@@ -146,7 +147,7 @@ def test_a_recipe_that_cannot_be_made_is_refused_before_weights_are_made(single,
     def get_fp8_recipe(config):
         raise ValueError(f"Failed to import module '{config.fp8_quantizer_factory}'")
 
-    monkeypatch.setattr(provider, "get_fp8_recipe", get_fp8_recipe)
+    monkeypatch.setattr(fp8_spec, "get_fp8_recipe", get_fp8_recipe)
     with pytest.raises(ConfigError, match=r"fp8_recipe=custom: Transformer Engine 2.16.0 .* import module 'no.such'"):
         build_in_fp8(single, monkeypatch, fp8_recipe="custom", fp8_quantizer_factory="no.such")
 

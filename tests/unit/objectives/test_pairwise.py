@@ -134,7 +134,7 @@ def test_dpo_on_one_pair_is_brain_with_hard_alpha(strength):
 
 
 def test_an_odd_number_of_responses_is_refused():
-    with pytest.raises(ValueError, match=r"even number of responses in one dimension, got \[3\]"):
+    with pytest.raises(AssertionError, match=r"even number of responses in one dimension, got \[3\]"):
         pairs("dpo").fix({"reward": doubles(1, 2, 3), "log_prior": doubles(0, 0, 0)})
 
 

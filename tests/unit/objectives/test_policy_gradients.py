@@ -37,7 +37,7 @@ class TestRloo:
         assert objective.loss(log_policy, numbers).item() == pytest.approx(-(2.4 + 1.0 - 3.0 - 1.6) / 4)
         assert objective.gradient(log_policy, numbers).tolist() == pytest.approx([0, -0.25, 0.75, 0])
         assert objective.measure(log_policy, numbers)["clipped_fraction"] == 0.5
-        assert objective.measure(log_policy, numbers)["ratio_error"].item() == pytest.approx(0.5)
+        assert objective.measure(log_policy, numbers)["ratio_error_at_refresh"].item() == pytest.approx(0.5)
 
     @pytest.mark.parametrize("kl", [0.0, 0.3])
     def test_advantages_are_those_of_plain_python(self, kl):

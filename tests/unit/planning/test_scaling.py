@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from planner_study import scaling
 
+from megatron_brain.errors import ConfigError
+
 PAGE = Path(__file__).parents[3] / "docs" / "scaling.md"
 
 
@@ -27,7 +29,7 @@ def test_every_table_is_between_its_markers_and_no_other_is(made):
 
 
 def test_a_page_without_a_marker_is_refused(made):
-    with pytest.raises(ValueError, match="'<!-- weak: end -->' are missing"):
+    with pytest.raises(ConfigError, match="'<!-- weak: end -->' are missing"):
         scaling.replace_tables(PAGE.read_text(encoding="utf-8").replace("<!-- weak: end -->", ""))
 
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.loader import config_from_dict, load_config
 from megatron_brain.errors import ConfigError
-from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
+from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import estimate_memory
 from megatron_brain.planning.presets import preset
@@ -35,8 +35,7 @@ def answer():
 def as_run(asked, settings):
     """The configuration of a run with these flags, its sizes resolved."""
     config = load_config(asked.stage, [*flags(settings), *FILES])
-    sizes = {name: getattr(asked.model, name) for name in ARCHITECTURE_FIELDS}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    return dataclasses.replace(config, model=resolve(config.model, architecture(asked.model), "the test"))
 
 
 def test_every_reason_is_what_a_run_says(answer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_brain.stages.evaluate import _require_finite, summarize
+from megatron_brain.stages.evaluate.stage import _require_finite, summarize
 
 ROWS = [
     {"prompt": "a", "reward/policy": 2.0, "reward/baseline": 1.0, "reward/reference": 3.0, "kl_to_prior": 0.5},

@@ -124,7 +124,7 @@ def first_pass(monkeypatch):
     def first_pass(made, micro_batches):
         stage = BrainStage.__new__(BrainStage)
         stage._config, stage._group_loss, stage._step = RunConfig(stage="brain"), GroupLoss(made), micro_batches
-        trainer = SimpleNamespace(chunks=None, parallel=None)
+        trainer = SimpleNamespace(gathered_chunks=lambda: None, parallel=None)
         return stage, stage.prepare(trainer, [pack(parts) for parts in micro_batches])
 
     monkeypatch.setattr(stage_module, "forward", forward)

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 from helpers.assets import size_flags, write_assets
+from helpers.reading import reading_settings
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.prepared.read import PreparedItems
-from megatron_brain.data.reading_settings import ReadingSettings
 from megatron_brain.stages.answers import read_prompts
-from megatron_brain.stages.reward import RewardStage
-from megatron_brain.stages.sft import SFTStage
+from megatron_brain.stages.reward.stage import RewardStage
+from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training.run import open_run
 from megatron_brain.training.trainer import Trainer
 
@@ -25,7 +25,7 @@ def assets(single, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
     write_assets(folder)
     for stage, name in (("sft", "sft"), ("reward", "pairs"), ("brain", "prompts")):
-        reading = ReadingSettings(
+        reading = reading_settings(
             stage=stage,
             tokenizer_type="HuggingFaceTokenizer",
             tokenizer_model=str(folder / "tokenizer"),

@@ -8,6 +8,7 @@ from helpers.assets import write_assets
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.tokenizer import build_tokenizer
+from megatron_brain.errors import AgreedError
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import GivenPairs, RolloutFiles, read_round
 from megatron_brain.training.run import Run
@@ -26,9 +27,10 @@ def given_pairs(assets, *, replicas=1):
     """The pairs as each replica takes them."""
     config = RunConfig(stage="brain")
     config.data.train_data, config.data.seq_length = str(assets / "pairs.jsonl"), 128
+    config.brain.responses = "given"
     config.brain.prompts_per_round, config.training.global_batch_size = 16, 8
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(assets / "tokenizer"))
-    run = Run(config=config, parallel=ALONE, tokenizer=tokenizer, start_from=None, resuming=False)
+    run = Run(resolved=None, config=config, parallel=ALONE, tokenizer=tokenizer)
     layouts = [SimpleNamespace(dp_rank=rank, dp_size=replicas, tp_size=1, pp_size=1) for rank in range(replicas)]
     return [GivenPairs(run, Placement(config.training, layout, interleaved=False)) for layout in layouts]
 
@@ -74,10 +76,10 @@ def test_rollout_files_are_read_in_turn_and_a_token_of_another_vocabulary_is_nam
     assert files.rounds(3.0) == 2
     assert [files.rollouts(None, number)[0].id for number in range(3)] == ["a:1", "b:1", "a:1"]
     config.model.vocab_size = 2
-    with pytest.raises(ValueError, match="b:1: token id 2 is outside 0..1|token id 3 is outside"):
+    with pytest.raises(AgreedError, match="b:1: token id 2 is outside 0..1|token id 3 is outside"):
         files.rollouts(None, 1)
     config.model.vocab_size, config.training.global_batch_size = 10, 2
-    with pytest.raises(ValueError, match="holds 1 groups, not a multiple of global_batch_size=2"):
+    with pytest.raises(AgreedError, match="holds 1 groups, not a multiple of global_batch_size=2"):
         files.rollouts(None, 0)
 
 
@@ -98,7 +100,7 @@ def test_what_is_wrong_with_the_last_file_stops_a_run_before_its_first_round(las
     config.brain.rollout_data = str(tmp_path / "*.jsonl")
     config.model.vocab_size, config.training.global_batch_size = 4, 1
     layout = SimpleNamespace(dp_rank=0, dp_size=1, tp_size=1, pp_size=1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AgreedError, match=message):
         RolloutFiles(
             SimpleNamespace(config=config, parallel=ALONE), Placement(config.training, layout, interleaved=False)
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_brain.data.groups import Group, pack_groups
-from megatron_brain.stages.reward import RewardStage
+from megatron_brain.stages.reward.stage import RewardStage
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])

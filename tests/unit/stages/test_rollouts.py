@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_brain.data.groups import pack_groups
+from megatron_brain.errors import ConfigError
 from megatron_brain.stages.brain import rollouts as rollouts_module
 from megatron_brain.stages.brain.rollouts import (
     Response,
@@ -60,12 +61,17 @@ def test_the_samplers_own_log_probability_stands_in_for_the_proposals():
 
 @pytest.mark.parametrize("name", ["alpha", "preference", "advantage"])
 def test_what_an_objective_has_fixed_stands_beside_the_other_numbers(name):
-    written = rollout(fixed={name: -0.5}).as_dict()
-    assert [response[name] for response in written["responses"]] == [-0.5, -0.5] and "fixed" not in str(written)
+    written = rollout(fixed={name: 0.5}).as_dict()
+    assert [response[name] for response in written["responses"]] == [0.5, 0.5] and "fixed" not in str(written)
     read = rollout_from_dict(json.loads(json.dumps(written)), "f:1")
-    assert read == rollout(fixed={name: -0.5}) and read.group().values[name] == (-0.5, -0.5)
+    assert read == rollout(fixed={name: 0.5}) and read.group().values[name] == (0.5, 0.5)
     with pytest.raises(ValueError, match=f"f:1: .*'{name}' must be of type float, not 'much'"):
         rollout_from_dict(record(responses=[{"tokens": [3], "log_proposal": -1.0, name: "much"}] * 2), "f:1")
+
+
+def test_a_weight_below_0_is_refused():
+    with pytest.raises(ConfigError, match=r"f:1: alpha is -0\.5; a weight is at least 0"):
+        rollout_from_dict(record(responses=[{"tokens": [3], "log_proposal": -1.0, "alpha": -0.5}] * 2), "f:1")
 
 
 def test_a_response_that_was_not_drawn_with_a_known_probability_is_read_where_nothing_needs_it():
@@ -93,21 +99,21 @@ def test_a_response_that_was_not_drawn_with_a_known_probability_is_read_where_no
     ],
 )
 def test_a_record_that_cannot_be_trained_on_is_refused_with_its_place(changes, message):
-    with pytest.raises(ValueError, match=f"file.jsonl:7: .*{message}"):
+    with pytest.raises(ConfigError, match=f"file.jsonl:7: .*{message}"):
         rollout_from_dict(record(**changes), "file.jsonl:7")
 
 
 @pytest.mark.parametrize("name", ["id", "index", "prompt_tokens", "responses"])
 def test_a_missing_field_is_named(name):
     incomplete = {key: value for key, value in record().items() if key != name}
-    with pytest.raises(ValueError, match=f"file.jsonl:7: not a rollout record, .*{name}"):
+    with pytest.raises(ConfigError, match=f"file.jsonl:7: not a rollout record, .*{name}"):
         rollout_from_dict(incomplete, "file.jsonl:7")
 
 
 def test_the_line_of_a_bad_record_in_a_file_is_named(tmp_path):
     path = tmp_path / "round_0000.jsonl"
     path.write_text(json.dumps(record()) + "\n" + json.dumps(record(responses=[])) + "\n")
-    with pytest.raises(ValueError, match=r"round_0000\.jsonl:2: 0 response"):
+    with pytest.raises(ConfigError, match=r"round_0000\.jsonl:2: 0 response"):
         read_rollouts(str(path))
 
 
@@ -159,5 +165,5 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path):
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"rollout_data=.*none.*matches no file"):
+    with pytest.raises(ConfigError, match=r"rollout_data=.*none.*matches no file"):
         rollout_files(str(tmp_path / "none*.jsonl"))

@@ -88,7 +88,7 @@ LOG_PRIOR, REWARD = ("log_prior", "prior"), ("reward", "reward")
 def test_only_what_the_objective_needs_is_scored(objective, temperature, from_prior, number, expected, monkeypatch):
     scored = []
 
-    def fill_in(run, name, steps, chunks, *, head, temperature=1.0):
+    def fill_in(run, name, steps, chunks, *, head, temperature=1.0, entropy=False):
         scored.append((name, chunks))
         for response in some.responses:
             setattr(response, name, -1.0)
@@ -105,6 +105,6 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
     made.prior, made._reward = (
         SimpleNamespace(loaded=lambda name=name: contextlib.nullcontext(name)) for name in ("prior", "reward")
     )
-    rescored = RoundMaker._score(made, SimpleNamespace(chunks="policy"), [], [some], number)
+    rescored, _ = RoundMaker._score(made, SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
     assert scored == expected and rescored == (expected[0][0] == "log_proposal")
     assert all(None not in some.values(name) for name in OBJECTIVES[objective].needs)

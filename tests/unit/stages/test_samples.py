@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.data.group_schedule import GroupDoesNotFitError
 from megatron_brain.data.groups import Group
-from megatron_brain.stages.dataset_stage import SampledStage
+from megatron_brain.errors import AgreedError, ConfigError
+from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.trainer import Trainer
 
 SAMPLES = [[Group(prompt=(1,), responses=((i,),)), Group(prompt=(2,), responses=((i,),))] for i in range(10)]
@@ -17,7 +19,7 @@ def stage(num_samples=10, warmup=0, **training):
     config.optimizer.lr_warmup_iters = warmup
     for name, value in {"global_batch_size": 4, "micro_batch_size": 2, **training}.items():
         setattr(config.training, name, value)
-    return SampledStage(SimpleNamespace(config=config, corpora={}), SAMPLES[:num_samples], []), config
+    return DatasetStage(SimpleNamespace(config=config, corpora={}), SAMPLES[:num_samples], []), config
 
 
 def trainer(config, iteration, dp_rank=0, dp_size=1):
@@ -72,20 +74,20 @@ def test_a_pair_is_never_cut():
     built._train = [[Group(prompt=(1, 2), responses=((3,), (4,)), record_id="pairs:7")]] * 10
     at = trainer(config, 0)
     at.parallel.tp_size = at.parallel.pp_size = 1
-    with pytest.raises(ValueError, match="pairs:7"):
+    with pytest.raises(GroupDoesNotFitError, match="pairs:7"):
         built.micro_batches(at)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
     made, config = stage(warmup=3)
-    with pytest.raises(ValueError, match="lr_warmup_iters=3 must be less than the run's 3 iterations"):
+    with pytest.raises(ConfigError, match="lr_warmup_iters=3 must be less than the run's 3 iterations"):
         Trainer(SimpleNamespace(config=config, parallel=None), made)
 
 
 def test_resuming_with_other_data_is_refused():
     state = stage()[0].state_dict()
     stage()[0].load_state_dict(state, [])
-    with pytest.raises(ValueError, match="num_samples was 10, is now 9"):
+    with pytest.raises(AgreedError, match="num_samples was 10, is now 9"):
         stage(num_samples=9)[0].load_state_dict(state, [])
 
 

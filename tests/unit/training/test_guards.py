@@ -12,8 +12,9 @@ from helpers.assets import size_flags, write_assets
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group, KnownLoss, pack_groups
+from megatron_brain.errors import ConfigError
 from megatron_brain.models.fp8 import state as fp8_state
-from megatron_brain.stages.sft import SFTStage
+from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training import guards
 from megatron_brain.training import trainer as trainer_module
 from megatron_brain.training.replicas import bit_sum, check_replicas
@@ -91,11 +92,11 @@ def scale_losses(trainer, factors):
 
 def state(trainer):
     moments = [v for s in trainer.optimizer.chained_optimizers[0].optimizer.state.values() for v in s.values()]
-    return [t.detach().clone() for t in (*trainer.chunks[0].parameters(), *moments) if torch.is_tensor(t)]
+    return [t.detach().clone() for t in (*trainer.gathered_chunks()[0].parameters(), *moments) if torch.is_tensor(t)]
 
 
 def gradients_are_zero(trainer):
-    return all(p.grad is None and not p.main_grad.any() for p in trainer.chunks[0].parameters())
+    return all(p.grad is None and not p.main_grad.any() for p in trainer.gathered_chunks()[0].parameters())
 
 
 def same(one, other):
@@ -107,7 +108,7 @@ def poison_one_record(trainer):
     micro_batches = trainer.stage.micro_batches(trainer)
     tokens = [{t for group in groups for t in (*group.prompt, *group.responses[0][:-1])} for groups in micro_batches]
     token = min(tokens[1] - tokens[0])
-    trainer.chunks[0].embedding.word_embeddings.weight.data[token] = math.nan
+    trainer.gathered_chunks()[0].embedding.word_embeddings.weight.data[token] = math.nan
     record = next(g.record_id for g in micro_batches[1] if token in (*g.prompt, *g.responses[0][:-1]))
     return 1, record
 
@@ -154,14 +155,14 @@ def test_a_step_that_is_not_finite_stops_the_run_by_default_with_untouched_weigh
     trainer = make("--untie-embeddings-and-output-weights")
     step(trainer)
     number, record = poison_one_record(trainer)
-    before = [p.detach().nan_to_num().clone() for p in trainer.chunks[0].parameters()]
+    before = [p.detach().nan_to_num().clone() for p in trainer.gathered_chunks()[0].parameters()]
     with pytest.raises(FloatingPointError) as error:
         step(trainer)
     text = str(error.value)
     assert f"step 2: loss nan, gradient norm nan. Global rank 0 (pipeline 0, tensor 0, data 0), micro-batch {number}: "
     assert f"micro-batch {number}: loss nan, gradient not finite in embedding.word_embeddings.weight, " in text
     assert record in text and "neither --save nor --tensorboard-dir is set" in text
-    assert same([p.detach().nan_to_num() for p in trainer.chunks[0].parameters()], before)
+    assert same([p.detach().nan_to_num() for p in trainer.gathered_chunks()[0].parameters()], before)
 
 
 def test_the_reproduction_file_gives_the_loss_that_is_not_finite_again(make, tmp_path):
@@ -201,7 +202,7 @@ def test_another_file_is_refused_by_name(tmp_path):
     path = tmp_path / "other.json"
     for text in ("{}", "[]", "no json", '{"known_gradient": null}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"other\.json: not a reproduction file"):
+        with pytest.raises(ConfigError, match=r"other\.json: not a reproduction file"):
             read_reproduction(path)
 
 
@@ -317,7 +318,7 @@ def test_replicas_are_compared_every_so_many_steps(make, monkeypatch):
         step(trainer)
     assert compared == [2, 4]
     monkeypatch.undo()
-    check_replicas(trainer.chunks, trainer.parallel)
+    check_replicas(trainer.gathered_chunks(), trainer.parallel)
 
 
 @pytest.mark.parametrize(
@@ -344,5 +345,5 @@ def test_the_checksum_changes_with_any_one_bit(dtype, bits, integer):
     ],
 )
 def test_a_limit_that_cannot_be_is_refused_by_name(values):
-    with pytest.raises(ValueError, match=next(iter(values))):
+    with pytest.raises(ConfigError, match=next(iter(values))):
         GuardConfig(**values)

@@ -10,8 +10,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from megatron_brain.training import metrics as metrics_module
+from megatron_brain.errors import AgreedError
+from megatron_brain.training import progress
 from megatron_brain.training.metrics import MetricsLogger
+from megatron_brain.training.progress import shown_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def make_logger(directory, *, resume_step=None, terminal=False, **options):
     """(logger, buffer of what it shows)."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120)
-    settings = {"total_steps": 10, "is_writer": True, "progress": True, "log_interval": 1} | options
+    settings = {"total_steps": 10, "shown": ("loss",), "is_writer": True, "progress": True, "log_interval": 1} | options
     folder = None if directory is None else str(directory)
     return MetricsLogger(folder, resume_step=resume_step, console=console, **settings), shown
 
@@ -161,7 +163,7 @@ def test_without_a_folder_progress_is_shown_and_nothing_written():
     logger.log(1, {"loss": 1.0})
     logger.log_text(1, "samples", "x")
     logger.close()
-    assert "iteration 1/10 | loss 1 | eta" in shown.getvalue()
+    assert shown.getvalue().startswith("iteration  1/10 | loss 1.000 | ")
 
 
 def test_plain_lines_come_every_log_interval_with_validation_and_the_last_step():
@@ -172,45 +174,79 @@ def test_plain_lines_come_every_log_interval_with_validation_and_the_last_step()
     logger.close()
     steps = [line.split()[1] for line in shown.getvalue().splitlines()]
     assert steps == ["4/10", "8/10", "10/10", "10/10"]
-    assert "validation/loss 1.5" in shown.getvalue()
+    assert shown.getvalue().endswith("iteration 10/10 | validation/loss 1.500\n")
 
 
-def test_eta_is_the_mean_step_time_since_the_resume_times_the_steps_left(monkeypatch):
+def test_a_line_has_the_chosen_metrics_in_their_order_and_the_files_have_all(tmp_path):
+    logger, shown = make_logger(tmp_path, shown=("reward_mean", "round", "absent", "loss", "tokens_per_second"))
+    step = {"loss": 1.0, "lr": 0.5, "round": 0, "reward_mean": -0.25, "tokens_per_second": 12345.6}
+    validation = {"validation/loss": 3.0, "validation/accuracy": 0.5}
+    logger.log(1, step)
+    logger.log(1, validation)
+    logger.close()
+    first, second = shown.getvalue().splitlines()
+    assert (
+        first.rpartition(" | ")[0] == "iteration  1/10 | reward_mean -0.2500 | round 0 | loss 1.000 | 12,346 tokens/s"
+    )
+    assert second == "iteration  1/10 | validation/loss 3.000"
+    assert lines(tmp_path) == [{"iteration": 1, **step, **validation}]
+    assert set(events(tmp_path).Tags()["scalars"]) == {*step, *validation}
+
+
+def test_a_line_without_any_of_the_chosen_metrics_is_left_out():
+    for terminal in (False, True):
+        logger, shown = make_logger(None, shown=("accuracy",), terminal=terminal)
+        logger.log(1, {"loss": 1.0, "validation/loss": 1.0})
+        logger.close()
+        assert "loss" not in shown.getvalue() and "iteration" not in shown.getvalue()
+
+
+def test_log_metrics_chooses_by_name_or_all_and_refuses_what_no_step_has():
+    usual, known = ("loss",), ("loss", "grad_norm", "lr")
+    assert shown_metrics(None, usual, known) == ("loss",)
+    assert shown_metrics("lr, loss", usual, known) == ["lr", "loss"]
+    assert shown_metrics("all", usual, known) == known
+    for wrong, name in {"loss,grad_nrom": "grad_nrom", "loss,": "", "lr,all": "all"}.items():
+        with pytest.raises(AgreedError, match=f"no metric '{name}', only loss, grad_norm, lr; 'all' shows all"):
+            shown_metrics(wrong, usual, known)
+
+
+def test_time_left_is_the_mean_step_time_since_the_resume_times_the_steps_left(monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     logger, shown = make_logger(None, resume_step=4, total_steps=1004)
     logger.log(4, {"loss": 1.0})
     clock[0] += 50.0
     logger.log(9, {"loss": 1.0})
     logger.close()
     first, second = shown.getvalue().splitlines()
-    assert first.endswith("eta -:--:--")
-    assert second.endswith("eta 2:45:50")  # 995 steps of 10 s
+    assert first.endswith(" | -:--:-- left")
+    assert second.endswith(" | 2:45:50 left")  # 995 steps of 10 s
 
 
 def test_a_terminal_gets_one_live_line_and_validation_above_it():
-    logger, shown = make_logger(None, terminal=True)
+    logger, shown = make_logger(None, terminal=True, shown=("loss", "lr"))
     logger.log(3, {"loss": 1.5, "lr": 1e-5, "response_length": 12.0})
     logger.log(3, {"validation/loss": 2.5})
     logger.close()
     text = shown.getvalue()
-    assert "3/10" in text and "loss 1.5 | lr 1e-05" in text and "response_length" not in text
-    assert "iteration 3 | validation/loss 2.5" in text
-    assert "iteration 3/10" not in text
+    assert "3/10" in text and "loss 1.500 | lr 1.000e-05 | " in text and "response_length" not in text
+    assert "iteration 3 | validation/loss 2.500" in text
+    assert "iteration  3/10" not in text
 
 
 def test_progress_off_gives_plain_lines_on_a_terminal():
     logger, shown = make_logger(None, terminal=True, progress=False)
     logger.log(1, {"loss": 1.0})
-    assert shown.getvalue().startswith("iteration 1/10 | loss 1 |")
+    assert shown.getvalue().startswith("iteration  1/10 | loss 1.000 |")
 
 
 def test_a_step_back_in_time_and_a_metric_called_iteration_are_errors(tmp_path):
     logger, _ = make_logger(tmp_path)
     logger.log(2, {"loss": 1.0})
-    with pytest.raises(ValueError, match="iteration 1 is logged after iteration 2"):
+    with pytest.raises(AssertionError, match="iteration 1 is logged after iteration 2"):
         logger.log(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="iteration"):
+    with pytest.raises(AssertionError, match="iteration"):
         logger.log(3, {"iteration": 3})
     logger.close()
     logger.close()

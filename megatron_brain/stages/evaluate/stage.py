@@ -18,6 +18,7 @@ from megatron_brain.generation.sampler import Sample
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.stages.intervals import Estimate, bootstrap, wins
+from megatron_brain.training.banner import show_banner
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
@@ -46,6 +47,8 @@ def main(run: Run) -> None:
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
     reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if settings.baseline_load else prior
+    models = {"baseline": baseline.path, "prior": prior.path, "reward model": reward.path, "judge": settings.judge}
+    show_banner(run, [(name, place) for name, place in models.items() if place is not None])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
     drawn = {"policy": [samples[0] for samples in sample_answers(run, policy, prompts, mine, one)]}
     with baseline.loaded() as chunks:

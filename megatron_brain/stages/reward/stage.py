@@ -6,37 +6,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.data.corpus import OnDemand
+from megatron_brain.config.stage_spec import TRAIN_DATA, VALID_DATA
 from megatron_brain.data.groups import Group, PackedBatch
-from megatron_brain.data.records import PreferencePair, PreferenceReader
+from megatron_brain.data.on_demand import OnDemand
+from megatron_brain.data.records import PreferencePair
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
-from megatron_brain.stages.dataset_stage import SampledStage
+from megatron_brain.stages.dataset_stage import DatasetStage
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
-from megatron_brain.training.trainer import Trainer
 
 
-class RewardStage(SampledStage):
+class RewardStage(DatasetStage):
     """Samples are pairs; the loss is the mean over pairs of the global batch."""
 
-    head = "reward"
     mean_metrics = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    shown_metrics = ("loss", "accuracy", "reward_margin", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:
-        data = run.config.data
         self._centering = run.config.reward.centering_coefficient
-        train = self._read(run, "train_data", data.train_data, data.train_split, data.max_train_records)
-        valid = (
-            self._read(run, "valid_data", data.valid_data, data.valid_split, data.max_valid_records)
-            if data.valid_data
-            else []
-        )
-        super().__init__(run, train, valid)
-
-    def _read(self, run: Run, flag: str, source: str, split: str, limit: int | None) -> Sequence[Sequence[Group]]:
-        reader = PreferenceReader(run.tokenizer, run.config.data)
-        pairs = run.read_data(flag, source, reader, split=split, limit=limit)
-        return OnDemand(len(pairs), lambda index: [_with_margin(pairs[index])])
+        super().__init__(run, _samples(run.read(TRAIN_DATA)), _samples(run.read(VALID_DATA)))
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
         """Output: rewards `[R]`, chosen and rejected in turn."""
@@ -59,10 +47,9 @@ class RewardStage(SampledStage):
         )
 
 
+def _samples(pairs: Sequence[PreferencePair]) -> Sequence[Sequence[Group]]:
+    return OnDemand(len(pairs), lambda index: [_with_margin(pairs[index])])
+
+
 def _with_margin(pair: PreferencePair) -> Group:
     return dataclasses.replace(pair.group, values={"margin": (pair.margin,)})
-
-
-def main(run: Run) -> None:
-    """Train."""
-    Trainer(run, RewardStage(run)).train()

@@ -1,0 +1,203 @@
+"""The descriptor of a stage: all that others have to know of it before torch is imported.
+
+The command line, the configuration, the data tools, the planner and the dry run ask a stage's `StageSpec`, and none of
+them knows a stage by its name. A stage is a folder of `megatron_brain.stages` with its descriptor in `spec.py`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_brain.config.run_length import RunLength, length_by_epochs
+from megatron_brain.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from megatron_brain.config.run import RunConfig
+
+Head = Literal["policy", "reward"]
+"""Vocabulary projection, or scalar head."""
+
+COMMON_SECTIONS = ("model", "fp8", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
+"""Sections that every stage reads."""
+
+TRAINING_SECTIONS = ("optimizer", "guards")
+"""Sections that every stage with an optimizer reads besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A setting that names records, by its section and its name, and the settings that choose from them."""
+
+    section: str
+    name: str
+    split: str | None = None
+    """Setting of the data section: the split of a saved or hub data set."""
+    limit: str | None = None
+    """Setting of `section`: the largest number of records."""
+    holds: Literal["records", "rollouts"] = "records"
+    """Records for the stage's reader, or the rollouts of a round in each file."""
+    trains: bool = True
+    """Whether the length of the run follows from it."""
+
+    @property
+    def flag(self) -> str:
+        """The flag on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def place(self, config: RunConfig) -> str | None:
+        """Where the records are, as the run was told."""
+        place: str | None = getattr(config.section(self.section), self.name)
+        return place
+
+    def chosen(self, config: RunConfig) -> tuple[str | None, int | None]:
+        """Split and largest number of records."""
+        split = None if self.split is None else getattr(config.data, self.split)
+        return split, None if self.limit is None else getattr(config.section(self.section), self.limit)
+
+
+TRAIN_DATA = Source(section="data", name="train_data", split="train_split", limit="max_train_records")
+VALID_DATA = Source(section="data", name="valid_data", split="valid_split", limit="max_valid_records", trains=False)
+PROMPTS = Source(section="generate", name="prompts", split="valid_split", limit="max_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringModel:
+    """A frozen model that a stage scores or compares with, on the policy's layout."""
+
+    name: str
+    """Of the flag --NAME-load: `prior`, `reward` or `baseline`."""
+    head: Head
+    load: str | None
+    """Its checkpoint; None: the one the run starts from."""
+    offloaded: bool = False
+    """Whether its weights are in host memory while it does not score."""
+
+
+def prior_and_reward(config: RunConfig) -> tuple[ScoringModel, ...]:
+    """The models of the scoring section: the prior, and the reward model where one is given."""
+    scoring = config.scoring
+    prior = ScoringModel(name="prior", head="policy", load=scoring.prior_load, offloaded=scoring.offload_prior)
+    if scoring.reward_load is None:
+        return (prior,)
+    return (
+        prior,
+        ScoringModel(name="reward", head="reward", load=scoring.reward_load, offloaded=scoring.offload_reward),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a run of a stage computes, as the planner and the dry run need it."""
+
+    unit: str
+    """What the samples of a batch are called, in the plural."""
+    responses_per_prompt: int = 1
+    """Responses of a group."""
+    candidates_per_prompt: int | None = None
+    """Responses drawn of a prompt, of which those of the group are chosen; None: no more than the group has."""
+    packed: bool = False
+    """Whether records are packed into sequences of --seq-length."""
+    draws: bool = False
+    """Whether the run draws responses."""
+    scoring: tuple[ScoringModel, ...] = ()
+    user_code: str | None = None
+    """The user's function that the run calls, as `path/to/file.py:function`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """A place that a stage writes to besides --save and --tensorboard-dir."""
+
+    flag: str
+    place: str | None
+    is_folder: bool = False
+
+
+def _nothing(config: RunConfig) -> tuple[()]:
+    return ()
+
+
+def _count(config: RunConfig, items: Sequence[Any]) -> int:
+    return len(items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """A stage, without its code."""
+
+    name: str
+    """Of the command `python -m megatron_brain NAME`."""
+    help: str
+    """What the stage does, in one line."""
+    code: str | Callable[[Any], Any]
+    """Of a stage that trains, its class, a `training.trainer.Stage`; of another, a function. Both take the opened
+    `training.run.Run`. Or its place as `package.module:name`, which keeps torch out of what reads the descriptor."""
+    sections: tuple[str, ...]
+    """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Keys of others are errors."""
+    settings: Mapping[str, type] = field(default_factory=dict)
+    """Sections that `RunConfig` does not have: dataclasses by name, which `RunConfig.section` returns."""
+    head: Head = "policy"
+    """Head of the model that the stage builds."""
+    linear_loss: bool = False
+    """Whether the loss is linear in the log-probabilities, so that their gradient is known before they are."""
+    rounds: bool = False
+    """Whether the stage trains in rounds of responses, rather than on a fixed list of samples."""
+    require: Callable[[RunConfig], None]
+    """Raises ConfigError where something is missing that the stage needs, or settings do not fit together."""
+    sources: Callable[[RunConfig], Sequence[Source]]
+    """Where the run's records are. The first is what it trains on, or answers."""
+    reader: Callable[[RunConfig, Any], Any]
+    """The `data.records.RecordReader` of the stage's records, from the configuration and the tokenizer."""
+    reads: tuple[str, ...] = ()
+    """Settings besides tokenizer and length limits that decide what becomes of a record: flags of the data tools."""
+    num_samples: Callable[[RunConfig, Sequence[Any]], int] = _count
+    """Samples that the stage makes of the items of its records."""
+    length: Callable[[RunConfig, int | None], RunLength] = length_by_epochs
+    """How long a run over so many samples is; None: their number is not known."""
+    work: Callable[[RunConfig], Work]
+    """What the run computes."""
+    outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
+    """Where the run writes, besides the checkpoints and metrics of every stage that trains."""
+
+    def load(self) -> Any:
+        """The class or function of `code`, its module imported."""
+        return pkgutil.resolve_name(self.code) if isinstance(self.code, str) else self.code
+
+    @property
+    def all_sections(self) -> tuple[str, ...]:
+        """All sections that the stage reads."""
+        return (*COMMON_SECTIONS, *self.sections)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the stage has an optimizer."""
+        return "optimizer" in self.sections
+
+
+_registered: dict[str, StageSpec] = {}
+
+
+def register_stage(spec: StageSpec) -> StageSpec:
+    """Make a stage known to the command line, the configuration, the data tools, the planner and the dry run."""
+    known = _registered.setdefault(spec.name, spec)
+    assert known is spec, f"there are two stages called {spec.name}"
+    return spec
+
+
+def stages() -> Mapping[str, StageSpec]:
+    """All registered stages by name, in the order of their registration."""
+    return _registered
+
+
+def stage_spec(name: str) -> StageSpec:
+    """The descriptor of a stage.
+
+    Raises:
+        ConfigError: there is no such stage.
+    """
+    if name not in _registered:
+        raise ConfigError(f"stage={name!r}: expected one of {', '.join(_registered)}{did_you_mean(name, _registered)}")
+    return _registered[name]

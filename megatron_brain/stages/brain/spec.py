@@ -1,0 +1,126 @@
+"""What others have to know of BRAIn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_brain.config.checks import nearest_multiples, require_set
+from megatron_brain.config.objective_checks import require_objective, require_rejection_sampling
+from megatron_brain.config.run import RunConfig
+from megatron_brain.config.run_length import length_by_rounds
+from megatron_brain.config.stage_spec import (
+    TRAIN_DATA,
+    TRAINING_SECTIONS,
+    Output,
+    Source,
+    StageSpec,
+    Work,
+    prior_and_reward,
+)
+from megatron_brain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_brain.data.records import RecordReader
+    from megatron_brain.data.tokenizer import Tokenizer
+
+ROLLOUTS = Source(section="brain", name="rollout_data", holds="rollouts")
+
+
+def _require(config: RunConfig) -> None:
+    require_set(config, "checkpoint.load")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if getattr(config.model, name):
+            raise ConfigError(
+                f"{name}={getattr(config.model, name)}: dropout makes another policy of every pass, so that its ratio "
+                "to the proposal means nothing; leave it at 0"
+            )
+    require_objective(config)
+    if config.brain.rollout_data:
+        _require_rollout_data(config)
+        return
+    if config.data.train_data is None:
+        raise ConfigError(
+            "train_data is not set: the brain stage needs --train-data (prompts to sample) or --rollout-data"
+        )
+    if config.scoring.prior_load is None and not config.checkpoint.finetune:
+        raise ConfigError(
+            "prior_load is not set: give --prior-load, or --finetune if --load is the prior the run starts from"
+        )
+    (_require_given_pairs if config.brain.responses == "given" else _require_samples)(config)
+    if config.brain.responses == "rso":
+        require_rejection_sampling(config)
+    prompts, batch = config.brain.prompts_per_round, config.training.global_batch_size
+    if prompts % batch:
+        raise ConfigError(
+            f"prompts_per_round={prompts} is not a multiple of global_batch_size={batch} (groups a step): "
+            f"use {nearest_multiples(prompts, batch)}"
+        )
+
+
+def _require_rollout_data(config: RunConfig) -> None:
+    """Rollouts bring prompts and responses."""
+    if config.data.train_data:
+        raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
+    if config.brain.responses == "given":
+        raise ConfigError("responses=given takes pairs from --train-data, and rollout_data is set: give one of them")
+    if config.brain.responses == "rso":
+        raise ConfigError("responses=rso draws responses to --train-data, and rollout_data is set: give one of them")
+
+
+def _require_samples(config: RunConfig) -> None:
+    require_set(config, "scoring.reward_load")
+    samples = config.sampling.samples_per_prompt
+    if samples < 2:
+        raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
+    if config.sampling.temperature == 0:
+        raise ConfigError("temperature=0.0: greedy samples of a prompt are all the same; use a temperature above 0")
+
+
+def _require_given_pairs(config: RunConfig) -> None:
+    """Pairs stand for two samples of the prior of which only the better one is known."""
+    if config.brain.objective == "brain" and config.brain.alpha != "hard":
+        raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
+    if config.brain.refresh_proposal:
+        raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
+    if config.scoring.reward_load is not None:
+        raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
+
+
+def _sources(config: RunConfig) -> tuple[Source]:
+    return (TRAIN_DATA if config.brain.rollout_data is None else ROLLOUTS,)
+
+
+def _reader(config: RunConfig, tokenizer: Tokenizer) -> RecordReader:
+    from megatron_brain.data.records import PreferenceReader, PromptReader
+
+    if config.brain.responses == "given":
+        return PreferenceReader(tokenizer, config.data)
+    return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)
+
+
+def _work(config: RunConfig) -> Work:
+    brain = config.brain
+    given = brain.responses == "given"
+    return Work(
+        unit="groups",
+        responses_per_prompt=2 if given else config.sampling.samples_per_prompt,
+        candidates_per_prompt=brain.rso_candidates if brain.responses == "rso" else None,
+        draws=not given and brain.rollout_data is None,
+        scoring=prior_and_reward(config),
+    )
+
+
+BRAIN = StageSpec(
+    name="brain",
+    help="BRAIn: match the reward-conditioned posterior",
+    code="megatron_brain.stages.brain.stage:BrainStage",
+    sections=(*TRAINING_SECTIONS, "sampling", "scoring", "brain"),
+    rounds=True,
+    require=_require,
+    sources=_sources,
+    reader=_reader,
+    reads=("max_new_tokens",),
+    length=length_by_rounds,
+    work=_work,
+    outputs=lambda config: (Output(flag="--rollout-dir", place=config.brain.rollout_dir, is_folder=True),),
+)

@@ -1,0 +1,1 @@
+"""Comparison of checkpoints on held-out prompts."""

@@ -1,0 +1,1 @@
+"""Responses for a file of prompts."""

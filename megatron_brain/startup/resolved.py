@@ -1,0 +1,106 @@
+"""One resolved run: what is settled before processes connect, for a start, a dry run and the planner alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_brain.checkpointing.locate_tokenizer import locate_tokenizer
+from megatron_brain.config.checks import data_parallel_size, validate_layout
+from megatron_brain.config.run import RunConfig
+from megatron_brain.data.reading_settings import ReadingSettings
+from megatron_brain.data.tokenizer import Tokenizer, check_fits
+from megatron_brain.errors import ConfigError
+from megatron_brain.models.architecture import REQUIRED_SIZES, resolve
+from megatron_brain.models.provider import Layers, choose_layers
+from megatron_brain.startup.disk import FrozenCheckpoint, Search, Start, find_frozen, find_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run that can be started. Nothing in it is decided again."""
+
+    config: RunConfig
+    """With the model's sizes known, the layout checked and the tokenizer's kind settled."""
+    world_size: int
+    start: Start
+    tokenizer: Tokenizer | None
+    """Loaded; None: a dry run without it."""
+    layers: Layers | None
+    """How the layers are computed; None: a dry run, which looks at no device."""
+    scoring: Mapping[str, FrozenCheckpoint] = field(default_factory=dict)
+    """The scoring models that were found, by the name in --NAME-load."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        return data_parallel_size(self.config, self.world_size)
+
+
+def resolve_run(
+    config: RunConfig, world_size: int, *, device: Callable[[], torch.device] | None, search: Search | None = None
+) -> ResolvedRun:
+    """Settle all of a run that can be settled before processes connect.
+
+    Args:
+        config: the run's settings.
+        world_size: number of processes.
+        device: gives this process's device, and is asked last; None: no device is looked at.
+        search: what is looked for on this machine; None: everything has to be there.
+
+    Raises:
+        ConfigError: anything the user asked for that cannot be.
+    """
+    search = search or Search()
+    start = find_start(config, search)
+    config = _with_sizes(config, start, world_size, search)
+    config, tokenizer = _with_tokenizer(config, start, search)
+    scoring = {
+        asked.name: find_frozen(config, asked.name, asked.load, asked.head, world_size)
+        for asked in config.spec.work(config).scoring
+        if asked.load is not None
+        and search.finds(f"--{asked.name}-load", asked.load, "weights; the estimate takes the policy's sizes")
+    }
+    layers = None if device is None else choose_layers(config.model, config.parallel, config.fp8, device())
+    return ResolvedRun(
+        config=config, world_size=world_size, start=start, tokenizer=tokenizer, layers=layers, scoring=scoring
+    )
+
+
+def _with_sizes(config: RunConfig, start: Start, world_size: int, search: Search) -> RunConfig:
+    """The run with its model's sizes known and its layout checked."""
+    missing = [name for name in REQUIRED_SIZES if getattr(config.model, name) is None]
+    if start.elsewhere and missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(
+            f"{search.absent[-1].partition(': ')[0]} is not on this machine and the model's sizes are not in the "
+            f"configuration: add {flags} (a start compares them with the weights), or make the dry run where the "
+            "weights are"
+        )
+    found, source = start.sizes()
+    model = resolve(config.model, found, source)
+    config = dataclasses.replace(config, model=model)
+    validate_layout(config, world_size, model)
+    return config
+
+
+def _with_tokenizer(config: RunConfig, start: Start, search: Search) -> tuple[RunConfig, Tokenizer | None]:
+    """The run with the kind of its tokenizer settled, and the tokenizer, if it is on this machine.
+
+    Raises:
+        ConfigError: it cannot be read, or the model has too few rows for it.
+    """
+    place = config.tokenizer.tokenizer_model
+    if place is None and start.elsewhere:
+        return config, None
+    if place is not None and not search.finds("--tokenizer-model", place, "whether the vocabulary holds its ids"):
+        return config, None
+    kind, place = locate_tokenizer(config.tokenizer, start.checkpoint, config.model.hf_model)
+    # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
+    config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, tokenizer_type=kind))
+    tokenizer = ReadingSettings.of(config, kind, place).open_tokenizer()
+    check_fits(tokenizer, config.model.vocab_size)
+    return config, tokenizer
