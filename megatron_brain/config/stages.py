@@ -135,7 +135,7 @@ class BrainConfig:
     """Train on rollout files written before (file or glob, one file a round) instead of sampling."""
 
     max_refresh_error: float = 1e-4
-    """Largest |beta - 1/n| allowed right after a refresh, see docs/stages.md."""
+    """Largest |beta - 1/n|, or |ratio - 1|, allowed right after a refresh, see docs/stages.md."""
 
     max_sampler_difference: float = 0.1
     """Largest mean difference allowed between the trainer's and the sampler's log q', in nats per token."""
