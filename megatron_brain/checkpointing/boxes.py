@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class BoxPart:
     """A box of the global tensor `key` without its values.
 
     Args:
@@ -62,9 +62,9 @@ class Box:
         assert len(self.shape) == len(self.offset) == self.data.dim(), f"{self.key}: dimensions differ"
 
     @property
-    def part(self) -> Part:
+    def part(self) -> BoxPart:
         """Which part of the global tensor it is."""
-        return Part(
+        return BoxPart(
             key=self.key,
             dtype=self.data.dtype,
             shape=tuple(self.shape),
@@ -107,7 +107,7 @@ def _in_row(
         yield (index, *offset), (1, *size)
 
 
-def tiles(shape: Sequence[int], parts: Iterable[Part]) -> bool:
+def tiles(shape: Sequence[int], parts: Iterable[BoxPart]) -> bool:
     """Whether parts have every element of a tensor once and nothing else.
 
     A box is 1 inside and 0 outside; its differences along all dimensions are +1 or -1 at its corners and 0 elsewhere.
@@ -121,7 +121,7 @@ def tiles(shape: Sequence[int], parts: Iterable[Part]) -> bool:
     return not any(corners.values())
 
 
-def divide(held: Sequence[Collection[Part]]) -> list[list[Part]]:
+def divide(held: Sequence[Collection[BoxPart]]) -> list[list[BoxPart]]:
     """Who takes which of the parts that ranks hold: each part once, about equally many bytes a rank.
 
     Args:
@@ -130,11 +130,11 @@ def divide(held: Sequence[Collection[Part]]) -> list[list[Part]]:
     Returns:
         What each rank takes of its own. All ranks that know `held` come to the same division.
     """
-    holders: dict[Part, list[int]] = {}
+    holders: dict[BoxPart, list[int]] = {}
     for rank, parts in enumerate(held):
         for part in parts:
             holders.setdefault(part, []).append(rank)
-    taken: list[list[Part]] = [[] for _ in held]
+    taken: list[list[BoxPart]] = [[] for _ in held]
     load = [0] * len(held)
     # What one rank alone has first: the rest evens it out.
     for part in sorted(holders, key=lambda part: (len(holders[part]) > 1, -part.nbytes, part.key, part.offset)):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.boxes import BoxPart
 from megatron_brain.checkpointing.errors import CURE, CheckpointError, DamagedError
 from megatron_brain.checkpointing.index import StoredBox
 from megatron_brain.files import explained
@@ -18,7 +18,7 @@ T = TypeVar("T")
 _MAPPED_BYTES = 256 * 2**20
 
 
-def stored_name(part: Part) -> str:
+def stored_name(part: BoxPart) -> str:
     """Name of a box in its file."""
     return f"{part.key}@{','.join(map(str, part.offset))}"
 

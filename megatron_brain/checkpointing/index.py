@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_brain.checkpointing.boxes import Part, tiles
+from megatron_brain.checkpointing.boxes import BoxPart, tiles
 from megatron_brain.checkpointing.errors import COPY, DamagedError
 from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
@@ -25,7 +25,7 @@ _MAX_DIMENSIONS = 8
 class StoredBox:
     """Where a box is."""
 
-    part: Part
+    part: BoxPart
     file: str
     """Name of a file in the checkpoint's folder."""
     file_size: int
@@ -139,7 +139,7 @@ def _stored_boxes(key: str, tensor: dict[str, Any], files: dict[str, int]) -> li
             raise DamagedError(f"{name}, which holds a part of {key}, is not among its files")
         if not len(offset) == len(size) == len(shape):
             raise DamagedError(f"{key} of {len(shape)} dimensions has a part of {len(offset)} or {len(size)}")
-        part, checksum = Part(key=key, dtype=dtype, shape=shape, offset=offset, size=size), box.get("checksum")
+        part, checksum = BoxPart(key=key, dtype=dtype, shape=shape, offset=offset, size=size), box.get("checksum")
         if not isinstance(checksum, str | None):
             raise TypeError(f"{key} has the checksum {checksum!r}")
         stored.append(StoredBox(part=part, file=name, file_size=files[name], checksum=checksum))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_brain.checkpointing.boxes import Box, Part, divide
+from megatron_brain.checkpointing.boxes import Box, BoxPart, divide
 from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.data_files import by_file, opened, stored_name
 from megatron_brain.checkpointing.errors import COPY, CheckpointError, DamagedError
@@ -115,7 +115,7 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
                 _copy(data, stored.part, box)
 
 
-def read_part(part: Part, index: Index) -> Tensor:
+def read_part(part: BoxPart, index: Index) -> Tensor:
     """The values of a part of a tensor, on this process alone.
 
     Where a file holds this very part in this dtype, they are not copied: their memory is the file's, and must not be
@@ -250,7 +250,7 @@ def _check_wanted(boxes: Sequence[Box], index: Index) -> None:
             )
 
 
-def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
+def _overlap(one: BoxPart, other: BoxPart) -> list[tuple[int, int]] | None:
     """Elements [start, end) of the whole tensor, in each dimension, that both have; None if there are none."""
     starts = map(max, one.offset, other.offset)
     ends = map(min, one.end, other.end)
@@ -259,7 +259,7 @@ def _overlap(one: Part, other: Part) -> list[tuple[int, int]] | None:
 
 
 @torch.no_grad()
-def _copy(data: safe_open, part: Part, box: Box) -> None:
+def _copy(data: safe_open, part: BoxPart, box: Box) -> None:
     """Copy what a stored part has of a box; of the file, only that is read."""
     name, both = stored_name(part), _overlap(part, box.part)
     assert both is not None
@@ -271,7 +271,7 @@ def _copy(data: safe_open, part: Part, box: Box) -> None:
     box.data[_within(both, box.offset)].copy_(values)
 
 
-def _check_stored(part: Part, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _check_stored(part: BoxPart, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if (dtype, shape) != (part.dtype, part.size):
         raise SafetensorError(f"{stored_name(part)} is {dtype} {shape} there, and {part.dtype} {part.size} in {INDEX}")
 

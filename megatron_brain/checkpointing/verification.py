@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_brain.checkpointing.boxes import Part, divide
+from megatron_brain.checkpointing.boxes import BoxPart, divide
 from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.data_files import by_file, opened, stored_name
 from megatron_brain.checkpointing.errors import CURE, DamagedError
@@ -42,7 +42,7 @@ def require_sound(boxes: Iterable[StoredBox], folder: Path) -> None:
         )
 
 
-def my_share(needed: Sequence[StoredBox], told: Sequence[tuple[str, list[Part]]], rank: int) -> list[StoredBox]:
+def my_share(needed: Sequence[StoredBox], told: Sequence[tuple[str, list[BoxPart]]], rank: int) -> list[StoredBox]:
     """The boxes this rank looks at: the processes of a node divide those that any of them needs.
 
     Args:
@@ -55,6 +55,6 @@ def my_share(needed: Sequence[StoredBox], told: Sequence[tuple[str, list[Part]]]
     return [box for box in needed if box.part in mine]
 
 
-def host_and_parts(needed: Sequence[StoredBox]) -> tuple[str, list[Part]]:
+def host_and_parts(needed: Sequence[StoredBox]) -> tuple[str, list[BoxPart]]:
     """This node's name and the parts that this rank needs, for `my_share`."""
     return socket.gethostname(), [box.part for box in needed]

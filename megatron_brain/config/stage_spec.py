@@ -28,7 +28,7 @@ TRAINING_SECTIONS = ("optimizer", "guards")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RecordSource:
     """A setting that names records, by its section and its name, and the settings that choose from them."""
 
     section: str
@@ -58,9 +58,11 @@ class Source:
         return split, None if self.limit is None else getattr(config.section(self.section), self.limit)
 
 
-TRAIN_DATA = Source(section="data", name="train_data", split="train_split", limit="max_train_records")
-VALID_DATA = Source(section="data", name="valid_data", split="valid_split", limit="max_valid_records", trains=False)
-PROMPTS = Source(section="generate", name="prompts", split="valid_split", limit="max_prompts")
+TRAIN_DATA = RecordSource(section="data", name="train_data", split="train_split", limit="max_train_records")
+VALID_DATA = RecordSource(
+    section="data", name="valid_data", split="valid_split", limit="max_valid_records", trains=False
+)
+PROMPTS = RecordSource(section="generate", name="prompts", split="valid_split", limit="max_prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ class StageSpec:
     """Whether the stage trains in rounds of responses, rather than on a fixed list of samples."""
     require: Callable[[RunConfig], None]
     """Raises ConfigError where something is missing that the stage needs, or settings do not fit together."""
-    sources: Callable[[RunConfig], Sequence[Source]]
+    sources: Callable[[RunConfig], Sequence[RecordSource]]
     """Where the run's records are. The first is what it trains on, or answers."""
     reader: Callable[[RunConfig, Any], Any]
     """The `data.records.RecordReader` of the stage's records, from the configuration and the tokenizer."""

@@ -12,7 +12,7 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_brain.checkpointing import read_info, require_files
-from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.boxes import BoxPart
 from megatron_brain.checkpointing.index import read_index
 from megatron_brain.checkpointing.state import NOT_WEIGHTS
 from megatron_brain.checkpointing.storage import read_part, write_safetensors
@@ -140,7 +140,7 @@ class ToHF:
             if names.isdisjoint(wanted):
                 continue
             shape = weight.shape(self.model)
-            whole = Part(key=weight.key(layer), dtype=self.dtype, shape=shape, offset=(0,) * len(shape), size=shape)
+            whole = BoxPart(key=weight.key(layer), dtype=self.dtype, shape=shape, offset=(0,) * len(shape), size=shape)
             if weight.fusion.stacks:
                 tensors |= self._read_stacked(whole, weight, layer, names)
             else:
@@ -150,7 +150,7 @@ class ToHF:
                 tensors |= {name: tensor.contiguous() for name, tensor in found if name in names}
         return tensors
 
-    def _read_stacked(self, whole: Part, weight: Weight, layer: int | None, names: set[str]) -> dict[str, Tensor]:
+    def _read_stacked(self, whole: BoxPart, weight: Weight, layer: int | None, names: set[str]) -> dict[str, Tensor]:
         """Those tensors of `names` that stand below each other in a weight."""
         tensors, start = {}, 0
         for source in weight.sources:

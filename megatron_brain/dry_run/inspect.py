@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import RunLength, check_warmup, length_of_rounds
-from megatron_brain.config.stage_spec import Source
+from megatron_brain.config.stage_spec import RecordSource
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.sources import load_records, source_files
@@ -91,7 +91,7 @@ def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search
     return num_samples, config.spec.length(config, num_samples)
 
 
-def _read(config: RunConfig, source: Source, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
+def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
     """The items that the stage makes of a source; None where they cannot be known here."""
     place = source.place(config)
     if place is None:
@@ -110,7 +110,7 @@ def _read(config: RunConfig, source: Source, tokenizer: Tokenizer | None, search
     return corpus.items
 
 
-def _read_rollouts(config: RunConfig, source: Source, search: Search) -> RunLength:
+def _read_rollouts(config: RunConfig, source: RecordSource, search: Search) -> RunLength:
     """The length of a run over the rollouts of a source, one file a round."""
     pattern = source.place(config)
     if not source_files(pattern):

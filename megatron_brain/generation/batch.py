@@ -11,7 +11,7 @@ _COMPACT_AT = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Completion:
     """One response.
 
     tokens: EOS included where the model gave it. logprob: sum over the tokens of the log of the probability each was
@@ -82,10 +82,10 @@ class Batch:
         self.live_counts = [self.live_counts[prompt] for prompt in left]
         return tokens
 
-    def samples(self, eos_id: int) -> list[Sample]:
+    def samples(self, eos_id: int) -> list[Completion]:
         """All samples in order of their number."""
         found = []
         for row, logprob in zip(self._tokens.tolist(), self.logprobs.tolist(), strict=True):
             tokens = tuple(token for token in row if token >= 0)
-            found.append(Sample(tokens=tokens, logprob=logprob, finished=tokens[-1] == eos_id))
+            found.append(Completion(tokens=tokens, logprob=logprob, finished=tokens[-1] == eos_id))
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Segment
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.batch import Batch, Sample
+from megatron_brain.generation.batch import Batch, Completion
 from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, PrefillLayout
 from megatron_brain.generation.choose import choose_tokens, draw_uniforms
 from megatron_brain.generation.pipeline import trunk_forward
@@ -56,7 +56,7 @@ class Sampler:
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], *, samples_per_prompt: int, keys: Sequence[int], seed: int
-    ) -> list[list[Sample]]:
+    ) -> list[list[Completion]]:
         """Draw responses.
 
         Whole prompts are batched up to `sampling_batch_size` responses; a batch holds at least one prompt.
@@ -77,7 +77,7 @@ class Sampler:
         self._done = self._tokens = 0
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         at_once = max(1, self.sampling.sampling_batch_size // samples_per_prompt)
-        results: list[list[Sample]] = [[] for _ in prompts]
+        results: list[list[Completion]] = [[] for _ in prompts]
         with _evaluating(self.chunks), fp8_state.switched_off(self.chunks):
             for start in range(0, len(order), at_once):
                 batch = order[start : start + at_once]
@@ -101,7 +101,7 @@ class Sampler:
 
     def _generate_batch(
         self, prompts: list[Prompt], samples_per_prompt: int, keys: list[int], seed: int
-    ) -> list[Sample]:
+    ) -> list[Completion]:
         """Samples `[P * n]` of one batch, prompt-major."""
         longest = self.sampling.max_new_tokens
         device = self.parallel.device

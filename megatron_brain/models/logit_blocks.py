@@ -17,3 +17,8 @@ def block_shape(positions: int, ids: int, chunk_size: int) -> tuple[int, int]:
 def positions_of_whole_rows(ids: int, chunk_size: int) -> int:
     """Positions of a block that holds all token ids of each: one at least, whatever `chunk_size` is."""
     return max(1, chunk_size // ids)
+
+
+def slices(total: int, size: int) -> list[slice]:
+    """`total` places cut into runs of at most `size`."""
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

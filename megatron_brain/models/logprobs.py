@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows
+from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positions_of_whole_rows, slices
 
 DEFAULT_CHUNK_SIZE = 2**25
 
@@ -151,8 +151,8 @@ class _Recomputed(torch.autograd.Function):
         logits = _LogitBlocks(hidden, weight, head, shape)
         softmax = _SoftmaxSums(targets, logits, head)
         block = None
-        for positions in _slices(len(targets), shape[0]):
-            for ids in _slices(head.size, shape[1]):
+        for positions in slices(len(targets), shape[0]):
+            for ids in slices(head.size, shape[1]):
                 block = logits.compute(positions, ids)
                 block = softmax.add(block, positions, targets[positions] - head.first_id - ids.start)
         own_largest = softmax.largest.clone()
@@ -179,11 +179,11 @@ class _Recomputed(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _empty_gradient(weight, head, len(targets))
         # Vocabulary outside: a block's rows of grad_weight are complete, and written once, before the next begins.
-        for ids in _slices(head.size, shape[1]):
+        for ids in slices(head.size, shape[1]):
             rows = None if grad_weight is None else grad_weight[ids]
             if rows is not None and len(targets) > shape[0]:
                 rows = rows.to(logits.dtype)  # itself, or room to sum in
-            for positions in _slices(len(targets), shape[0]):
+            for positions in slices(len(targets), shape[0]):
                 block = kept
                 if block is None:
                     block = logits.compute(positions, ids).sub_(largest[positions, None]).exp_()
@@ -216,7 +216,7 @@ class _GradientKnown(torch.autograd.Function):
             summed = len(targets) > shape[0]
             grad_weight = _empty_gradient(weight, head, len(targets), dtype=logits.dtype if summed else weight.dtype)
         ids, local_targets = slice(0, head.size), targets - head.first_id
-        for positions in _slices(len(targets), shape[0]):
+        for positions in slices(len(targets), shape[0]):
             block = softmax.add(logits.compute(positions, ids), positions, local_targets[positions])
             own_largest = softmax.largest[positions].clone()
             softmax.reduce(positions)
@@ -349,10 +349,6 @@ class _SoftmaxSums:
         return logprobs, entropy, is_top1
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
 def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * columns].view(rows, columns)
 
@@ -384,7 +380,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=0.0 if first else 1.0)
         return
-    for rows in _slices(total.size(0), max(1, PRODUCT_SIZE // total.size(1))):
+    for rows in slices(total.size(0), max(1, PRODUCT_SIZE // total.size(1))):
         if first:
             total[rows] = left[rows] @ right
         else:

@@ -33,7 +33,7 @@ from megatron_brain.planning.sizes import (
     stage_layers,
     stage_parameters,
 )
-from megatron_brain.planning.workload import FrozenModel, Layout, Workload
+from megatron_brain.planning.workload import Layout, ScoringWork, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class _Stage:
 
     # Weights and what belongs to them
 
-    def _memory(self, phase: str, using: FrozenModel | None = None, **parts: int) -> Memory:
+    def _memory(self, phase: str, using: ScoringWork | None = None, **parts: int) -> Memory:
         """What is there in all phases, and `parts`."""
         frozen = (m for m in self.workload.frozen_models if m is using or not m.offloaded)
         trains = self.workload.spec.trains
@@ -279,7 +279,7 @@ class _Stage:
 
     # Sampling and scoring
 
-    def _scoring(self, frozen: FrozenModel) -> Memory:
+    def _scoring(self, frozen: ScoringWork) -> Memory:
         """A frozen model scores micro-batches of training, nothing kept."""
         shapes = Shapes.of(self.workload, self.layout, frozen.model, self.impl)
         norm_and_head = 2 * shapes.hidden + shapes.gathered

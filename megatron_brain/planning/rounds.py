@@ -16,7 +16,7 @@ from megatron_brain.planning.traffic import (
     key_value_width,
     layer_forward_bytes,
 )
-from megatron_brain.planning.workload import FrozenModel, Layout, Precision, Workload
+from megatron_brain.planning.workload import Layout, Precision, ScoringWork, Workload
 
 
 def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
@@ -119,12 +119,12 @@ def scoring_seconds(workload: Workload, layout: Layout, machine: Machine) -> flo
     )
 
 
-def _frozen_pass(frozen: FrozenModel, workload: Workload, layout: Layout, machine: Machine) -> float:
+def _frozen_pass(frozen: ScoringWork, workload: Workload, layout: Layout, machine: Machine) -> float:
     with_its_sizes = dataclasses.replace(workload, model=frozen.model)
     return forward_seconds(PassTimer(with_its_sizes, layout, machine, head=frozen.head))
 
 
-def _loading(frozen: FrozenModel, workload: Workload, layout: Layout, machine: Machine) -> float:
+def _loading(frozen: ScoringWork, workload: Workload, layout: Layout, machine: Machine) -> float:
     if not frozen.offloaded:
         return 0.0
     most = max(stage_parameters(frozen.model, layout, stage, frozen.head) for stage in range(layout.pipeline))

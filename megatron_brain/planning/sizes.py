@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.stage_spec import Head
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.workload import Layout, Segment
+from megatron_brain.planning.workload import Layout, SegmentLength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +115,12 @@ def linear_flops(model: ResolvedModel, tokens: float) -> float:
     return 2 * tokens * linear_weights(model)
 
 
-def attended_pairs(segments: Iterable[Segment]) -> int:
+def attended_pairs(segments: Iterable[SegmentLength]) -> int:
     """Pairs of query and key: each token and itself, those before it in its segment, and its prefix."""
     return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in segments)
 
 
-def attention_flops(model: ResolvedModel, segments: Iterable[Segment]) -> int:
+def attention_flops(model: ResolvedModel, segments: Iterable[SegmentLength]) -> int:
     """Of one forward pass through the core attention of one layer: scores and weighted values, 2 each for every pair
     and channel of every query head."""
     return 4 * attended_pairs(segments) * model.num_attention_heads * model.kv_channels
@@ -131,7 +131,7 @@ def head_flops(model: ResolvedModel, targets: int) -> int:
     return 2 * targets * model.hidden_size * padded_vocab_size(model, 1)
 
 
-def model_flops(model: ResolvedModel, segments: Iterable[Segment], targets: int) -> float:
+def model_flops(model: ResolvedModel, segments: Iterable[SegmentLength], targets: int) -> float:
     """Of one forward and backward pass, three times the forward pass, without anything that is computed again."""
     segments = tuple(segments)
     tokens = sum(segment.length for segment in segments)

@@ -94,7 +94,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class SegmentLength:
     """`length` tokens that attend causally to themselves, and to the `prefix` tokens of another segment."""
 
     length: int
@@ -102,7 +102,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenModel:
+class ScoringWork:
     """A model that scores but is not trained, on the policy's layout."""
 
     name: str
@@ -169,7 +169,7 @@ class Workload:
     sampling_batch_size: int = 64
     """Responses decoded at one time on one replica."""
 
-    frozen_models: tuple[FrozenModel, ...] = ()
+    frozen_models: tuple[ScoringWork, ...] = ()
     """Prior, reward model, baseline."""
 
     @property
@@ -205,13 +205,13 @@ class Workload:
         return max(1, self.seq_length // (self.prompt_length + self.response_length))
 
     @functools.cached_property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[SegmentLength, ...]:
         """Segments of one sample, without padding."""
         prompt, response, n = self.prompt_length, self.response_length, self.samples_per_prompt
         if n > 1 and self.shared_prefix:
-            group = (Segment(length=prompt), *[Segment(length=response, prefix=prompt)] * n)
+            group = (SegmentLength(length=prompt), *[SegmentLength(length=response, prefix=prompt)] * n)
         else:
-            group = (Segment(length=prompt + response),) * n
+            group = (SegmentLength(length=prompt + response),) * n
         return group * self.records_per_sample
 
     @functools.cached_property
@@ -279,7 +279,7 @@ def from_run_config(
         candidates_per_prompt=work.candidates_per_prompt,
         sampling_batch_size=config.sampling.sampling_batch_size,
         frozen_models=tuple(
-            FrozenModel(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)
+            ScoringWork(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)
             for m in work.scoring
         ),
     )

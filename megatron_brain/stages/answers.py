@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megatron_brain.config.stage_spec import PROMPTS
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.records import Prompt
-from megatron_brain.generation.sampler import Sample, Sampler
+from megatron_brain.generation.sampler import Completion, Sampler
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.run import Run
@@ -23,7 +23,7 @@ def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:
 
 def sample_answers(
     run: Run, chunks: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int], sampling: SamplingConfig
-) -> list[list[Sample]]:
+) -> list[list[Completion]]:
     """Samples for this replica's prompts; which ones depends on the seed and the prompt's index, not on the layout."""
     sampler = Sampler(chunks, run.parallel, sampling, eos_id=run.tokenizer.eos_id)
     return sampler.generate(

@@ -14,7 +14,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head, Output, Source
+from megatron_brain.config.stage_spec import Head, Output, RecordSource
 from megatron_brain.config.template_date import now, parse_date
 from megatron_brain.conversion import load_hf_weights
 from megatron_brain.data.corpus import Corpus, read_corpus
@@ -59,7 +59,7 @@ class Run:
         """Whether optimizer and position come from the checkpoint too."""
         return self.resolved.start.resuming
 
-    def read(self, source: Source) -> Sequence[Any]:
+    def read(self, source: RecordSource) -> Sequence[Any]:
         """The items of a source, which are the same on all ranks; none where it is not given. All ranks call it.
 
         Raises:

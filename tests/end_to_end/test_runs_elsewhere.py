@@ -35,7 +35,7 @@ from megatron_brain.config.loader import load_config
 from megatron_brain.config.stage_spec import stage_spec
 from megatron_brain.data.groups import Group
 from megatron_brain.data.records import Prompt
-from megatron_brain.generation.sampler import Sample
+from megatron_brain.generation.sampler import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.startup.disk import find_frozen
@@ -91,7 +91,7 @@ class Answers:
     run: Run
     chunks: list[Chunk]
     prompts: Sequence[Prompt]
-    samples: list[Sample]
+    samples: list[Completion]
 
     @property
     def ids(self) -> list[list[int]]:

@@ -46,7 +46,7 @@ class Proposal(Protocol):
         """The rollouts of a round that `Placement.deal` gives this replica."""
 
 
-class Samples:
+class SampledResponses:
     """Responses drawn from the policy as it is at the start of the round, or always from the prior."""
 
     metrics: Mapping[str, float] = {}

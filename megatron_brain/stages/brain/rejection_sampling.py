@@ -10,7 +10,7 @@ import torch
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.stages.brain.placement import Placement
-from megatron_brain.stages.brain.proposals import Samples
+from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
 from megatron_brain.stages.brain.scoring import fill_in
 from megatron_brain.training.frozen import FrozenModel
@@ -69,7 +69,7 @@ class RejectionSamples:
 
     def __init__(self, run: Run, placement: Placement, prior: FrozenModel, reward: FrozenModel) -> None:
         self._run, self._placement, self._reward = run, placement, reward
-        self._samples = Samples(run, placement, prior)
+        self._samples = SampledResponses(run, placement, prior)
         self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
         self.metrics: dict[str, float] = {}
 

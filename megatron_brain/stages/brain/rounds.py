@@ -13,7 +13,7 @@ from megatron_brain.errors import RecordError, UserError
 from megatron_brain.objectives.objective import Objective
 from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
-from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, Samples
+from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, SampledResponses
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.stages.brain.scoring import fill_in
@@ -71,7 +71,7 @@ class RoundMaker:
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
             return RejectionSamples(run, placement, self.prior, self._reward)
-        return Samples(run, placement, self.prior)
+        return SampledResponses(run, placement, self.prior)
 
     def scoring_models(self) -> list[Row]:
         """Where the prior and the reward model come from, as rows of the banner."""

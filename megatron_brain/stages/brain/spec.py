@@ -12,7 +12,7 @@ from megatron_brain.config.stage_spec import (
     TRAIN_DATA,
     TRAINING_SECTIONS,
     Output,
-    Source,
+    RecordSource,
     StageSpec,
     Work,
     prior_and_reward,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_brain.data.records import RecordReader
     from megatron_brain.data.tokenizer import Tokenizer
 
-ROLLOUTS = Source(section="brain", name="rollout_data", holds="rollouts")
+ROLLOUTS = RecordSource(section="brain", name="rollout_data", holds="rollouts")
 
 
 def _require(config: RunConfig) -> None:
@@ -86,7 +86,7 @@ def _require_given_pairs(config: RunConfig) -> None:
         raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
 
 
-def _sources(config: RunConfig) -> tuple[Source]:
+def _sources(config: RunConfig) -> tuple[RecordSource]:
     return (TRAIN_DATA if config.brain.rollout_data is None else ROLLOUTS,)
 
 

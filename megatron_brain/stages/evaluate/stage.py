@@ -14,7 +14,7 @@ from megatron_brain.data.records import Prompt
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
-from megatron_brain.generation.sampler import Sample
+from megatron_brain.generation.sampler import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.stages.intervals import Estimate, bootstrap, wins
@@ -65,7 +65,7 @@ def main(run: Run) -> None:
         _write_report(run, everything)
 
 
-def _row(run: Run, prompt: Prompt, drawn: dict[str, Sample]) -> dict:
+def _row(run: Run, prompt: Prompt, drawn: dict[str, Completion]) -> dict:
     row = {"id": prompt.record_id, "prompt": prompt.text, "reference": prompt.reference}
     for name, sample in drawn.items():
         row[name] = run.tokenizer.decode_response(sample.tokens)
@@ -94,7 +94,7 @@ def _log_ratios(
 
 
 def _add_rewards(
-    run: Run, reward: FrozenModel, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Sample]]
+    run: Run, reward: FrozenModel, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Completion]]
 ) -> None:
     groups, places = [], []
     for k, prompt in enumerate(prompts):

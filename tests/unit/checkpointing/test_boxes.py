@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_brain.checkpointing.boxes import Box, Part, divide, range_boxes, share_of, tiles
+from megatron_brain.checkpointing.boxes import Box, BoxPart, divide, range_boxes, share_of, tiles
 
 
 @st.composite
@@ -51,7 +51,7 @@ def test_replicas_divide_boxes_without_gap_or_overlap_and_evenly(sizes, replicas
 
 
 def part(key, *, offset=(0,), size=(1,), shape=(100,)):
-    return Part(key=key, dtype=torch.float32, shape=shape, offset=offset, size=size)
+    return BoxPart(key=key, dtype=torch.float32, shape=shape, offset=offset, size=size)
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.sets(st.integers(0, 3), min_size=1)), max_size=30))

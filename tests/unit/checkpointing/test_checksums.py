@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_training import Training, equal_weights
 
 from megatron_brain.checkpointing import load_weights, read_info, read_records, require_files
-from megatron_brain.checkpointing.boxes import Part
+from megatron_brain.checkpointing.boxes import BoxPart
 from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.folders import INFO
 from megatron_brain.checkpointing.index import INDEX, StoredBox, read_index
@@ -140,7 +140,7 @@ def test_a_checksum_is_that_of_the_bytes_whatever_type_and_shape(dtype):
 
 def test_processes_of_a_node_look_at_each_box_once_that_any_of_them_needs():
     def box(number, size=8):
-        part = Part(key=f"t{number}", dtype=torch.float32, shape=(size,), offset=(0,), size=(size,))
+        part = BoxPart(key=f"t{number}", dtype=torch.float32, shape=(size,), offset=(0,), size=(size,))
         return StoredBox(part=part, file=DATA, file_size=1, checksum="0")
 
     needed = [[box(0), box(1), box(2)], [box(1), box(2), box(3)], [box(0), box(1)], []]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_brain.generation.batch import Sample
+from megatron_brain.generation.batch import Completion
 from megatron_brain.stages import answers
 from megatron_brain.stages.evaluate import stage as evaluate
 
@@ -47,7 +47,7 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
 
         def generate(self, prompts, **_):
             seen["sampling"] = (prompts[0], (*group.responses[0][:-1], self.eos_id))
-            return [[Sample(tokens=group.responses[0], logprob=0.0, finished=True)]]
+            return [[Completion(tokens=group.responses[0], logprob=0.0, finished=True)]]
 
     def score_groups(chunks, groups, parallel, **_):
         seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[-1])

@@ -10,7 +10,7 @@ from megatron_brain.config.model import ModelConfig
 from megatron_brain.models.architecture import resolve
 from megatron_brain.planning.memory import PARTS, estimate_memory, stage_memory
 from megatron_brain.planning.schedule import pipeline_steps
-from megatron_brain.planning.workload import FrozenModel, Layout, Workload
+from megatron_brain.planning.workload import Layout, ScoringWork, Workload
 
 TOOLS = Path(__file__).parents[3] / "tools"
 SIZES = {
@@ -44,7 +44,7 @@ def phases(workload, layout=None, *, stage=0, impl="local"):
 def brain(**changes):
     model = resolve(ModelConfig(**SIZES), None, "the test")
     scorers = [
-        FrozenModel(name=name, model=model, head=head) for name, head in (("prior", "policy"), ("reward", "reward"))
+        ScoringWork(name=name, model=model, head=head) for name, head in (("prior", "policy"), ("reward", "reward"))
     ]
     options = {
         "samples_per_prompt": 4,

@@ -11,7 +11,7 @@ from megatron_brain.planning.rounds import sampling_batches, sampling_seconds, s
 from megatron_brain.planning.sizes import stage_parameters
 from megatron_brain.planning.time import training_time
 from megatron_brain.planning.traffic import layer_forward_bytes
-from megatron_brain.planning.workload import FrozenModel, Layout, Workload
+from megatron_brain.planning.workload import Layout, ScoringWork, Workload
 
 LINEAR = 8 * (8 + 2 * 4) + 8 * 8 + 3 * 8 * 16
 OUTPUTS = (8 + 2 * 4) + 8 + 2 * 16 + 8
@@ -83,8 +83,8 @@ def test_a_model_that_trains_in_fp8_samples_in_bf16():
 
 def test_scoring_passes_policy_prior_and_reward_model_by_hand():
     frozen = (
-        FrozenModel(name="prior", model=small_model(), head="policy"),
-        FrozenModel(name="reward", model=small_model(num_layers=2), head="reward"),
+        ScoringWork(name="prior", model=small_model(), head="policy"),
+        ScoringWork(name="reward", model=small_model(num_layers=2), head="reward"),
     )
     workload = brain(frozen_models=frozen, prompts_per_round=12, global_batch_size=4)
     machine = ideal_machine(bf16_flops=1.0)
@@ -96,7 +96,7 @@ def test_scoring_passes_policy_prior_and_reward_model_by_hand():
 
 def test_offloaded_weights_come_from_host_memory_once_a_round():
     model = small_model()
-    workload = brain(frozen_models=(FrozenModel(name="prior", model=model, head="policy", offloaded=True),))
+    workload = brain(frozen_models=(ScoringWork(name="prior", model=model, head="policy", offloaded=True),))
     machine = ideal_machine(host_bandwidth=1.0)
     assert scoring_seconds(workload, Layout(tensor=2), machine) == 2 * stage_parameters(model, Layout(tensor=2), 0)
 
@@ -115,7 +115,7 @@ def test_a_step_has_its_share_of_the_round():
 
 def test_candidates_are_drawn_and_given_rewards_before_a_part_of_them_is_trained_on():
     model, layout, machine = small_model(), Layout(), MACHINES["h100"]
-    prior, reward = (FrozenModel(name=n, model=model, head=h) for n, h in (("prior", "policy"), ("reward", "reward")))
+    prior, reward = (ScoringWork(name=n, model=model, head=h) for n, h in (("prior", "policy"), ("reward", "reward")))
     drawn = brain(frozen_models=(prior, reward))
     n = drawn.samples_per_prompt
     chosen = dataclasses.replace(drawn, candidates_per_prompt=3 * n)

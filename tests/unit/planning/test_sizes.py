@@ -14,7 +14,7 @@ from megatron_brain.models.architecture import padded_vocab_size, resolve
 from megatron_brain.models.provider import build_model
 from megatron_brain.planning import sizes
 from megatron_brain.planning.presets import PRESETS, preset
-from megatron_brain.planning.workload import Layout, Segment, Workload
+from megatron_brain.planning.workload import Layout, SegmentLength, Workload
 
 PARAMETERS = {
     "llama3-8b": 8_030_261_248,
@@ -94,7 +94,7 @@ def test_attended_pairs_are_those_of_the_mask():
     groups = [Group(prompt=(1, 2, 3, 4, 5), responses=((1, 2), (3, 4, 5, 6), (7,)))]
     for shared in (True, False):
         batch = pack_groups(groups, shared_prefix=shared)
-        segments = [Segment(length=s.length, prefix=s.prefix_length) for s in batch.segments]
+        segments = [SegmentLength(length=s.length, prefix=s.prefix_length) for s in batch.segments]
         assert sizes.attended_pairs(segments) == allowed_pairs(batch.segments).sum()
 
 
@@ -103,7 +103,7 @@ def test_attention_is_two_products_over_the_pairs():
     query, key = torch.zeros(4, 3, 8), torch.zeros(4, 8, 3)  # 4 heads of 8 channels, 3 tokens
     with FlopCounterMode(display=False) as counter:
         (query @ key) @ torch.zeros(4, 3, 8)
-    assert sizes.attention_flops(model, [Segment(length=3)]) == counter.get_total_flops() * 6 / 9
+    assert sizes.attention_flops(model, [SegmentLength(length=3)]) == counter.get_total_flops() * 6 / 9
 
 
 def test_model_flops_of_llama_3_70b_by_hand():
