@@ -6,17 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.config.objectives import objective_settings
-from megatron_brain.config.stages import BrainConfig
 from megatron_brain.data.groups import KnownLoss, PackedBatch
 from megatron_brain.objectives.objective import Numbers, Objective
-from megatron_brain.objectives.registry import make_objective
 from megatron_brain.training.report import LossOutput
-
-
-def objective_of(settings: BrainConfig) -> Objective:
-    """The objective that a run's settings ask for."""
-    return make_objective(settings.objective, objective_settings(settings))
 
 
 class GroupLoss:

@@ -16,7 +16,7 @@ from megatron_brain.data.order import SampleOrder
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
-from megatron_brain.stages.brain.group_loss import objective_of
+from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
 from megatron_brain.training.frozen import FrozenModel

@@ -32,8 +32,6 @@ from megatron_brain.objectives.registry import OBJECTIVES
 _LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
 _ROUNDING = 0.01
 """What the log-probability of a certain response may be off from 0."""
-_FIXED = tuple(sorted({objective.fixes for objective in OBJECTIVES.values()}))
-"""What an objective may have fixed for the round it wrote. It is computed anew when a file is read."""
 _TYPES = {
     "id": (str, int),
     "index": (int,),
@@ -41,7 +39,6 @@ _TYPES = {
     "responses": (list, tuple),
     "text": (str,),
     "finished": (bool,),
-    **dict.fromkeys(_FIXED, (float, int)),
 }
 """Types of the fields of a record and its responses that are not looked at otherwise."""
 
@@ -119,12 +116,12 @@ def rollout_from_dict(record: dict, where: str, *, needs_log_proposal: bool = Tr
     _check_fields(record, Rollout, ("id", "index", "prompt_tokens", "responses"), where)
     if len(record["responses"]) < 2:
         raise ConfigError(f"{where}: {len(record['responses'])} response(s), a group needs at least 2")
-    responses = []
+    responses, fixed = [], _fixed()
     for values in record["responses"]:
         _check_fields(values, Response, ("tokens",), where)
-        plain = {name: value for name, value in values.items() if name not in _FIXED}
+        plain = {name: value for name, value in values.items() if name not in fixed}
         response = Response(**{**plain, "tokens": _token_ids(values["tokens"], where)})
-        response.fixed = {name: float(values[name]) for name in _FIXED if values.get(name) is not None}
+        response.fixed = {name: float(values[name]) for name in fixed if values.get(name) is not None}
         _make_floats(response, where)
         if response.log_proposal is None:
             response.log_proposal = response.sampler_logprob
@@ -138,11 +135,16 @@ def rollout_from_dict(record: dict, where: str, *, needs_log_proposal: bool = Tr
     return Rollout(**{**record, "prompt_tokens": prompt_tokens, "responses": responses})
 
 
+def _fixed() -> list[str]:
+    """What an objective may have fixed for the round it wrote. It is computed anew when a file is read."""
+    return sorted({objective.fixes for objective in OBJECTIVES.values()})
+
+
 def _check_fields(values: object, kind: type, needed: Sequence[str], where: str) -> None:
     """Raise ConfigError where an object of a file lacks a field, or has one that is unknown or of another type."""
     what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind) if field.name != "fixed"]
-    if kind is Response:
-        known += _FIXED
+    fixed = _fixed() if kind is Response else []
+    known += fixed
     if not isinstance(values, dict):
         raise _no_rollout(where, f"{what} must be an object, not {short(values)}")
     for name in needed:
@@ -151,7 +153,7 @@ def _check_fields(values: object, kind: type, needed: Sequence[str], where: str)
     for name, value in values.items():
         if name not in known:
             raise _no_rollout(where, f"{what} has no field {name!r}, only {', '.join(known)}")
-        types = _TYPES.get(name)
+        types = (float, int) if name in fixed else _TYPES.get(name)
         if value is not None and types is not None and type(value) not in types:
             raise _no_rollout(where, f"{name!r} must be of type {types[0].__name__}, not {short(value)}")
 

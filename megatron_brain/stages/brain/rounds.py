@@ -100,7 +100,7 @@ class RoundMaker:
             "sampled_tokens_per_second": tokens / (sampled - start),
             **self.proposal.metrics,
         }
-        if self._settings.responses == "sampled" and (rescored or self.proposal.temperature is None):
+        if self._settings.responses == "sampled" and not self._is_missing("log_proposal", rollouts):
             metrics["proposal_entropy"] = self._entropy(rollouts, tokens)
         if self._settings.responses == "sampled" and rescored:
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)

@@ -11,7 +11,8 @@ from megatron_brain.config.run_length import length_of_rounds
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.summary import Row
-from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, objective_of, of_known
+from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, of_known
+from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
