@@ -1,4 +1,4 @@
-"""The objective of a run, and how one becomes known from outside of the package."""
+"""Makes the objective of a run, and registers objectives from outside the package."""
 
 import dataclasses
 import inspect

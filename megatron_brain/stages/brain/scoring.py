@@ -17,18 +17,18 @@ def fill_in(
     head: Head,
     temperature: float = 1.0,
 ) -> None:
-    """Set a number of every response in `steps`: its log-probability (policy) or reward (reward model).
+    """Set one number of every response in `steps`: its log-probability (policy) or its reward (reward model).
 
     Args:
         run: the run.
-        name: of the attribute of `Response`.
-        steps: micro-batches that are computed together, on this replica.
-        chunks: the model.
-        head: its kind.
-        temperature: divides the logits behind the log-probabilities.
+        name: name of the attribute of `Response`.
+        steps: the micro-batches of this replica, for each step.
+        chunks: the model's chunks.
+        head: the model's head.
+        temperature: the logits are divided by it before the log-probabilities are computed.
     """
     for step in steps:
-        # Packed and padded as the training step is: then both run the same products.
+        # Packing and padding are those of the training step, so that both compute the same matrix products.
         scored = score_groups(
             chunks,
             [[part.group() for part in micro_batch] for micro_batch in step],
