@@ -3,12 +3,12 @@
 #
 #   bash tests/run.sh --python 3.12 [pytest argument ...]
 #
-# does so on that Python, in .venv-3.12, with the versions of constraints-cpu-3.12.txt. Its exit status is 77 where no such
-# Python runs: nothing was tested, which a CI should report as skipped, neither as passed nor as failed.
+# runs the suite on that Python, in .venv-3.12, with the versions of constraints-cpu-3.12.txt. The exit status is 77 if that
+# Python does not run. Then nothing was tested, and a CI should report skipped, neither passed nor failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# pyenv puts a python3.12 on PATH that runs only where that version is chosen.
+# pyenv puts a python3.12 on PATH that runs only if that version is chosen.
 find_python() {
     local candidate
     for candidate in "python$1" $(pyenv whence --path "python$1" 2>/dev/null); do
@@ -32,5 +32,5 @@ ruff check .
 ruff format --check .
 mypy
 codespell
-# Whole files go to two processes, in the order of the folders: the distributed worlds in one, the rest beside them.
+# Two processes get whole files in the order of the folders: one runs the distributed worlds, the other the rest.
 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

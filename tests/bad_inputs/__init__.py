@@ -1,1 +1,1 @@
-"""Bad inputs through the real command line: tables of them, and one test for all."""
+"""Tables of bad inputs, and one test that gives all of them to the real command line."""

@@ -1,4 +1,4 @@
-"""What the bad inputs are made of: a tokenizer, a tiny Hugging Face model, records, and a checkpoint of every stage."""
+"""The files from which bad inputs are made: a tokenizer, a tiny Hugging Face model, records, and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BATCH = ["--global-batch-size", "2", "--lr", "1e-3"]
 
 @dataclass(frozen=True)
 class Assets:
-    """Folders and files that are right, made once; a case that damages one copies it first."""
+    """Good folders and files, made once. A case that damages one copies it first."""
 
     root: Path
 
@@ -49,16 +49,16 @@ class Assets:
 
     @property
     def brain(self) -> Path:
-        """Checkpoint in the middle of a round of BRAIn."""
+        """Checkpoint of a brain run, in the middle of a round."""
         return self.root / "brain"
 
     @property
     def rollouts(self) -> Path:
-        """File of rollouts of a round of two groups."""
+        """Rollout file of a round of two groups."""
         return self.root / "rollouts" / "round_0000.jsonl"
 
     def records(self, kind: str) -> Path:
-        """File of records: sft, pairs, prompts or chats."""
+        """File of records. The kind is sft, pairs, prompts or chats."""
         return self.root / f"{kind}.jsonl"
 
     def sft(self, *flags: str) -> list[str]:
@@ -76,17 +76,17 @@ class Assets:
         return ["reward", *_LENGTH, *_BATCH, "--train-data", data, "--train-iters", "1", *start, *flags]
 
     def brain_from(self, *flags: str) -> list[str]:
-        """Command of BRAIn without its data."""
+        """Command of the brain stage without its data."""
         start = ["--load", str(self.policy), "--finetune", "--reward-load", str(self.reward), "--save", "saved"]
         rounds = ["--max-new-tokens", "4", "--samples-per-prompt", "2", "--prompts-per-round", "4"]
         return ["brain", *_LENGTH, *_BATCH, *start, *rounds, "--train-iters", "2", *flags]
 
     def brain_on(self, data: str, *flags: str) -> list[str]:
-        """Command of BRAIn on prompts of a file."""
+        """Command of the brain stage on prompts of a file."""
         return self.brain_from("--train-data", data, *flags)
 
     def brain_again(self, checkpoint: str, *flags: str) -> list[str]:
-        """Command that goes on with a run of BRAIn in the middle of its round."""
+        """Command that resumes a brain run in the middle of its round."""
         argv = self.brain_on(str(self.records("prompts")), "--load", checkpoint, "--prior-load", str(self.policy))
         return [argument for argument in argv if argument != "--finetune"] + list(flags)
 
@@ -135,10 +135,10 @@ class Assets:
 
 
 def write_assets(root: Path, run: Callable[[list[str]], None]) -> Assets:
-    """Make everything.
+    """Make all files.
 
     Args:
-        run: runs a command and fails where its exit status is not 0.
+        run: function that runs a command and fails if its exit status is not 0.
     """
     assets = Assets(root)
     write_hf_tokenizer(assets.tokenizer, chat_template=CHATML, eos_token="<|im_end|>", pad_token="<pad>")
@@ -176,7 +176,7 @@ def _write(path: Path, records: Sequence[dict]) -> None:
 
 
 def commands_that_are_right(assets: Assets, folder: Path) -> dict[str, list[str]]:
-    """The commands that the tables give bad inputs to, with good ones."""
+    """The commands to which the tables give bad inputs, here with good inputs."""
     sft, pairs, prompts = (str(assets.records(kind)) for kind in ("sft", "pairs", "prompts"))
     (folder / "judge.py").write_text("def score(prompts, responses, references):\n    return [1] * len(responses)\n")
     return {

@@ -1,4 +1,4 @@
-"""Checkpoints that are not there, damaged, cut off or of another format, whatever reads them."""
+"""Checkpoints that are missing, damaged, cut off or of another format, for every command that reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from bad_inputs.case import UNFINISHED_RUN, BadInput, Maker, Site
 
 Change = Callable[[Path], object]
-"""What is done to a folder iter_NNNNNNN."""
+"""A change of a folder iter_NNNNNNN."""
 
 _INFO, _INDEX, _WEIGHTS, _RECORDS = "megatron_brain.json", "tensors.json", "weights_*", "records/replica_00000.jsonl"
 
@@ -38,7 +38,7 @@ def _inspect(site: Site) -> list[str]:
 
 
 def _copy(change: Change, command: Maker = _resume, of: str = "policy") -> Maker:
-    """Copies a --save folder as `ck`, changes its latest checkpoint and gives it to a command."""
+    """Copies a --save folder to `ck`, changes its latest checkpoint, and gives it to a command."""
 
     def make(site):
         folder = site.copy(getattr(site.assets, of), "ck")
@@ -91,7 +91,7 @@ def _remove(name: str) -> Change:
 
 
 def _json(name: str, change: Callable[[dict], object]) -> Change:
-    """Edits a file of JSON, and takes away its checksum as somebody who means it does."""
+    """Edits a JSON file and removes its checksum, like a user who edits it on purpose."""
 
     def edit(folder):
         values = json.loads((folder / name).read_text())
@@ -319,7 +319,7 @@ CASES = [
         _COPY,
         leaves=UNFINISHED_RUN,
     ),
-    # Looked at.
+    # inspect_checkpoint.py.
     BadInput("no folder to look at", _inspect, r"checkpoint folder /.*/ck does not exist", r"give .*--save folder"),
     BadInput(
         "a flipped bit, looked at",

@@ -93,7 +93,7 @@ CASES = [
         r"lines of `key: value`",
         has_several_lines=True,
     ),
-    # What a stage needs, and what goes together.
+    # Settings that a stage needs, and settings that contradict each other.
     BadInput(
         "no data", lambda site: site.assets.sft("--hf-model", str(site.assets.hf)), r"train_data", r"--train-data"
     ),

@@ -1,4 +1,4 @@
-"""Variables of torchrun, srun and mpirun that say too little, contradict each other or are no numbers."""
+"""Variables of torchrun, srun and mpirun that are incomplete, contradict each other or are not numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _launched(name: str, culprit: str, cure: str = _CURE, **variables: str) -> B
 
 
 CASES = [
-    # torchrun's.
+    # Variables of torchrun.
     _torchrun("a size without a rank", r"WORLD_SIZE=2 is set and RANK is not", _UNSET, WORLD_SIZE="2"),
     _torchrun("a rank without a size", r"RANK=0 is set and WORLD_SIZE is not", _UNSET, RANK="0"),
     _torchrun("an empty rank", r"RANK='' is not a number of at least 0", _UNSET, **_WORLD | {"RANK": ""}),
@@ -50,7 +50,7 @@ CASES = [
     _torchrun("no port", r"and MASTER_PORT is not", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"),
     _torchrun("a port in words", r"MASTER_PORT='x' is not a number", _UNSET, **_WORLD | {"MASTER_PORT": "x"}),
     _torchrun("a port too high", r"MASTER_PORT='99999'.* 1 to 65535", _UNSET, **_WORLD | {"MASTER_PORT": "99999"}),
-    # Other launchers'.
+    # Variables of other launchers.
     _launched(
         "srun without hosts", r"srun \(Slurm\), as SLURM_PROCID=0 of 2", r"set MASTER_ADDR and MASTER_PORT", **_SRUN
     ),
@@ -82,7 +82,7 @@ CASES = [
     ),
     _launched("mpiexec without an address", r"mpiexec \(PMI\)", r"set MASTER_ADDR", PMI_RANK="0", PMI_SIZE="4"),
     _launched("PMIx without a size", r"a PMIx launcher, .*how many", PMIX_RANK="0"),
-    # As a user meets them.
+    # The same in processes of their own.
     BadInput(
         "srun without hosts, as a process",
         _train,
@@ -107,7 +107,7 @@ CASES = [
         environment={"WORLD_SIZE": "2"},
         as_process=True,
     ),
-    # Dry runs, which take the size alone.
+    # Dry runs, which read only the size.
     BadInput(
         "a size in words, dry", _dry_run(), r"WORLD_SIZE='x' is not a number", _UNSET, environment={"WORLD_SIZE": "x"}
     ),

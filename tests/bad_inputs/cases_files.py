@@ -1,4 +1,4 @@
-"""Files, globs and saved data sets that cannot be read, or whose lines and rows are no records."""
+"""Files, globs and saved data sets that cannot be read, or whose lines and rows are not records."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _plain_folder(site):
 
 
 CASES = [
-    # Nothing there, or nothing in it.
+    # Missing or empty.
     BadInput("no file", lambda site: site.assets.sft_on("no.jsonl"), r"no.jsonl: no such file", r"looked for /"),
     BadInput("a glob of nothing", lambda site: site.assets.sft_on("no/*.jsonl"), r"no/\*.jsonl", r"one that is there"),
     BadInput(
@@ -118,7 +118,7 @@ CASES = [
         r"one that is there",
     ),
     BadInput("another kind of file", _file("data.csv", "a,b\n"), r"data.csv: unknown kind", r"one of .jsonl, .json"),
-    # Text that is no UTF-8.
+    # Text that is not UTF-8.
     BadInput(
         "Latin-1",
         _file("data.jsonl", LINE.encode() + '{"prompt": "caf\xe9"}\n'.encode("latin1")),
@@ -144,7 +144,7 @@ CASES = [
         r"data.json\[1\]: '\\ude00' is half of a character",
         r"write the file as UTF-8",
     ),
-    # Text that is no JSON.
+    # Text that is not JSON.
     BadInput(
         "a cut line", _file("data.jsonl", LINE + LINE[:20]), r"data.jsonl:2: not valid JSON", r"one object a line"
     ),

@@ -1,4 +1,4 @@
-"""Hugging Face folders whose config.json or weights are not there, damaged, or of something that is not supported."""
+"""Hugging Face folders whose config.json or weights are missing, damaged or not supported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _train(site: Site) -> list[str]:
 
 
 def _copy(change: Change, command: Maker = _convert) -> Maker:
-    """Copies the model as `hf`, changes it and gives it to a command."""
+    """Copies the model to `hf`, changes it, and gives it to a command."""
 
     def make(site):
         change(site.copy(site.assets.hf, "hf"))
@@ -63,7 +63,7 @@ def _weights(change: Callable[[dict], object]) -> Change:
 
 
 def _index(change: Callable[[dict], object] = lambda files: None, weights: Change = lambda folder: None) -> Change:
-    """Makes a shard and an index of the weights, and changes the index."""
+    """Makes a file and an index of the weights, and changes the index."""
 
     def change_files(folder):
         files = dict.fromkeys(load_file(folder / _SINGLE), _SHARD)

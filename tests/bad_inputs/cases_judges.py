@@ -1,4 +1,4 @@
-"""Judges that cannot be loaded, fail on a record, or return what is no number for each response."""
+"""Judges that cannot be loaded, fail on a record, or do not return a number for each response."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _named(name: str) -> Maker:
 
 
 def _returns(value: str) -> Maker:
-    """A judge that returns an expression of the responses, `y`."""
+    """A judge that returns an expression of the responses `y`."""
     return _file(f"def score(x, y, references):\n    return {value}\n")
 
 
@@ -39,12 +39,12 @@ _EACH = r"it must return one number for each response"
 
 
 def _fails(name: str, maker: Maker, culprit: str, cure: str) -> BadInput:
-    """A judge that raises an error, which is told with its own lines; they are what is to be mended."""
+    """A judge that raises an error. The message quotes its traceback, which shows the user what to mend."""
     return BadInput(name, maker, _WHICH + culprit, cure, has_several_lines=True)
 
 
 CASES = [
-    # Not loaded.
+    # Judges that cannot be loaded.
     BadInput("no file", _named("no.py:score"), r"judge=no.py:score: .*no.py is no file", _FORM),
     BadInput("no function named", _named("no.py"), r"judge=no.py: .*no.py is no file", _FORM),
     BadInput("no such function", _file("x = 1\n"), r"judge=judge.py:score: judge.py has no function score", _FORM),
@@ -67,7 +67,7 @@ CASES = [
     _fails(
         "an exit", _file("import sys\nsys.exit(0)\n"), r"raised SystemExit when it was imported", r'judge.py", line 2'
     ),
-    # Failing.
+    # Judges that fail.
     _fails(
         "too few arguments",
         _file("def score(x): return x\n"),
@@ -93,7 +93,7 @@ CASES = [
         r"judge=.*prompts.jsonl:1 has none",
         r"give the record a completion",
     ),
-    # Returning something else.
+    # Judges that return something else.
     BadInput("nothing", _returns("None"), _WHICH + r"returned NoneType", _EACH),
     BadInput("a number", _returns("1.0"), _WHICH + r"returned float", _EACH),
     BadInput("a text", _returns("'1' * len(y)"), _WHICH + r"returned str", _EACH),

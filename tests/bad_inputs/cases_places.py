@@ -1,4 +1,4 @@
-"""Places to write that are files, inside of a file, devices, read-only, or the input itself."""
+"""Places to write to that are files, inside a file, devices, read-only, or the input itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _plan(*flags: str) -> Maker:
 
 
 def _beside(kind: str, command: Maker) -> Maker:
-    """The command where something stands at `x` already: a file, a folder, a folder with a file, a link or a pipe."""
+    """The command, where `x` exists already: as a file, a folder, a folder with a file, a link or a pipe."""
 
     def make(site):
         path = site.folder / "x"

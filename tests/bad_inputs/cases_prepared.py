@@ -1,4 +1,4 @@
-"""Prepared data that are damaged, not finished, or made for another stage, tokenizer or length."""
+"""Prepared data that are damaged, unfinished, or made for another stage, tokenizer or length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bad_inputs.running import run_here
 
 
 def _prepared(change: Callable[[Site], object], *flags: str, command: Maker | None = None) -> Maker:
-    """Prepares the records of sft as `data`, changes the result and trains on it."""
+    """Prepares the records of sft as `data`, changes the result, and trains on it."""
 
     def make(site):
         argv = site.assets.preprocess(str(site.assets.records("sft")), *flags, "--output", "data")
@@ -43,7 +43,7 @@ def _flip(content: bytes, place: int) -> bytes:
 
 
 def _first_ids(site: Site) -> None:
-    """The first token of every document becomes 65535; the prompts are equally long."""
+    """Sets the first token of every document to 65535. All prompts have the same length."""
     told = json.loads((site.folder / "data.json").read_text())
     content, size = bytearray((site.folder / "data.bin").read_bytes()), told["files"][".bin"] // told["counts"]["kept"]
     for document in range(told["counts"]["kept"]):
@@ -132,7 +132,7 @@ CASES = [
         _AGAIN,
     ),
     BadInput("not finished", _unfinished, r"data: its preparation has not finished", r"run the same .* command again"),
-    # Of something else.
+    # Made for something else.
     BadInput(
         "pairs from records of sft",
         _prepared(_nothing, command=lambda site: site.assets.reward_on("data")),

@@ -17,7 +17,7 @@ _PAIR = {"chosen": [_USER, _ANSWER], "rejected": [_USER, {**_ANSWER, "content": 
 
 
 def _second(record: dict, *flags: str, stage: str = "sft") -> Maker:
-    """A good record, then this one."""
+    """Gives a command a good record, and then this one."""
 
     def make(site):
         command = {"sft": site.assets.sft_on, "reward": site.assets.reward_on, "brain": site.assets.brain_on}[stage]

@@ -1,4 +1,4 @@
-"""Rollout files of another format, with numbers that are none, or for another model or batch."""
+"""Rollout files of another format, with bad numbers, or for another model or batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bad_inputs.case import BadInput, Maker
 
 
 def _groups(change: Callable[[list[dict]], object], *flags: str) -> Maker:
-    """Trains on a round of four groups, changed."""
+    """Changes a round of four groups and trains on it."""
 
     def make(site):
         groups = [json.loads(line) for line in site.assets.rollouts.read_text().splitlines()]

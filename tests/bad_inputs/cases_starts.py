@@ -1,4 +1,4 @@
-"""Checkpoints that are sound and of another kind than is needed, and runs that are resumed with something changed."""
+"""Good checkpoints of the wrong kind, and runs that are resumed with something changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bad_inputs.case import UNFINISHED_RUN, BadInput, Maker, Site
 
 
 def _changed(*flags: str) -> Maker:
-    """Resumes the run of sft with other flags."""
+    """Resumes the sft run with other flags."""
 
     def make(site):
         argv = ["--train-data", str(site.assets.records("sft")), "--load", str(site.assets.policy), "--save", "saved"]
@@ -22,7 +22,7 @@ def _changed_brain(*flags: str) -> Maker:
 
 
 def _edited(kind: str, word: str, other: str, command: Maker) -> Maker:
-    """Resumes with a file of records of which one is another, of the same length."""
+    """Resumes with a file in which one record is another one of the same length."""
 
     def make(site):
         content = site.assets.records(kind).read_text()
@@ -79,7 +79,7 @@ _UNCHANGED = r"Resume with the same data"
 _ANEW = r"or start anew from the weights with --finetune"
 
 CASES = [
-    # Another kind than is needed.
+    # The wrong kind of checkpoint.
     BadInput(
         "no optimizer",
         lambda site: _changed("--load", str(site.assets.base))(site),

@@ -1,4 +1,4 @@
-"""Chat templates that are none, refuse or leave out something, or write what cannot be learned; and bad dates."""
+"""Chat templates that are invalid, refuse or leave out something, or write what cannot be learned; and bad dates."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def _without(role: str) -> str:
 
 
 def _marking(marked: str, *, where: str = "m.role == 'assistant'") -> str:
-    """A template with marks around what the assistant says."""
+    """A template with marks around the assistant's words."""
     plain = "{{ m.content }}<|im_end|>"
     return _HEAD + f"{{% if {where} %}}{marked}{{% else %}}{plain}{{% endif %}}\n{{% endfor %}}" + _OPENING
 
 
 def _template(content: str | bytes, *messages: dict, flags: tuple[str, ...] = (), **fields: object) -> Maker:
-    """Trains on a conversation with a template; without messages, on the chats of the assets."""
+    """Trains on a conversation with a template. Without messages, it trains on the chats of the assets."""
 
     def make(site):
         data = str(site.assets.records("chats"))
@@ -47,7 +47,7 @@ def _every_turn(content: str) -> Maker:
 
 
 def _own(content: bytes | None, name: str = "chat_template.jinja") -> Maker:
-    """Trains on chats with a tokenizer whose own template is another one."""
+    """Trains on chats with a tokenizer whose own template is replaced."""
 
     def make(site):
         (site.copy(site.assets.tokenizer, "tok") / "chat_template.jinja").unlink()
@@ -122,7 +122,7 @@ CASES = [
         _FILE + "not a Jinja template",
         r"mend that line",
     ),
-    # What it refuses.
+    # Templates that refuse something.
     BadInput("an error of its own", _template("{{ raise_exception('no users') }}"), _REFUSES + "no users", _OTHER),
     BadInput("an unknown function", _template("{{ now() }}"), _REFUSES + "'now' is undefined", _OTHER),
     BadInput("calls of itself", _template("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"), _REFUSES, _OTHER),
@@ -138,7 +138,7 @@ CASES = [
         _PLACE + "refuses these messages: no system",
         r"give messages that it takes",
     ),
-    # What it leaves out.
+    # Templates that leave something out.
     BadInput(
         "a thought",
         _template(_CONTENT, _USER, {**_ANSWER, "reasoning_content": "so it is"}),
@@ -208,7 +208,7 @@ CASES = [
         _PLACE + "leaves out .*'yo you'",
         _KEEP,
     ),
-    # What cannot be cut into prompt and response, or into turns.
+    # Templates whose text cannot be cut into prompt and response, or into turns.
     BadInput(
         "another opening of the answer",
         _template(_CONTENT.replace("<|im_start|>assistant\n{% endif", "<|im_start|>bot\n{% endif"), _USER, _ANSWER),

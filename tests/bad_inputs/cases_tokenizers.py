@@ -1,4 +1,4 @@
-"""Tokenizers that are not there, cut, contradict themselves or do not go with the model; and corpora for a new one."""
+"""Tokenizers that are missing, cut off, contradictory or unfit for the model; and corpora for a new one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _named(place: str, *flags: str) -> Maker:
 
 
 def _changed(change: Callable[[Path], object]) -> Maker:
-    """Trains with a copy of the tokenizer in `tok`, changed."""
+    """Changes a copy of the tokenizer in `tok` and trains with it."""
 
     def make(site):
         change(site.copy(site.assets.tokenizer, "tok"))
@@ -196,7 +196,7 @@ CASES = [
         r"chats.jsonl:1: SentencePieceTokenizer has no chat template",
         r"give --chat-template FILE, use a HuggingFaceTokenizer",
     ),
-    # A new one.
+    # A new tokenizer.
     BadInput("no corpus", lambda site: site.assets.train_tokenizer("no.txt"), r"no.txt: no such file", r"looked for /"),
     BadInput("an empty corpus", _train("a.txt"), r"a.txt: no text in it", r"give files with some"),
     BadInput(

@@ -1,4 +1,4 @@
-"""What every test of the command line starts from: no launcher, the assets, and an empty folder to work in."""
+"""The start of every test of the command line: no launcher, the assets, and an empty working directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_brain.runtime import parallel
 
 @pytest.fixture(scope="package")
 def alone() -> Iterator[pytest.MonkeyPatch]:
-    """No launcher and no hub, and the process groups of the test session stay where a stage would leave its own."""
+    """No launcher and no hub are set, and commands do not end the process groups of the test session."""
     with pytest.MonkeyPatch.context() as patch:
         for name in LAUNCHER_VARIABLES:
             patch.delenv(name, raising=False)
@@ -30,7 +30,7 @@ def alone() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="package")
 def assets(alone, single, tmp_path_factory) -> Iterator[Assets]:
-    """What the bad inputs are made of; no case may have changed it."""
+    """The files from which bad inputs are made. Checks at the end that no case has changed them."""
     root = tmp_path_factory.mktemp("assets")
 
     def run(argv: list[str]) -> None:
@@ -44,7 +44,7 @@ def assets(alone, single, tmp_path_factory) -> Iterator[Assets]:
 
 @pytest.fixture
 def site(assets, tmp_path, monkeypatch) -> Iterator[Site]:
-    """An empty folder, which is the working directory; what was imported from it is forgotten afterwards."""
+    """An empty folder, which is the working directory. Modules imported from it are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     yield Site(tmp_path, assets)
     for name, module in list(sys.modules.items()):

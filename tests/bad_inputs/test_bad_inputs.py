@@ -1,6 +1,6 @@
-"""Every bad input of the tables ends with one message that names culprit and cure, and leaves nothing that looks whole.
+"""Every bad input gives one message with culprit and cure, and leaves nothing that looks complete.
 
-`BadInput` in case.py says what a case is; cases_*.py are the tables, a category each. Almost all run in this process.
+`BadInput` in case.py describes a case. Each cases_*.py is the table of one category. Almost all run in this process.
 """
 
 from __future__ import annotations

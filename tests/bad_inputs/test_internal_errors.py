@@ -1,4 +1,4 @@
-"""A failure of our own code keeps its traceback and exits with 1, whatever its type: only a UserError is the user's."""
+"""A failure of our own code keeps its traceback and exits with 1. Only a UserError is a mistake of the user."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _argv(command: str, site: Site) -> list[str]:
 
 
 def planted(*arguments, **named):
-    """Fails as our own code does where two lists should be equally long."""
+    """Fails as our own code does if two lists have different lengths by mistake."""
     list(zip([1], [], strict=True))
 
 
@@ -76,14 +76,14 @@ def test_a_failure_in_any_layer_keeps_its_traceback_and_exits_with_1(command, pl
     capfd.readouterr()
     try:
         status = run_here(argv)
-    except Exception:  # as the interpreter does of a process
+    except Exception:  # The interpreter does this for a process.
         traceback.print_exc()
         status = 1
     said = capfd.readouterr().err
     assert status == 1, said
     assert "Traceback (most recent call last)" in said and ", in planted\n" in said, said
     assert "ValueError: zip() argument 2 is shorter than argument 1" in said, said
-    # The processes of a conversion tell each other, and stop together.
+    # The processes of a conversion tell each other of a failure and stop together.
     assert command.startswith("convert_") or "\nerror: " not in f"\n{said}", said
 
 

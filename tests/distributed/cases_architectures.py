@@ -15,7 +15,7 @@ TOLERANCE = 1e-5
 
 
 def expect_training_of_one_process(name: str, layout: Layout, context: Context) -> None:
-    """Biases, norms over heads and parallel residuals have their gradients once, whole and in the norm."""
+    """Biases, norms over heads and parallel residuals count once in gradients and gradient norms, and are whole."""
     trainer = open_trainer(
         "sft",
         flags_of(
@@ -25,7 +25,7 @@ def expect_training_of_one_process(name: str, layout: Layout, context: Context) 
             *random_start(context),
             *flags(ARCHITECTURES[name]),
             *("--train-iters", str(STEPS), "--lr-decay-style", "constant", "--weight-decay", "0.1"),
-            # See matrix.stage_flags.
+            # matrix.stage_flags says why.
             *("--adam-eps", "1e-5"),
         ),
     )

@@ -1,6 +1,6 @@
-"""BRAIn with everything around its updates: sampling and scoring, every source of responses, groups that are cut.
+"""Brain runs with sampling, scoring, every source of responses, and groups that are cut.
 
-The updates alone, on given rollouts, are in the matrix.
+The matrix has the updates alone, on given rollouts.
 """
 
 import json
@@ -16,13 +16,13 @@ from distributed.world import Context, Layout, at
 
 BUDGET = 48
 
-# What splits more, the matrix has for the updates; sampling has cases of its own.
+# The matrix runs the updates at larger layouts, and cases_generation.py runs the sampling there.
 rounds = at(lambda layout: layout.size <= 4 and layout.tp < 4)
 halves = at(lambda layout: layout.size <= 2 or layout.name in ("tp2_dp2", "pp2_dp2"))
 
 
 def brain_flags(context: Context) -> list[str]:
-    """Checkpoints of a prior and a reward model made by one process, and the flags of a short brain run."""
+    """Flags of a short brain run. One process makes the checkpoints of its prior and its reward model."""
     return [
         *_start(context),
         *("--reward-load", str(start("reward", context))),
@@ -35,7 +35,7 @@ def brain_flags(context: Context) -> list[str]:
 def case_a_round_and_its_updates(layout: Layout, context: Context) -> None:
     rollouts = context.shared / f"rollouts_{context.world_size}_{layout.name}"
     actual = train("brain", layout, context, *brain_flags(context), "--rollout-dir", str(rollouts))
-    # The samples and their scores are the same too: round 0 is drawn before any weight has moved.
+    # Samples and scores are equal too, because round 0 is drawn before any weight changes.
     if torch.distributed.get_rank() == 0:
         lines = (rollouts / "round_0000.jsonl").read_text().splitlines()
         assert len(lines) == 16

@@ -1,4 +1,4 @@
-"""Checkpoints hold the same whatever layout wrote them, go on at any other, and exactly at the same one."""
+"""Checkpoints hold the same at every layout. Runs resume at any layout, and at the same one bit for bit."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ _EXACT = ("tp2_sp", "pp2_interleaved", "dp2", "pp2_dp2", "tp2_pp2_dp2")
 
 
 def case_any_layout_reads_what_any_wrote(layout: Layout, context: Context) -> None:
-    """Contents equal those of one process; each layout also goes on from what the layout before it wrote, with the
+    """Contents equal those of one process. Each layout also resumes from what the layout before it wrote, with the
     other kind of optimizer."""
     for kind in _KINDS:
         _pass_on("sft", layout, context, *random_start(context), *kind)
@@ -31,13 +31,13 @@ def case_any_layout_reads_what_any_wrote(layout: Layout, context: Context) -> No
 
 @at(lambda layout: layout.tp == 1 or layout.size == 8)
 def case_a_round_goes_on_at_another_layout(layout: Layout, context: Context) -> None:
-    """Saved in the middle of a round, whose rollouts come along."""
+    """The run is saved in the middle of a round. The checkpoint holds the rollouts."""
     _pass_on("brain", layout, context, *brain_flags(context), *_ROUND)
 
 
 def case_what_is_loaded_is_saved_again_bit_for_bit(layout: Layout, context: Context) -> None:
-    """bf16 with its float32 weights and an output layer of its own, and a reward model's head: nothing is computed, so
-    nothing may be rounded. Each layout takes what the one before it wrote, both kinds of optimizer in turn."""
+    """One model is in bf16 with float32 weights and an untied output layer, one has a reward head. Nothing is computed,
+    so nothing may be rounded. Each layout loads what the layout before it wrote; the kind of optimizer alternates."""
     bf16 = ["--bf16", "--untie-embeddings-and-output-weights", "--micro-batch-size", "1"]
     for stage, extra in (("sft", bf16), ("reward", ["--micro-batch-size", "1"])):
         flags = [*random_start(context), "--train-iters", "9", *extra]
@@ -61,7 +61,7 @@ def case_what_is_loaded_is_saved_again_bit_for_bit(layout: Layout, context: Cont
 
 @at(lambda layout: layout.name == "dp2")
 def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context: Context) -> None:
-    """At once and in the background; what was saved before stays."""
+    """This holds for saves in the foreground and in the background. Earlier checkpoints stay."""
     from megatron_brain.checkpointing import CheckpointError, read_info
 
     last = context.world_size - 1
@@ -91,7 +91,7 @@ def case_a_rank_that_cannot_write_fails_the_save_on_all(layout: Layout, context:
 
 @at(lambda layout: layout.name == "dp2")
 def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: Context) -> None:
-    """As where another job is saving, or storage shows nodes different contents; and a rank that finds none at all."""
+    """Another job may be saving, or storage may differ between nodes. One rank may find no checkpoint at all."""
     from megatron_brain.checkpointing import CheckpointError, load_weights, read_info
     from megatron_brain.errors import AgreedError
 
@@ -117,7 +117,7 @@ def case_ranks_that_find_different_checkpoints_say_so(layout: Layout, context: C
 
 @at(lambda layout: layout.name in ("tp2", "tp4"))
 def case_boxes_that_several_ranks_have_are_written_once_and_evenly(layout: Layout, context: Context) -> None:
-    """A matrix in rows, and six vectors that all ranks have; a rank whose file is another one is named on all."""
+    """Ranks hold rows of a matrix, and all hold six vectors. All ranks name a rank whose file is another."""
     from megatron_brain.checkpointing.boxes import Box
     from megatron_brain.checkpointing.storage import read_boxes, read_tensors, write_boxes
     from megatron_brain.config.parallel import ParallelConfig
@@ -152,7 +152,7 @@ def case_boxes_that_several_ranks_have_are_written_once_and_evenly(layout: Layou
 
 @contextmanager
 def _no_file_grows() -> Iterator[None]:
-    """The operating system refuses this process's writes, as it does on a full disk."""
+    """Inside the context the operating system refuses this process's writes, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -165,7 +165,7 @@ def _no_file_grows() -> Iterator[None]:
 
 @at(lambda layout: layout.name in _EXACT)
 def case_a_resumed_run_is_bit_for_bit_one_that_never_stopped(layout: Layout, context: Context) -> None:
-    """With dropout, saving while training goes on; in one process stopped after every step."""
+    """The run has dropout and saves in the background. One process is stopped after every step."""
     stops = range(1, STEPS + MORE) if context.world_size == 1 else [STEPS]
     distributed = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
     extra = [*random_start(context), "--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
@@ -174,7 +174,7 @@ def case_a_resumed_run_is_bit_for_bit_one_that_never_stopped(layout: Layout, con
 
 
 def _pass_on(stage: str, layout: Layout, context: Context, *flags: str) -> None:
-    """Train and save, compare what was saved, then go on from the checkpoint saved before this one."""
+    """Train and save, compare what was saved, then resume from the checkpoint that was saved before this one."""
     places = context.shared / f"{stage}_checkpoints.jsonl"
     before = json.loads(places.read_text().splitlines()[-1]) if places.exists() else None
     name = f"{context.world_size}_{layout.name}{'_distributed' if '--use-distributed-optimizer' in flags else ''}"
@@ -233,8 +233,8 @@ def _flat(steps: list[list[float]]) -> list[float]:
 
 
 def _expect_same_contents(actual: Path, expected: Path, *, exactly: bool = False, bits: bool = False) -> None:
-    """The same tensors and the same JSON, whoever wrote them: `exactly`, or all `bits` but those of random states, of
-    which each layout has its own, or else to rounding."""
+    """Two checkpoints have the same tensors and the same JSON. `exactly`: all bits are equal; `bits`: all but those of
+    random states, which differ between layouts; else: up to rounding."""
     from megatron_brain.checkpointing import read_info, read_records
     from megatron_brain.checkpointing.storage import read_tensors
 

@@ -1,4 +1,4 @@
-"""What communicates in a step: over data-parallel replicas, BRAIn's update does what that of sft does and no more."""
+"""Counts the communication of a step: over replicas, an update of brain communicates as much as one of sft."""
 
 import math
 from collections import Counter
@@ -37,7 +37,7 @@ def case_brains_loss_adds_no_collective_over_replicas(layout: Layout, context: C
             brain, stage = _second_step("brain", layout, context, *flags, *extra)
             differs = f"{way}, {optimizer}: {brain}, sft: {sft}"
             assert Counter(name for name, _ in brain) == Counter(name for name, _ in sft), differs
-            # The step's report has a sum and a count of every mean, and every maximum.
+            # The report of a step has a sum and a count for each mean, and each maximum.
             report = 2 * len(stage.mean_metrics) + len(stage.max_metrics)
             assert sum(n for _, n in brain) - sum(n for _, n in sft) == report, differs
 
@@ -51,9 +51,9 @@ def case_groups_of_another_layout_are_destroyed(layout: Layout, context: Context
 
 
 def _second_step(stage: str, layout: Layout, context: Context, *extra: str) -> tuple[list[tuple[str, int]], object]:
-    """The collectives over replicas of the second step, which gathers what the first one updated, and the stage.
+    """The stage, and the collectives over replicas in the second step, which gathers what the first one updated.
 
-    The samples are made and scored before: what is counted is the update.
+    The samples are drawn and scored before the count starts: only the update is counted.
     """
     flags = stage_flags(stage, context.shared, context.assets / "tokenizer")
     trainer = open_trainer(stage, [*flags, *layout.flags(), *extra])
@@ -74,10 +74,10 @@ def _second_step(stage: str, layout: Layout, context: Context, *extra: str) -> t
 
 
 class _Collectives(TorchDispatchMode):
-    """Sees the collectives that this rank calls, be it from megatron-core or from us; what two pipeline stages
-    send to each other is none.
+    """Records the collectives that megatron-core and our code call on this rank. What two pipeline stages send to
+    each other does not count.
 
-    calls: of any group. over_replicas: (name, elements) of those in groups with ranks of several data-parallel
+    calls: collectives of any group. over_replicas: (name, elements) of those whose group has ranks of several
     replicas.
     """
 
@@ -90,7 +90,7 @@ class _Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and "send" not in str(function) and "recv" not in str(function):
             self.calls += 1
-            # They take a list of tensors or a tensor first.
+            # The first argument of a collective is a tensor or a list of tensors.
             tensors = torch.utils._pytree.tree_leaves(args[0])
             [group] = [_group(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg)]
             if len({self._replica[rank] for rank in dist.get_process_group_ranks(group)}) > 1:

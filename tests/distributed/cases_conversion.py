@@ -23,9 +23,9 @@ def case_classifier(layout: Layout, context: Context) -> None:
 def expect_weights_of_one_process(
     layout: Layout, context: Context, name: str, head: str = "policy", **changes: object
 ) -> None:
-    """Weights from the directory equal, bit for bit, those of a checkpoint that one process made of it.
+    """Weights from the directory equal, bit for bit, those of a checkpoint that one process made from it.
 
-    The second is cut by what megatron-core says of its weights; the table and slices of the first have no part in it.
+    megatron-core's description of the weights cuts the checkpoint. It does not use the conversion's table and slices.
     """
     from helpers.hf_models import write_hf_model
 

@@ -1,4 +1,4 @@
-"""The same run has the same ids on all its ranks and on all its days."""
+"""A run has the same ids on all ranks and on every day."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def _folder(layout: Layout, context: Context, name: str) -> Path:
 
 @_two
 def case_one_date_for_all_ranks_and_days(layout: Layout, context: Context) -> None:
-    """Rank 0's clock at the start, whatever other nodes' clocks say and on whatever day the run goes on."""
+    """Rank 0's clock at the start decides, for any clocks of other nodes and any day of a resume."""
     folder = _folder(layout, context, "dated")
     data = _write(folder / f"data_{_rank()}.jsonl", _chats())
     template = folder / f"template_{_rank()}.jinja"
@@ -78,7 +78,7 @@ def case_one_date_for_all_ranks_and_days(layout: Layout, context: Context) -> No
 
 @_two
 def case_a_rank_with_another_file_is_named(layout: Layout, context: Context) -> None:
-    """As where a node has a copy of its own: of another length, or with an edited record."""
+    """A node may have its own copy of a file, with another length or with an edited record."""
     folder, last = _folder(layout, context, "files"), context.world_size - 1
     is_other = _rank() == last and last > 0
     template = folder / f"template_{_rank()}.jinja"
@@ -98,7 +98,7 @@ def case_a_rank_with_another_file_is_named(layout: Layout, context: Context) -> 
 
 @_two
 def case_what_one_rank_alone_finds_wrong_stops_all(layout: Layout, context: Context) -> None:
-    """No rank is left waiting for the one that has stopped."""
+    """No rank waits for a rank that has stopped."""
     folder, last = _folder(layout, context, "one_rank"), context.world_size - 1
     if last == 0:
         return
@@ -126,7 +126,7 @@ def _rank() -> int:
 
 
 def _texts(trainer, context: Context) -> list[str]:
-    """What the items of the training data read as, the same on all ranks."""
+    """The items of the training data as texts, which are equal on all ranks."""
     from megatron_brain.data.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer("HuggingFaceTokenizer", context.assets / "tokenizer")

@@ -1,4 +1,4 @@
-"""A model of every Hugging Face family at every kind of layout: in, compared, trained, out, compared, and in again."""
+"""A model of each family, at every kind of layout, is converted, compared, trained, exported and converted again."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 
 
 def expect_same_as_transformers(name: str, layout: Layout, context: Context) -> None:
-    """Logits equal transformers' before training and after it, and what is exported comes back bit for bit."""
+    """Logits equal those of transformers before and after training. An export is read back bit for bit."""
     original = context.shared / f"family_{name}"
     if context.world_size == 1:
         write_hf_model(original, name)
@@ -54,7 +54,7 @@ def _random_sequences(vocab_size: int) -> torch.Tensor:
 
 
 def _our_logits(trainer, sequences: torch.Tensor) -> torch.Tensor:
-    """Logits `[SEQUENCES, LENGTH, V]` of the model at the layout it trains at, on all ranks."""
+    """Logits `[SEQUENCES, LENGTH, V]` of the model at its training layout, on all ranks."""
     from megatron_brain.data.groups import Group
     from megatron_brain.training.schedule import forward, pack_micro_batches
 
@@ -71,7 +71,7 @@ def _our_logits(trainer, sequences: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_logits(chunk, parallel, hidden: torch.Tensor, batch) -> torch.Tensor:
-    """In place of log-probabilities: logits of all token ids, flat, from the weights of all tensor-parallel ranks."""
+    """Stands in for log-probabilities: flat logits of all token ids, from the weights of all tensor-parallel ranks."""
     selected = chunk.select(hidden, torch.arange(LENGTH))
     parts = [torch.empty(LENGTH, chunk.output_weight.size(0)) for _ in range(parallel.tp_size)]
     dist.all_gather(parts, selected @ chunk.output_weight.T, group=parallel.groups.tp)

@@ -1,4 +1,4 @@
-"""Emulated FP8 in pipelines and with tensor parallelism."""
+"""Emulated FP8 with pipeline and tensor parallelism."""
 
 import pytest
 
@@ -13,8 +13,8 @@ _FLAGS = [
 
 @at(lambda layout: layout.name in ("pp2", "pp2_interleaved", "tp2_sp"))
 def case_emulation(layout: Layout, context: Context) -> None:
-    """Stages leave the same layers out as one process does. Tensor-parallel ranks round shares, each with a scale of
-    its own, so they compute nearly the same; with sequence parallelism exactly what they do without."""
+    """Pipeline stages leave out the same layers as one process. Each tensor-parallel rank rounds its slice with its own
+    scale, so results are nearly the same. Sequence parallelism changes nothing."""
     actual = train("sft", layout, context, *random_start(context), *_FLAGS)
     expected = context.reference("fp8_emulation", actual)
     if not layout.sp:

@@ -1,20 +1,20 @@
-"""Responses are those of one process, token by token, whatever the layout."""
+"""Responses equal those of one process, token by token, at every layout."""
 
 import pytest
 from helpers.assets import SIZES
 
 from distributed.world import Context, Layout, at
 
-# Ragged, an odd number of tokens in all, and more than one batch of them.
+# Prompts have different lengths, an odd number of tokens in all, and fill more than one batch.
 PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4), (301, 300)]
 EOS = 217
 SEED = 21
-"""No draw of it lies closer to the next token's share than 5e-5 of the whole, where rounding moves shares by 3e-7. With
-another seed a draw may lie on the border, and processors differ in the token."""
+"""With this seed every draw is at least 5e-5 away from the border between two tokens' shares; rounding moves shares by
+3e-7. With another seed a draw may be at a border, where processors choose different tokens."""
 
 
 def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
-    """Per prompt and sample: tokens, log-probability, whether it ended in EOS; a tiny random model, 3 samples."""
+    """Tokens, log-probability and whether it ended in EOS, per prompt and sample. 3 samples of a tiny random model."""
     from megatron_brain.config.model import ModelConfig
     from megatron_brain.config.parallel import ParallelConfig
     from megatron_brain.config.stages import SamplingConfig
@@ -23,7 +23,7 @@ def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
     from megatron_brain.models.provider import build_model
     from megatron_brain.runtime import parallel as runtime
 
-    # Weights so large that the likeliest tokens are far apart and rounding does not swap them.
+    # The weights are so large that the likeliest tokens are far apart and rounding does not swap them.
     sizes = ModelConfig(**SIZES, init_method_std=0.3, untie_embeddings_and_output_weights=True)
     model = resolve(sizes, None, "the test")
     config = ParallelConfig(

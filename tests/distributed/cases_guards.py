@@ -1,4 +1,4 @@
-"""A number that is not finite on one rank stops the update on all; weights that drift apart are found."""
+"""A number that is not finite on one rank stops the update on all. Weights that differ between ranks are found."""
 
 import json
 import math
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from distributed.runs import flags_of, open_trainer, random_start, step
 from distributed.world import Context, Layout, at
 
-# The slowest layout over gloo, where nothing is split that TP2 and eight ranks do not split.
+# TP4 is the slowest layout over gloo, and splits nothing that TP2 and eight ranks do not split.
 not_tp4 = at(lambda layout: layout.tp < 4)
 _SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 
 
 @not_tp4
 def case_a_step_with_nan_on_one_rank_is_skipped_by_all(layout: Layout, context: Context) -> None:
-    """In the loss, and in one weight's gradient with a finite loss; the run goes on as if that step were left out."""
+    """NaN is in the loss, or in one weight's gradient with a finite loss. The run continues as if without the step."""
     weights, expected = _one_skipped_by_hand(layout, context)
     single = context.reference("guards_skipped", expected)
     assert expected == pytest.approx(single, rel=1e-5)
@@ -77,7 +77,7 @@ def _numbers(metrics: dict[str, float]) -> list[float]:
 
 
 def _one_skipped_by_hand(layout: Layout, context: Context) -> tuple[list[torch.Tensor], list[float]]:
-    """Weights and numbers after three steps of which the second only moved the position."""
+    """Weights and numbers after three steps. The second step changed only the position in the data."""
     trainer = _trainer(layout, context)
     step(trainer)
     trainer.iteration += 1
@@ -91,7 +91,7 @@ def _weights(trainer) -> list[torch.Tensor]:
 
 
 def _moments(trainer) -> list[torch.Tensor]:
-    """The optimizer's tensors: moments and step counts."""
+    """The tensors of the optimizer: moments and step counts."""
     states = (state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values())
     return [value.clone() for state in states for value in state.values() if torch.is_tensor(value)]
 
@@ -102,7 +102,7 @@ def _assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> N
 
 
 def _target(trainer) -> tuple[int, str]:
-    """The last micro-batch of the last replica in the next step, and its last record; the same on all ranks."""
+    """The last micro-batch of the last replica in the next step, and its last record. Equal on all ranks."""
     mine = trainer.stage.micro_batches(trainer)
     return trainer.parallel.gather_over_data_parallel((len(mine) - 1, mine[-1][-1].record_id))[-1]
 
@@ -113,7 +113,7 @@ def _holds(batch, record: str) -> bool:
 
 @contextmanager
 def _nan_loss(trainer):
-    """NaN in the loss of one micro-batch, on one tensor-parallel rank alone; every gradient stays finite."""
+    """Put NaN into the loss of one micro-batch, on one tensor-parallel rank only. Every gradient stays finite."""
     micro_batch, record = _target(trainer)
     stage, parallel, plain = trainer.stage, trainer.parallel, trainer.stage.loss
 
@@ -129,7 +129,7 @@ def _nan_loss(trainer):
 
 
 class _NanWeightGradient(torch.autograd.Function):
-    """The identity, whose backward pass gives a weight a NaN and everything else its due."""
+    """The identity. Its backward pass gives one weight a NaN and everything else the right gradient."""
 
     @staticmethod
     def forward(ctx, output, weight):
@@ -143,7 +143,7 @@ class _NanWeightGradient(torch.autograd.Function):
 
 @contextmanager
 def _nan_gradient(trainer):
-    """NaN in the gradient of one norm on the world's last rank; nothing else is touched before the reduction."""
+    """Put NaN into the gradient of one norm on the world's last rank. Nothing else changes before the reduction."""
     micro_batch, record = _target(trainer)
     last = trainer.parallel.world_size - 1
     norm, here = trainer.gathered_chunks()[-1].decoder.layers[-1].input_layernorm, [False]
@@ -163,7 +163,7 @@ def _nan_gradient(trainer):
 
 
 def _assert_culprit(trainer, folder: Path, micro_batch: int, record: str, rank: int | None) -> None:
-    """The files and the history name the micro-batch, the record, and where one rank is to blame, it alone."""
+    """The files and the history name the micro-batch, the record, and only the rank at fault if there is one."""
     dist.barrier()
     found = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     parallel = trainer.parallel
@@ -184,7 +184,7 @@ def _assert_culprit(trainer, folder: Path, micro_batch: int, record: str, rank: 
 
 
 def _held_twice(trainer) -> tuple[str, torch.nn.Parameter | None]:
-    """A weight of this rank that another rank holds too: any with replicas, else a norm, else the tied embedding."""
+    """A weight that another rank holds too: with replicas any weight, else a norm, else the tied embedding."""
     from megatron_brain.models.parameter_names import global_parameters
 
     parameters, parallel = dict(global_parameters(trainer.gathered_chunks())), trainer.parallel

@@ -1,4 +1,4 @@
-"""Log-probabilities over a split vocabulary are those of one dense softmax in float64, whatever the layout."""
+"""Log-probabilities over a split vocabulary equal those of one dense softmax in float64, at every layout."""
 
 from dataclasses import dataclass
 from unittest import mock
@@ -12,15 +12,15 @@ from distributed.world import Context, Layout, at
 from megatron_brain.models import logprobs
 
 POSITIONS, WIDTH, ROWS, TEMPERATURE = 11, 6, 40, 0.7
-# No padding; some on the last rank; half of the rows, so that with two ranks the last has nothing else; almost all.
+# No padding; some on the last rank; half of the rows, so all of the last rank if there are two; almost all rows.
 VOCAB_SIZES = [40, 33, 20, 3]
-# One logit; less than a row; two or more rows of a rank, but not of its real ids alone; everything.
+# A chunk is one logit; less than a row; two or more rows of a rank, not only of real ids; or everything.
 CHUNK_SIZES = [1, 13, 2 * ROWS + 1, 2**20]
 
 
 @dataclass
 class Problem:
-    """The same on every rank: hidden `[N, h]`, weight `[V, h]`, targets `[N]`, the gradient that arrives `[N]`."""
+    """Equal on all ranks: hidden `[N, h]`, weight `[V, h]`, targets `[N]`, the incoming gradient `[N]`."""
 
     hidden: Tensor
     weight: Tensor
@@ -41,7 +41,7 @@ class Problem:
         return cls(2 * hidden, weight, targets, slopes, vocab_size)
 
     def dense(self) -> dict[str, Tensor]:
-        """What one process computes from whole logits in float64."""
+        """The result of one process from whole logits in float64."""
         hidden, weight = (tensor.double().requires_grad_() for tensor in (self.hidden, self.weight))
         logits = hidden @ weight[: self.vocab_size].t() / TEMPERATURE
         values = torch.log_softmax(logits, 1).gather(1, self.targets[:, None])[:, 0]
@@ -55,7 +55,7 @@ class Problem:
         }
 
     def split(self, group: dist.ProcessGroup, *, chunk_size: int, known: bool, loss_scale: float = 1.0):
-        """What the ranks compute of it together: gradients of hidden summed, of the weight a rank's own rows."""
+        """The result of all ranks: gradients of hidden are summed, gradients of the weight are of a rank's own rows."""
         rows = slice(group.rank() * ROWS // group.size(), (group.rank() + 1) * ROWS // group.size())
         hidden, weight = self.hidden.clone().requires_grad_(), self.weight[rows].clone().requires_grad_()
         scores = logprobs.vocab_parallel_token_scores(
@@ -150,7 +150,7 @@ def case_as_many_reductions_however_small_the_blocks(layout: Layout, context: Co
 @at(lambda layout: layout.pp == layout.dp == 1)
 def case_entropy_moves_no_bit_of_the_log_probabilities(layout: Layout, context: Context) -> None:
     group, problem = tensor_parallel_group(layout), Problem.draw(VOCAB_SIZES[0])
-    hidden = problem.hidden.repeat(50, 1) + torch.linspace(0, 1, 50 * POSITIONS)[:, None]  # Many sums, of other values.
+    hidden = problem.hidden.repeat(50, 1) + torch.linspace(0, 1, 50 * POSITIONS)[:, None]  # Many different sums.
     arguments = hidden, problem.weight.chunk(group.size())[group.rank()], problem.targets.repeat(50)
     for chunk_size in CHUNK_SIZES[1:]:
         options = {"group": group, "vocab_size": problem.vocab_size, "chunk_size": chunk_size}

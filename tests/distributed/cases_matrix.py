@@ -1,4 +1,4 @@
-"""Losses, gradient norms and final weights depend on the data and the seed, never on the layout: see matrix.py."""
+"""Losses, gradient norms and final weights depend on data and seed, never on the layout. matrix.py has the entries."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ from distributed.world import Context, Layout
 
 
 def train(entry: Entry, layout: Layout, context: Context, *extra: str) -> tuple[dict[str, list[float]], dict]:
-    """Losses and gradient norms of the steps, and on rank 0 the final weights."""
+    """Losses and gradient norms of the steps, and the final weights on rank 0."""
     flags = [*stage_flags(entry.stage, context.shared, context.assets / "tokenizer"), *layout.flags()]
     trainer = open_trainer(entry.stage, [*flags, *REFERENCES[entry.reference], *extra])
     steps, tokens = [], []
@@ -55,14 +55,14 @@ def expect_reference(entry: Entry, layout: Layout, context: Context) -> None:
 
 
 def micro_batch_size(layout: Layout) -> tuple[str, str]:
-    """Flags of micro-batches of up to 4 samples, so small that every pipeline stage has two: with one each, stages that
-    mix up the chunks of an interleaved pipeline would not show."""
+    """Flags of micro-batches of up to 4 samples, so small that every pipeline stage has two micro-batches. With one,
+    pipeline stages that mix up the chunks of the interleaved schedule would not be noticed."""
     least = 2 * layout.pp if layout.pp > 1 else 1
     return "--micro-batch-size", str(min(4, GLOBAL_BATCH_SIZE // (layout.dp * least)))
 
 
 def reference(entry: Entry, layout: Layout, context: Context) -> dict[str, list[float]]:
-    """What one process computed, at its first use in the world of one."""
+    """The numbers of one process. The world of one computes them at their first use."""
     name = f"matrix_{entry.reference}"
     if context.world_size > 1 or name in context.recorded:
         return context.expected(name)

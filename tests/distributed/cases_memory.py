@@ -1,4 +1,4 @@
-"""The planner's estimate of memory is what a rank of a pipeline needs, micro-batches under way included."""
+"""The planner's estimate of memory equals what a rank with pipeline parallelism needs, with several micro-batches."""
 
 import sys
 from pathlib import Path

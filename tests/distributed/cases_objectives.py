@@ -1,4 +1,4 @@
-"""Every objective trains alike at every layout, in one pass and in two; and rejection sampling accepts alike."""
+"""Every objective trains alike at every layout, in one pass and in two. Rejection sampling accepts alike."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ SETTINGS = {
     "rloo": {"kl_coefficient": 0.1, "clip_ratio": 0.5},
     "grpo": {"kl_coefficient": 0.1, "clip_ratio": 0.5},
 }
-"""What each objective is given. rso-sigmoid is dpo by another name."""
+"""The settings of each objective. rso-sigmoid is dpo by another name."""
 
 ONE_PASS = {}
 TWO_PASSES = {"micro_batch_size": 1, "max_tokens_per_micro_batch": 40}
-"""Settings of the second step of each objective: a token budget that cuts groups."""
+"""Settings of the second step of each objective. The token budget cuts groups."""
 
 
 def case_a_step_of_each_in_one_pass_and_one_in_two(layout: Layout, context: Context) -> None:
@@ -47,15 +47,15 @@ def pairs_drifted() -> list[dict]:
     """Groups of pairs, one of them a tie."""
     records = drifted_rollouts(random.Random(5), groups=GLOBAL_BATCH_SIZE, sizes=(2, 4, 6), longest=8)
     for response in (response for record in records for response in record["responses"]):
-        # The likelier under the policy, the worse. Else terms of both signs leave almost nothing of rloo's loss.
+        # Likelier responses are worse. Otherwise terms of both signs would leave almost nothing of rloo's loss.
         response["reward"] += response["log_proposal"] + 5.8 * len(response["tokens"])
     records[1]["responses"][0]["reward"] = records[1]["responses"][1]["reward"]
     return records
 
 
 def steps_of_each(layout: Layout, context: Context, flags, ways) -> tuple[dict[str, list[float]], dict]:
-    """Losses and gradient norms of a step of each objective in each way, one after another in one trainer, and on rank
-    0 the final weights."""
+    """Losses and gradient norms of one step of each objective in each way, one after another in one trainer, and the
+    final weights on rank 0."""
     from megatron_brain.stages.brain.stage import BrainStage
 
     start("sft", context)

@@ -1,4 +1,4 @@
-"""Several processes convert together what one converts alone, and stop together."""
+"""Several processes convert what one process converts, and stop together."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from distributed.world import Context, Layout, at
 
 @at(lambda layout: layout.name == "dp2")
 def case_processes_share_the_files_and_stop_together(layout: Layout, context: Context) -> None:
-    """Each writes some; what all wrote is the model that went in; one that fails is named on all."""
+    """Each writes some files, and together they are the model. All name a process that fails."""
     from megatron_brain.conversion import command, to_hf
     from megatron_brain.conversion.errors import ConversionError
     from megatron_brain.conversion.output_folder import verified_folder
@@ -46,7 +46,7 @@ def case_processes_share_the_files_and_stop_together(layout: Layout, context: Co
     def missing(folder: Path, pattern: str) -> None:
         raise FileNotFoundError(folder)
 
-    # By the time the others come to look, the first may have given what was written its final name.
+    # When the others look, the first may already have given the folder its final name.
     look = Path.rglob if workers.is_first else missing
     with replaced(Path, "rglob", look):
         args = argparse.Namespace(save=root / "named", no_compare=True)
@@ -100,7 +100,7 @@ def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
-    """A function of a module is another one meanwhile."""
+    """Inside the context, a function of a module is replaced."""
     right = getattr(module, name)
     setattr(module, name, function)
     try:

@@ -1,4 +1,4 @@
-"""Entropy and top-1 agreement of a validation are those of transformers' logits."""
+"""Entropy and top-1 agreement of a validation equal those from the logits of transformers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ GROUPS, PROMPT, RESPONSE = 5, 4, 9
 
 
 class Reference:
-    """A model of transformers, and groups of one response in which every second token is the likeliest."""
+    """A model of transformers, and groups of one response. Every second token of a response is the likeliest."""
 
     def __init__(self, folder: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()

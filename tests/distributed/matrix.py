@@ -1,8 +1,8 @@
-"""The equality matrix: what is run at every layout, as data, and how one entry is run.
+"""The equality matrix: the runs at every layout, as data.
 
-An entry trains `STEPS` steps of one stage. Whatever its flags and its layout, its losses, gradient norms and final
-weights must be those of its reference, which one process runs with nothing but the reference's own flags. So one entry
-varies several things at once; each is varied by at least one entry with and one without the distributed optimizer.
+An entry trains `STEPS` steps of one stage. For any flags and any layout, its losses, gradient norms and final weights
+must equal those of its reference. One process runs the reference, with the reference's flags only. So one entry varies
+several things at once. For each thing, one entry has the distributed optimizer and one has not.
 """
 
 import json
@@ -33,7 +33,7 @@ _UNTIED = ("--untie-embeddings-and-output-weights",)
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One run of the matrix; `reference` names the run of one process that it equals."""
+    """One run of the matrix. It must equal the run of one process that `reference` names."""
 
     stage: str
     reference: str
@@ -51,7 +51,7 @@ REFERENCES: dict[str, tuple[str, ...]] = {
     "reward": (),
     "brain": (),
 }
-"""Flags of the run that one process makes, which every entry of the reference has too."""
+"""Flags of the runs of one process. All entries of a reference have them too."""
 
 
 def _sft(*flags: tuple[str, ...], reference: str = "sft") -> Entry:
@@ -87,7 +87,7 @@ MATRIX: dict[str, Entry] = {
     "brain_two_pass_separate": _brain(_TWO_PASS, _NO_PREFIX, _FULL),
     "brain_two_pass_separate_distributed": _brain(_TWO_PASS, _NO_PREFIX, _DISTRIBUTED, _MICRO_1),
 }
-"""`separate`: no shared prefix; `overlap`: the distributed optimizer with gradients and weights in several buckets."""
+"""`separate`: without a shared prefix. `overlap`: the distributed optimizer with several buckets."""
 
 
 def stage_flags(stage: str, shared: Path, tokenizer: Path) -> list[str]:
@@ -95,8 +95,8 @@ def stage_flags(stage: str, shared: Path, tokenizer: Path) -> list[str]:
     common = [
         *("--seq-length", "64", "--train-iters", str(STEPS), "--global-batch-size", str(GLOBAL_BATCH_SIZE)),
         *("--lr", "1e-3", "--weight-decay", "0.1", "--lr-decay-style", "constant", "--no-progress"),
-        # With the usual 1e-8, Adam makes a whole step of a gradient that is a sum of almost equal terms and so nothing
-        # but rounding: in one process too, the order of summation then moves single elements by 3e-5.
+        # Some gradients are sums of terms that cancel, so they are only rounding. With the usual 1e-8 Adam makes a
+        # whole step of them: even in one process, the order of summation changes single elements by 3e-5.
         *("--adam-eps", "1e-5"),
     ]
     if stage == "brain":
@@ -107,7 +107,7 @@ def stage_flags(stage: str, shared: Path, tokenizer: Path) -> list[str]:
 
 
 def write_data(shared: Path) -> None:
-    """Records whose responses differ much in length, and groups that differ in size as well."""
+    """Write records whose responses differ much in length, and groups that also differ in size."""
     rng = random.Random(11)
     texts = [(f"package {number}: {_words(rng, 4)}\nTL;DR:", _words(rng, 12), _words(rng, 12)) for number in range(24)]
     _write(shared / "uneven_sft.jsonl", [{"prompt": prompt, "completion": text} for prompt, text, _ in texts])
@@ -119,7 +119,7 @@ def write_data(shared: Path) -> None:
 def drifted_rollouts(
     rng: random.Random, *, groups: int, sizes: Sequence[int] = range(2, 8), longest: int = 20
 ) -> list[dict]:
-    """Groups of 2 to 7 responses, one prompt twice, whose proposal is another distribution than the policy."""
+    """Groups of 2 to 7 responses. One prompt comes twice; the proposal is another distribution than the policy."""
     records = []
     for index in range(groups):
         prompt = [rng.randrange(2, SIZES["vocab_size"]) for _ in range(rng.randint(3, 20))]

@@ -1,4 +1,4 @@
-"""Runs of a tiny model that cases share."""
+"""Runs of a tiny model, which several cases share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _DATA = {"sft": "sft.jsonl", "reward": "pairs.jsonl", "brain": "prompts.jsonl"}
 
 
 def open_trainer(stage: str, flags: Sequence[str]) -> "Trainer":
-    """A stage's trainer, as its `main` makes it."""
+    """The trainer of a stage, as the command makes it."""
     from megatron_brain.config.loader import load_config
     from megatron_brain.stages.brain import stage as brain
     from megatron_brain.stages.reward import stage as reward
@@ -32,14 +32,14 @@ def open_trainer(stage: str, flags: Sequence[str]) -> "Trainer":
 
 
 def step(trainer: "Trainer") -> dict[str, float]:
-    """One step of the loop; its metrics."""
+    """Make one step of the loop. Returns its metrics."""
     metrics = trainer.step(trainer.stage.micro_batches(trainer))
     trainer.stage.after_step(trainer, metrics)
     return metrics
 
 
 def flags_of(stage: str, layout: Layout, context: Context, *extra: str) -> list[str]:
-    """Flags of a short run on the tiny data; `extra` may override any."""
+    """Flags of a short run on the tiny data. `extra` may override any of them."""
     return [
         *([] if "--rollout-data" in extra else ["--train-data", str(context.assets / _DATA[stage])]),
         *("--seq-length", "64", "--global-batch-size", "8", "--micro-batch-size", "2", "--lr", "1e-3"),
@@ -48,7 +48,7 @@ def flags_of(stage: str, layout: Layout, context: Context, *extra: str) -> list[
 
 
 def train(stage: str, layout: Layout, context: Context, *extra: str) -> dict[str, list[float]]:
-    """Train for a few steps at a constant learning rate; returns each step's loss and gradient norm."""
+    """Train a few steps with a constant learning rate. Returns each step's loss and gradient norm."""
     flags = ["--train-iters", str(STEPS), "--lr-decay-style", "constant", *extra]
     trainer = open_trainer(stage, flags_of(stage, layout, context, *flags))
     steps = [step(trainer) for _ in range(STEPS)]
@@ -67,7 +67,7 @@ def random_start(context: Context) -> list[str]:
 
 
 def start(stage: str, context: Context) -> Path:
-    """A checkpoint of random weights that the world of one writes at its first use."""
+    """A checkpoint of random weights. The world of one writes it at its first use."""
     path = context.shared / {"sft": "prior", "reward": "reward"}[stage]
     if context.world_size == 1 and not path.exists():
         flags = [*random_start(context), "--train-iters", "1", "--save", str(path)]

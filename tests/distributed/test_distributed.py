@@ -1,4 +1,4 @@
-"""Every distributed case as a test of its own; the worlds behind them are started once a session."""
+"""Every distributed case is a test. The worlds that run the cases start once per session."""
 
 import json
 import os
@@ -19,11 +19,11 @@ _NAMES = {size: case_names(size) for size in LAYOUTS}
 
 @pytest.fixture(scope="session")
 def results(request, tmp_path_factory) -> dict[str, str | None]:
-    """Error of every selected case, None where it passed; a case of a world that died is missing."""
+    """Error of every selected case, None if it passed. Cases of a world that died are missing."""
     directory = tmp_path_factory.mktemp("distributed")
     write_assets(directory)
     selected = {item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)}
-    # One process runs every case that any world runs: it leaves what the others compare with.
+    # One process runs every case that any world runs, because it writes what the others compare with.
     cases = {name.split("-", 2)[2] for name in selected}
     collected: dict[str, str | None] = {}
     for size, names in _NAMES.items():

@@ -1,4 +1,4 @@
-"""The weights of a model gathered by their global names from all ranks."""
+"""Gathers the weights of a model from all ranks, by their global names."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def gather_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
-    """Every weight whole, by global name and layer, without vocabulary padding; on rank 0, elsewhere nothing.
+    """Every whole weight on rank 0, by global name and layer, without vocabulary padding. Other ranks get nothing.
 
     Raises:
         AssertionError: ranks that hold the same part of a weight do not agree bit for bit, or a part is missing.
@@ -33,7 +33,7 @@ def gather_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, Tensor]:
 
 
 def relative_differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Norm of the difference over the norm of the expected weight, of each weight."""
+    """For each weight, the norm of the difference over the norm of the expected weight."""
     assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
     return {
         name: float((actual[name].double() - weight.double()).norm() / weight.double().norm())

@@ -1,13 +1,13 @@
-"""Runs the distributed cases of one world size in one torchrun world and writes a result per case.
+"""Runs the distributed cases of one world size under one torchrun, and writes a result for each case.
 
     python tests/distributed/world.py --assets DIR --results DIR/results_1.json --only 'matrix.reward$'
     torchrun --nproc-per-node 4 tests/distributed/world.py --assets DIR --results DIR/results_4.json \\
         --only '^4-tp2_dp2-matrix.reward$'
 
-A case is a function `case_*(layout, context)` of a module cases_*.py, or an entry of the module's `CASES`; it runs once
-for every layout of the world's size, all or those named with `at`, on all ranks, and fails if any rank raises. One
-process (size 1) runs first and leaves what `context.reference` gives the others to compare with. Both at once, for one
-case of one layout: `pytest tests/distributed -k 4-tp2_dp2-matrix.reward` (all names that hold it).
+A case is a function `case_*(layout, context)` of a module cases_*.py, or an entry of the module's `CASES`. It runs once
+for every layout of the world's size, or for those that `at` selects, on all ranks. It fails if any rank raises. One
+process (size 1) runs first and writes what `context.reference` returns to the others. pytest does both for all cases
+whose names contain a text: `pytest tests/distributed -k 4-tp2_dp2-matrix.reward`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A layout to run a case at."""
+    """A layout at which a case runs."""
 
     name: str
     tp: int = 1
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Ranks it takes."""
+        """Number of ranks."""
         return self.tp * self.pp * self.dp
 
     def flags(self) -> list[str]:
@@ -79,7 +79,7 @@ LAYOUTS: dict[int, list[Layout]] = {
 
 @dataclass
 class Context:
-    """What a case may use: the assets, a folder all ranks share, and what one process computed."""
+    """What a case may use: the assets, a folder that all ranks share, and results of one process."""
 
     assets: Path
     shared: Path
@@ -87,13 +87,13 @@ class Context:
     recorded: dict[str, object] = field(default_factory=dict)
 
     def reference(self, name: str, value: object) -> object:
-        """The first value that one process has for a name, which every later call and world is given back."""
+        """The first value that one process gave for a name. Every later call returns it, in every world."""
         if self.world_size == 1:
             return self.recorded.setdefault(name, value)
         return self.expected(name)
 
     def expected(self, name: str) -> object:
-        """What one process recorded under a name, also in the one process's own world."""
+        """The value that one process recorded under a name. The world of one may ask for it too."""
         if self.world_size == 1:
             return self.recorded[name]
         return json.loads((self.shared / "reference.json").read_text())[name]
@@ -103,7 +103,7 @@ Case = Callable[[Layout, Context], None]
 
 
 def at(condition: Callable[[Layout], bool]) -> Callable[[Case], Case]:
-    """Run a case only at layouts that meet a condition; every case runs at the layout of one process."""
+    """Run a case only at layouts that meet a condition. At the layout of one process every case runs."""
 
     def mark(case: Case) -> Case:
         case.condition = condition
@@ -125,16 +125,16 @@ def cases(layout: Layout) -> dict[str, Case]:
 
 
 def case_names(size: int) -> list[str]:
-    """Names `size-layout-module.case` of everything that a world runs."""
+    """Names `size-layout-module.case` of all cases that a world runs."""
     return [f"{size}-{layout.name}-{name}" for layout in LAYOUTS[size] for name in cases(layout)]
 
 
 def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]]:
-    """Run everything of this world's size; yields a case's name and its error on any rank."""
+    """Run all cases of this world's size. Yields the name of each case and its error on any rank, or None."""
     import torch.distributed as dist
 
     chosen = [(layout, name, case) for layout in LAYOUTS[context.world_size] for name, case in cases(layout).items()]
-    gc.freeze()  # What was imported stays: to look through it again and again takes longer than a case.
+    gc.freeze()  # Imported objects stay: collecting through them again and again takes longer than a case.
     for layout, name, case in chosen:
         full_name = f"{context.world_size}-{layout.name}-{name}"
         if not re.search(only, full_name):
@@ -144,7 +144,7 @@ def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]
             case(layout, context)
         except Exception:
             error = f"rank {os.environ.get('RANK', '0')}:\n{traceback.format_exc()}"
-        # A trainer refers to itself. While it is there so are its process groups, whose threads wake up all the time.
+        # A trainer refers to itself. While it exists, so do its process groups, whose threads wake up all the time.
         gc.collect()
         errors: list[str | None] = [error]
         if context.world_size > 1:
@@ -157,8 +157,8 @@ def run_all(context: Context, only: str = "") -> Iterator[tuple[str, str | None]
 def share_one_gloo_device() -> None:
     """Let all process groups of this process share one device of gloo.
 
-    Each has one of its own, with a thread that wakes up a hundred times a second for as long as anything refers to the
-    group. Layout after layout there are hundreds of them, which take a third of the machine.
+    Otherwise each group has its own device, with a thread that wakes up a hundred times a second while anything refers
+    to the group. After many layouts there are hundreds of threads, which take a third of the machine.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d

@@ -1,11 +1,11 @@
-"""Kills a run again and again, resumes it each time, and compares it with one that was left alone.
+"""Kills a run again and again, resumes it each time, and compares it with a run that is never killed.
 
     PYTHONPATH=. python tests/end_to_end/faults.py --folder DIR [--kills 25] [--stage sft] [--ranks 2] [--seed 0]
 
-Prints a JSON report and exits with 1 where a checkpoint could not be read or the two runs differ in any bit. Ranks are
-forked from this process, which has imported everything and started no thread, so that a resume costs a second and not
-ten. A kill is a SIGKILL at a random moment: of one rank, whose death the others then meet, or of all. Every other kill
-waits for a save to begin.
+It prints a JSON report, and exits with 1 if a checkpoint could not be read or the two runs differ in any bit. Ranks are
+forks of this process, which has imported everything and started no thread. So a resume takes one second, not ten. A
+kill is a SIGKILL at a random moment, to one rank, whose death the others then notice, or to all ranks. Every second
+kill waits until a save begins.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _LEFTOVERS = ("iter_*.partial", "iter_*.replaced", "iter_*.removed")
 
 @dataclass
 class Report:
-    """What happened."""
+    """What happened to the run, and how it compares."""
 
     kills: int = 0
     kills_inside_a_save: int = 0
@@ -55,7 +55,7 @@ class Ranks:
         self._statuses: dict[int, int] = {}
 
     def kill(self, rank: int | None) -> None:
-        """SIGKILL one rank, and what a launcher does with the others a moment later; or all at once."""
+        """SIGKILL one rank, and stop the others as a launcher does a moment later; None: SIGKILL all at once."""
         if rank is not None:
             os.kill(self._pids[rank], signal.SIGKILL)
             time.sleep(0.2)
@@ -66,10 +66,10 @@ class Ranks:
             self._reap(pid, 0)
 
     def ended(self) -> bool:
-        """Whether all have ended by themselves.
+        """Whether all ranks have ended by themselves.
 
         Raises:
-            RuntimeError: one failed.
+            RuntimeError: a rank failed.
         """
         for pid in self._pids:
             self._reap(pid, os.WNOHANG)
@@ -105,7 +105,7 @@ def _fork(argv: list[str], rank: int, count: int, port: int, log: Path) -> int:
 
 
 def stage_argv(stage: str, assets: Path, save: Path, iterations: int) -> list[str]:
-    """A run that saves in the background after every second step."""
+    """Arguments of a run that saves in the background after every second step."""
     common = [
         *("--no-progress", "--seq-length", "64", "--train-iters", str(iterations), "--global-batch-size", "4"),
         *("--save", str(save), "--auto-resume", "--async-save", "--save-interval", "2", "--keep-latest", "2"),
@@ -123,7 +123,7 @@ def stage_argv(stage: str, assets: Path, save: Path, iterations: int) -> list[st
 
 
 def run_alone(argv: list[str], count: int, log: Path) -> None:
-    """Run to the end."""
+    """Run the ranks to the end."""
     ranks = Ranks(argv, count, log)
     deadline = time.monotonic() + 10 * _PATIENCE_SECONDS
     while not ranks.ended():
@@ -132,7 +132,7 @@ def run_alone(argv: list[str], count: int, log: Path) -> None:
 
 
 def kill_once(ranks: Ranks, save: Path, count: int, *, in_save: bool, rng: random.Random) -> None:
-    """Wait for a random moment, then kill."""
+    """Wait until a random moment, then kill."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     target = last_iteration(save) + rng.randint(1, _ITERATIONS_A_KILL)
     while last_iteration(save) < target:
@@ -147,12 +147,12 @@ def kill_once(ranks: Ranks, save: Path, count: int, *, in_save: bool, rng: rando
 
 
 def latest(save: Path) -> int:
-    """The iteration that a resume would start from, 0 where there is none."""
+    """The iteration that a resume would start from; 0 if there is no checkpoint."""
     return saved_iteration(save) if (save / "latest_checkpointed_iteration.txt").exists() else 0
 
 
 def leftovers(save: Path) -> set[tuple[str, int]]:
-    """Folders of saves that are going on or were cut off, each save's another."""
+    """Folders of saves that are going on or were cut off. Each save has another folder."""
     found = set()
     for path in (path for pattern in _LEFTOVERS for path in save.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):
@@ -161,7 +161,7 @@ def leftovers(save: Path) -> set[tuple[str, int]]:
 
 
 def read_all(save: Path, report: Report) -> None:
-    """Read the checkpoint that a resume would start from, every byte of it."""
+    """Read every byte of the checkpoint that a resume would start from."""
     from megatron_brain.checkpointing import has_checkpoint, read_info, read_records
     from megatron_brain.checkpointing.storage import read_tensors
 
@@ -177,7 +177,7 @@ def read_all(save: Path, report: Report) -> None:
 
 
 def in_child(action, *args) -> object:
-    """Call in a fork, so that this process stays without threads; returns what it returned."""
+    """Call `action` in a fork, so that this process starts no threads. Returns its result."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -200,7 +200,7 @@ def check_latest(save: Path) -> dict:
 
 
 def differences(actual: Path, expected: Path, iterations: int) -> list[str]:
-    """What two runs that ended differ in: steps logged, tensors of their last checkpoints."""
+    """The differences of two finished runs: logged steps, and tensors of the last checkpoints."""
     import torch
 
     from megatron_brain.checkpointing import read_info
@@ -222,7 +222,7 @@ def differences(actual: Path, expected: Path, iterations: int) -> list[str]:
 
 
 def run_faults(folder: Path, *, stage: str, kills: int, count: int, seed: int) -> Report:
-    """Kill and resume `kills` times, then let the run end and compare it with one left alone."""
+    """Kill and resume a run `kills` times, then let it end, and compare it with a run that is never killed."""
     rng, report, started = random.Random(seed), Report(), time.monotonic()
     assets, whole, faulted, log = folder / "assets", folder / "whole", folder / "faulted", folder / "log"
     assets.mkdir(parents=True)
@@ -251,7 +251,7 @@ def run_faults(folder: Path, *, stage: str, kills: int, count: int, seed: int) -
 
 
 def _train_scorers(assets: Path, log: Path) -> None:
-    """A prior and a reward model, one step each."""
+    """Train a prior and a reward model for one step each."""
     for stage, data, name in (("sft", "sft.jsonl", "prior"), ("reward", "pairs.jsonl", "reward")):
         run_alone(
             [
@@ -273,7 +273,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Imported once, here, for all ranks to come.
+    # Imported once, here, for all later ranks.
     from megatron_brain.config.stage_spec import stage_spec
 
     for stage in ("sft", "reward", "brain"):

@@ -29,7 +29,7 @@ LENGTHS = ["--seq-length", "64", "--no-progress"]
 
 
 def run(*command: str) -> str:
-    """Run a command in the checkout; returns what it printed."""
+    """Run a command in the checkout. Returns what it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
@@ -53,7 +53,7 @@ def metrics(directory: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Path:
-    """A folder in which the whole chain has run; every step fails loudly."""
+    """A folder in which the whole chain has run. A step that fails raises."""
     work = tmp_path_factory.mktemp("chain")
     write_assets(work)
     _write_base_model(work)

@@ -1,4 +1,4 @@
-"""No kill at any moment costs a checkpoint or changes what a run comes to."""
+"""A kill at any moment loses no checkpoint and does not change the result of a run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ _TIMEOUT_SECONDS = 600
 
 @pytest.mark.parametrize(("stage", "kills"), [("sft", 25), ("brain", 6)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_left_alone(tmp_path, stage, kills):
-    """With dropout (sft), in the middle of rounds (brain), saving in the background, the optimizer distributed."""
+    """Runs have dropout (sft), stop inside rounds (brain), save in the background, and distribute the optimizer."""
     done = subprocess.run(
         [
             *(sys.executable, str(Path(__file__).with_name("faults.py")), "--folder", str(tmp_path / "runs")),

@@ -1,6 +1,6 @@
-"""Real launchers: what mpirun, mpiexec and srun start is one run, with the losses of one process.
+"""Real launchers: mpirun, mpiexec and srun start one run, which has the losses of one process.
 
-Each is tried where it is installed (Debian: openmpi-bin, mpich; srun needs a Slurm that runs).
+Each launcher is tested if it is installed (Debian: openmpi-bin, mpich; srun needs a running Slurm).
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Exports load in the oldest transformers that setup.py allows as in the installed one: ids, texts, chats and logits.
+"""Exports give the same ids, texts, chats and logits in the oldest transformers that setup.py allows as in the newest.
 
 python3.11 -m venv work/oldest
 work/oldest/bin/pip install torch==2.13.0 transformers==4.56.0
@@ -37,7 +37,7 @@ def tool(name, *flags):
 
 
 def export(folder, family, head, make_tokenizer):
-    """A tiny model of a family that went through a checkpoint."""
+    """Export a tiny model of a family that went through a checkpoint."""
     write_hf_model(folder / "hf", family, head, vocab_size=340)
     make_tokenizer(folder / "hf")
     tool("convert_hf_to_megatron", "--hf-model", folder / "hf", "--save", folder / "checkpoint")
@@ -89,7 +89,7 @@ def read(python, folder, questions):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What the oldest and the installed transformers make of every export."""
+    """The answers of the oldest and of the installed transformers to every export."""
     folder = tmp_path_factory.mktemp("exports")
     made = {
         head: [

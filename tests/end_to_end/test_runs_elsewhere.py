@@ -1,7 +1,7 @@
-"""Exported models run elsewhere as they do here: transformers' `generate` and vLLM give our sampler's greedy tokens,
-and transformers' text classification gives our rewards.
+"""Exported models behave elsewhere as here: `generate` of transformers and vLLM give our sampler's greedy tokens, and
+text classification of transformers gives our rewards.
 
-Tiny random models of every family always run. A pretrained model, and vLLM, run where ENVIRONMENT's variables are set:
+Tiny random models of every family always run. A pretrained model and vLLM run if ENVIRONMENT's variables are set:
 
     python examples/debian_tldr/fetch_data.py --out work/data --max-prompt-words 60
     python examples/debian_tldr/fetch_model.py --out work/base
@@ -10,7 +10,7 @@ Tiny random models of every family always run. A pretrained model, and vLLM, run
     REAL_HF_MODEL=work/base REAL_PROMPTS=work/data/test.jsonl VLLM_PYTHON=work/vllm/bin/python \
         python -m pytest -s tests/end_to_end/test_runs_elsewhere.py
 
-vLLM wants a torch for CPUs: where pip's index serves one for CUDA, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels.
+vLLM needs a torch for CPUs. If pip's index has only torch for CUDA, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels.
 """
 
 import importlib
@@ -57,12 +57,12 @@ ENVIRONMENT = {
 }
 
 ROUNDING = 1e-4
-"""Two tokens whose logits are closer than this may change places: float32 sums in another order move the logits of a
+"""Two tokens whose logits are closer than this may change places: another order of float32 sums moves the logits of a
 pretrained model by as much."""
 
 _GPT = (
     *("--normalization", "LayerNorm", "--add-bias-linear", "--no-gated-linear-unit"),
-    # Biases learn fast: with more, every answer would be EOS.
+    # Biases learn fast: with a larger rate every answer would be EOS.
     *("--lr", 0.003),
 )
 
@@ -79,14 +79,14 @@ TINY = {
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """Skips a test whose variables of ENVIRONMENT are not set."""
+    """Skips a test if variables of ENVIRONMENT are not set."""
     missing = [f"{name} to the {ENVIRONMENT[name]}" for name in names if name not in os.environ]
     return pytest.mark.skipif(bool(missing), reason=f"set {'; '.join(missing)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What our sampler answered, greedily, and the model that did."""
+    """The greedy answers of our sampler, and the model that gave them."""
 
     run: Run
     chunks: list[Chunk]
@@ -110,7 +110,7 @@ class Answers:
         return sum(sample.finished for sample in self.samples)
 
     def gap(self, index: int, place: int, other: int) -> float:
-        """By how much our logit of an answer's token exceeds that of another token at its place."""
+        """How much our logit of an answer's token exceeds that of another token at the same place."""
         tokens = self.samples[index].tokens
         group = Group(prompt=self.prompts[index].tokens + tokens[:place], responses=((tokens[place],), (other,)))
         [[scores]] = score_groups(self.chunks, [[group]], self.run.parallel, head="policy", shared_prefix=True)
@@ -118,19 +118,19 @@ class Answers:
 
 
 def stage(name: str, *flags: object) -> Run:
-    """Open a stage's run as its command would."""
+    """Open the run of a stage as the command does."""
     return open_run(load_config(name, [*map(str, flags)]))
 
 
 def train(name: str, *flags: object) -> Run:
-    """Run a training stage as its command would, quietly."""
+    """Run a training stage as the command does, without output."""
     run = stage(name, *flags, "--no-progress")
     training_loop(run, stage_spec(name).load())
     return run
 
 
 def tool(name: str, *flags: object) -> None:
-    """Run a script of tools/ in this process; it compares what it wrote."""
+    """Run a script of tools/ in this process. The script itself compares what it wrote."""
     module = importlib.import_module(f"megatron_brain.commands.{name}")
     assert module.main([*map(str, flags)]) == 0
 
@@ -150,7 +150,7 @@ def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
 
 
 def answer_with_transformers(directory: Path, ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The same of transformers: one prompt at a time, as padding would change the order of sums."""
+    """Answer with transformers, one prompt at a time, because padding would change the order of sums."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     rows = []
     for prompt in ids:
@@ -163,7 +163,7 @@ def answer_with_transformers(directory: Path, ids: list[list[int]], max_new_toke
 
 
 def ask_vllm(directory: Path, ours: Answers, conversations: list[list[dict]], work: Path) -> dict:
-    """What helpers/vllm_greedy.py writes about our prompts, from the Python of VLLM_PYTHON."""
+    """The output of helpers/vllm_greedy.py for our prompts. The Python of VLLM_PYTHON runs it."""
     questions = {"ids": ours.ids, "texts": ours.texts, "conversations": conversations}
     questions["max_new_tokens"] = ours.run.config.sampling.max_new_tokens
     (work / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
@@ -180,9 +180,9 @@ def ask_vllm(directory: Path, ours: Answers, conversations: list[list[dict]], wo
 
 
 def check_same(ours: Answers, theirs: list[list[int]], engine: str) -> None:
-    """Every answer is the same, or parts from ours at two logits that are equal but for rounding, which is warned of.
+    """Check that every answer is the same, or first differs at two logits that are equal up to rounding. That warns.
 
-    What follows such a place has another beginning and is not compared.
+    What follows such a place is not compared, because its beginning differs.
     """
     compared, ties, wrong = 0, [], []
     for index, (mine, other) in enumerate(zip(ours.tokens, theirs, strict=True)):
@@ -207,7 +207,7 @@ def check_same(ours: Answers, theirs: list[list[int]], engine: str) -> None:
 
 
 def rewards_here(run: Run, records: list[dict]) -> list[float]:
-    """Rewards of a training run's model, from its checkpoint, as the evaluate stage computes them."""
+    """Rewards from the checkpoint of a training run, as the evaluate stage computes them."""
     encode, respond = run.tokenizer.encode_prompt, run.tokenizer.encode_response
     groups = [[Group(prompt=tuple(encode(r["prompt"])), responses=(tuple(respond(r["completion"])),))] for r in records]
     chunks = run.load_frozen(find_frozen(run.config, "reward", run.config.checkpoint.save, "reward", 1))
@@ -217,7 +217,7 @@ def rewards_here(run: Run, records: list[dict]) -> list[float]:
 
 
 def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
-    """A reward model started from the policy and trained one step scores texts as transformers does with its export."""
+    """Check that a reward model, trained one step from the policy, scores texts as transformers with its export."""
     rejected = [*records[1:], records[0]]
     pairs = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": other["completion"]}
@@ -240,7 +240,7 @@ def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory) -> Path:
-    """Three tokenizers, two of which begin texts with BOS, and records with prompts of 1 to 30 words."""
+    """Three tokenizers, of which two begin texts with BOS, and records with prompts of 1 to 30 words."""
     work, rng = tmp_path_factory.mktemp("assets"), random.Random(1)
     tiny_tokenizers.write_hf_tokenizer(work / "bpe", add_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tiny_tokenizers.train_sentencepiece(work)
@@ -272,7 +272,7 @@ def tiny(assets, tmp_path):
 
 @pytest.fixture
 def tiny_family(tiny):
-    """A function that makes the model of TINY that exports to a `model_type`."""
+    """A function that makes the model of TINY for a `model_type`."""
 
     def make(family: str) -> Path:
         work = tiny("qwen2" if family == "qwen2" else "bpe", *TINY[family])
@@ -283,7 +283,7 @@ def tiny_family(tiny):
 
 
 def answer_tiny(work: Path, assets: Path) -> Answers:
-    """Our answers, of which some but not all end in EOS and most differ."""
+    """Our answers. Some but not all end in EOS, and most differ."""
     ours = answer(work / "policy", assets / "records.jsonl", max_new_tokens=TINY_TOKENS)
     assert 0 < ours.finished < PROMPTS and len(set(map(tuple, ours.tokens))) > PROMPTS // 2
     return ours
@@ -321,7 +321,7 @@ def test_vllm_generates_our_greedy_tokens(family, tiny_family, assets):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> tuple[Path, Answers]:
-    """The pretrained model through a checkpoint and back to Hugging Face: its folder, and our answers."""
+    """The folder of the pretrained model, converted to a checkpoint and back to Hugging Face, and our answers."""
     work = tmp_path_factory.mktemp("real")
     tool("convert_hf_to_megatron", "--hf-model", os.environ["REAL_HF_MODEL"], "--save", work / "policy")
     tool("convert_megatron_to_hf", "--load", work / "policy", "--save", work / "policy_hf")

@@ -1,4 +1,4 @@
-"""A run of two processes is stopped, killed and restarted in every way; its trajectory is the uninterrupted one's."""
+"""A run of two processes is stopped, killed and restarted in every way. Its trajectory equals an uninterrupted one."""
 
 import signal
 import socket
@@ -18,7 +18,7 @@ USR1_TOO = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--s
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with assets; the tests below go on one after another with the run in `stopped`."""
+    """A folder with assets. The tests below continue the run in `stopped` one after another."""
     directory = tmp_path_factory.mktemp("stopping")
     write_assets(directory)
     return directory
@@ -31,7 +31,7 @@ def flags(work: Path, *more: str, save: str = "stopped") -> list[str]:
 
 
 def check_saved_where_it_stopped(save: Path, began: int) -> None:
-    """The checkpoint is of the last step made, in mid-run."""
+    """Check that the checkpoint is that of the last step, in the middle of the run."""
     assert began + 3 <= last_iteration(save) < ITERATIONS
     assert saved_iteration(save) == last_iteration(save)
 
@@ -48,7 +48,7 @@ def test_sigterm_of_one_rank_stops_all_with_status_0_however_often_it_comes(work
 
 
 def test_sigusr1_of_one_rank_stops_all_with_status_0_without_torchrun(work):
-    """As under `srun`, which starts and signals the ranks itself."""
+    """This is as under `srun`, which starts and signals the ranks itself."""
     began = saved_iteration(work / "stopped")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

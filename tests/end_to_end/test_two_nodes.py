@@ -1,6 +1,6 @@
-"""Two nodes, that is two network namespaces joined by a virtual cable: they train as one, and survive losing a node.
+"""Two nodes (network namespaces joined by a virtual cable) train as one node does, and survive the loss of a node.
 
-Needs root and `ip netns`. RUN_SLOW_TESTS=1 adds the cut cable, where nothing but a timeout tells that a node is gone.
+Needs root and `ip netns`. RUN_SLOW_TESTS=1 adds the cut cable, where only a timeout tells that a node is gone.
 """
 
 import os
@@ -24,7 +24,7 @@ slow = pytest.mark.skipif("RUN_SLOW_TESTS" not in os.environ, reason="waits for 
 
 @dataclass(frozen=True)
 class Node:
-    """A network namespace with one network interface, not counting its loopback."""
+    """A network namespace with one network interface besides its loopback."""
 
     rank: int
     name: str
@@ -34,7 +34,7 @@ class Node:
         ip("-n", self.name, "link", "set", self.interface, state)
 
     def train(self, work: Path, save: Path, log: str) -> Job:
-        """This node's share of the run."""
+        """Start this node's part of the run."""
         command = [
             *("ip", "netns", "exec", self.name, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400", "--rdzv-id", log),
@@ -58,7 +58,7 @@ def flags(work: Path, save: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Sequence[Node]]:
-    """Two nodes whose only way to each other is the cable between them."""
+    """Two nodes that reach each other only through the cable between them."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the ip command")
     tag = f"mb{os.getpid()}"
@@ -84,7 +84,7 @@ def nodes() -> Iterator[Sequence[Node]]:
 
 @pytest.fixture(scope="module")
 def work(nodes, tmp_path_factory) -> Path:
-    """A folder with assets and `one_node`, the run that both nodes' runs must equal."""
+    """A folder with assets and `one_node`, the run that the runs of two nodes must equal."""
     directory = tmp_path_factory.mktemp("two_nodes")
     write_assets(directory)
     command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *flags(directory, directory / "one_node")]
@@ -107,7 +107,7 @@ def test_a_node_lost_is_a_clear_error_on_the_other_and_both_resume_to_the_one_no
         assert first.finish() == 1
         seconds = time.monotonic() - lost
     check_error(first.output)
-    # A process's end is seen at once; of a cut cable only the timeout tells.
+    # The end of a process is noticed at once; a cut cable only by the timeout.
     if fault == "killed":
         assert seconds < TIMEOUT_SECONDS
     else:
@@ -122,7 +122,7 @@ def test_a_node_lost_is_a_clear_error_on_the_other_and_both_resume_to_the_one_no
 
 
 def check_error(output: str) -> None:
-    """The traceback, then what failed, where, and what to do."""
+    """Check that the traceback comes first, then what failed, where, and what to do."""
     assert "RuntimeError: " in output and "/gloo/" in output, output[-5000:]
     _, _, message = output.partition("LostPeerError: ")
     message = message.partition("\n")[0]

@@ -1,4 +1,4 @@
-"""A judge for tests: the share of the reference's words that a response has."""
+"""A judge for tests. The score is the share of the reference's words that a response has."""
 
 
 def score(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
