@@ -124,7 +124,7 @@ class Sampler:
             if not going_on:
                 break
             hidden = self._decode(batch.compact(tokens, cache), cache)
-        self.parallel.broadcast_from_last_stage(batch.logprobs)
+        self.parallel.broadcast_from_last_pipeline_stage(batch.logprobs)
         return batch.samples(self.eos_id)
 
     def _report(self, *, samples: int, tokens: int) -> None:
@@ -184,7 +184,7 @@ class Sampler:
                 top_k=self.sampling.top_k,
                 top_p=self.sampling.top_p,
             )
-        return self.parallel.broadcast_from_last_stage(tokens), logprobs
+        return self.parallel.broadcast_from_last_pipeline_stage(tokens), logprobs
 
 
 @contextlib.contextmanager

@@ -48,11 +48,11 @@ class Parallel:
     timeout: datetime.timedelta
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pipeline_stage(self) -> bool:
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -65,7 +65,7 @@ class Parallel:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
-    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast_from_last_pipeline_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor of the last pipeline stage, in place, to all stages of this replica."""
         if self.pp_size > 1:
             dist.broadcast(tensor, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
@@ -80,7 +80,7 @@ class Parallel:
     @property
     def leads_replica(self) -> bool:
         """Whether this rank speaks for its data-parallel replica where all ranks of it have the same."""
-        return self.tp_rank == 0 and self.is_first_stage
+        return self.tp_rank == 0 and self.is_first_pipeline_stage
 
     @property
     def layout(self) -> dict[str, int]:
