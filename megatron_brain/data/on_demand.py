@@ -1,5 +1,3 @@
-"""Sequences whose members are made when they are asked for."""
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
 
