@@ -66,7 +66,7 @@ class GroupDoesNotFitError(ConfigError):
     """A group, or the smallest piece that it may be cut into, is longer than a micro-batch."""
 
 
-class _PlacedPiece(NamedTuple):
+class _Placed(NamedTuple):
     """A piece with what planning needs: its place among its group's pieces, its tokens and the borders it crosses."""
 
     piece: Piece
@@ -109,7 +109,7 @@ def plan_groups(
     limits = {"replicas": replicas, "max_tokens": max_tokens, "round_to": round_to}
     _check_arguments(groups, labels, **limits, count_multiple_of=count_multiple_of)
     budget = max_tokens - max_tokens % round_to  # A sum up to this stays within max_tokens when it is rounded up.
-    pieces: list[list[_PlacedPiece]] = []
+    pieces: list[list[_Placed]] = []
     for index, lengths in enumerate(groups):
         least = _whole_tokens(lengths, shared_prefix) if not splittable else lengths.prompt + max(lengths.responses)
         if least > budget:
@@ -158,11 +158,11 @@ def _whole_tokens(lengths: GroupLengths, shared_prefix: bool) -> int:
     return prompts * lengths.prompt + sum(lengths.responses)
 
 
-def _cut(index: int, lengths: GroupLengths, budget: int, shared_prefix: bool) -> list[_PlacedPiece]:
+def _cut(index: int, lengths: GroupLengths, budget: int, shared_prefix: bool) -> list[_Placed]:
     """The whole group, or its pieces in the order of their micro-batches; no two of them fit one micro-batch."""
     whole = _whole_tokens(lengths, shared_prefix)
     if whole <= budget:
-        return [_PlacedPiece(Piece(index, tuple(range(len(lengths.responses))), num_pieces=1), 0, whole, borders=0)]
+        return [_Placed(Piece(index, tuple(range(len(lengths.responses))), num_pieces=1), 0, whole, borders=0)]
     once, each = (lengths.prompt, 0) if shared_prefix else (0, lengths.prompt)
     sizes = [each + response for response in lengths.responses]
     pieces = _best_fit_decreasing(sizes, [0] * len(sizes), budget - once)
@@ -170,7 +170,7 @@ def _cut(index: int, lengths: GroupLengths, budget: int, shared_prefix: bool) ->
     # The two smallest become the outer pieces: only these can share a micro-batch with another cut group.
     first, last, *inner = sorted(tokens, key=tokens.__getitem__)
     return [
-        _PlacedPiece(Piece(index, tuple(sorted(pieces[i])), len(pieces)), place, tokens[i], 1 if i in (first, last) else 2)
+        _Placed(Piece(index, tuple(sorted(pieces[i])), len(pieces)), place, tokens[i], 1 if i in (first, last) else 2)
         for place, i in enumerate([first, *inner, last])
     ]
 
@@ -267,13 +267,13 @@ def _first_fit(order: Sequence[int], loads: Sequence[int], replicas: int, limit:
     return shares
 
 
-def _pack(pieces: Sequence[_PlacedPiece], budget: int) -> list[list[_PlacedPiece]]:
+def _pack(pieces: Sequence[_Placed], budget: int) -> list[list[_Placed]]:
     """Pack pieces into as few micro-batches as best fit finds. Their order is not decided yet."""
     bins = _best_fit_decreasing([placed.tokens for placed in pieces], [placed.borders for placed in pieces], budget)
     return [[pieces[index] for index in indices] for indices in bins]
 
 
-def _split_up_to(count: int, micro_batches: list[list[_PlacedPiece]]) -> list[list[_PlacedPiece]]:
+def _split_up_to(count: int, micro_batches: list[list[_Placed]]) -> list[list[_Placed]]:
     """Halve the fullest micro-batch of several pieces until there are `count`, or none is left to halve.
 
     Any division is valid: after it, only groups that shared a micro-batch before can share one.
@@ -284,7 +284,7 @@ def _split_up_to(count: int, micro_batches: list[list[_PlacedPiece]]) -> list[li
     heapify(heap)
     number = len(micro_batches)
     while heap and len(done) + len(heap) < count:
-        halves: tuple[list[_PlacedPiece], list[_PlacedPiece]] = ([], [])
+        halves: tuple[list[_Placed], list[_Placed]] = ([], [])
         for placed in sorted(heappop(heap)[2], key=lambda placed: -placed.tokens):
             min(halves, key=_tokens).append(placed)
         for half in halves:
@@ -296,11 +296,11 @@ def _split_up_to(count: int, micro_batches: list[list[_PlacedPiece]]) -> list[li
     return done + [pieces for _, _, pieces in heap]
 
 
-def _tokens(pieces: Sequence[_PlacedPiece]) -> int:
+def _tokens(pieces: Sequence[_Placed]) -> int:
     return sum(placed.tokens for placed in pieces)
 
 
-def _in_order(micro_batches: list[list[_PlacedPiece]], count: int, rng: random.Random) -> list[MicroBatch]:
+def _in_order(micro_batches: list[list[_Placed]], count: int, rng: random.Random) -> list[MicroBatch]:
     """The micro-batches in random order, those linked by a cut group in a row; then empty ones up to `count`."""
     places: dict[int, dict[int, int]] = {}  # {group: {place of the piece: micro-batch}}
     for number, pieces in enumerate(micro_batches):

@@ -1,3 +1,5 @@
+"""A sequence that makes its members on demand."""
+
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload
 
