@@ -145,7 +145,7 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ResolvedMo
 
 
 def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
-    """Stages, and chunks of the interleaved schedule, have equally many layers."""
+    """Pipeline stages, and chunks of the interleaved schedule, have equally many layers."""
     layers, size = model.num_layers, config.parallel.pipeline_model_parallel_size
     if layers % size:
         limit = max(world_size // config.parallel.tensor_model_parallel_size, 1)
@@ -156,12 +156,12 @@ def _check_pipeline_parallel(config: RunConfig, world_size: int, model: Resolved
     chunk = config.parallel.num_layers_per_virtual_pipeline_stage
     if chunk is None:
         return
-    stage = layers // size
-    works = [value for value in _divisors(stage) if value < stage]
+    each = layers // size
+    works = [value for value in _divisors(each) if value < each]
     if chunk not in works:
         cure = f"use {_one_of(works)}" if works else "leave it unset"
         raise ConfigError(
-            f"num_layers_per_virtual_pipeline_stage={chunk} does not cut the {stage} layers of a pipeline stage "
+            f"num_layers_per_virtual_pipeline_stage={chunk} does not cut the {each} layers of a pipeline stage "
             f"(num_layers={layers} / pipeline_model_parallel_size={size}) into two or more equal chunks: {cure}"
         )
 

@@ -167,7 +167,7 @@ def _memory(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     rows = [(name.replace("_", " "), _gib(size)) for name, size in parts.items() if size]
     rows += [
         ("total", f"{_gib(memory.total)} of the {there / GIB:.0f} GiB of an H100"),
-        ("at its most", f"in {memory.phase}, on pipeline stage {memory.stage}"),
+        ("at its most", f"in {memory.phase}, on pipeline stage {memory.pipeline_stage}"),
         ("not counted", "the CUDA context, NCCL's buffers, fragmentation"),
     ]
     if memory.total > there:
