@@ -2,9 +2,8 @@
 
     python tools/check_data.py --stage sft --input train.jsonl --valid valid.jsonl --hf-model DIR --seq-length 1024
 
-Errors are what would stop the stage; warnings are what it would train on. Exit status: 0 without errors (with --strict:
-without warnings too), 1 with some, 2 for a mistake in what was asked for,
-or a worker process that was killed.
+Errors would stop the stage; warnings would not, it would train on such records. Exit status: 0 without errors (with
+--strict: without warnings too), 1 with some, 2 for a mistake of the user, or a worker process that was killed.
 """
 
 import argparse
@@ -24,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reading = reading_settings(args)
-    reading.build()  # a mistake in the settings is no problem of the data
+    reading.build()  # first, because a mistake in the settings is not a problem of the data
     report = check(
         args.input,
         args.valid,

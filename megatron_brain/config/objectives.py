@@ -1,4 +1,4 @@
-"""What each objective reads of the brain section: `megatron_brain.objectives` has the objectives themselves."""
+"""Which settings of the brain section each objective reads. The objectives are in `megatron_brain.objectives`."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +19,9 @@ OBJECTIVE_SETTINGS: dict[str, tuple[str, ...]] = {
 """Fields of `BrainConfig` that the objective's constructor takes."""
 
 PAIRWISE = ("dpo", "ipo", "rso-hinge", "rso-sigmoid")
-"""Objectives on pairs, which do not use the probability that a response was drawn with."""
+"""Objectives on pairs, which do not use the probability of drawing a response."""
 
 
 def objective_settings(brain: "BrainConfig") -> dict[str, object]:
-    """What the constructor of a run's objective takes, by name."""
+    """The arguments for the constructor of a run's objective, by name."""
     return {name: getattr(brain, name) for name in OBJECTIVE_SETTINGS[brain.objective]}

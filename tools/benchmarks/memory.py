@@ -26,7 +26,7 @@ from benchmarks import allocations
 from megatron_brain.config.loader import load_config
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import resolve
-from megatron_brain.planning.memory import Memory, stage_memory
+from megatron_brain.planning.memory import Memory, pipeline_stage_memory
 from megatron_brain.planning.workload import from_run_config
 
 TOLERANCE = 0.1
@@ -172,10 +172,10 @@ def compare(case: Case, flags: list[str], measured: list[dict]) -> list[dict]:
     workload, layout = from_run_config(config, case.processes)
     ranks = []
     for rank, found in enumerate(measured):
-        # Tensor-parallel ranks are neighbours, then replicas, then stages.
-        stage = rank // (layout.tensor * layout.data)
+        # Tensor-parallel ranks are neighbours, then replicas, then pipeline stages.
+        pipeline_stage = rank // (layout.tensor * layout.data)
         phases: dict[str, Memory] = {}
-        for memory in stage_memory(workload, layout, stage, impl="local"):
+        for memory in pipeline_stage_memory(workload, layout, pipeline_stage, impl="local"):
             if memory.phase not in phases or memory.total > phases[memory.phase].total:
                 phases[memory.phase] = memory
         peak = max(phases.values(), key=lambda memory: memory.total)
