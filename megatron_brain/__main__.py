@@ -14,13 +14,13 @@ _USER_ERROR = 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a stage. Returns the exit status: 2 for a mistake in what was asked for, reported in one message."""
+    """Run a stage. Returns the exit status, which is 2 for a mistake of the user. One message reports the mistake."""
     if not argv or argv[0] not in stages():
         print(_usage(argv), file=sys.stdout if argv and argv[0] in ("-h", "--help") else sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else _USER_ERROR
     stage, flags = argv[0], argv[1:]
     try:
-        # Read before torch is imported, so that --help and mistakes in the configuration answer at once.
+        # The configuration is read before torch is imported, so that --help and its mistakes answer at once.
         from megatron_brain.config.loader import load_config
 
         config = load_config(stage, flags)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
             launch.read_launch()
         from megatron_brain.runtime import transformer_engine
 
-        # One that is installed and broken would break megatron-core, which what follows imports.
+        # A broken Transformer Engine would break megatron-core, which the lines below import.
         transformer_engine.problem()
         with files.explained():
             (_dry_run if config.training.dry_run else _run_stage)(config)
@@ -46,7 +46,7 @@ def _run_stage(config: RunConfig) -> None:
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
         run, stage = open_run(config), config.spec.load()
-        # Only ranks that are connected can agree to stop: before, a signal ends the process at once.
+        # Only connected ranks can agree to stop. Before they are connected, a signal ends the process at once.
         with signals.noted() if config.spec.trains else contextlib.nullcontext():
             if config.spec.trains:
                 train(run, stage)
@@ -80,7 +80,7 @@ def _usage(argv: Sequence[str]) -> str:
 
 
 def _report(error: UserError) -> None:
-    """Say it once where all ranks find the same mistake, and on every rank once they work on different things."""
+    """Report an error once if all ranks find the same one. When ranks do different things, each reports its own."""
     torch = sys.modules.get("torch")
     if launch.is_reporting_rank() or isinstance(error, OwnError):
         print(f"error: {error}", file=sys.stderr)

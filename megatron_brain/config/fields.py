@@ -13,6 +13,7 @@ import math
 import textwrap
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_brain.config.run import RunConfig
@@ -32,12 +33,15 @@ _EXPECTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FieldSpec:
-    """One setting. `kind` is int, float, bool or str; `choices` is empty unless only some texts are allowed."""
+    """One setting. `kind` is int, float, bool or str; `choices` is empty unless only some texts are allowed.
+
+    The choices are those of a `Literal`, or the field's metadata `choices`: names that may still be added to.
+    """
 
     section: str
     name: str
     kind: type
-    choices: tuple[str, ...]
+    choices: Collection[str]
     optional: bool
     default: object
     help: str
@@ -84,7 +88,7 @@ def section_fields(section: str) -> tuple[FieldSpec, ...]:
                 section=section,
                 name=field.name,
                 kind=kind,
-                choices=choices,
+                choices=field.metadata.get("choices", choices),
                 optional=optional,
                 default=field.default,
                 help=docs[field.name],

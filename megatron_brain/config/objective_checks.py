@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_brain.config.objectives import OBJECTIVE_SETTINGS, PAIRWISE
+from megatron_brain.config.objectives import OBJECTIVE_TRAITS
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
@@ -16,24 +16,24 @@ def require_objective(config: RunConfig) -> None:
         ConfigError: a setting that nothing reads, responses that the objective cannot use, or groups of a size that it
             cannot use.
     """
+    traits = OBJECTIVE_TRAITS[config.brain.objective]
     _check_unread(config)
-    if config.brain.objective in PAIRWISE:
-        _check_pairs(config)
-    elif config.brain.responses == "rso":
+    _check_group_size(config, traits.group_multiple)
+    if traits.needs_log_proposal and config.brain.responses == "rso":
         raise ConfigError(
             "responses=rso: nobody knows the probability of an accepted response, which --objective "
-            f"{config.brain.objective} needs; use --responses sampled, or --objective {_one_of(PAIRWISE)}"
+            f"{config.brain.objective} needs; use --responses sampled, or --objective {_without_log_proposal()}"
         )
-    elif "clip_ratio" in OBJECTIVE_SETTINGS[config.brain.objective]:
+    if "clip_ratio" in traits.settings:
         _check_ratios(config)
 
 
-def _check_pairs(config: RunConfig) -> None:
+def _check_group_size(config: RunConfig, multiple: int) -> None:
     samples, brain = config.sampling.samples_per_prompt, config.brain
-    if samples % 2 and brain.responses != "given" and brain.rollout_data is None:
+    if samples % multiple and brain.responses != "given" and brain.rollout_data is None:
         raise ConfigError(
-            f"samples_per_prompt={samples}: --objective {brain.objective} makes pairs of a prompt's responses; "
-            f"use an even number such as {samples + 1}"
+            f"samples_per_prompt={samples}: --objective {brain.objective} takes multiples of {multiple} responses; use "
+            f"{samples + multiple - samples % multiple}"
         )
 
 
@@ -43,7 +43,7 @@ def _check_ratios(config: RunConfig) -> None:
     if brain.responses == "given":
         raise ConfigError(
             f"responses=given: pairs have no rewards, which --objective {brain.objective} needs; use --responses "
-            f"sampled, or --objective {_one_of(PAIRWISE)}"
+            f"sampled, or --objective {_without_log_proposal()}"
         )
     for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
         value = getattr(sampling, name)
@@ -74,23 +74,27 @@ def _check_unread(config: RunConfig) -> None:
     """Raise ConfigError for a changed setting that the run would not read."""
     brain = config.brain
     default = {field.name: field.default for field in dataclasses.fields(brain)}
-    read = set(OBJECTIVE_SETTINGS[brain.objective])
+    read = set(OBJECTIVE_TRAITS[brain.objective].settings)
     if brain.responses == "rso":
         read |= {"reward_temperature", *_RSO_SETTINGS}
-    if brain.objective not in PAIRWISE:
+    if OBJECTIVE_TRAITS[brain.objective].needs_log_proposal:
         read.add("max_refresh_error")
-    settings = {name for names in OBJECTIVE_SETTINGS.values() for name in names}
+    settings = {name for traits in OBJECTIVE_TRAITS.values() for name in traits.settings}
     for name in sorted(settings | {"max_refresh_error", *_RSO_SETTINGS}):
         value = getattr(brain, name)
         if name in read or value == default[name]:
             continue
         if name in _RSO_SETTINGS:
             raise ConfigError(f"{name}={value} is read with --responses rso alone: leave it out, or choose that")
-        readers = [objective for objective, names in OBJECTIVE_SETTINGS.items() if name in names]
+        readers = [objective for objective, traits in OBJECTIVE_TRAITS.items() if name in traits.settings]
         other = f", or use --objective {_one_of(readers)}" if readers else ""
         raise ConfigError(f"{name}={value} is not read by --objective {brain.objective}: leave it out{other}")
 
 
-def _one_of(names: list[str] | tuple[str, ...]) -> str:
+def _without_log_proposal() -> str:
+    return _one_of([name for name, traits in OBJECTIVE_TRAITS.items() if not traits.needs_log_proposal])
+
+
+def _one_of(names: list[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} or {last}" if head else last

@@ -1,27 +1,39 @@
-"""Which settings of the brain section each objective reads. The objectives are in `megatron_brain.objectives`."""
+"""What the configuration knows of each objective: `megatron_brain.objectives` has the objectives themselves."""
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_brain.config.stages import BrainConfig
 
-Objective = Literal["brain", "dpo", "ipo", "rso-hinge", "rso-sigmoid", "rloo", "grpo"]
 
-OBJECTIVE_SETTINGS: dict[str, tuple[str, ...]] = {
-    "brain": ("baseline", "alpha", "policy_strength", "reward_temperature"),
-    "dpo": ("policy_strength",),
-    "ipo": ("policy_strength",),
-    "rso-hinge": ("policy_strength",),
-    "rso-sigmoid": ("policy_strength",),
-    "rloo": ("kl_coefficient", "clip_ratio"),
-    "grpo": ("kl_coefficient", "clip_ratio"),
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveTraits:
+    """What settings have to fit, known without torch. All of it follows from the objective's class."""
+
+    settings: tuple[str, ...]
+    """Fields of `BrainConfig` that the constructor takes."""
+    group_multiple: int = 1
+    """The number of a group's responses is a multiple of this."""
+    needs_log_proposal: bool = True
+    """Whether the loss uses the probability that a response was drawn with."""
+
+
+_PAIRS = ObjectiveTraits(settings=("policy_strength",), group_multiple=2, needs_log_proposal=False)
+_RATIOS = ObjectiveTraits(settings=("kl_coefficient", "clip_ratio"))
+
+OBJECTIVE_TRAITS: dict[str, ObjectiveTraits] = {
+    "brain": ObjectiveTraits(settings=("baseline", "alpha", "policy_strength", "reward_temperature")),
+    "dpo": _PAIRS,
+    "ipo": _PAIRS,
+    "rso-hinge": _PAIRS,
+    "rso-sigmoid": _PAIRS,
+    "rloo": _RATIOS,
+    "grpo": _RATIOS,
 }
-"""Fields of `BrainConfig` that the objective's constructor takes."""
-
-PAIRWISE = ("dpo", "ipo", "rso-hinge", "rso-sigmoid")
-"""Objectives on pairs, which do not use the probability of drawing a response."""
+"""The traits by the name that `--objective` takes."""
 
 
 def objective_settings(brain: "BrainConfig") -> dict[str, object]:
-    """The arguments for the constructor of a run's objective, by name."""
-    return {name: getattr(brain, name) for name in OBJECTIVE_SETTINGS[brain.objective]}
+    """What the constructor of a run's objective takes, by name."""
+    return {name: getattr(brain, name) for name in OBJECTIVE_TRAITS[brain.objective].settings}

@@ -1,9 +1,9 @@
 """Settings of single stages, and of sampling and scoring."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_brain.config.objectives import Objective
+from megatron_brain.config.objectives import OBJECTIVE_TRAITS
 from megatron_brain.errors import ConfigError
 
 
@@ -86,7 +86,7 @@ class ScoringConfig:
 class BrainConfig:
     """BRAIn: the policy trains to match the reward-conditioned posterior of the prior. Or another objective."""
 
-    objective: Objective = "brain"
+    objective: str = field(default="brain", metadata={"choices": OBJECTIVE_TRAITS})
     """Loss of a group; docs/stages.md has the formulas and the settings that each reads."""
 
     reward_temperature: float = 1.0

@@ -1,1 +1,1 @@
-"""Losses as pure functions of tensors. Nothing here knows of processes, models or batches."""
+"""Losses as pure functions of tensors. Nothing here knows about processes, models or batches."""

@@ -12,8 +12,8 @@ def bradley_terry_losses(
     Args:
         chosen: `[B]` rewards.
         rejected: `[B]` rewards.
-        margin: `[B]` by how much the chosen reward should be larger (Llama 2, arXiv 2307.09288, eq. 2).
-        centering_coefficient: c; keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
+        margin: `[B]`, how much larger the chosen reward should be (Llama 2, arXiv 2307.09288, eq. 2).
+        centering_coefficient: c, which keeps rewards near zero (Eisenstein et al. 2023, arXiv 2312.09244).
 
     Returns:
         `[B]`, in nats.

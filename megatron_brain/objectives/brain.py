@@ -3,10 +3,10 @@
 All functions take one group: tensors `[n]`, one entry per sample of one prompt. Log-probabilities are sums over a
 response's tokens, EOS included, in nats, float32 or better.
 
-They give every rung from DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) to BRAIn. DPO is a group of two with
-`kind="hard"`, the prior as its proposal and DPO's beta as the strength: on given preference pairs the rewards are
-(1, 0); in DPO-sft both are samples of the prior and the rewards a reward model's. Then come `kind="soft"`, more samples
-and a proposal refreshed from the policy.
+They cover everything from DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) to BRAIn. DPO has groups of two,
+`kind="hard"`, the prior as its proposal, and DPO's beta as the strength. On given preference pairs its rewards are
+(1, 0). In DPO-sft both responses are samples of the prior, and a reward model gives the rewards. BRAIn has
+`kind="soft"`, more samples, and a proposal that is refreshed from the policy.
 """
 
 import math
@@ -31,7 +31,7 @@ AlphaKind = Literal["soft", "hard"]
 
 
 class Brain:
-    """The objective of a run. Alpha is fixed for a round; beta moves with the policy.
+    """BRAIn with its settings. Alpha is fixed for a round; beta changes with the policy.
 
     Args:
         baseline, policy_strength: as `brain_loss` takes them.
@@ -53,7 +53,7 @@ class Brain:
         self._strength, self._reward_temperature = policy_strength, reward_temperature
 
     def fix(self, numbers: Numbers) -> Tensor:
-        """alpha."""
+        """alpha `[n]`."""
         return posterior_log_weights(
             numbers["log_prior"],
             numbers["reward"],
@@ -83,7 +83,7 @@ class Brain:
         )
 
     def measure(self, log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor]:
-        """How many responses alpha and beta rest on, estimates for the policy, and how far beta is from 1/n."""
+        """Effective sample sizes of alpha and beta, estimates for the policy, and the largest |beta - 1/n|."""
         beta = policy_log_weights(log_policy, numbers["log_proposal"]).exp()
         return {
             "ess_alpha": effective_sample_size(_log_alpha(numbers)),
@@ -99,13 +99,13 @@ def posterior_log_weights(
 
     Args:
         log_prior: log p(y_i|x).
-        rewards: r(x, y_i). Any constant added to all of them cancels.
+        rewards: r(x, y_i). A constant that is added to all of them cancels.
         log_proposal: log q'(y_i|x) of the distribution the samples were drawn from.
         reward_temperature: tau > 0.
-        kind: "hard" puts all weight on the largest reward, as in DPO; ties go to the first.
+        kind: "hard" gives the largest reward all weight, as in DPO. Of equal rewards the first gets it.
 
     Raises:
-        UserError: numbers that give no weights: a NaN, an infinite ratio, a prior or rewards that exclude all samples.
+        UserError: no weights follow: a number is NaN, a ratio is infinite, or prior or rewards exclude all samples.
     """
     check_group(rewards)
     if kind == "hard":
@@ -114,7 +114,7 @@ def posterior_log_weights(
     else:
         log_alpha = torch.log_softmax(log_prior + rewards / reward_temperature - log_proposal, dim=0)
         undefined = log_alpha.isnan()
-    if undefined.any():  # makes the host wait for the device, which a loss must not do
+    if undefined.any():  # The host waits for the device here. A loss must not do that.
         raise UserError(
             f"no posterior weights follow from log_prior {log_prior.tolist()}, rewards {rewards.tolist()} and "
             f"log_proposal {log_proposal.tolist()}: all must be finite, or -inf in the first two for some samples"
@@ -139,8 +139,8 @@ def brain_loss(
       - `none`: alpha_i, of the cross-entropy alone: "w/o baseline", like DPG (Parshakova et al., arXiv 1912.08517).
 
     Returns:
-        A scalar in nats, zero where the policy's weights equal alpha, infinite where the policy excludes a sample that
-        alpha does not. NaN follows from a NaN, and for `self-normalized` from a policy that excludes all samples.
+        A scalar in nats. It is zero if the policy's weights equal alpha, infinite if the policy excludes a sample that
+        alpha does not exclude, and NaN if a number is NaN or a policy excludes all samples (`self-normalized` only).
     """
     alpha = log_alpha.exp()
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
@@ -161,9 +161,9 @@ def brain_loss_gradient(
 ) -> Tensor:
     """d loss / d log q_theta(y_i) `[n]` of `brain_loss`, in closed form and without a graph.
 
-    As constants they weight the samples' log-probabilities: `sum_i gradient_i log q_theta(y_i)` has the loss's gradient
-    in the parameters. So a first pass without gradients gives them for a whole group, and a second pass may take its
-    samples one by one.
+    With these numbers as constants, `sum_i gradient_i log q_theta(y_i)` has the gradient of the loss in the parameters.
+    So a first pass without gradients computes them for a whole group, and a second pass may take the samples one by
+    one.
     """
     log_weights = _log_weights(log_policy, log_proposal, baseline, strength)
     subtracted = 0.0 if baseline == "none" else log_weights.exp()
@@ -172,12 +172,12 @@ def brain_loss_gradient(
 
 def _log_alpha(numbers: Numbers) -> Tensor:
     alpha = numbers["alpha"]
-    # One rounding to float32, the same on every device.
+    # There is one rounding to float32, which is the same on every device.
     return alpha.double().log().to(alpha.dtype)
 
 
 def _log_weights(log_policy: Tensor, log_proposal: Tensor, baseline: Baseline, strength: float) -> Tensor:
-    """What the loss compares with log alpha: log beta, or its ratios over n without the normalisation."""
+    """What the loss compares with log alpha: log beta, or without normalisation the log of the ratios over n."""
     if baseline == "self-normalized":
         return policy_log_weights(log_policy, log_proposal, strength=strength)
     check_group(log_policy)
@@ -185,5 +185,5 @@ def _log_weights(log_policy: Tensor, log_proposal: Tensor, baseline: Baseline, s
 
 
 def _weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    # A weight of zero leaves its value out even where that is infinite, but does not hide a NaN.
+    # A weight of zero leaves out its value, even an infinite one, but does not hide a NaN.
     return torch.where((weights == 0) & ~values.isnan(), 0.0, weights * values).sum()

@@ -1,6 +1,6 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), which is RSO's sigmoid-norm too (Liu et al. 2023, 2309.06657).
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). RSO's sigmoid-norm (Liu et al. 2023, 2309.06657) is the same.
 
-DPO calls the strength beta, RSO gamma. (TRL's `sigmoid` is this loss; its `sigmoid_norm` is another one.)
+DPO calls the strength beta, RSO calls it gamma. TRL's `sigmoid` is this loss; its `sigmoid_norm` is another loss.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the brain stage trains on: the protocol of an objective.
+"""The protocol of an objective, which is what the brain stage trains on.
 
 An objective sees one group at a time: one prompt with its n responses. Its tensors are `[n]`, one entry per response,
 float32 or better. Log-probabilities are sums over a response's tokens, EOS included, in nats.
@@ -11,14 +11,14 @@ from typing import Protocol
 from torch import Tensor
 
 Numbers = Mapping[str, Tensor]
-"""What is known of a group's responses besides log q_theta, each `[n]`: the numbers that an objective needs, and the
-one that it fixes."""
+"""The numbers of a group's responses besides log q_theta, each `[n]`: those that an objective needs, and
+the one that it fixes."""
 
 
 @dataclass(frozen=True)
 class RefreshCheck:
-    """What holds as long as the policy still is the proposal: a metric of `max_metrics` that is 0, and the claim in
-    words."""
+    """A claim that holds as long as the policy is still the proposal: a metric of `max_metrics` is 0. `claim` says what
+    that means, in words."""
 
     metric: str
     claim: str
@@ -27,29 +27,29 @@ class RefreshCheck:
 class Objective(Protocol):
     """Loss of one group. The loss of a step is the mean over groups.
 
-    What is declared here as an attribute is known without a group, and so are the names of the metrics: all ranks know
-    them, those without groups too.
+    The attributes are known without a group. So all ranks know them and the names of the metrics, even ranks that have
+    no groups.
     """
 
     needs: tuple[str, ...]
-    """The numbers that have to be known of each response: "reward", which the stage reports too, and those of
-    "log_prior" (log p, of the fixed SFT model) and "log_proposal" (log q', of what the responses were drawn from) that
-    are used."""
+    """The numbers of each response that the objective needs: always "reward", which the stage also reports; "log_prior"
+    (log p of the fixed SFT model) and "log_proposal" (log q' of the distribution that the responses were drawn from) if
+    it uses them."""
     fixes: str
-    """Name of the number per response that follows from these and stays for the whole round, such as "advantage"."""
+    """Name of the number per response that follows from these and is fixed for the round, such as "advantage"."""
     group_multiple: int
-    """The responses of a group are a multiple of this many."""
+    """The number of responses in a group is a multiple of this."""
     mean_metrics: tuple[str, ...]
     """Metrics that are averaged over groups."""
     max_metrics: tuple[str, ...]
-    """Metrics of which the largest counts."""
+    """Metrics of which the maximum over groups is taken."""
     refresh_check: RefreshCheck | None
 
     def fix(self, numbers: Numbers) -> Tensor:
-        """The number `[n]` that stays for the round, from those it `needs`.
+        """The number `[n]` that is fixed for the round, from the numbers that it `needs`.
 
         Raises:
-            UserError: nothing follows from its numbers.
+            UserError: the numbers do not determine it, for example because one is NaN.
         """
 
     def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
@@ -58,8 +58,8 @@ class Objective(Protocol):
     def gradient(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
         """d loss / d log q_theta(y_i) `[n]`, in closed form and without a graph.
 
-        As constants they weight the log-probabilities: `sum_i gradient_i log q_theta(y_i)` has the loss's gradient in
-        the parameters. So a first pass without gradients gives them for a whole group, and a second pass may take its
+        With these numbers as constants, `sum_i gradient_i log q_theta(y_i)` has the gradient of the loss in the
+        parameters. So a first pass without gradients computes them for a whole group, and a second pass may take the
         responses one by one.
         """
 

@@ -1,12 +1,12 @@
-"""What the objectives on pairs share: which responses are a pair, which of them wins, and what a group's loss is.
+"""The common part of the objectives on pairs: which responses are a pair, which one wins, and the loss of a group.
 
-The n responses of a group are n/2 disjoint neighbours, (0, 1), (2, 3), ...: independent draws in any order are random
-pairs ("first-round ranking", Liu et al. 2023, arXiv 2309.06657). The one with the larger reward wins. With
+The n responses of a group make n/2 pairs of neighbours: (0, 1), (2, 3), ... Independent draws in any order are random
+pairs ("first-round ranking", Liu et al. 2023, arXiv 2309.06657). The response with the larger reward wins. With
 
     delta = (log q_theta - log p)(winner) - (log q_theta - log p)(loser)
 
-the loss of a group is the mean of a function of delta over its n/2 pairs. A pair whose rewards are equal teaches
-nothing: its loss is 0, and it still counts in the mean, so that every other pair weighs the same in all groups.
+the loss of a group is the mean of a function of delta over its n/2 pairs. A pair whose rewards are equal is a tie.
+Its loss is 0, but it counts in the mean, so that all other pairs have the same weight in all groups.
 """
 
 import torch
@@ -17,10 +17,10 @@ from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 
 class PairwiseObjective:
-    """A loss of `delta`. log q' does not enter: responses may come from anywhere.
+    """A loss of `delta`. It does not use log q', so responses may come from any distribution.
 
     Args:
-        policy_strength: by which the loss weighs log-ratios, > 0.
+        policy_strength: factor of the log-ratios, > 0.
     """
 
     needs: tuple[str, ...] = ("log_prior", "reward")
@@ -34,15 +34,15 @@ class PairwiseObjective:
         self.strength = policy_strength
 
     def pair_losses(self, delta: Tensor) -> Tensor:
-        """Loss of every pair `[n/2]` that is not a tie."""
+        """Loss of every pair `[n/2]`, as if none were a tie."""
         raise NotImplementedError
 
     def pair_slopes(self, delta: Tensor) -> Tensor:
-        """Its derivative in delta `[n/2]`."""
+        """Derivative of `pair_losses` in delta `[n/2]`."""
         raise NotImplementedError
 
     def fix(self, numbers: Numbers) -> Tensor:
-        """The preference: 1 for the winner of a pair, -1 for the loser, 0 for both of a tie.
+        """The preference `[n]`: 1 for the winner of a pair, -1 for the loser, 0 for both responses of a tie.
 
         Raises:
             UserError: a reward is NaN.
@@ -58,20 +58,20 @@ class PairwiseObjective:
         return torch.stack([sign, -sign], dim=1).flatten()
 
     def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
-        """Mean over pairs, in which a tie is 0."""
+        """Mean over pairs; the loss of a tie is 0."""
         return torch.where(_is_tie(numbers), 0.0, self.pair_losses(_deltas(log_policy, numbers))).mean()
 
     @torch.no_grad()
     def gradient(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
-        """The slope of a response's pair over n/2, with its preference for a sign."""
+        """The slope of the response's pair over n/2, times its preference."""
         slopes = self.pair_slopes(_deltas(log_policy, numbers)) / (len(log_policy) // 2)
         return numbers["preference"] * slopes.repeat_interleave(2)
 
     def measure(self, log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor]:
-        """Share of pairs whose winner has gained on the loser (a half where neither has, and for ties), the mean
-        log-ratios log q_theta - log p of winners and losers over the pairs that are no ties, and the share of ties.
+        """Share of pairs whose delta is positive (a delta of 0 and a tie count one half), the mean log-ratios
+        log q_theta - log p of winners and of losers over the pairs that are not ties, and the share of ties.
 
-        The log-ratios of a group of ties are 0.
+        If all pairs are ties, the log-ratios are 0.
         """
         tied, delta = _is_tie(numbers), _deltas(log_policy, numbers)
         log_ratio, preference = log_policy - numbers["log_prior"], numbers["preference"]

@@ -1,12 +1,12 @@
-"""What the policy-gradient objectives share: advantages that are fixed for a round, and clipped ratios to the proposal.
+"""The common part of policy-gradient objectives: advantages fixed for a round, and clipped ratios to the proposal.
 
-A response is one action: the ratio is that of whole sequences, rho = q_theta(y|x) / q'(y|x). Per response with
-advantage A (Schulman et al. 2017, arXiv 1707.06347, eq. 7),
+A response is one action: the ratio is that of whole sequences, rho = q_theta(y|x) / q'(y|x). With advantage A
+the loss of a response (Schulman et al. 2017, arXiv 1707.06347, eq. 7) is
 
     -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)
 
-and a group's loss is the mean over its n responses. The gradient of a response is 0 once its ratio has passed the bound
-on the side to which its advantage pushes.
+and the loss of a group is the mean over its n responses. The gradient of a response is 0 once its ratio is beyond the
+bound in the direction in which its advantage pushes it.
 """
 
 import torch
@@ -18,7 +18,7 @@ from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 
 class PolicyGradientObjective:
-    """The clipped loss; advantages are the subclass's.
+    """The clipped loss. A subclass defines the advantages.
 
     Args:
         kl_coefficient: weight of the divergence from the prior, >= 0.
@@ -39,14 +39,14 @@ class PolicyGradientObjective:
         self._low, self._high = 1.0 - clip_ratio, 1.0 + clip_ratio
 
     def advantages(self, numbers: Numbers) -> Tensor:
-        """A `[n]`."""
+        """The advantages A `[n]`."""
         raise NotImplementedError
 
     def fix(self, numbers: Numbers) -> Tensor:
-        """The advantages.
+        """The advantages `[n]`.
 
         Raises:
-            UserError: numbers are not finite.
+            UserError: an advantage is not finite.
         """
         check_group(numbers["reward"])
         advantages = self.advantages(numbers)
@@ -56,22 +56,22 @@ class PolicyGradientObjective:
         return advantages
 
     def loss(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
-        """Mean over responses; negative where the policy gains."""
+        """Mean over responses. It is negative where the policy improves."""
         ratio, advantage = _ratios(log_policy, numbers), numbers["advantage"]
-        # As min(rho A, clip(rho) A), written so that an infinite ratio gives no 0 x inf.
+        # This equals min(rho A, clip(rho) A), but an infinite ratio gives no 0 x inf.
         clipped = torch.where(advantage < 0, ratio.clamp(min=self._low), ratio.clamp(max=self._high))
         return -(clipped * advantage).mean()
 
     @torch.no_grad()
     def gradient(self, log_policy: Tensor, numbers: Numbers) -> Tensor:
-        """-rho A / n, or 0 where the ratio is clipped."""
+        """-rho A / n, and 0 where the ratio is clipped."""
         ratio = _ratios(log_policy, numbers)
         moving = torch.where(self._is_clipped(ratio, numbers["advantage"]), 0.0, ratio)
         return -moving * numbers["advantage"] / len(log_policy)
 
     def measure(self, log_policy: Tensor, numbers: Numbers) -> dict[str, Tensor]:
-        """How far the policy is from proposal and prior, estimates for it, the share of responses without a gradient,
-        and how far a ratio is from 1."""
+        """Distances of the policy from proposal and prior, estimates for the policy, the share of responses without a
+        gradient, and the largest |ratio - 1|."""
         ratio = _ratios(log_policy, numbers)
         return {
             **importance_metrics(log_policy, numbers),

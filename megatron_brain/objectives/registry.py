@@ -22,7 +22,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(name: str, settings: Mapping[str, object]) -> Objective:
-    """The objective of a name.
+    """The objective with this name.
 
     Args:
         settings: what its constructor takes, by name.

@@ -1,7 +1,7 @@
 """RLOO: REINFORCE with the other responses of the group as the baseline (Ahmadian et al. 2024, arXiv 2402.14740).
 
-The divergence from the prior is a part of the reward. As in TRL, the ratio to the proposal is clipped: on the first
-step after a refresh it is 1 and this is REINFORCE.
+The divergence from the prior is a part of the reward. As in TRL, the ratio to the proposal is clipped. In the first
+step after a refresh the ratio is 1, and this is REINFORCE.
 """
 
 from torch import Tensor

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def negative_log_likelihood(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Summed negative log-likelihood in nats of the tokens that count.
+    """Sum of the negative log-likelihoods, in nats, of the tokens that count.
 
     Args:
         logprobs: `[N]` log-probabilities of the target tokens.

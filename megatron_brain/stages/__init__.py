@@ -1,4 +1,4 @@
-"""The stages of post-training, a folder each: `spec.py` describes the stage without torch, `stage.py` runs it."""
+"""The stages of post-training. Each is a folder: `spec.py` describes the stage without torch, `stage.py` runs it."""
 
 from megatron_brain.config.stage_spec import register_stage
 from megatron_brain.stages.brain.spec import BRAIN

@@ -1,4 +1,4 @@
-"""Responses of a checkpoint to a list of prompts, as the generate and evaluate stages draw them."""
+"""Draws responses of a checkpoint to a list of prompts, for the stages generate and evaluate."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,14 @@ def read_prompts(run: Run) -> Sequence[Prompt]:
 
 
 def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:
-    """Indices of the prompts this replica answers."""
+    """Indices of the prompts that this replica answers."""
     return list(range(parallel.dp_rank, len(prompts), parallel.dp_size))
 
 
 def sample_answers(
     run: Run, chunks: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int], sampling: SamplingConfig
 ) -> list[list[Completion]]:
-    """Samples for this replica's prompts; which ones depends on the seed and the prompt's index, not on the layout."""
+    """Samples for this replica's prompts. They depend on the seed and the prompt's index, not on the layout."""
     sampler = Sampler(chunks, run.parallel, sampling, eos_id=run.tokenizer.eos_id)
     return sampler.generate(
         [prompts[i].tokens for i in mine],
@@ -35,6 +35,6 @@ def sample_answers(
 
 
 def gather_rows(rows: Sequence[tuple[int, dict]], parallel: Parallel) -> list[dict]:
-    """All replicas' rows in the order of their prompts."""
+    """The rows of all replicas, in the order of their prompts."""
     everyone = parallel.gather_over_data_parallel(list(rows))
     return [row for _, row in sorted((item for replica in everyone for item in replica), key=lambda item: item[0])]

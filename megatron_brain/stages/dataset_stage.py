@@ -1,4 +1,4 @@
-"""What stages that train on a fixed set of samples have in common."""
+"""The common part of stages that train on a fixed set of samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,15 +15,15 @@ from megatron_brain.training.validation import mean_loss
 
 
 class DatasetStage:
-    """A stage over a list of samples, each a few groups: shuffled epochs to train on, a fixed list to validate on.
+    """A stage over a list of samples, each a few groups. It trains on shuffled epochs and validates on a fixed list.
 
-    Every replica holds all samples; which ones a step takes follows from the seed and the iteration.
+    Every replica holds all samples. Seed and iteration decide which ones a step takes.
     """
 
     mean_metrics: tuple[str, ...] = ()
     max_metrics: tuple[str, ...] = ()
     occasional_metrics: tuple[str, ...] = ()
-    """Names of the means that only its validation reports, from what the head tells of each token."""
+    """Names of the means that only the validation reports, from the head's scores of each token."""
     shown_metrics: tuple[str, ...] = ("loss", "tokens_per_second")
 
     @classmethod
@@ -48,7 +48,7 @@ class DatasetStage:
         self._config, self._corpora = run.config, run.corpora
 
     def summary(self) -> list[Row]:
-        """Steps and epochs."""
+        """A row with steps and epochs."""
         epochs = self.train_iters * self._config.training.global_batch_size / len(self._train)
         unit = self._config.spec.work(self._config).unit
         return [("steps", f"{self.train_iters:,}: {epochs:.3g} epochs of {len(self._train):,} {unit}")]
@@ -65,7 +65,7 @@ class DatasetStage:
         return [[group for index in share for group in self._train[index]] for share in shares]
 
     def _planned(self, groups: Sequence[Group], trainer: Trainer) -> list[list[Group]]:
-        """This replica's groups of a step in micro-batches of at most the token budget; none is cut."""
+        """This replica's groups of a step in micro-batches that fit the token budget. No group is cut."""
         plan = plan_step(
             groups,
             trainer.config.training,
@@ -78,7 +78,7 @@ class DatasetStage:
         return [[groups[piece.group] for piece in micro_batch] for micro_batch in plan]
 
     def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
-        """Nothing to know beforehand."""
+        """The batches as they are: the loss needs nothing before the first backward pass."""
         return batches
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
@@ -105,29 +105,29 @@ class DatasetStage:
         return {}
 
     def state_dict(self) -> dict:
-        """The position in the data follows from the iteration; these must stay what they were."""
+        """What must not change over a resume. The position in the data follows from the iteration."""
         return {**self._fixed, "data": as_state(self._corpora)}
 
     def records(self) -> list[dict]:
-        """None."""
+        """No records."""
         return []
 
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
-        """Refuse to go on with other data, whose order would be another."""
+        """Refuse to continue with other data, because their order would be another."""
         check_unchanged(self._fixed, state)
         require_same_as_before(self._corpora, state.get("data"))
 
 
 def fixed_settings(config: RunConfig) -> dict:
-    """Settings that a resumed run must keep, since its place in the data follows from them."""
+    """Settings that a resumed run must keep, because its position in the data follows from them."""
     return {"seed": config.training.seed, "global_batch_size": config.training.global_batch_size}
 
 
 def check_unchanged(now: dict, earlier: dict) -> None:
-    """Compare what must stay the same over a resume, as far as the checkpoint has it.
+    """Compare what must not change over a resume, as far as the checkpoint has it.
 
     Raises:
-        AgreedError: naming what changed, with both values.
+        AgreedError: it names what changed, with both values.
     """
     changed = [
         f"{name} was {earlier[name]}, is now {value}"

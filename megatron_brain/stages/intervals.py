@@ -16,7 +16,7 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], *, samples: int, seed: int) -> Estimate:
-    """Mean of one value per prompt, of which there is one at least, with a percentile bootstrap interval over prompts
+    """Mean of `values`, one per prompt and at least one, with a percentile bootstrap interval over prompts
     (Efron 1979).
     """
     data = numpy.asarray(values, dtype=numpy.float64)
@@ -30,8 +30,8 @@ def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequen
     """1 where a score beats the other, 0 where it loses, one half for a tie; one entry per prompt.
 
     Args:
-        scores, other_scores: none is NaN, which neither wins nor loses nor ties.
-        ties: prompts that tie whatever their scores, as those of equal answers do, which may differ by rounding.
+        scores, other_scores: numbers that are not NaN, because NaN neither wins nor loses nor ties.
+        ties: prompts that tie for any scores, because their answers are equal. Scores may still differ by rounding.
     """
     assert not any(score != score for score in (*scores, *other_scores)), "a score is NaN: there is no winner"
     ties = [False] * len(scores) if ties is None else ties

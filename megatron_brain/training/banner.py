@@ -1,4 +1,4 @@
-"""What a run says of itself once, when its model is built and its data are read."""
+"""The banner: a run prints it once, when its model is built and its data are read."""
 
 import platform
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from megatron_brain.training.run import Run
 
 
 def show_banner(run: Run, rows: Sequence[Row]) -> None:
-    """Print the banner on the reporting rank; `rows` are what the stage alone knows of its length and its models."""
+    """Print the banner on the reporting rank. `rows` come from the stage: the run's length and the models it uses."""
     if run.parallel.is_writer:
         print(banner(run, rows), flush=True)
 
 
 def banner(run: Run, rows: Sequence[Row]) -> str:
-    """Versions, device, layout, sizes, data, and where files go: a name and a value a line."""
+    """Versions, device, layout, sizes, data, and where files go. Each line has a name and a value."""
     config = run.config
     workload, layout = from_run_config(config, run.parallel.world_size)
     read = [(flag.replace("_", " "), corpus.summary) for flag, corpus in run.corpora.items()]
@@ -75,7 +75,7 @@ def _precision(workload: Workload, config: RunConfig) -> str:
 
 
 def _options(layout: Layout) -> list[str]:
-    """What is on of the options that a layout has."""
+    """The options of the layout that are on, in words."""
     named = {
         "sequence parallel": layout.sequence_parallel,
         f"interleaved, {layout.virtual_pipeline} chunks on a pipeline stage": layout.virtual_pipeline > 1,

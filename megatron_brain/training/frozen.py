@@ -14,14 +14,14 @@ from megatron_brain.training.run import Run
 class FrozenModel:
     """A checkpoint on the run's layout, loaded when first used.
 
-    Which checkpoint it is, is settled at once: a folder that --save shares will hold newer ones by then.
+    The checkpoint is chosen at once: if --save writes to the same folder, newer ones will appear there later.
 
     Args:
         run: the run.
-        name: "prior" or "reward", of the flag --NAME-load that cures a missing checkpoint.
-        directory: checkpoint folder, or None where it may turn out not to be needed.
-        head: kind of model.
-        offload: keep the weights in host memory between uses.
+        name: "prior" or "reward". Where the checkpoint is missing, the error asks for --NAME-load.
+        directory: checkpoint folder; None if the model is perhaps never needed.
+        head: the kind of head that the model has.
+        offload: whether the weights stay in host memory between uses.
 
     Raises:
         ConfigError: the checkpoint holds another kind of model.
@@ -40,7 +40,7 @@ class FrozenModel:
         return None if self._found is None else str(self._found.info.path.resolve())
 
     def point_to(self, directory: str | None) -> None:
-        """Take another checkpoint, before the first use."""
+        """Use another checkpoint. The model must not have been used yet."""
         assert self._chunks is None, "the model is loaded already"
         self._found = None if directory is None else self._find(directory)
         if self._found is not None:
@@ -55,7 +55,7 @@ class FrozenModel:
 
     @contextmanager
     def loaded(self) -> Iterator[list[Chunk]]:
-        """The model's chunks in evaluation mode, usable inside of the context.
+        """The model's chunks in evaluation mode. They are usable inside the context only.
 
         Raises:
             ConfigError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""Decides whether a step's update is applied: its numbers are finite, and none stands out."""
+"""The guard applies a step's update only if its loss and gradient are finite and not a spike."""
 
 import logging
 import math
@@ -30,7 +30,7 @@ from megatron_brain.training.reproduction import (
 log = logging.getLogger(__name__)
 
 _SHOWN = 4
-"""Ranks, parameters and records that a message names of each kind."""
+"""A message names at most this many ranks, parameters and records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class _Step:
 
 
 class StepGuard:
-    """Looks at every step before its update. All ranks decide alike, and without a collective of its own as long as
-    nothing is wrong: what one rank alone doubts travels as a NaN in the reduction of the gradient norm.
+    """Judges every step before its update. All ranks decide alike. As long as nothing is wrong, this needs no
+    collective of its own: a rank that alone finds a problem puts a NaN into the reduction of the gradient norm.
 
-    That replicas hear of each other's doubts rests on what they share: the loss is reduced over replicas, and so are
-    the gradients whose norm is taken.
+    Replicas learn of each other's problems because the loss and the gradients are reduced over replicas before the norm
+    is computed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StepGuard:
         self._losses: deque[float] = deque(maxlen=self._settings.loss_spike_window)
         self._skipped_in_a_row: list[str] = []
         self.skipped_steps = 0
-        """Steps of the whole run that were skipped."""
+        """How many steps of the whole run were skipped."""
 
     def inspect(
         self,
@@ -84,7 +84,7 @@ class StepGuard:
         *,
         shared_prefix: bool,
     ) -> Verdict:
-        """Judge a step whose gradients are reduced and prepared. All ranks call it.
+        """Judge a step whose gradients are reduced and prepared. All ranks must call it.
 
         Args:
             iteration: the step's number, from 1.
@@ -92,8 +92,8 @@ class StepGuard:
             batches: this replica's micro-batches, as the loss saw them.
 
         Raises:
-            FloatingPointError: on all ranks, where --on-nan or --on-spike say stop, or too many steps in a row were
-                skipped. Weights and optimizer state are untouched.
+            FloatingPointError: on all ranks, if --on-nan or --on-spike is `stop`, or if too many steps in a row were
+                skipped. Weights and optimizer state have not changed.
         """
         doubt = not math.isfinite(loss) or self._is_loss_spike(loss) or self._has_uncounted_nonfinite()
         grad_norm = _global_grad_norm(self._optimizer, self._parallel.device, doubt=doubt)
@@ -103,12 +103,12 @@ class StepGuard:
         return self._judge(step, loss)
 
     def compares_replicas_after(self, iteration: int) -> bool:
-        """Whether replicas' weights are to be compared after this step."""
+        """Whether the weights of the replicas must be compared after this step."""
         interval = self._settings.check_replicas_interval
         return interval is not None and iteration % interval == 0
 
     def state_dict(self) -> dict:
-        """JSON-able, the same on all ranks."""
+        """The state as JSON-able values. It is the same on all ranks."""
         return {
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": list(self._skipped_in_a_row),
@@ -116,7 +116,7 @@ class StepGuard:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up what `state_dict` returned; a window that is shorter now keeps the latest losses."""
+        """Continue from what `state_dict` returned. If the window is shorter now, only the latest losses are kept."""
         self.skipped_steps = state["skipped_steps"]
         self._skipped_in_a_row = list(state["skipped_in_a_row"])
         self._losses = deque(state["losses"], maxlen=self._settings.loss_spike_window)
@@ -138,7 +138,7 @@ class StepGuard:
         return limit is not None and grad_norm > limit
 
     def _has_uncounted_nonfinite(self) -> bool:
-        """Whether a gradient that the global norm counts on tensor-parallel rank 0 alone is not finite here."""
+        """Whether this rank has a non-finite gradient that the global norm counts on tensor-parallel rank 0 only."""
         if self._parallel.tp_rank == 0:
             return False
         copies = [
@@ -150,14 +150,14 @@ class StepGuard:
         return bool(copies) and not math.isfinite(torch.stack(torch._foreach_norm(copies)).sum().item())
 
     def _judge(self, step: _Step, loss: float) -> Verdict:
-        """What all ranks come to where one of them doubts."""
+        """The verdict of all ranks, where at least one of them found a problem."""
         uncounted = self._has_uncounted_nonfinite()
         grad_norm = _global_grad_norm(self._optimizer, self._parallel.device, doubt=False)
         finite = math.isfinite(loss) and math.isfinite(grad_norm) and not uncounted
         spike = self._is_loss_spike(loss) or self._is_norm_spike(grad_norm)
         facts = self._parallel.gather_over_world((finite, spike, loss))
         all_finite = all(finite for finite, *_ in facts)
-        # Tensor-parallel ranks may see different losses: tell of the worst.
+        # Tensor-parallel ranks may see different losses: the message names the worst.
         worst = max((loss for *_, loss in facts), key=lambda value: (not math.isfinite(value), value))
         text = f"step {step.iteration}: loss {worst:.6g}, gradient norm {grad_norm:.6g}"
         if not all_finite:
@@ -191,7 +191,7 @@ class StepGuard:
         log.warning("%s. The step is skipped (%d in a row, at most %d)", text, len(self._skipped_in_a_row), limit)
 
     def _limits(self) -> str:
-        """The limits that are set, as they stand now."""
+        """The limits that are set, with their current values, in words."""
         settings, parts = self._settings, []
         if settings.loss_spike_factor is not None and len(self._losses) == settings.loss_spike_window:
             median = statistics.median(self._losses)
@@ -201,9 +201,9 @@ class StepGuard:
         return "; ".join(parts)
 
     def _find_culprits(self, step: _Step, grad_norm: float) -> str:
-        """Run every micro-batch of the step again alone; what each rank saw, in words, the same on all ranks.
+        """Run every micro-batch of the step again alone. Returns what each rank saw, in words, the same on all ranks.
 
-        Leaves random generators as they were and gradients zero.
+        Random generators keep their state; the gradients are zero afterwards.
         """
         before = random_state()
         results = [run_alone(self._wrapped, batch, step.loss_function, self._parallel) for batch in step.batches]
@@ -221,7 +221,7 @@ class StepGuard:
         return "; ".join(lines[:_SHOWN]) + more
 
     def _report(self, step: _Step, grad_norm: float, results: Sequence[MicroBatchResult], failed: Sequence[int]) -> str:
-        """Write this rank's reproduction file; returns its line of the message."""
+        """Write this rank's reproduction file and return this rank's line of the message."""
         parallel, batch, result = self._parallel, step.batches[failed[0]], results[failed[0]]
         found = Reproduction(
             iteration=step.iteration,
@@ -253,13 +253,13 @@ class StepGuard:
         try:
             write_reproduction(path, found)
         except OSError as error:
-            # The other ranks wait for this one's word.
+            # The other ranks wait for the line of this rank.
             return f"no reproduction file: {error}"
         return f"reproduction {path}"
 
 
 def _global_grad_norm(optimizer: MegatronOptimizer, device: torch.device, *, doubt: bool) -> float:
-    """`optimizer.get_grad_norm()`, made NaN on all ranks that share the norm if one of them doubts."""
+    """`optimizer.get_grad_norm()`, or NaN on all ranks that share the norm if `doubt` is true on one of them."""
     grads = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         grads += grads_for_norm(part)

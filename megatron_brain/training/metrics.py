@@ -1,7 +1,7 @@
-"""The metrics of a run: all of them in TensorBoard events and metrics.jsonl, a few of them on the console.
+"""The metrics of a run. TensorBoard events and metrics.jsonl hold all of them; the console shows a few.
 
-Metric names are flat, with a slash for a group: `loss`, `grad_norm`, `lr`, `validation/loss`. A line of metrics.jsonl
-is one iteration; calls of `log` for the same iteration are merged into its line.
+Metric names are flat; a slash marks a group of metrics: `loss`, `grad_norm`, `lr`, `validation/loss`. Each line of
+metrics.jsonl is one iteration. Several calls of `log` for one iteration are merged into its line.
 """
 
 import json
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class MetricsLogger:
-    """Writes the metrics of a run on one rank; on the others (`is_writer=False`) every method does nothing.
+    """Writes the metrics of a run on one rank. On the other ranks (`is_writer=False`) every method does nothing.
 
     Args:
-        directory: folder of metrics.jsonl and the event file, made if missing; None writes no file.
-        total_steps: last iteration of the run, for progress and the time left.
+        directory: folder of metrics.jsonl and the event file. It is made if it is missing; None writes no file.
+        total_steps: last iteration of the run, from which progress and the time left are computed.
         shown: names of the metrics that the console shows, in this order.
         is_writer: True on the one rank that writes.
-        progress: show a live progress line if the console is a terminal. Otherwise, a plain line every `log_interval`.
+        progress: show a live progress line if the console is a terminal. Otherwise plain lines are printed.
         log_interval: iterations between plain lines. Files get every iteration.
-        resume_step: iteration the run goes on from: later ones an interrupted run left in the files are dropped, since
-            they are going to be run again. None: a new run; a metrics.jsonl already there is kept as metrics.N.jsonl.
-        console: where to show progress; default: standard output.
+        resume_step: iteration that the run continues from. Later iterations in the files are dropped, because they run
+            again. None: a new run; a metrics.jsonl that exists already is kept as metrics.N.jsonl.
+        console: where progress is shown. The default is standard output.
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class MetricsLogger:
         self._display.show(step, numbers)
 
     def log_text(self, step: int, tag: str, text: str) -> None:
-        """Record a text, such as sampled responses, under TensorBoard's text tab (it renders Markdown)."""
+        """Record a text, such as sampled responses, for TensorBoard's text tab, which renders Markdown."""
         if self._events is not None:
             self._events.add_text(tag, text, step)
 
     def log_config(self, text: str) -> None:
-        """Record the resolved configuration, shown as it is."""
+        """Record the text of the resolved configuration. TensorBoard shows it unchanged."""
         self.log_text(self._first_step if self._is_writer else 0, "config", f"```yaml\n{text}\n```")
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class MetricsLogger:
 
 
 class _JsonLines:
-    """metrics.jsonl: one JSON object per iteration, in order, no iteration twice."""
+    """metrics.jsonl: one JSON object per iteration, in order. No iteration appears twice."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ class _JsonLines:
         self._file = open(path, "ab")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Append a line, or merge into the last one if it is of the same iteration."""
+        """Append a line, or merge the numbers into the last line if that is of the same iteration."""
         last_step = self._last.get("iteration")
         assert last_step is None or step >= last_step, f"iteration {step} is logged after iteration {last_step}"
         if step == last_step:
@@ -127,7 +127,7 @@ class _JsonLines:
         self._file.close()
 
     def _keep_until(self, path: Path, step: int) -> None:
-        """Cut the file after the last line of an iteration up to `step`; a line torn by a crash is cut too."""
+        """Cut the file behind the last line whose iteration is at most `step`. A line torn by a crash is cut too."""
         with open(path, "r+b") as file:
             kept = 0
             for line in file:
@@ -143,14 +143,14 @@ class _JsonLines:
 
 
 def _open_events(directory: str, purge_step: int) -> "SummaryWriter":
-    """TensorBoard's writer. TensorBoard hides what earlier event files of the folder hold from `purge_step` on."""
+    """TensorBoard's writer. From `purge_step` on, TensorBoard hides what earlier event files of the folder hold."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(directory, purge_step=purge_step)
 
 
 def _free_name(path: Path) -> Path:
-    """The first of metrics.1.jsonl, metrics.2.jsonl, ... that is not there."""
+    """The first name of metrics.1.jsonl, metrics.2.jsonl, ... that no file has."""
     number = 1
     while (free := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
@@ -158,7 +158,7 @@ def _free_name(path: Path) -> Path:
 
 
 def json_number(value: float) -> float | str:
-    """JSON has no NaN or infinity: they become the texts `NaN`, `Infinity` and `-Infinity`, which float() reads."""
+    """The number for JSON, which has no NaN and infinity: they become texts (`NaN`, `-Infinity`) that float() reads."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

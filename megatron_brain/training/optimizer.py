@@ -1,4 +1,4 @@
-"""Gradient buffers, AdamW and the learning-rate schedule, all megatron-core's."""
+"""Gradient buffers, AdamW and the learning-rate schedule. All of them are megatron-core's."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ def wrap_for_training(chunks: Sequence[Chunk], config: RunConfig, parallel: Para
 
 
 def overlap(wrapped: Sequence[DistributedDataParallel]) -> list[Row]:
-    """What communication over replicas runs beside the computation, as a row of the banner; none where nothing does."""
+    """Row of the banner: which communication over replicas runs beside the computation. No row if none does."""
     settings = wrapped[0].ddp_config
     if not settings.overlap_grad_reduce:
         return []
@@ -61,31 +61,31 @@ def overlap(wrapped: Sequence[DistributedDataParallel]) -> list[Row]:
 
 
 def _gather_before_head(chunk: DistributedDataParallel) -> None:
-    """Have the forward pass wait for the head's weight too.
+    """Make the forward pass wait for the head's weight too.
 
-    megatron-core waits for a weight when its module is called; ours read the head's weight without that, right after
-    the final norm.
+    megatron-core waits for a weight when its module is called. Our heads are not called as modules: they read their
+    weight right after the final norm.
     """
     head = chunk.module.output_layer if chunk.module.output_layer is not None else chunk.module.reward_head
     if head.weight is None:
-        return  # Tied, on one stage: the embedding has waited.
+        return  # Tied on one pipeline stage: the embedding has waited already.
     bucket = chunk.param_to_bucket_group[head.weight]
     chunk.module.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket.finish_param_sync())
 
 
 def finish_param_gather(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Complete the weights that --overlap-param-gather leaves in shards after an update. All ranks call it."""
+    """Gather the weights that --overlap-param-gather leaves in shards after an update. All ranks must call it."""
     for chunk in wrapped:
         chunk.start_param_sync(force_sync=True)
-    # megatron-core leaves this out where a gather is forced: in FP8 the backward pass reads a transposed copy.
+    # In FP8 the backward pass reads a transposed copy, which megatron-core does not make after a forced gather.
     rounded = [parameter for chunk in wrapped for parameter in chunk.parameters() if is_float8tensor(parameter)]
     if rounded:
         post_all_gather_processing(rounded)
 
 
 def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
-    """Let torch's AdamW, which megatron-core takes where it finds neither Transformer Engine nor Apex, update each
-    parameter in one kernel: a few times faster on a CPU, and without temporaries."""
+    """Make torch's AdamW update each parameter in one kernel. On a CPU this is a few times faster and needs no
+    temporary tensors. megatron-core uses torch's AdamW where neither Transformer Engine nor Apex is installed."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             for group in part.optimizer.param_groups:
@@ -93,7 +93,7 @@ def _fuse_torch_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float, max_norm: float) -> None:
-    """`optimizer.step()` on gradients that are prepared and whose norm is known, which it would compute again."""
+    """`optimizer.step()` for prepared gradients whose norm is known. `step` itself would compute the norm again."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = part.get_parameters()
         if max_norm > 0.0 and parameters:

@@ -1,4 +1,4 @@
-"""What the console shows of a run's metrics: one line a step, or a live line on a terminal, with the time left."""
+"""Shows a few metrics and the time left on the console: one line per step, or a live line on a terminal."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ def shown_metrics(asked: str | None, usual: Sequence[str], known: Sequence[str])
     """Names of the metrics that the console shows, in their order.
 
     Args:
-        asked: --log-metrics: names with commas between them, or `all`; None: the usual ones.
-        usual: what the stage shows where nothing is asked for.
-        known: every name that the stage logs, without the `validation/` of validations.
+        asked: the value of --log-metrics: names with commas between them, or `all`. None: the usual ones.
+        usual: the names that the stage shows by default.
+        known: all names that the stage logs. `validation/` is left out.
 
     Raises:
-        AgreedError: a name is none of a metric.
+        AgreedError: a name is not the name of a metric.
     """
     if asked is None:
         return usual
@@ -38,7 +38,7 @@ def shown_metrics(asked: str | None, usual: Sequence[str], known: Sequence[str])
 
 
 class TimeLeft:
-    """Time left, from the mean time per iteration of this run so far."""
+    """Estimates the time left from the mean time per iteration of this run so far."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self.first_step = first_step
@@ -46,7 +46,7 @@ class TimeLeft:
         self._start = time.monotonic()
 
     def after(self, step: int) -> str:
-        """Hours, minutes and seconds until `total_steps`, in words; `-:--:--` before the first step is done."""
+        """Time until `total_steps`, as hours:minutes:seconds. It is `-:--:--` before the first step is done."""
         done = step - self.first_step
         if done <= 0:
             return "-:--:-- left"
@@ -55,7 +55,7 @@ class TimeLeft:
 
 
 class PlainDisplay:
-    """One line every `log_interval` iterations, for logs and pipes; the last iteration and validations always."""
+    """Prints every `log_interval`-th iteration, the last one and all validations as lines, for logs and pipes."""
 
     def __init__(self, console: Console, time_left: TimeLeft, shown: Sequence[str], log_interval: int) -> None:
         self._console, self._time_left = console, time_left
@@ -69,7 +69,7 @@ class PlainDisplay:
         self._print(step, _in_words(numbers, _of_validation(self._shown)))
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no line to end."""
 
     def _print(self, step: int, words: Sequence[str], *others: str) -> None:
         if words:
@@ -79,7 +79,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A progress bar that stays at the bottom of the terminal; validation metrics scroll by above it."""
+    """Shows a progress bar at the bottom of the terminal. Validation metrics scroll by above it."""
 
     def __init__(self, console: Console, time_left: TimeLeft, shown: Sequence[str]) -> None:
         self._time_left, self._shown = time_left, shown
@@ -105,7 +105,7 @@ class LiveDisplay:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the last line as it is."""
+        """End the progress bar. Its last line stays on the terminal."""
         self._bar.stop()
 
 
@@ -114,7 +114,7 @@ def _of_validation(names: Sequence[str]) -> list[str]:
 
 
 def _in_words(numbers: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """`loss 1.234`, `round 3`, `12,345 tokens/s`: those of `names` that there are, to four digits."""
+    """The numbers in `names` that exist, as texts of four digits: `loss 1.234`, `round 3`, `12,345 tokens/s`."""
     return [_word(name, numbers[name]) for name in names if name in numbers]
 
 

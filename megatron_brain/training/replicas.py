@@ -1,4 +1,4 @@
-"""Weights that several processes hold are compared, bit by bit."""
+"""Compares the weights that several processes hold, bit by bit."""
 
 from collections.abc import Sequence
 
@@ -16,14 +16,14 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(chunks: Sequence[Chunk], parallel: Parallel) -> None:
-    """Compare what must be equal: all weights over data-parallel replicas, weights that are not split (norms, the
-    reward head) over tensor-parallel ranks, and a tied embedding on the first and last pipeline stage.
+    """Check that weights are equal where they must be: all weights over replicas, weights that are not split (norms,
+    the reward head) over tensor-parallel ranks, and a tied embedding on the first and last pipeline stage.
 
     Every rank gathers eight bytes per weight. megatron-core's `check_param_hashes_across_dp_replicas` copies all
-    weights to the host for SHA-1, looks at data-parallel ranks only, and logs names where this raises on all ranks.
+    weights to the host for SHA-1 and compares data-parallel ranks only. It logs names; this raises on all ranks.
 
     Raises:
-        RuntimeError: on all ranks, if any weight differs anywhere; names it and the ranks.
+        RuntimeError: on all ranks, if any weight differs anywhere. The message names the weight and the ranks.
     """
     parameters = dict(global_parameters(chunks))
     unsplit = {name: p for name, p in parameters.items() if not getattr(p, "tensor_model_parallel", False)}
@@ -42,12 +42,12 @@ def check_replicas(chunks: Sequence[Chunk], parallel: Parallel) -> None:
 
 
 def bit_sum(weight: Tensor) -> Tensor:
-    """Sum of the weight's elements read as integers, int64 modulo 2**64: any single flipped bit changes it."""
+    """Sum of the weight's elements, read as integers (int64 modulo 2**64). Any single flipped bit changes the sum."""
     return in_full(weight.detach()).view(_BITS[weight.element_size()]).sum(dtype=torch.int64)
 
 
 def _tied_embedding(chunks: Sequence[Chunk], parallel: Parallel) -> dict[str, nn.Parameter]:
-    """The embedding where it is also the output layer and both have a rank of their own."""
+    """The embedding, if it is also the output layer and the two are on different ranks."""
     ends = [chunk for chunk in chunks if chunk.pre_process or chunk.post_process]
     if parallel.pp_size == 1 or not ends or not ends[0].share_embeddings_and_output_weights:
         return {}
@@ -55,7 +55,7 @@ def _tied_embedding(chunks: Sequence[Chunk], parallel: Parallel) -> dict[str, nn
 
 
 def _differing(parameters: dict[str, nn.Parameter], group: dist.ProcessGroup | None, who: str) -> list[str]:
-    """A line for every weight that is not the same on all ranks of the group."""
+    """One line for every weight that is not equal on all ranks of the group."""
     if not parameters or group is None or group.size() == 1:
         return []
     mine = torch.stack([bit_sum(parameter) for parameter in parameters.values()])

@@ -1,4 +1,4 @@
-"""What a micro-batch has to say of itself, and how it adds up over micro-batches and data-parallel replicas."""
+"""The report of a micro-batch, and the sum of reports over micro-batches and replicas."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ from megatron_brain.runtime.parallel import Parallel
 class LossOutput:
     """Loss of one micro-batch on the last pipeline stage.
 
-    The gradient is that of `loss_sum / (count summed over the global batch)`, so the step's loss is one mean over
-    the global batch whatever its shape. `means` maps a metric to (sum, count); `maxima` to a value.
+    The gradient is that of `loss_sum / (count summed over the global batch)`. So the step's loss is one mean over the
+    global batch, for any layout and any micro-batches. `means` maps a metric to (sum, count).
     """
 
     loss_sum: Tensor
@@ -31,12 +31,12 @@ def reduce_reports(
     mean_names: Sequence[str] = (),
     max_names: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Metrics of a step on all ranks: "loss" and other means over all micro-batches and replicas, and maxima.
+    """Metrics of a step, on all ranks: "loss" and other means over all micro-batches and replicas, and maxima.
 
     Args:
-        reports: one per micro-batch on the last pipeline stage; none on the others.
-        mean_names: the means every report carries. All ranks know these names, so two small reductions suffice.
-        max_names: the maxima every report carries.
+        reports: one per micro-batch on the last pipeline stage; none on other pipeline stages.
+        mean_names: the means that every report has. All ranks know the names, so two small reductions are enough.
+        max_names: the maxima that every report has.
     """
     sums = torch.zeros(1 + len(mean_names), 2, dtype=torch.float64)
     peaks = torch.full((len(max_names),), -torch.inf, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""One micro-batch run alone, and the file that lets anyone run it again.
+"""Runs one micro-batch alone, and keeps it in a file so that anyone can run it again.
 
-A reproduction file is JSON. It holds token ids and the numbers the loss needs, no text, no weights and nothing that
-loading would execute.
+A reproduction file is JSON. It holds token ids and the numbers that the loss needs. It holds no text and no weights,
+and loading it executes nothing.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from megatron_brain.training.schedule import forward_backward
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatchResult:
-    """What one micro-batch gives when it is run alone: its mean loss, known on all stages of the replica, and this
-    rank's parameters whose gradient is not finite, in the order of the model."""
+    """The result of one micro-batch that runs alone: its mean loss, known on all pipeline stages of the replica, and
+    this rank's parameters whose gradient is not finite, in the order of the model."""
 
     loss: float
     nonfinite_parameters: tuple[str, ...]
@@ -45,12 +45,12 @@ def run_alone(
     loss_function: Callable[[torch.Tensor, PackedBatch], LossOutput],
     parallel: Parallel,
 ) -> MicroBatchResult:
-    """Forward and backward of one micro-batch, without any reduction over replicas. All ranks of the replica call it.
+    """Forward and backward pass of one micro-batch, without a reduction over replicas. All ranks of a replica call it.
 
-    The weights stay what they are; the gradients are zero afterwards. With --fp8-recipe delayed, scales are those that
-    the step has left, and the maxima of the pass are reduced and forgotten.
+    The weights do not change; the gradients are zero afterwards. With --fp8-recipe delayed, the scales are those after
+    the step; the maxima of this pass are reduced and not kept.
     """
-    # The interleaved schedule takes whole rounds of the pipeline.
+    # The interleaved schedule needs a multiple of the pipeline-parallel size.
     copies = parallel.pp_size if len(wrapped) > 1 else 1
     for chunk in wrapped:
         chunk.train()
@@ -68,7 +68,7 @@ def run_alone(
 
 
 def zero_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Zero the gradient buffers and drop what the parameters hold of them."""
+    """Set the gradient buffers to zero and drop the gradients that the parameters hold."""
     for chunk in wrapped:
         chunk.zero_grad_buffer()
         for parameter in chunk.parameters():
@@ -77,7 +77,7 @@ def zero_gradients(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 @contextlib.contextmanager
 def _without_reductions(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Gradients stay this rank's own: neither reduced over replicas nor divided by the global count."""
+    """Inside the context gradients stay on this rank: neither reduced over replicas nor divided by the global count."""
     config = wrapped[0].config
     names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
     kept = {name: getattr(config, name) for name in names}
@@ -92,11 +92,11 @@ def _without_reductions(wrapped: Sequence[DistributedDataParallel]) -> Iterator[
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """A micro-batch that gave a loss or gradient that is not finite, as one rank saw it.
+    """A micro-batch whose loss or gradient is not finite, as one rank saw it.
 
-    `micro_batch` counts from 0 among those of the replica's step; `other_micro_batches` failed in the same step.
-    `loss` is the micro-batch's mean, `grad_norm` the step's. `known_gradient` `[N]` and `known_loss` are those of the
-    packed batch.
+    `micro_batch` counts the micro-batches of the replica's step from 0; `other_micro_batches` failed in the same step.
+    `loss` is the mean of the micro-batch, `grad_norm` the norm of the step. `known_gradient` `[N]` and `known_loss`
+    belong to the packed batch.
     """
 
     iteration: int
@@ -120,7 +120,7 @@ class Reproduction:
     groups: tuple[Group, ...]
 
     def batch(self, *, multiple_of: int = 1) -> PackedBatch:
-        """The packed micro-batch, ready to run, its length rounded up (to the tensor-parallel size of the run)."""
+        """The packed micro-batch, ready to run. Its length is rounded up (to the tensor-parallel size)."""
         needed = packed_length(self.groups, shared_prefix=self.shared_prefix)
         length = -(-max(self.length, needed) // multiple_of) * multiple_of
         known = None if self.known_gradient is None else torch.tensor(self.known_gradient, dtype=torch.float32)
@@ -133,15 +133,15 @@ class Reproduction:
 
 
 def write_reproduction(path: Path, found: Reproduction) -> None:
-    """Write the file; it appears whole or not at all."""
+    """Write the file. It appears whole or not at all."""
     write_whole(path, json.dumps(_plain(dataclasses.asdict(found)), allow_nan=False) + "\n")
 
 
 def read_reproduction(path: str | Path) -> Reproduction:
-    """Read a file of `write_reproduction`.
+    """Read a file that `write_reproduction` has written.
 
     Raises:
-        ConfigError: the file is not one.
+        ConfigError: the file is not a reproduction file.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def _no_reproduction(path: str | Path, error: Exception) -> ConfigError:
 
 
 def _number(value: object) -> float:
-    """A number of the file, where one that is not finite is a text."""
+    """A number of the file. The file holds numbers that are not finite as texts."""
     try:
         return float(value)
     except ValueError as error:
@@ -194,7 +194,7 @@ def _known_loss(values: dict) -> KnownLoss:
 
 
 def _plain(value: object) -> object:
-    """The value with text for every number that JSON cannot hold."""
+    """The value, with a text in place of every number that JSON cannot hold."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""An opened run: everything a stage needs around it."""
+"""An opened run: everything that a stage needs from outside."""
 
 import dataclasses
 import logging
@@ -37,34 +37,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Run:
-    """An opened run: what was resolved, and the connected processes."""
+    """An opened run: the resolved settings and checkpoints, and the connected processes."""
 
     resolved: ResolvedRun
     config: RunConfig
-    """The resolved settings, and the date for chat templates on which the ranks have agreed."""
+    """The resolved settings, with the date for chat templates that all ranks agreed on."""
     parallel: Parallel
     tokenizer: Tokenizer
     in_use: set[Path] = field(default_factory=set)
-    """Checkpoints that this run, or one that resumes it, may read again."""
+    """Checkpoints that this run, or a run that resumes it, may read again."""
     corpora: dict[str, Corpus] = field(default_factory=dict)
-    """What `read` has read, by the name of the setting."""
+    """What `read` has read so far, by the name of the setting."""
 
     @property
     def start_from(self) -> CheckpointInfo | None:
-        """The checkpoint that the weights come from, if any."""
+        """The checkpoint that the weights come from, or None."""
         return self.resolved.start.checkpoint
 
     @property
     def resuming(self) -> bool:
-        """Whether optimizer and position come from the checkpoint too."""
+        """Whether the optimizer's state and the position in the data also come from the checkpoint."""
         return self.resolved.start.resuming
 
     def read(self, source: RecordSource) -> Sequence[Any]:
-        """The items of a source, which are the same on all ranks; none where it is not given. All ranks call it.
+        """The items of a source, the same on all ranks; none if the source is not set. All ranks must call it.
 
         Raises:
-            AgreedError: on all ranks: a bad record, prepared data that does not fit the run, or other records than
-                those of rank 0.
+            AgreedError: on all ranks: a record is bad, prepared data do not fit the run, or a rank has read other
+                records than rank 0.
         """
         place = source.place(self.config)
         if place is None:
@@ -77,7 +77,7 @@ class Run:
         return corpus.items
 
     def build_model(self, head: Head) -> list[Chunk]:
-        """Model chunks with the weights of --hf-model, or random ones; a checkpoint is loaded over them."""
+        """Model chunks with the weights of --hf-model, or random weights. A checkpoint replaces them later."""
         model, start = self.config.model, self.resolved.start
         complete = start.checkpoint is not None and start.checkpoint.head == head
         fp8 = self.config.fp8 if self.config.spec.trains else without_history(self.config.fp8)
@@ -91,11 +91,11 @@ class Run:
         return chunks
 
     def load_frozen(self, found: FrozenCheckpoint) -> list[Chunk]:
-        """A model that only scores, on the run's layout, in evaluation mode."""
+        """A frozen model on the run's layout, in evaluation mode."""
         if self.config.checkpoint.verify:
             require_files(found.info)
         head = found.info.head
-        # Modules draw initial values that nobody uses: what a run draws must not depend on when a scorer is loaded.
+        # Modules draw initial values that nobody uses. When a model is loaded must not change what the run draws.
         with torch.random.fork_rng(devices=[]):
             chunks = self._build(found.model, head, seed=None, fp8=without_history(self.config.fp8))
         load_weights(found.info, chunks, head=head, verify=self.config.checkpoint.verify)
@@ -108,7 +108,7 @@ class Run:
         return build_model(model, self.config.parallel, self.parallel, head=head, seed=seed, fp8=fp8, layers=layers)
 
     def open_logger(self, total_steps: int, shown: Sequence[str]) -> MetricsLogger:
-        """The run's metrics logger, in --tensorboard-dir or else --save, where the resolved configuration goes too."""
+        """The metrics logger, in --tensorboard-dir or else --save. The resolved configuration is written there too."""
         directory = self.config.logging.tensorboard_dir or self.config.checkpoint.save
         logger = MetricsLogger(
             directory,
@@ -126,20 +126,20 @@ class Run:
 
 
 def open_run(config: RunConfig) -> Run:
-    """Resolve a run, then start its processes.
+    """Resolve a run, then connect its processes.
 
     Raises:
-        ConfigError: anything the user asked for that cannot be; nothing has been started by then.
+        ConfigError: something that the user asked for is impossible. No process has been connected by then.
     """
     return connect(resolve_run(config, runtime.launched_world_size(), device=runtime.launched_device))
 
 
 def connect(resolved: ResolvedRun) -> Run:
-    """Start the processes of a resolved run, and check that they have resolved the same.
+    """Connect the processes of a resolved run, and check that all have resolved the same.
 
     Raises:
-        AgreedError: on all ranks: they would have different layers, start from different checkpoints, write different
-            dates, or cannot write where the run is going to.
+        AgreedError: on all ranks: ranks have different layers, start from different checkpoints, write different dates,
+            or cannot write to a place of the run.
     """
     config, layers, tokenizer = resolved.config, resolved.layers, resolved.tokenizer
     parallel = runtime.start(config.parallel, seed=config.training.seed, num_layers=config.model.num_layers)
@@ -151,7 +151,7 @@ def connect(resolved: ResolvedRun) -> Run:
 
 
 def _check_places(config: RunConfig, parallel: Parallel) -> None:
-    """What the run is going to write can be written, by every rank: it would be a pity to find out at the end."""
+    """Raise AgreedError if a rank cannot write to a place of the run. Otherwise this would show only at the end."""
     folders = {"--tensorboard-dir": config.logging.tensorboard_dir, "--save": config.checkpoint.save}
     problems = [folder_problem(*item) for item in folders.items() if item[1] is not None and config.spec.trains]
     for output in config.spec.outputs(config):
@@ -165,7 +165,7 @@ def _check_places(config: RunConfig, parallel: Parallel) -> None:
 
 
 def _lost_records(config: RunConfig, output: Output) -> str | None:
-    """What is wrong where a file that is written would replace one that records are read from."""
+    """What is wrong, if the run would overwrite a file that it reads records from."""
     written = Path(output.place).resolve()
     for source in config.spec.sources(config):
         place = source.place(config)
@@ -180,13 +180,13 @@ def _lost_records(config: RunConfig, output: Output) -> str | None:
 def fix_template_date(
     config: RunConfig, tokenizer: Tokenizer, start: Start, parallel: Parallel | None = None
 ) -> RunConfig:
-    """The run with one date for chat templates that write it, on all ranks and for all its days; and say which.
+    """The configuration with one date for chat templates, on all ranks and for the whole run. Logs the date.
 
     Args:
-        parallel: rank 0's clock counts where neither --template-date nor the checkpoint says it; None: this one's.
+        parallel: without a date of --template-date or the checkpoint, rank 0's clock decides; None: this process's.
 
     Raises:
-        AgreedError: the templates of some ranks write a date and those of others do not.
+        AgreedError: some ranks have a template that writes a date, and some have not.
     """
     asked = config.tokenizer.template_date
     date = asked or (start.checkpoint.template_date if start.checkpoint is not None else "") or now()
@@ -211,7 +211,7 @@ def fix_template_date(
 
 
 def _check_same_layers(parallel: Parallel, impl: str, reason: str) -> None:
-    """Each rank has looked for itself, maybe on nodes where other things are installed."""
+    """Raise if ranks have chosen different layers, for example because other packages are installed on a node."""
     found = parallel.gather_over_world((impl, reason))
     if len({chosen for chosen, _ in found}) > 1:
         told = "; ".join(f"rank {rank}: {chosen} ({why})" for rank, (chosen, why) in enumerate(found))
@@ -219,7 +219,7 @@ def _check_same_layers(parallel: Parallel, impl: str, reason: str) -> None:
 
 
 def _check_same_start(parallel: Parallel, start: Start) -> None:
-    """Each rank has looked for itself, maybe on storage that another job writes to or that shows nodes old contents."""
+    """Raise if ranks have found different checkpoints: another job may write there, or a node may see old contents."""
     mine = None if start.checkpoint is None else (start.checkpoint.path.name, start.resuming)
     found = parallel.gather_over_world(mine)
     if len(set(found)) > 1:

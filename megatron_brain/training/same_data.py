@@ -1,4 +1,4 @@
-"""The same data on all ranks and in a run that is resumed: fingerprints tell, and a difference has a place."""
+"""Checks by fingerprints that all ranks, and a resumed run, read the same data, and says where they differ."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def read_on_all(read: Callable[[], T], parallel: Parallel) -> T:
-    """What `read` returns on this rank. All ranks call it, and where it fails on one, it fails on all.
+    """What `read` returns on this rank. All ranks must call it. If it fails on one rank, all ranks raise.
 
     Raises:
-        AgreedError: what the first rank that failed says, with the ranks where they are not all.
+        AgreedError: the message of the first rank that failed, with the ranks if not all have failed.
     """
     result, problem = None, None
     try:
@@ -43,15 +43,15 @@ def read_on_all(read: Callable[[], T], parallel: Parallel) -> T:
 
 
 def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel: Parallel) -> None:
-    """Raise where ranks have read other items than rank 0. All ranks call it.
+    """Raise if a rank has read other items than rank 0. All ranks must call it.
 
     Args:
         corpus: what this rank has read.
-        reader: by which.
-        name: of the source, for the error.
+        reader: the reader that has read it.
+        name: name of the source, for the error.
 
     Raises:
-        AgreedError: on all ranks; names the ranks and the first record that differs.
+        AgreedError: on all ranks. It names the ranks and the first record that differs.
     """
     mine = corpus.contents
     everyone: list[Contents] = parallel.gather_over_world(mine)
@@ -76,7 +76,7 @@ def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel:
 
 
 def require_same_rollouts(rollouts: Sequence[Any], path: str, parallel: Parallel) -> None:
-    """Raise AgreedError on all ranks where some have read other rollouts from a file than rank 0. All call it."""
+    """Raise AgreedError on all ranks if one has read other rollouts from a file than rank 0. All ranks must call it."""
     told = [json.dumps(rollout.as_dict(), sort_keys=True) for rollout in rollouts]
     everyone = parallel.gather_over_world(xxhash.xxh3_64_hexdigest("\n".join(told).encode()))
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
@@ -88,20 +88,20 @@ def require_same_rollouts(rollouts: Sequence[Any], path: str, parallel: Parallel
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Ranks in words."""
+    """The ranks in words."""
     listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
 def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, Any] | None) -> None:
-    """Raise where a resumed run would go on with other training data than before; of other validation data, say so.
+    """Raise if a resumed run would continue with other training data. Other validation data are logged only.
 
     Args:
         corpora: what was read, by the name of the flag.
-        state: what `as_state` returned for the checkpoint; None of a checkpoint that has none.
+        state: what `as_state` returned for the checkpoint. Old checkpoints have None.
 
     Raises:
-        AgreedError: names what differs and between which records.
+        AgreedError: it names what differs and between which records.
     """
     if state is None:
         log.info("the checkpoint has no fingerprint of its data: only the number of records can be compared")
@@ -128,5 +128,5 @@ def _place(corpus: Corpus, index: int) -> str:
 
 
 def as_state(corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-    """Fingerprints for a checkpoint."""
+    """The fingerprints that a checkpoint keeps."""
     return {flag: corpus.contents.as_dict() for flag, corpus in corpora.items()}

@@ -30,14 +30,14 @@ def plan_step(
     step: int,
     splittable: bool,
 ) -> list[MicroBatch]:
-    """This replica's micro-batches of a step over `groups`, of at most --max-tokens-per-micro-batch.
+    """This replica's micro-batches of a step over `groups`. Each has at most --max-tokens-per-micro-batch tokens.
 
     Args:
-        groups: of the whole global batch, the same on every rank.
-        interleaved: the pipeline schedule needs whole rounds of micro-batches.
-        round_to: what lengths of packed sequences are multiples of.
-        step: number of the step, which with the seed decides ties.
-        splittable: whether a group that does not fit may be cut.
+        groups: the groups of the whole global batch, the same on every rank.
+        interleaved: whether the number of micro-batches must be a multiple of the pipeline-parallel size.
+        round_to: lengths of packed sequences are multiples of this.
+        step: number of the step. With the seed it decides ties.
+        splittable: whether a group that does not fit may be cut into parts.
     """
     return plan_groups(
         [GroupLengths(len(group.prompt), tuple(map(len, group.responses))) for group in groups],
@@ -55,10 +55,10 @@ def plan_step(
 def pack_micro_batches(
     micro_batches: Sequence[Sequence[Group]], parallel: Parallel, *, shared_prefix: bool, multiple_of: int = 1
 ) -> list[PackedBatch]:
-    """Pack each micro-batch into one sequence; one without groups is all padding.
+    """Pack each micro-batch into one sequence. A micro-batch without groups is padding only.
 
     Lengths are multiples of the tensor-parallel size, over which sequences may be split, and of `multiple_of`, the
-    model's `packed_multiple`. Pipeline stages exchange one shape, so there all are padded to the longest.
+    model's `packed_multiple`. Pipeline stages exchange tensors of one shape, so with them all have the longest length.
     """
     unit = math.lcm(parallel.tp_size, multiple_of)
     lengths = [
@@ -80,18 +80,18 @@ def forward_backward(
     *,
     forward_only: bool = False,
 ) -> list[LossOutput]:
-    """Loss of every micro-batch on the last stage (nothing elsewhere), gradients left in the model's buffers.
+    """Loss of every micro-batch on the last pipeline stage, nothing on others. Gradients are in the model's buffers.
 
     Args:
         chunks: this rank's model chunks, wrapped by megatron-core's DistributedDataParallel unless `forward_only`.
-        batches: this replica's micro-batches, in a pipeline all of one length.
+        batches: this replica's micro-batches. With several pipeline stages all have one length.
     """
 
     def loss_and_count(batch: PackedBatch, output: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
         result = loss_function(output, batch)
-        # Three values: megatron-core divides the summed gradient by the count over the global batch.
+        # Three values make megatron-core divide the summed gradient by the count over the global batch.
         count = torch.tensor(result.count, dtype=torch.int, device=output.device)
-        # A report with a graph would hold the micro-batch's pipeline input and its gradient until the step ends.
+        # A report with a graph would keep the micro-batch's pipeline input and its gradient until the step ends.
         return result.loss_sum, count, dataclasses.replace(result, loss_sum=result.loss_sum.detach())
 
     return _run(chunks, batches, loss_and_count, parallel, forward_only=forward_only)
@@ -135,7 +135,7 @@ def _run(
         return []
     count = len(batches)
     if len(chunks) > 1 and options["forward_only"]:
-        # The interleaved schedule runs whole rounds of the pipeline; what fills the last one up is left out below.
+        # The interleaved schedule needs a multiple of the pipeline-parallel size. The copies are left out below.
         batches = [*batches, *[batches[-1]] * (-count % parallel.pp_size)]
 
     def forward_step(batches, model):

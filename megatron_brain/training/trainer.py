@@ -52,66 +52,66 @@ _STEP_METRICS = (
     "seconds_per_step",
     "tokens_per_second",
 )
-"""Names of the metrics of a step that every stage has."""
+"""Names of the metrics that every stage has for a step."""
 
 
 class Stage(Protocol):
-    """What a stage adds to the loop: its batches, its loss and what it measures."""
+    """What a stage adds to the loop: its batches, its loss and its metrics."""
 
     mean_metrics: tuple[str, ...]
-    """Names of the means its loss reports besides the loss."""
+    """Names of the means that its loss reports besides the loss itself."""
     max_metrics: tuple[str, ...]
-    """Names of the maxima its loss reports."""
+    """Names of the maxima that its loss reports."""
     shown_metrics: tuple[str, ...]
-    """Names of the few metrics that the console shows, in their order, of steps and of validations."""
+    """Names of the few metrics of steps and validations that the console shows, in their order."""
     shared_prefix: bool
     train_iters: int
 
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
-        """Names of all metrics that the stage logs, also of those that only some steps or validations have."""
+        """Names of all metrics that the stage logs, including those that only some steps or validations have."""
 
     def summary(self) -> Sequence[Row]:
-        """Rows of the banner: the length of the run, and the models and samples that the stage alone knows."""
+        """Rows of the banner: the length of the run, and the models and samples of this stage."""
 
     def micro_batches(self, trainer: "Trainer") -> Sequence[Sequence[Group]]:
-        """This replica's micro-batches of the next step, the one after `trainer.iteration` steps."""
+        """This replica's micro-batches of the next step. `trainer.iteration` steps are done."""
 
     def prepare(self, trainer: "Trainer", batches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
-        """The step's packed micro-batches with what the loss must know of all of them before the first backward."""
+        """The step's packed micro-batches, with everything that the loss must know before the first backward pass."""
 
     def loss(self, output: torch.Tensor, batch: PackedBatch) -> LossOutput:
         """Loss of a micro-batch from the head's output on the last pipeline stage."""
 
     def validate(self, trainer: "Trainer") -> dict[str, float]:
-        """Metrics on held-out data, empty where the run has none."""
+        """Metrics on held-out data; empty if the run has none."""
 
     def before_update(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
-        """Look at the metrics of the step's loss before the weights move; may raise to stop the run."""
+        """Check the metrics of the step's loss before the weights change. It may raise to stop the run."""
 
     def after_step(self, trainer: "Trainer", metrics: dict[str, float]) -> dict[str, float]:
-        """Look at the metrics of the step just made; returns metrics of the stage to log beside them."""
+        """Take the metrics of the finished step. Returns further metrics of the stage to log."""
 
     def state_dict(self) -> dict:
-        """JSON-able state that resuming needs beyond the iteration, the same on all ranks."""
+        """JSON-able state that resuming needs besides the iteration. It is the same on all ranks."""
 
     def records(self) -> Sequence[dict]:
         """JSON-able records of this replica that resuming needs."""
 
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
-        """Take up the state of an earlier run and the records of all its replicas."""
+        """Continue from the state of an earlier run and the records of all its replicas."""
 
 
 def metric_names(config: RunConfig, stage: Stage | type[Stage]) -> tuple[str, ...]:
-    """Names of all metrics of a stage, without the `validation/` before those of validations."""
+    """Names of all metrics of a stage. `validation/` is left out."""
     return (*_STEP_METRICS, *stage.metric_names(config))
 
 
 def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequence[str]:
-    """Names of the metrics that the console shows: those of --log-metrics, or else the stage's own choice.
+    """Names of the metrics that the console shows: those of --log-metrics, or else those that the stage chooses.
 
     Raises:
-        AgreedError: --log-metrics has a name that is none of a metric.
+        AgreedError: --log-metrics has a name that is not the name of a metric.
     """
     known = metric_names(config, stage)
     usual = [name for name in stage.shown_metrics if name in known]
@@ -119,15 +119,15 @@ def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequenc
 
 
 def train(run: Run, make_stage: type[Stage]) -> None:
-    """Train a stage from its settings to its last iteration."""
-    metrics_on_console(run.config, make_stage)  # A mistake there is told before the data are read.
+    """Make a stage and train it to its last iteration."""
+    metrics_on_console(run.config, make_stage)  # Reports a mistake before the data are read.
     trainer = Trainer(run, make_stage(run))
     show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
     trainer.train()
 
 
 class Trainer:
-    """Policy or reward model in training: model chunks, optimizer and schedule, and the loop over them."""
+    """Trains a policy or reward model. It holds the model chunks, the optimizer and the schedule, and runs the loop."""
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
@@ -147,13 +147,13 @@ class Trainer:
         if run.resuming:
             self._resume()
         self._saver = self._open_saver()
-        # Last: a start that fails leaves the files of an earlier run alone.
+        # This comes last, so that a start that fails does not touch the files of an earlier run.
         self.logger = run.open_logger(stage.train_iters, metrics_on_console(self.config, stage))
 
     def gathered_chunks(self) -> list[Chunk]:
         """The model's chunks with whole weights.
 
-        All ranks call it: --overlap-param-gather leaves the weights in shards after an update, which are gathered here.
+        All ranks must call it: --overlap-param-gather leaves the weights in shards after an update; this gathers them.
         """
         if self._weights_in_shards:
             finish_param_gather(self.wrapped)
@@ -161,15 +161,15 @@ class Trainer:
         return self._chunks
 
     def train(self) -> dict[str, float]:
-        """Train to the stage's last iteration, validating, logging and saving on the way.
+        """Train to the stage's last iteration. Validate, log and save on the way.
 
         Returns:
-            the last step's metrics and the last validation's.
+            the metrics of the last step and of the last validation.
         """
         try:
             return self._train()
         except FloatingPointError:
-            # Raised on all ranks, which can end a checkpoint of before together.
+            # All ranks raise this, so they can finish an earlier checkpoint together.
             self.finish_saving()
             raise
         finally:
@@ -185,14 +185,14 @@ class Trainer:
                 last,
             )
         stopping = self._asked_to_stop()
-        # Also the validation that a run which was asked to stop left out.
+        # This includes the validation that an earlier run left out because it was asked to stop.
         if self._validation_is_due() and not stopping:
             shown |= self._validate()
         while self.iteration < last and not stopping:
             shown |= self._logged_step()
             done = self.iteration == last
             stopping = not done and self._asked_to_stop()
-            # A run asked to stop has little time left: it saves first of all, and validates when it is resumed.
+            # A run that is asked to stop has little time left: it saves at once, and validates when it is resumed.
             if self._validation_is_due() and not stopping:
                 shown |= self._validate()
                 stopping = not done and self._asked_to_stop()
@@ -202,11 +202,11 @@ class Trainer:
         return shown
 
     def step(self, micro_batches: Sequence[Sequence[Group]]) -> dict[str, float]:
-        """One optimizer step over the global batch, of which these are this replica's micro-batches.
+        """One optimizer step over the global batch. The arguments are this replica's micro-batches of it.
 
         Raises:
-            FloatingPointError: on all ranks, where the guard stops the run; the weights are untouched.
-            RuntimeError: on all ranks, where replicas' weights differ.
+            FloatingPointError: on all ranks, if the guard stops the run. The weights have not changed.
+            RuntimeError: on all ranks, if the weights of replicas differ.
         """
         batches = pack_micro_batches(
             micro_batches,
@@ -255,10 +255,10 @@ class Trainer:
         return metrics
 
     def _asked_to_stop(self) -> bool:
-        """Whether a signal came or the time is up on any rank: all ranks agree, and the log says why.
+        """Whether any rank got a signal or its time is up. All ranks return the same, and the log says why.
 
         Raises:
-            CheckpointError: on all ranks, where a save in the background has failed.
+            CheckpointError: on all ranks, if a save in the background has failed.
         """
         limit, reason = self.config.training.exit_duration_in_mins, None
         if (signal := signals.received()) is not None:
@@ -309,12 +309,12 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write a checkpoint of the current iteration to --save, where one is set.
+        """Write a checkpoint of the current iteration to --save, if that is set.
 
-        With --async-save it is complete only once a later `save` or `finish_saving` has returned.
+        With --async-save the checkpoint is complete only when a later `save` or `finish_saving` has returned.
 
         Raises:
-            CheckpointError: it, or the one before, could not be written; the latest complete one is untouched.
+            CheckpointError: this checkpoint or the one before could not be written. The latest complete one is kept.
         """
         if self._saver is None:
             return
@@ -335,7 +335,7 @@ class Trainer:
         """Wait for a checkpoint that is still being written.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the checkpoint could not be written.
         """
         if self._saver is not None:
             self._saver.wait()
@@ -345,7 +345,7 @@ class Trainer:
         if save is None:
             return None
         if self._started_from is not None:
-            # It may be the run's prior.
+            # The prior of the run may be this checkpoint.
             self.run.in_use.add(Path(self._started_from))
         goes_on = self.run.resuming and start.path.parent.resolve() == Path(save).resolve()
         if has_checkpoint(save) and not goes_on:

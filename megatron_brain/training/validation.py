@@ -1,4 +1,4 @@
-"""Runs held-out or to-be-scored groups through a model, forward only."""
+"""Runs groups through a model without a backward pass, to validate on them or to score them."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from megatron_brain.training.report import LossOutput, reduce_reports
 from megatron_brain.training.schedule import LossFunction, forward, forward_backward, pack_micro_batches
 
 _WINDOW = 16
-"""Micro-batches that share one padded length."""
+"""This many micro-batches share one padded length."""
 
 
 @torch.no_grad()
@@ -30,10 +30,10 @@ def mean_loss(
     max_names: Sequence[str] = (),
     token_scores: bool = False,
 ) -> dict[str, float]:
-    """Loss and metrics of samples every replica holds, each replica computing its share.
+    """Loss and metrics of samples. Every replica holds all samples and computes its share of them.
 
     Args:
-        token_scores: of the batches that `loss_function` gets.
+        token_scores: `PackedBatch.token_scores` of the batches that `loss_function` gets.
     """
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -61,16 +61,16 @@ def score_groups(
     window: int = _WINDOW,
     temperature: float = 1.0,
 ) -> list[list[Tensor]]:
-    """Sequence log-probabilities (policy) or rewards (reward model) of this replica's groups.
+    """Log-probabilities of responses (policy) or rewards (reward model) of this replica's groups.
 
     Args:
-        micro_batches: groups computed together.
-        window: micro-batches that share a padded length in a pipeline. With training's micro-batches and as many as a
-            step has, scores are bit for bit what training computes.
-        temperature: divides the logits behind the log-probabilities.
+        micro_batches: the groups that are computed together.
+        window: how many micro-batches share a padded length with several pipeline stages. With the micro-batches and
+            the number of them of a training step, scores are bit for bit what training computes.
+        temperature: the logits are divided by it before the log-probabilities are computed.
 
     Returns:
-        per micro-batch and group a `[n]` float32 tensor on the CPU, on all pipeline stages.
+        a `[n]` float32 tensor on the CPU for each group of each micro-batch, on all pipeline stages.
     """
     scored: list[list[Tensor]] = []
     for start in range(0, len(micro_batches), window):
@@ -90,7 +90,7 @@ def score_groups(
 def _windows(
     samples: Sequence[Sequence[Group]], mine: Sequence[int], micro_batch_size: int, *, shared_prefix: bool
 ) -> Iterator[list[list[Group]]]:
-    """Micro-batches of the samples `mine`, shortest first. Samples may be made on demand: few are held at a time."""
+    """Micro-batches of the samples `mine`, shortest first. Few samples are held at a time."""
     by_length = sorted(mine, key=lambda i: sum(group.num_tokens(shared_prefix=shared_prefix) for group in samples[i]))
     for start in range(0, len(by_length), _WINDOW * micro_batch_size):
         window = by_length[start : start + _WINDOW * micro_batch_size]

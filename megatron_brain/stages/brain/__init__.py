@@ -1,1 +1,1 @@
-"""BRAIn: the stage, and where its rounds come from and go."""
+"""The brain stage: its rounds, the sources of their responses, and its loss."""

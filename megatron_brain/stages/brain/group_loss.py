@@ -1,4 +1,4 @@
-"""Loss and metrics of micro-batches of whole groups, whatever the objective."""
+"""Loss and metrics of micro-batches of whole groups, for any objective."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,17 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_brain.config.objectives import objective_settings
-from megatron_brain.config.stages import BrainConfig
 from megatron_brain.data.groups import KnownLoss, PackedBatch
 from megatron_brain.objectives.objective import Numbers, Objective
-from megatron_brain.objectives.registry import make_objective
 from megatron_brain.training.report import LossOutput
-
-
-def objective_of(settings: BrainConfig) -> Objective:
-    """The objective that a run's settings ask for."""
-    return make_objective(settings.objective, objective_settings(settings))
 
 
 class GroupLoss:
@@ -27,19 +19,19 @@ class GroupLoss:
         self.mean_metrics = (*objective.mean_metrics, "reward_mean", "reward_std", "unfinished_fraction")
         self.max_metrics = objective.max_metrics
         self.names = (*objective.needs, objective.fixes, "finished")
-        """What has to be known of each response besides log q_theta."""
+        """The numbers of each response that must be known besides log q_theta."""
 
     def of_batch(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Report of a packed micro-batch of whole groups from its response tokens' log-probabilities `[N]`."""
+        """Report of a packed micro-batch of whole groups, from the log-probabilities `[N]` of its response tokens."""
         sizes = [len(group.responses) for group in batch.groups]
         columns = [values.split(sizes) for values in (batch.sum_per_response(output), *map(batch.values, self.names))]
         groups = [(values, dict(zip(self.names, known, strict=True))) for values, *known in zip(*columns, strict=True)]
         report = self.of_groups(groups)
-        # Without a group too the loss has a graph, which the backward pass of the pipeline needs.
+        # The backward pass of the pipeline needs a loss with a graph, even without groups.
         return report if groups else dataclasses.replace(report, loss_sum=output.sum())
 
     def of_groups(self, groups: Sequence[tuple[Tensor, Numbers]]) -> LossOutput:
-        """Report of groups, which may be none: of each log q_theta `[n]` and the numbers of `names`."""
+        """Report of any number of groups, from log q_theta `[n]` and the numbers `names` of each."""
         losses = [self.objective.loss(log_policy, numbers) for log_policy, numbers in groups]
         measured = [self._measure(log_policy.detach(), numbers) for log_policy, numbers in groups]
         nothing, least, count = torch.zeros(()), torch.tensor(-torch.inf), len(groups)
@@ -63,7 +55,7 @@ class GroupLoss:
 
 
 def as_known(report: LossOutput) -> KnownLoss:
-    """The report as numbers, for a later pass over the same groups."""
+    """The report as plain numbers, for a later pass over the same groups."""
     return KnownLoss(
         loss_sum=report.loss_sum.item(),
         count=report.count,
@@ -73,9 +65,9 @@ def as_known(report: LossOutput) -> KnownLoss:
 
 
 def of_known(output: Tensor, batch: PackedBatch) -> LossOutput:
-    """Report of a micro-batch whose loss and gradient a pass before has found.
+    """Report of a micro-batch whose loss and gradient an earlier pass has computed.
 
-    The value is the loss's, the gradient that of the log-probabilities `[N]` weighted by constants.
+    Its value is the known loss. Its gradient is that of the log-probabilities `[N]` weighted by constants.
     """
     known = batch.known_loss
     moving = (batch.known_gradient * (output - output.detach())).sum()

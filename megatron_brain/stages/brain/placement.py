@@ -1,12 +1,12 @@
-"""Which replica, step and micro-batch the rollouts of a round belong to.
+"""Decides to which replica, step and micro-batch each rollout of a round belongs.
 
-A group never leaves the replica it is placed on, from scoring to the last step on it, so that alpha and beta need no
-communication. Two ways:
+A group stays on its replica from scoring to the last step, so that alpha and beta need no communication. There are two
+ways:
 
-- `--micro-batch-size`: group i belongs to replica `(i mod global batch) // micro-batch mod replicas`, known before
-  anything is sampled; each replica samples its own.
-- `--max-tokens-per-micro-batch`: lengths decide (`data.group_schedule`), so replicas sample equal shares and exchange
-  the tokens before scoring. A group larger than a micro-batch is cut into parts in consecutive micro-batches.
+- `--micro-batch-size`: group i belongs to replica `(i mod global batch) // micro-batch mod replicas`. This is known
+  before sampling, so each replica samples its own groups.
+- `--max-tokens-per-micro-batch`: the lengths decide (`data.group_schedule`). So replicas sample equal shares and
+  exchange the tokens before scoring. A group larger than a micro-batch is cut into parts in consecutive micro-batches.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from megatron_brain.training.schedule import plan_step
 
 @dataclass(frozen=True)
 class Part:
-    """Responses of a rollout that are computed together: all of them, unless the group is cut into several parts."""
+    """Responses of a rollout that are computed together: all of them, or a part of a group that is cut."""
 
     rollout: Rollout
     responses: tuple[int, ...]
@@ -31,16 +31,16 @@ class Part:
 
     @property
     def leads(self) -> bool:
-        """Whether this part, alone of its group's, stands for the group where groups are counted."""
+        """Whether this is the one part that stands for its group where groups are counted."""
         return 0 in self.responses
 
     def group(self) -> Group:
-        """The part as a group to compute, with the numbers known so far."""
+        """The part as a group, with the numbers that are known so far."""
         return self.rollout.group(self.responses)
 
 
 Step = list[list[Part]]
-"""Micro-batches of one optimizer step on this replica."""
+"""The micro-batches of one optimizer step on this replica."""
 
 
 class Placement:
@@ -49,8 +49,8 @@ class Placement:
     Args:
         training: batch sizes and seed.
         parallel: the layout.
-        interleaved: the pipeline schedule needs whole rounds of micro-batches.
-        round_to: what lengths of packed sequences are multiples of.
+        interleaved: whether the number of micro-batches must be a multiple of the pipeline-parallel size.
+        round_to: lengths of packed sequences are multiples of this; None: of the tensor-parallel size.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Placement:
         return self._training.max_tokens_per_micro_batch
 
     def deal(self, items: Sequence[Item]) -> list[Item]:
-        """This replica's part of the prompts of a round, to sample."""
+        """The prompts of a round that this replica samples."""
         if self._budget is not None:
             return list(items[self._parallel.dp_rank :: self._parallel.dp_size])
         settings, parallel = self._training, self._parallel
@@ -85,10 +85,10 @@ class Placement:
         """Place a round.
 
         Args:
-            mine: the rollouts `deal` gave this replica, each with its `index` in the round.
+            mine: the rollouts that `deal` gave this replica, each with its `index` in the round.
 
         Returns:
-            this replica's micro-batches of every step; with a token budget also of rollouts other replicas drew.
+            this replica's micro-batches of every step. With a token budget, other replicas may have drawn the rollouts.
 
         Raises:
             GroupDoesNotFitError: a group does not fit the token budget even when it is cut.
@@ -96,11 +96,11 @@ class Placement:
         return self._fixed_steps(mine) if self._budget is None else self._planned_steps(mine)
 
     def alone(self, rollout: Rollout, *, at_once: int) -> Step:
-        """Micro-batches of one rollout, however many responses it has, to score on this replica: `at_once` responses
-        each, or what the token budget holds.
+        """Micro-batches that score one rollout on this replica, for any number of responses. Each has `at_once`
+        responses, or as many as fit the token budget.
 
         Raises:
-            GroupDoesNotFitError: its prompt and one response do not fit the token budget.
+            GroupDoesNotFitError: the prompt and one response do not fit the token budget.
         """
         settings, count = self._training, len(rollout.responses)
         if self._budget is None:
@@ -160,7 +160,7 @@ def rollouts_in(steps: Sequence[Step]) -> list[Rollout]:
     """The rollouts of this replica, in the order of the round.
 
     Raises:
-        AssertionError: a group's responses are not all here.
+        AssertionError: some responses of a group are not on this replica.
     """
     found: dict[int, Rollout] = {}
     present: dict[int, set[int]] = {}

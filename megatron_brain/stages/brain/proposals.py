@@ -1,7 +1,7 @@
-"""Where the responses of a round come from: drawn by a policy, given as preference pairs, or read from files.
+"""The sources of a round's responses: drawn by a policy, given as preference pairs, or read from files.
 
-Each is a `Proposal`, and so is rejection sampling, in a file of its own. What the objective needs of it besides the
-responses is how log q' of the distribution they were drawn from becomes known.
+Each is a `Proposal`. Rejection sampling is one too and has its own file. Besides the responses, a proposal says how
+log q' of the distribution that they were drawn from becomes known.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from megatron_brain.data.order import SampleOrder
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
 from megatron_brain.models.provider import Chunk
-from megatron_brain.stages.brain.group_loss import objective_of
+from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
 from megatron_brain.training.frozen import FrozenModel
@@ -26,28 +26,28 @@ from megatron_brain.training.trainer import Trainer
 
 
 class Proposal(Protocol):
-    """A source of responses, round after round."""
+    """A source of responses, which it gives round by round."""
 
     num_prompts: int
-    """Prompts of one pass over the data; 0 where rounds are files."""
+    """Number of prompts in one pass over the data; 0 if rounds are files."""
     groups_per_round: int
     from_prior: bool
-    """Whether q' is the prior rather than the policy at the start of the round."""
+    """Whether q' is the prior. Otherwise it is the policy at the start of the round."""
     temperature: float | None
-    """Temperature at which the model that trains computes log q' itself; None where the rollouts bring it along, or
-    where nobody knows it."""
+    """Temperature at which the model that trains computes log q'. None: the rollouts bring log q' along, or nobody
+    knows it."""
     metrics: Mapping[str, float]
-    """Of the round drawn last, the same on all ranks."""
+    """Metrics of the last round, the same on all ranks."""
 
     def rounds(self, epochs: float) -> int:
-        """Rounds of so many passes over the data."""
+        """Number of rounds in `epochs` passes over the data."""
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
-        """The rollouts of a round that `Placement.deal` gives this replica."""
+        """The rollouts of a round that `Placement.deal` gives to this replica."""
 
 
 class SampledResponses:
-    """Responses drawn from the policy as it is at the start of the round, or always from the prior."""
+    """Draws responses from the policy as it is at the start of the round, or always from the prior."""
 
     metrics: Mapping[str, float] = {}
 
@@ -59,12 +59,12 @@ class SampledResponses:
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
         self.from_prior = not run.config.brain.refresh_proposal
-        # Of a truncated distribution only the sampler knows the probabilities it drew with.
+        # If top-p or top-k cuts the distribution, only the sampler knows the probabilities that it drew with.
         truncated = sampling.top_p != 1.0 or sampling.top_k != 0
         self.temperature = None if truncated else sampling.temperature
 
     def rounds(self, epochs: float) -> int:
-        """Rounds of so many passes over the prompts, rounded up."""
+        """Number of rounds in `epochs` passes over the prompts, rounded up."""
         return math.ceil(epochs * self.num_prompts / self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
@@ -72,9 +72,9 @@ class SampledResponses:
         return self.draw(trainer, number, samples_per_prompt=self._run.config.sampling.samples_per_prompt)
 
     def draw(self, trainer: Trainer, number: int, *, samples_per_prompt: int) -> list[Rollout]:
-        """Draw so many samples of each of this replica's prompts of a round."""
+        """Draw `samples_per_prompt` samples of each of this replica's prompts of a round."""
         run, count = self._run, self.groups_per_round
-        # The place in the endless stream of prompts also seeds the samples: a prompt met again gets new ones.
+        # The place in the endless stream of prompts seeds the samples too: a prompt that comes again gets new ones.
         places = self._placement.deal(range(number * count, (number + 1) * count))
         prompts = [self._prompts[self._order[place]] for place in places]
         with self._model(trainer) as chunks:
@@ -114,9 +114,9 @@ class SampledResponses:
 
 
 class GivenPairs:
-    """The chosen and the rejected response of preference records, as if they were two samples of the prior.
+    """Takes the chosen and the rejected response of preference records as if they were two samples of the prior.
 
-    The reward of chosen is 1, of rejected 0, and only their order matters. With `--alpha hard` BRAIn is DPO.
+    The reward of chosen is 1, that of rejected 0; only their order matters. With `--alpha hard` BRAIn is DPO.
     """
 
     metrics: Mapping[str, float] = {}
@@ -131,7 +131,7 @@ class GivenPairs:
         self.groups_per_round = run.config.brain.prompts_per_round
 
     def rounds(self, epochs: float) -> int:
-        """Rounds of so many passes over the pairs, rounded up."""
+        """Number of rounds in `epochs` passes over the pairs, rounded up."""
         return math.ceil(epochs * self.num_prompts / self.groups_per_round)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
@@ -161,7 +161,7 @@ class GivenPairs:
 
 
 class RolloutFiles:
-    """Rollouts any engine has written, one file a round."""
+    """Reads rollouts that any engine has written. Each file is a round."""
 
     metrics: Mapping[str, float] = {}
     num_prompts = 0
@@ -171,7 +171,7 @@ class RolloutFiles:
     def __init__(self, run: Run, placement: Placement) -> None:
         self._run, self._placement = run, placement
         self._files = rollout_files(run.config.brain.rollout_data)
-        # All of them now: what is wrong with the last file must not stop a run after days.
+        # All files are checked now: an error in the last file must not stop a run after days.
         groups = {path: len(self._read(path)) for path in self._files}
         self.groups_per_round = groups[self._files[0]]
         other = next((path for path in self._files if groups[path] != self.groups_per_round), None)
@@ -183,11 +183,11 @@ class RolloutFiles:
             )
 
     def rounds(self, epochs: float) -> int:
-        """One round per file, whatever `epochs`."""
+        """One round per file, for any `epochs`."""
         return len(self._files)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
-        """Read this replica's rollouts of a round, from the first file again after the last."""
+        """Read this replica's rollouts of a round. After the last file comes the first one again."""
         path = self._files[number % len(self._files)]
         rollouts = self._read(path)
         require_same_rollouts(rollouts, path, self._run.parallel)
@@ -201,8 +201,8 @@ def read_round(config: RunConfig, path: str) -> list[Rollout]:
     """All rollouts of a file.
 
     Raises:
-        ConfigError: they do not fill whole batches, are not for this model's vocabulary and --seq-length, or lack
-            numbers that no model is given for.
+        ConfigError: they do not fill whole batches, do not fit the model's vocabulary or --seq-length, or lack numbers
+            that no given model computes.
     """
     objective, batch = objective_of(config.brain), config.training.global_batch_size
     rollouts = read_rollouts(path, needs_log_proposal="log_proposal" in objective.needs)
@@ -223,7 +223,7 @@ def read_round(config: RunConfig, path: str) -> list[Rollout]:
 
 
 def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
-    """What a response does not bring along can be computed."""
+    """Raise ConfigError if a number is missing that no given model computes."""
     has_prior = config.scoring.prior_load is not None or config.checkpoint.finetune
     models = {
         "reward": (config.scoring.reward_load is not None, "--reward-load"),
@@ -235,7 +235,7 @@ def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
 
 
 def _check_tokens(config: RunConfig, rollout: Rollout, path: str) -> None:
-    """Token ids another engine wrote are the model's, and leave no response over --seq-length."""
+    """Raise ConfigError if token ids are outside the vocabulary, or if prompt and response exceed --seq-length."""
     vocab_size, longest = config.model.vocab_size, config.data.seq_length
     for response in rollout.responses:
         tokens = (*rollout.prompt_tokens, *response.tokens)

@@ -1,5 +1,5 @@
-"""Statistical rejection sampling (RSO, Liu et al. 2023, arXiv 2309.06657, algorithm 1): responses of the posterior
-`p(y|x) exp(r(x,y) / tau)`, chosen from samples of the prior."""
+"""Statistical rejection sampling (RSO, Liu et al. 2023, arXiv 2309.06657, algorithm 1). It chooses responses of the
+posterior `p(y|x) exp(r(x,y) / tau)` from samples of the prior."""
 
 import dataclasses
 import math
@@ -19,22 +19,22 @@ from megatron_brain.training.same_data import read_on_all
 from megatron_brain.training.trainer import Trainer
 
 _SAMPLE_KEY = -1
-"""Number of the stream of draws of a prompt that no sample has."""
+"""Key of a prompt's stream of draws. No sample has this key."""
 
 
 def accept(rewards: Sequence[float], count: int, *, temperature: float, uniforms: Sequence[float]) -> list[int]:
     """Choose candidates without replacement.
 
     The candidates are shuffled. A pass goes through those that are left and accepts each with probability
-    `exp((r - r_max) / tau)`, r_max being the largest reward of those left as the pass begins, until there are enough;
-    then comes the next pass. A pass accepts the best that is left, so there are at most `count`. As tau goes to 0 the
-    best are accepted, as it grows all are accepted alike.
+    `exp((r - r_max) / tau)`, where r_max is the largest reward of those that are left when the pass begins. Passes
+    follow each other until `count` are accepted. Each pass accepts the best that is left, so there are at most `count`
+    passes. For small tau the best are accepted, for large tau all are accepted with equal probability.
 
     Args:
-        rewards: of the candidates, which are distinct.
-        count: how many to accept, at most as many as there are.
+        rewards: rewards of the candidates, which are distinct.
+        count: how many candidates to accept, at most all.
         temperature: tau > 0.
-        uniforms: draws in [0, 1), `num_draws` of them.
+        uniforms: `num_draws` uniform draws in [0, 1).
 
     Returns:
         indices of the accepted candidates, in random order, so that neighbours are random pairs.
@@ -53,7 +53,7 @@ def accept(rewards: Sequence[float], count: int, *, temperature: float, uniforms
 
 
 def num_draws(candidates: int, count: int) -> int:
-    """Draws that `accept` takes at most: two shuffles, and one of every candidate in each of `count` passes."""
+    """The most draws that `accept` needs: two shuffles, and one per candidate in each of `count` passes."""
     return candidates + count + candidates * count
 
 
@@ -62,7 +62,7 @@ def _shuffled(items: Sequence[int], draws: Iterator[float]) -> list[int]:
 
 
 class RejectionSamples:
-    """Responses of the prior that rejection sampling has chosen. Nobody knows log q' of what is chosen."""
+    """Responses of the prior that rejection sampling has accepted. Nobody knows log q' of accepted responses."""
 
     from_prior = True
     temperature = None
@@ -74,14 +74,14 @@ class RejectionSamples:
         self.metrics: dict[str, float] = {}
 
     def rounds(self, epochs: float) -> int:
-        """Rounds of so many passes over the prompts, rounded up."""
+        """Number of rounds in `epochs` passes over the prompts, rounded up."""
         return self._samples.rounds(epochs)
 
     def rollouts(self, trainer: Trainer, number: int) -> list[Rollout]:
-        """Draw this replica's candidates of a round, score them and choose.
+        """Draw this replica's candidates of a round, score them, and accept some.
 
         Raises:
-            AgreedError: on all ranks, where a prompt has too few distinct candidates.
+            AgreedError: on all ranks, if a prompt has too few distinct candidates.
         """
         config = self._run.config
         drawn = self._samples.draw(trainer, number, samples_per_prompt=config.brain.rso_candidates)
@@ -101,11 +101,11 @@ class RejectionSamples:
         )
 
     def _choose(self, candidates: Rollout, *, key: int) -> Rollout:
-        """The rollout with the accepted responses alone.
+        """The rollout with the accepted responses only.
 
         Args:
-            candidates: distinct and scored.
-            key: the prompt's place in the endless stream of prompts, which seeds the choice.
+            candidates: a rollout with distinct, scored responses.
+            key: the prompt's place in the endless stream of prompts. It seeds the choice.
         """
         responses, settings = candidates.responses, self._run.config.brain
         count = self._run.config.sampling.samples_per_prompt
@@ -127,9 +127,9 @@ class RejectionSamples:
                 self._run.config.training.seed, key, _SAMPLE_KEY, num_draws(len(responses), count)
             ).tolist(),
         )
-        # One response alone is a pair with itself, which is a tie.
+        # A single response makes a pair with itself, which is a tie.
         accepted = [responses[i] for i in chosen] or responses * 2
-        # The sampler's word is the probability of being drawn, not that of being accepted.
+        # sampler_logprob is the probability of being drawn, not that of being accepted.
         return dataclasses.replace(
             candidates, responses=[dataclasses.replace(response, sampler_logprob=None) for response in accepted]
         )

@@ -1,4 +1,4 @@
-"""Rollouts: the sampled and scored groups of a round, in memory and as files any engine may write.
+"""Rollouts: the sampled and scored groups of a round, in memory and as files that any engine may write.
 
 A file holds one JSON object per prompt:
 
@@ -6,11 +6,11 @@ A file holds one JSON object per prompt:
      "responses": [{"tokens": [...], "text": "...", "finished": true, "sampler_logprob": -12.3,
                     "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4, "alpha": 0.1}, ...]}
 
-`alpha` is what BRAIn fixes for the round; other objectives fix something else (`preference`, `advantage`).
+BRAIn fixes `alpha` for the round. Other objectives fix another number (`preference`, `advantage`).
 
-To be read back, a response needs its tokens; and log_proposal, the log-probability under the distribution it was drawn
-from (or sampler_logprob, the sampling engine's own word for it), where the objective uses it. Reward and log_prior are
-computed where they are missing.
+A response that is read back needs its tokens. If the objective uses log q', it also needs log_proposal, which is the
+log-probability under the distribution that it was drawn from, or sampler_logprob, the sampling engine's value of the
+same. Reward and log_prior are computed where they are missing.
 """
 
 import glob
@@ -31,9 +31,7 @@ from megatron_brain.objectives.registry import OBJECTIVES
 
 _LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
 _ROUNDING = 0.01
-"""What the log-probability of a certain response may be off from 0."""
-_FIXED = tuple(sorted({objective.fixes for objective in OBJECTIVES.values()}))
-"""What an objective may have fixed for the round it wrote. It is computed anew when a file is read."""
+"""The log-probability of a response may exceed 0 by this much, because of rounding."""
 _TYPES = {
     "id": (str, int),
     "index": (int,),
@@ -41,9 +39,8 @@ _TYPES = {
     "responses": (list, tuple),
     "text": (str,),
     "finished": (bool,),
-    **dict.fromkeys(_FIXED, (float, int)),
 }
-"""Types of the fields of a record and its responses that are not looked at otherwise."""
+"""Types of those fields of a record and its responses that have no other check."""
 
 
 @dataclass(kw_only=True)
@@ -58,16 +55,16 @@ class Response:
     log_prior: float | None = None
     reward: float | None = None
     fixed: dict[str, float] = field(default_factory=dict)
-    """What the objective has fixed for the round, by its name."""
+    """The number that the objective has fixed for the round, by its name."""
 
     def value(self, name: str) -> float | None:
-        """A number of the response; None where it is not known."""
+        """A number of the response; None if it is not known."""
         return self.fixed[name] if name in self.fixed else getattr(self, name)
 
 
 @dataclass(kw_only=True)
 class Rollout:
-    """One prompt with its samples. `index` is the prompt's place in the round, which decides its replica."""
+    """One prompt with its samples. `index` is the prompt's place in the round, which decides the replica."""
 
     id: str
     index: int
@@ -80,11 +77,11 @@ class Rollout:
         return tuple(response.value(name) for response in self.responses)
 
     def numbers(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """What is known of the responses, as the objective takes it: each `[n]` float32."""
+        """Numbers of the responses in the form that the objective takes: each `[n]` float32."""
         return {name: torch.tensor(self.values(name), dtype=torch.float32) for name in names}
 
     def group(self, responses: Sequence[int] | None = None) -> Group:
-        """The group to score or train on, or some of its responses, with the numbers known so far."""
+        """The group to score or train on, or a part of it, with the numbers that are known so far."""
         chosen = self.responses if responses is None else [self.responses[i] for i in responses]
         names = ("log_proposal", "log_prior", "reward", *chosen[0].fixed)
         values = {name: tuple(response.value(name) for response in chosen) for name in names}
@@ -97,7 +94,7 @@ class Rollout:
         )
 
     def as_dict(self) -> dict:
-        """JSON-able form, with what is fixed beside the other numbers."""
+        """The rollout as JSON-able values. The fixed number stands beside the others."""
         record = asdict(self)
         for response in record["responses"]:
             response |= response.pop("fixed")
@@ -108,23 +105,23 @@ def rollout_from_dict(record: dict, where: str, *, needs_log_proposal: bool = Tr
     """Read one record.
 
     Args:
-        record: as `Rollout.as_dict` makes it.
+        record: a record as `Rollout.as_dict` makes it.
         where: the place of the record, for errors.
-        needs_log_proposal: whether it is of no use without.
+        needs_log_proposal: whether a response without log_proposal is an error.
 
     Raises:
-        ConfigError: a field is missing, unknown or of another kind, or there are fewer than two responses; names
-            `where`.
+        ConfigError: a field is missing, unknown or of another type, or there are fewer than two responses. The
+            message has `where`.
     """
     _check_fields(record, Rollout, ("id", "index", "prompt_tokens", "responses"), where)
     if len(record["responses"]) < 2:
         raise ConfigError(f"{where}: {len(record['responses'])} response(s), a group needs at least 2")
-    responses = []
+    responses, fixed = [], _fixed()
     for values in record["responses"]:
         _check_fields(values, Response, ("tokens",), where)
-        plain = {name: value for name, value in values.items() if name not in _FIXED}
+        plain = {name: value for name, value in values.items() if name not in fixed}
         response = Response(**{**plain, "tokens": _token_ids(values["tokens"], where)})
-        response.fixed = {name: float(values[name]) for name in _FIXED if values.get(name) is not None}
+        response.fixed = {name: float(values[name]) for name in fixed if values.get(name) is not None}
         _make_floats(response, where)
         if response.log_proposal is None:
             response.log_proposal = response.sampler_logprob
@@ -138,11 +135,16 @@ def rollout_from_dict(record: dict, where: str, *, needs_log_proposal: bool = Tr
     return Rollout(**{**record, "prompt_tokens": prompt_tokens, "responses": responses})
 
 
+def _fixed() -> list[str]:
+    """Names of the numbers that objectives fix for a round. They are computed anew when a file is read."""
+    return sorted({objective.fixes for objective in OBJECTIVES.values()})
+
+
 def _check_fields(values: object, kind: type, needed: Sequence[str], where: str) -> None:
-    """Raise ConfigError where an object of a file lacks a field, or has one that is unknown or of another type."""
+    """Raise ConfigError if an object of a file lacks a field, or has one that is unknown or of another type."""
     what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind) if field.name != "fixed"]
-    if kind is Response:
-        known += _FIXED
+    fixed = _fixed() if kind is Response else []
+    known += fixed
     if not isinstance(values, dict):
         raise _no_rollout(where, f"{what} must be an object, not {short(values)}")
     for name in needed:
@@ -151,7 +153,7 @@ def _check_fields(values: object, kind: type, needed: Sequence[str], where: str)
     for name, value in values.items():
         if name not in known:
             raise _no_rollout(where, f"{what} has no field {name!r}, only {', '.join(known)}")
-        types = _TYPES.get(name)
+        types = (float, int) if name in fixed else _TYPES.get(name)
         if value is not None and types is not None and type(value) not in types:
             raise _no_rollout(where, f"{name!r} must be of type {types[0].__name__}, not {short(value)}")
 
@@ -181,10 +183,10 @@ def _make_floats(response: Response, where: str) -> None:
 
 
 def rollout_files(pattern: str) -> list[str]:
-    """Rollout files in the order of their names, one a round.
+    """Rollout files in the order of their names. Each is a round.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no file matches.
     """
     files = sorted(glob.glob(pattern))
     if not files:
@@ -201,7 +203,7 @@ def read_rollouts(path: str, *, needs_log_proposal: bool = True) -> list[Rollout
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Write a round; the file appears whole or not at all."""
+    """Write a round. The file appears whole or not at all."""
     write_whole(
         path, "".join(json.dumps(rollout.as_dict(), ensure_ascii=False, allow_nan=False) + "\n" for rollout in rollouts)
     )

@@ -1,4 +1,4 @@
-"""Makes the rounds of a BRAIn run: responses, their place in the steps, their scores and weights."""
+"""Makes the rounds of a brain run: responses, their place in the steps, and their numbers."""
 
 import contextlib
 import time
@@ -47,7 +47,7 @@ class Round:
 
 
 class RoundMaker:
-    """Makes one round after another, each replica its own part."""
+    """Makes one round after another. Each replica makes its own part."""
 
     def __init__(self, run: Run, objective: Objective) -> None:
         self._run, self._settings, self._objective = run, run.config.brain, objective
@@ -63,7 +63,7 @@ class RoundMaker:
         self.proposal = self._open_proposal()
 
     def _open_proposal(self) -> Proposal:
-        """The proposal the settings ask for, its data read."""
+        """The proposal that the settings ask for. Its data are read here."""
         run, placement = self._run, self._placement
         if self._settings.rollout_data:
             return RolloutFiles(run, placement)
@@ -79,10 +79,10 @@ class RoundMaker:
         return [(name, path) for name, path in paths.items() if path is not None]
 
     def make(self, trainer: Trainer, number: int) -> Round:
-        """Make a round; its metrics are the same on all ranks.
+        """Make a round. Its metrics are the same on all ranks.
 
         Raises:
-            RuntimeError: the sampler's log-probabilities are not the trainer's.
+            RuntimeError: the log-probabilities of the sampler and of the trainer differ.
         """
         start = time.perf_counter()
         drawn = self.proposal.rollouts(trainer, number)
@@ -100,14 +100,14 @@ class RoundMaker:
             "sampled_tokens_per_second": tokens / (sampled - start),
             **self.proposal.metrics,
         }
-        if self._settings.responses == "sampled" and (rescored or self.proposal.temperature is None):
+        if self._settings.responses == "sampled" and not self._is_missing("log_proposal", rollouts):
             metrics["proposal_entropy"] = self._entropy(rollouts, tokens)
         if self._settings.responses == "sampled" and rescored:
             metrics["sampler_logprob_difference"] = self._sampler_difference(rollouts, tokens)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def take_up(self, number: int, rollouts: Sequence[Rollout]) -> Round:
-        """A round of an earlier run, all replicas' scored rollouts, at any number of replicas."""
+        """A round of an earlier run, from the scored rollouts of all its replicas, however many there are now."""
         ordered = sorted(rollouts, key=lambda rollout: rollout.index)
         steps = self._placement.steps(self._placement.deal(ordered))
         mine = rollouts_in(steps)
@@ -115,21 +115,21 @@ class RoundMaker:
         return Round(number=number, steps=steps, rollouts=mine)
 
     def proposal_is_policy(self, number: int) -> bool:
-        """Whether log q' of a round is the log-probability of the policy as the round starts."""
+        """Whether log q' of a round is the log-probability under the policy at the start of the round."""
         return self.proposal.temperature == 1.0 and (not self.proposal.from_prior or self._policy_is_prior(number))
 
     def _policy_is_prior(self, number: int) -> bool:
-        """Whether the policy, as the round starts, still is the checkpoint the prior is."""
+        """Whether the policy at the start of the round is still the prior's checkpoint."""
         return number == 0 and not self._run.resuming and self._run.config.scoring.prior_load is None
 
     def _score(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> bool:
-        """Fill in the numbers that the objective needs where they are unknown; whether log q' is among them."""
+        """Fill in the missing numbers that the objective needs. Returns whether log q' was computed."""
         needs, temperature = self._objective.needs, self.proposal.temperature
         is_prior = self.proposal.from_prior or self._policy_is_prior(number)
         gives_prior = is_prior and temperature == 1.0 and "log_prior" in needs
         rescores = temperature is not None and ("log_proposal" in needs or gives_prior)
         if rescores:
-            # By the code that trains, in its micro-batches, so that beta is exactly 1/n before the first step.
+            # The code that trains computes log q', in its micro-batches. So beta is exactly 1/n before the first step.
             loads_prior = is_prior and not self._policy_is_prior(number)
             with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.gathered_chunks()) as chunks:
                 for response, value in score_responses(
@@ -150,16 +150,16 @@ class RoundMaker:
         return rescores
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:
-        """Whether any replica lacks the number somewhere; all ranks of a layout must then score together."""
+        """Whether the number is missing on any replica. All ranks must then score together."""
         mine = any(value is None for rollout in rollouts for value in rollout.values(name))
         return any(self._run.parallel.gather_over_data_parallel(mine))
 
     def _entropy(self, rollouts: Sequence[Rollout], tokens: float) -> float:
-        """Mean of -log q' over all tokens, in nats: that of tokens drawn from q' estimates its entropy, at no cost."""
+        """Mean of -log q' over all tokens, in nats. For tokens drawn from q' it estimates the entropy of q'."""
         return -self._total(sum(sum(rollout.values("log_proposal")) for rollout in rollouts)) / tokens
 
     def _sampler_difference(self, rollouts: Sequence[Rollout], tokens: float) -> float:
-        """Mean |log q' of the trainer - of the sampler|, in nats per token over all replicas, inside of its limit."""
+        """Mean |log q' of the trainer - that of the sampler| over all replicas, in nats per token, below the limit."""
         differences = (
             abs(response.log_proposal - response.sampler_logprob)
             for rollout in rollouts
@@ -199,5 +199,5 @@ class RoundMaker:
 
 
 def _prior_folder(config: RunConfig) -> str | None:
-    """--prior-load, or else the checkpoint that a --finetune run starts from; a resumed policy is no prior."""
+    """--prior-load, or else the checkpoint that a --finetune run starts from. A resumed policy is not the prior."""
     return config.scoring.prior_load or (config.checkpoint.load if config.checkpoint.finetune else None)

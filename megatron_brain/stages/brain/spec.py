@@ -1,4 +1,4 @@
-"""What others have to know of BRAIn."""
+"""The descriptor of the brain stage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _require(config: RunConfig) -> None:
 
 
 def _require_rollout_data(config: RunConfig) -> None:
-    """Rollouts bring prompts and responses."""
+    """Rollout files hold prompts and responses, so no other source may be set."""
     if config.data.train_data:
         raise ConfigError("train_data and rollout_data are both set: rollouts hold their own prompts; give one")
     if config.brain.responses == "given":
@@ -77,7 +77,7 @@ def _require_samples(config: RunConfig) -> None:
 
 
 def _require_given_pairs(config: RunConfig) -> None:
-    """Pairs stand for two samples of the prior of which only the better one is known."""
+    """Pairs stand for two samples of the prior, of which it is only known which one is better."""
     if config.brain.objective == "brain" and config.brain.alpha != "hard":
         raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
     if config.brain.refresh_proposal:

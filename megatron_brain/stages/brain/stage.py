@@ -1,4 +1,4 @@
-"""BRAIn: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479), with its objective or another."""
+"""The brain stage: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479), with any objective."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from megatron_brain.config.run_length import length_of_rounds
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.summary import Row
-from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, objective_of, of_known
+from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, of_known
+from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
@@ -26,10 +27,10 @@ from megatron_brain.training.trainer import Trainer
 class BrainStage:
     """Samples are groups; the loss is the mean over groups of the global batch.
 
-    Two ways lead to one gradient. Where a group is whole in its micro-batch, autograd goes through its loss. Where it
-    is cut into parts, a forward pass of its own yields the group's log-probabilities, and the micro-batches then train
-    on the log-probabilities weighted by the derivative of the loss in them, which is a constant: for
-    KL(alpha || beta), -(alpha - beta).
+    There are two ways to the same gradient. If a group is whole in its micro-batch, autograd differentiates its loss.
+    If it is cut into parts, an extra forward pass computes the log-probabilities of the whole group. The micro-batches
+    then train on the log-probabilities, each weighted by the derivative of the loss in it. These derivatives are
+    constants: -(alpha - beta) for KL(alpha || beta).
     """
 
     occasional_metrics = (
@@ -50,11 +51,11 @@ class BrainStage:
         "loss",
         "tokens_per_second",
     )
-    """Those that the objective has are shown."""
+    """The console shows those of these that the objective has."""
 
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
-        """Names of the metrics that the stage logs with the objective of a run."""
+        """Names of the metrics that the stage logs with the run's objective."""
         loss = GroupLoss(objective_of(config.brain))
         return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics)
 
@@ -74,7 +75,7 @@ class BrainStage:
         self._step: Step = []
 
     def summary(self) -> list[Row]:
-        """The models that score, rounds, and steps."""
+        """Rows for the models that score, the rounds, and the steps."""
         config, proposal = self._config, self._proposal
         rounds = -(-self.train_iters // self.steps_per_round)
         if config.brain.rollout_data is not None:
@@ -91,7 +92,7 @@ class BrainStage:
         ]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:
-        """This replica's groups of the next step, from a new round where the last one is used up."""
+        """This replica's groups of the next step. If the last round is used up, a new one is made."""
         wanted, step = divmod(trainer.iteration, self.steps_per_round)
         if self._round is None or wanted != self._round.number:
             self._round = self._maker.make(trainer, wanted)
@@ -99,7 +100,7 @@ class BrainStage:
         return [[part.group() for part in micro_batch] for micro_batch in self._step]
 
     def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """Make the first of two passes for micro-batches that hold a cut group's part, or, with --two-pass, for all."""
+        """Make the first of two passes for micro-batches with parts of cut groups; with --two-pass, for all."""
         batches = list(batches)
         everything = self._config.brain.two_pass
         places = [
@@ -120,7 +121,7 @@ class BrainStage:
         return batches
 
     def _with_known_loss(self, batch: PackedBatch, parts: Sequence[Part], log_policy: dict[int, Tensor]) -> PackedBatch:
-        """The batch with the derivative of the loss in each log-probability, and with the loss and the metrics of the
+        """The batch with the derivative of the loss in each log-probability, and with the loss and the metrics of those
         groups whose leading part it holds."""
         leading, gradients = [], []
         for part in parts:
@@ -136,21 +137,21 @@ class BrainStage:
         )
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Output: response tokens' log-probabilities `[N]`."""
+        """Loss from `output`, the log-probabilities `[N]` of the response tokens."""
         if batch.known_loss is not None:
             return of_known(output, batch)
         return self._group_loss.of_batch(output, batch)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """None while training: the evaluate stage compares policies on held-out prompts."""
+        """Nothing: the evaluate stage compares policies on held-out prompts."""
         return {}
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        """Check the first step of a round, where the policy still is the proposal.
+        """Check the first step of a round, in which the policy is still the proposal.
 
         Raises:
-            RuntimeError: what the objective claims of that step does not hold: proposal and policy were not computed
-                alike.
+            RuntimeError: the objective's claim about this step does not hold, so proposal and policy were computed in
+                different ways.
         """
         check, limit = self._refresh_check, self._config.brain.max_refresh_error
         number, step = divmod(trainer.iteration, self.steps_per_round)
@@ -165,7 +166,7 @@ class BrainStage:
             )
 
     def after_step(self, trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-        """Report the round with its first step."""
+        """Log the round with its first step."""
         if (trainer.iteration - 1) % self.steps_per_round:
             if self._refresh_check is not None:
                 del metrics[self._refresh_check.metric]
@@ -175,7 +176,7 @@ class BrainStage:
         return {"round": self._round.number, **self._round.metrics}
 
     def state_dict(self) -> dict:
-        """Which round it is, and of which prior."""
+        """The number of the round, its objective and its prior."""
         return {
             **self._fixed(),
             "objective": self._config.brain.objective,
@@ -185,11 +186,11 @@ class BrainStage:
         }
 
     def records(self) -> list[dict]:
-        """The round's rollouts on this replica: a run may stop in the middle of a round."""
+        """The round's rollouts on this replica. A run may stop in the middle of a round."""
         return [rollout.as_dict() for rollout in self._round.rollouts] if self._round else []
 
     def _fixed(self) -> dict:
-        """What the position in the prompts follows from."""
+        """Everything that determines the position in the prompts."""
         return {
             **fixed_settings(self._config),
             "num_prompts": self._proposal.num_prompts,
@@ -197,7 +198,7 @@ class BrainStage:
         }
 
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
-        """Take up the round, at any number of replicas."""
+        """Continue the round. The number of replicas may have changed."""
         check_unchanged(self._fixed(), state)
         require_same_as_before(self._corpora, state.get("data"))
         before, now = state.get("objective", "brain"), self._config.brain.objective
@@ -208,7 +209,7 @@ class BrainStage:
             )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
-        # Each has the numbers that the objective needs: it was scored before.
+        # The rollouts were scored before, so they have all numbers that the objective needs.
         rollouts = [
             rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
         ]

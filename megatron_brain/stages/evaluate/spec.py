@@ -1,4 +1,4 @@
-"""What others have to know of the evaluate stage."""
+"""The descriptor of the evaluate stage."""
 
 from megatron_brain.config.checks import require_set
 from megatron_brain.config.run import RunConfig

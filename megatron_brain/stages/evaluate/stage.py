@@ -79,7 +79,7 @@ def _log_ratios(
 ) -> list[float]:
     """log q(y|x) - log p(y|x) of one sample y ~ q per prompt, whose mean estimates KL(policy || prior) in nats.
 
-    The samples are drawn at temperature 1 whatever the answers were drawn at: only those are samples of q.
+    These samples are drawn at temperature 1, for any temperature of the answers: only they are samples of q.
     """
     plain = dataclasses.replace(run.config.sampling, samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0)
     samples = sample_answers(run, policy, prompts, mine, plain)
@@ -108,7 +108,7 @@ def _add_rewards(
                 where=prompt.record_id,
             )
             responses.append(tuple(ids))
-        # Once each: in another place of a packed sequence, the same tokens get a reward that differs by rounding.
+        # Equal responses are scored once: at another place of a packed sequence their reward would differ by rounding.
         distinct = tuple(dict.fromkeys(responses))
         places.append([distinct.index(response) for response in responses])
         groups.append([Group(prompt=prompt.tokens, responses=distinct, record_id=prompt.record_id)])
@@ -152,7 +152,7 @@ def _write_report(run: Run, rows: list[dict]) -> None:
 
 
 def _require_finite(rows: Sequence[dict]) -> None:
-    """Raise FloatingPointError where a model has computed no number; no mean over such would mean anything."""
+    """Raise FloatingPointError if a model has computed NaN or infinity. A mean with it would mean nothing."""
     for row in rows:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -166,11 +166,11 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
     """Means and win-rates with 95% intervals over prompts.
 
     Args:
-        rows: one per prompt, with numbers named `kind/answer` and `kl_to_prior`, and the texts of the answers.
+        rows: one row per prompt, with numbers `kind/answer` and `kl_to_prior`, and the texts of the answers.
 
     Returns:
-        every number's mean, and `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference` and
-        `.../baseline_vs_reference` for the kinds reward and judge where all prompts have both. Equal texts tie.
+        the mean of every number. For the kinds reward and judge, if all prompts have both scores, also
+        `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference`, `.../baseline_vs_reference`. Equal texts tie.
     """
     columns = {
         name: [row[name] for row in rows]

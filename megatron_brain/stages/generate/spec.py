@@ -1,4 +1,4 @@
-"""What others have to know of the generate stage."""
+"""The descriptor of the generate stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _require(config: RunConfig) -> None:
 
 
 def read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptReader:
-    """The reader of prompts that leave room for --max-new-tokens."""
+    """The reader of prompts. A prompt must leave room for --max-new-tokens."""
     from megatron_brain.data.records import PromptReader
 
     return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)

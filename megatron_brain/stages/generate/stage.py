@@ -1,4 +1,4 @@
-"""Responses for a file of prompts, one JSON line a prompt."""
+"""Draws responses for a file of prompts. The output has one JSON line per prompt."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def main(run: Run) -> None:
-    """Sample and write."""
+    """Draw the responses and write them."""
     prompts = read_prompts(run)
     chunks = run.build_model("policy")
     if run.start_from is not None:

@@ -1,4 +1,4 @@
-"""What others have to know of the reward model's training."""
+"""The descriptor of the reward stage."""
 
 from __future__ import annotations
 

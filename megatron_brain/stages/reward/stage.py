@@ -27,12 +27,12 @@ class RewardStage(DatasetStage):
         super().__init__(run, _samples(run.read(TRAIN_DATA)), _samples(run.read(VALID_DATA)))
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Output: rewards `[R]`, chosen and rejected in turn."""
+        """Loss from `output`, the rewards `[R]`, in which chosen and rejected alternate."""
         chosen, rejected = output[0::2], output[1::2]
         losses = bradley_terry_losses(chosen, rejected, batch.values("margin"), centering_coefficient=self._centering)
         pairs = len(losses)
         with torch.no_grad():
-            # A tie is half right, as a coin would be. The rewards of equal responses may differ by rounding.
+            # A tie counts one half, like a coin. The rewards of equal responses may differ by rounding.
             equal = [group.responses[0] == group.responses[1] for group in batch.groups]
             tie = (chosen == rejected) | torch.tensor(equal, dtype=torch.bool, device=chosen.device)
             right = torch.where(tie, 0.5, (chosen > rejected).float())

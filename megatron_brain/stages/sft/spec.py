@@ -1,4 +1,4 @@
-"""What others have to know of supervised fine-tuning."""
+"""The descriptor of the sft stage."""
 
 from __future__ import annotations
 

@@ -33,17 +33,17 @@ class SFTStage(DatasetStage):
         else:
             samples = OnDemand(len(train), lambda index: [train[index]])
         valid = run.read(VALID_DATA)
-        # Which records a sample holds follows from the length that they are packed into.
+        # The packed length decides which records a sample holds.
         packed_length = data.seq_length if run.config.sft.packing else 0
         valid_samples = OnDemand(len(valid), lambda index: [valid[index]])
         super().__init__(run, samples, valid_samples, fixed={"packed_length": packed_length})
 
     def prepare(self, trainer: Trainer, batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The loss is linear in the log-probabilities: their gradient is known before they are."""
+        """The batches with the gradient of the loss, a constant: the loss is linear in the log-probabilities."""
         return [dataclasses.replace(batch, known_gradient=-batch.loss_mask.float()) for batch in batches]
 
     def loss(self, output: Tensor, batch: PackedBatch) -> LossOutput:
-        """Output: response tokens' log-probabilities `[N]`; in validation above their entropies and agreements."""
+        """Loss from `output`: log-probabilities `[N]`; in validation rows of those, of entropies and of agreements."""
         count, means = int(batch.loss_mask.sum()), {}
         if batch.token_scores:
             output, *others = output

@@ -13,7 +13,7 @@ FILES = "--load c --finetune --rollout-data r"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (f"{SAMPLED} --objective dpo --samples-per-prompt 7", "use an even number such as 8"),
+        (f"{SAMPLED} --objective dpo --samples-per-prompt 7", "--objective dpo takes multiples of 2 responses; use 8"),
         (f"{SAMPLED} --objective dpo --alpha hard", "alpha=hard is not read by --objective dpo: leave it out, or use"),
         (f"{SAMPLED} --objective rloo --policy-strength 0.1", "use --objective brain, dpo, ipo, rso-hinge or rso-sigm"),
         (f"{SAMPLED} --objective ipo --reward-temperature 2", "or use --objective brain$"),
@@ -25,7 +25,7 @@ FILES = "--load c --finetune --rollout-data r"
         (f"{SAMPLED} --objective dpo --responses rso", "samples of the prior in all rounds; add --no-refresh-prop"),
         (f"{RSO} --objective rso-hinge --rso-candidates 6", "use --rso-candidates 8 or more"),
         (f"{RSO} --objective rso-hinge --rso-candidates 1", "rso_candidates=1: must be at least 2"),
-        (f"{RSO} --objective rso-hinge --samples-per-prompt 7", "use an even number such as 8"),
+        (f"{RSO} --objective rso-hinge --samples-per-prompt 7", "takes multiples of 2 responses; use 8"),
         (f"{RSO} --objective rso-hinge --temperature 0", "temperature=0.0"),
         (RSO, "nobody knows the probability of an accepted response, which --objective brain needs; use --responses"),
         (f"{RSO} --objective grpo", "which --objective grpo needs; .*--objective dpo, ipo, rso-hinge or rso-sigmoid"),

@@ -5,41 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.toy_objective import Toy
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.data.groups import pack_groups
 from megatron_brain.objectives.registry import OBJECTIVES
 from megatron_brain.stages.brain import stage as stage_module
-from megatron_brain.stages.brain.group_loss import GroupLoss, objective_of
+from megatron_brain.stages.brain.group_loss import GroupLoss
+from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part
 from megatron_brain.stages.brain.rollouts import Response, Rollout
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.training.reproduction import Reproduction, read_reproduction, write_reproduction
 
 SIZES = (4, 2, 6)
-
-
-class Toy:
-    """An objective that nobody else knows: the mean of (log q - its weight)^2, its weight the reward halved."""
-
-    needs = ("reward",)
-    fixes = "weight"
-    group_multiple = 1
-    mean_metrics = ("mean_log_policy",)
-    max_metrics = ("largest_log_policy",)
-    refresh_check = None
-
-    def fix(self, numbers):
-        return numbers["reward"] / 2
-
-    def loss(self, log_policy, numbers):
-        return ((log_policy - numbers["weight"]) ** 2).mean()
-
-    def gradient(self, log_policy, numbers):
-        return 2 * (log_policy - numbers["weight"]) / len(log_policy)
-
-    def measure(self, log_policy, numbers):
-        return {"mean_log_policy": log_policy.mean(), "largest_log_policy": log_policy.max()}
 
 
 def objective(name):

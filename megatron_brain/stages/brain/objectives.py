@@ -1,0 +1,35 @@
+"""Makes the objective of a run, and registers objectives from outside the package."""
+
+import dataclasses
+import inspect
+
+from megatron_brain.config.objectives import OBJECTIVE_TRAITS, ObjectiveTraits, objective_settings
+from megatron_brain.config.stages import BrainConfig
+from megatron_brain.objectives.objective import Objective
+from megatron_brain.objectives.registry import OBJECTIVES, make_objective
+
+
+def objective_of(settings: BrainConfig) -> Objective:
+    """The objective that a run's settings ask for."""
+    return make_objective(settings.objective, objective_settings(settings))
+
+
+def register_objective(name: str, kind: type[Objective]) -> None:
+    """Make an objective known to `--objective`, its checks, the brain stage and rollout files.
+
+    Args:
+        name: what `--objective` takes.
+        kind: its class. The constructor takes fields of `BrainConfig` by name, or nothing.
+    """
+    assert name not in OBJECTIVES, f"there are two objectives called {name}"
+    OBJECTIVES[name], OBJECTIVE_TRAITS[name] = kind, traits_of(kind)
+
+
+def traits_of(kind: type[Objective]) -> ObjectiveTraits:
+    """What the configuration has to know of an objective's class."""
+    settings = tuple(inspect.signature(kind).parameters)
+    unknown = set(settings) - {field.name for field in dataclasses.fields(BrainConfig)}
+    assert not unknown, f"{kind.__name__} takes {sorted(unknown)}, which are no fields of BrainConfig"
+    return ObjectiveTraits(
+        settings=settings, group_multiple=kind.group_multiple, needs_log_proposal="log_proposal" in kind.needs
+    )
