@@ -22,8 +22,7 @@ source tools/environment.sh examples
 if $smoke; then work=${WORK:-work/smoke}; else work=${WORK:-work/quickstart}; fi
 mkdir -p "$work"
 example=examples/debian_tldr
-# Each process has one thread, as two processes share two cores. Huge pages help because every step allocates large
-# tensors.
+# Each process has one thread, as two processes share two cores. Huge pages help, as each step allocates large tensors.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false THP_MEM_ALLOC_ENABLE=1
 
 # The smoke sizes train a random model for a few steps. They test the chain, not the answers.

@@ -9,8 +9,7 @@ writes `train.jsonl`, `valid.jsonl` and `test.jsonl`, one pair in each line,
 and, last, `manifest.json`: how many packages each rule dropped, how many pairs each split has and the SHA-256 of each
 file. A folder whose manifest matches its files and the arguments is used as it is.
 
-The lists come from the machine's own apt sources. They go to a private folder: the script needs no root rights and does
-not change the machine's apt.
+The lists come from the machine's apt sources into a private folder: this needs no root rights and does not change apt.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ Acquire::Languages {{ "en"; }};
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
 """
-"""These settings fetch English translations, skip what only the interfaces of package managers need, and run no hooks
-of the machine."""
+"""Fetch English translations, skip what only interfaces of package managers need, and run no hooks of the machine."""
 
 
 def main() -> None:

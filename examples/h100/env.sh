@@ -1,6 +1,5 @@
-# The environment of a run on H100 nodes; the launchers source it. Variables that are already set keep their values, so
-# `VAR=value bash ...` overrides a line. Not tested on a GPU yet: the values follow the libraries' documentation, for the
-# reasons in docs/clusters.md.
+# The environment of a run on H100 nodes; the launchers source it. `VAR=value bash ...` overrides a line. Not tested on
+# a GPU yet: the values follow the libraries' documentation, and docs/clusters.md has the reasons.
 # shellcheck shell=bash
 
 # With one connection, kernels start in the order in which they are issued. So a tensor-parallel collective runs beside

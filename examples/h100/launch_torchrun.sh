@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts one node's processes under torchrun: launch_torchrun.sh STAGE CONFIG [--flag value ...]. Not tested on a GPU yet.
+# Starts a node's processes with torchrun: launch_torchrun.sh STAGE CONFIG [--flag value ...]. Not tested on a GPU yet.
 #
 # For several nodes, run the same command on each, within the rendezvous timeout, with
 #   NNODES=8               how many there are

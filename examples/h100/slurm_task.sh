@@ -2,8 +2,8 @@
 # Runs one rank under srun: slurm_task.sh STAGE CONFIG [--flag value ...]. Not tested under Slurm or on a GPU yet.
 #
 # The run exits with 0 both when it is done and when it has saved because it was asked to stop. This script turns the
-# second status into 75 (EX_TEMPFAIL), so that launch_slurm.sbatch knows that there is more to do. It does the same where
-# the signal itself ended a run that was asked to stop before it began. srun returns the highest status of the ranks.
+# second status into 75 (EX_TEMPFAIL), so that launch_slurm.sbatch knows that more is to do. It does the same where the
+# signal itself ended a run that was asked to stop before it began. srun returns the highest status of the ranks.
 set -uo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 

@@ -1,7 +1,6 @@
 """Makes drafts of records: it checks fields and renders chats. It tokenises only for a loss on every assistant turn.
 
-There is one function for each kind of item: a demonstration to learn, a preference, a prompt to sample for. The formats
-are TRL's.
+Each kind of item has a function: a demonstration to learn, a preference, a prompt to sample for. The formats are TRL's.
 """
 
 from __future__ import annotations

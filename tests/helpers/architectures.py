@@ -25,8 +25,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "untie_embeddings_and_output_weights": True,
     },
 }
-"""Settings by the family that they resemble. The second also has Qwen2's biases and Llama 3.1's frequencies, the third
-a gate."""
+"""By the family they resemble. The second also has Qwen2's biases and Llama 3.1's frequencies, the third has a gate."""
 
 
 def flags(settings: dict[str, object]) -> list[str]:

@@ -57,8 +57,7 @@ def open_prepared(
         the items, the counts of what was done with the records of the whole source, and the fingerprint of the items.
 
     Raises:
-        ConfigError: the data were prepared for another stage, tokenizer or rule, or for longer sequences; says the
-            cure.
+        ConfigError: they were prepared for another stage, tokenizer or rule, or for longer sequences; says the cure.
     """
     info = read_info(prefix)
     _check_stage(info, reader, prefix)
