@@ -19,7 +19,7 @@ from megatron_brain.stages.brain.proposals import read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.startup.disk import Search
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
-from megatron_brain.training.run import fix_template_date
+from megatron_brain.training.start import fix_template_date
 from megatron_brain.training.trainer import metrics_on_console
 
 

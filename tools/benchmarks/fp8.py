@@ -34,7 +34,8 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.objectives.brain import brain_loss_gradient, posterior_log_weights
 from megatron_brain.objectives.importance import effective_sample_size, policy_log_weights
 from megatron_brain.stages.answers import read_prompts
-from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.run import Run
+from megatron_brain.training.start import open_run
 
 Scores = dict[str, dict[str, Tensor]]
 """By precision and by what is scored (prior, proposal, reward, a distance moved): `[groups, n]`."""

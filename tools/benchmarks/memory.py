@@ -242,7 +242,7 @@ def _train(stage: str, flags: list[str], steps: int) -> None:
     from megatron_brain.stages.reward import stage as reward
     from megatron_brain.stages.sft import stage as sft
     from megatron_brain.training import trainer
-    from megatron_brain.training.run import open_run
+    from megatron_brain.training.start import open_run
 
     mark = allocations.mark
     trainer.forward_backward = mark("training", trainer.forward_backward)

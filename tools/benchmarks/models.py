@@ -27,8 +27,9 @@ from megatron_brain.objectives.brain import brain_loss, posterior_log_weights
 from megatron_brain.stages.brain.rollouts import Response, Rollout, write_rollouts
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.startup.disk import Start
-from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import score_groups
 
