@@ -2,7 +2,7 @@
 
     python tools/check_data.py --stage sft --input train.jsonl --valid valid.jsonl --hf-model DIR --seq-length 1024
 
-Errors would stop the stage; warnings would not, it would train on such records. Exit status: 0 without errors (with
+Errors would stop the stage; warnings are about records that it would train on. Exit status: 0 without errors (with
 --strict: without warnings too), 1 with some, 2 for a mistake of the user, or a worker process that was killed.
 """
 

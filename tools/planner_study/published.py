@@ -104,7 +104,7 @@ PUBLISHED = {
         ),
     )
 }
-"""By name."""
+"""The results by name."""
 
 FITTED = ("llama3-70b", "llama3.1-405b")
 """The results that the H100's efficiency is fitted to, pretraining on many GPUs; the others are predicted."""
