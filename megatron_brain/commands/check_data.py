@@ -2,7 +2,7 @@
 
     python tools/check_data.py --stage sft --input train.jsonl --valid valid.jsonl --hf-model DIR --seq-length 1024
 
-Errors would stop the stage; warnings would not, it would train on such records. Exit status: 0 without errors (with
+Errors would stop the stage; warnings are about records that it would train on. Exit status: 0 without errors (with
 --strict: without warnings too), 1 with some, 2 for a mistake of the user, or a worker process that was killed.
 """
 
@@ -42,7 +42,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, help="records to train on, as a stage's --train-data")
     parser.add_argument("--valid", nargs="+", default=[], help="records to validate on, compared with --input")
     parser.add_argument("--split", help="split of a saved or hub data set")
-    parser.add_argument("--valid-split", help="the same of --valid")
+    parser.add_argument("--valid-split", help="split of the data set of --valid")
     parser.add_argument("--max-shown", type=positive, default=5, help="problems of a kind to print [%(default)s]")
     parser.add_argument("--strict", action="store_true", help="count warnings as errors in the exit status")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes [%(default)s]")

@@ -45,7 +45,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder, or one iter_ folder of it")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="type of the written weights [the checkpoint's]")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights [5GB]")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of a file of weights [5GB]")
     parser.add_argument(
         "--hf-model-type",
         choices=sorted(family.model_type for family in FAMILIES),

@@ -3,8 +3,8 @@
     python tools/preprocess_data.py --stage sft --input data.jsonl --output prepared/train --hf-model DIR --workers 8
 
 Writes PREFIX.json and, as --format says, PREFIX.bin and PREFIX.idx (megatron-core's indexed format) or PREFIX.arrow,
-and prints lengths, truncations and duplicates. A stage reads it with --train-data PREFIX. A tool that was killed
-continues after its finished parts when it is started again. Exit status 2: a mistake of the user, a bad record, or a
+and prints lengths, truncations and duplicates. A stage reads it with --train-data PREFIX. After a kill, the
+same command goes on with the parts that are not finished. Exit status 2: a mistake of the user, a bad record, or a
 worker process that was killed.
 """
 

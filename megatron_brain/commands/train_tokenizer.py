@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--character-coverage",
         type=float,
         default=0.9995,
-        help="share of the characters that get pieces of their own, the rest is bytes [%(default)s]",
+        help="share of the characters that get their own pieces, the others become bytes [%(default)s]",
     )
     parser.add_argument("--user-defined-symbols", nargs="+", default=[], help="texts that are always one token")
     parser.add_argument(
