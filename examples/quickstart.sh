@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything once, on a CPU: data, base model, SFT -> reward -> BRAIn -> Hugging Face, evaluation, summary.
+# Runs everything once, on a CPU: data, base model, SFT -> reward -> BRAIn -> Hugging Face, evaluation, summary.
 #
 #   bash examples/quickstart.sh            SmolLM2-135M on Debian's package descriptions
 #   bash examples/quickstart.sh --smoke    the same chain with a tiny random model
 #
-# Results are kept in work/quickstart (work/smoke); a second run goes on where the first one stopped. WORK=DIR chooses
+# Results are kept in work/quickstart (work/smoke). A second run continues where the first one stopped. WORK=DIR chooses
 # another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,10 +22,10 @@ source tools/environment.sh examples
 if $smoke; then work=${WORK:-work/smoke}; else work=${WORK:-work/quickstart}; fi
 mkdir -p "$work"
 example=examples/debian_tldr
-# One thread a process: two processes share two cores. Huge pages: large tensors come and go every step.
+# Each process has one thread, as two processes share two cores. Huge pages help, as each step allocates large tensors.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false THP_MEM_ALLOC_ENABLE=1
 
-# Smoke sizes train a random model for a few steps: the chain is what is tried, not the answers.
+# The smoke sizes train a random model for a few steps. They test the chain, not the answers.
 if $smoke; then
     sft_records=64 pair_prompts=16 pair_packages=60 pairs=64 brain_prompts=16 test_prompts=32 judge=score_rouge
     sizes=(--global-batch-size 8 --micro-batch-size 2)

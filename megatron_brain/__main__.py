@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run_stage(config: RunConfig) -> None:
     from megatron_brain.runtime import lost_peer, parallel
-    from megatron_brain.training.run import open_run
+    from megatron_brain.training.start import open_run
     from megatron_brain.training.trainer import train
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):

@@ -1,11 +1,11 @@
-"""The errors that are a user's to mend. Every other error is this package's own and keeps its traceback."""
+"""The errors that a user can mend. Every other error is a fault of this package and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What was asked for, or given, cannot work. The message names the place and what would be right.
+    """What the user asked for, or gave, cannot work. The message names the place and what would be right.
 
     The command line and the tools print the message of this type alone, and end with exit status 2.
     """
@@ -20,7 +20,7 @@ class AgreedError(ConfigError):
 
 
 class OwnError(ConfigError):
-    """An error that may concern this process alone, such as one in its own variables. Every rank prints it."""
+    """An error that may concern this process alone, such as one in its environment variables. Every rank prints it."""
 
 
 class RecordError(UserError):
@@ -32,7 +32,7 @@ class RecordError(UserError):
     """
 
     def __init__(self, where: str, kind: str, message: str) -> None:
-        super().__init__(where, kind, message)  # all three, so that the error can be pickled
+        super().__init__(where, kind, message)  # It gets all three, so that the error can be pickled.
         self.where, self.kind, self.message = where, kind, message
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class RecordError(UserError):
 
 
 def short(value: object) -> str:
-    """A value for an error message."""
+    """The text of a value, cut to 60 characters, for an error message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

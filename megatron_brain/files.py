@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and outlast a power cut; and whether a place can be written to."""
+"""Writes files that appear whole or not at all and outlast a power cut, and tells whether a place can be written to."""
 
 import errno
 import fnmatch
@@ -19,7 +19,7 @@ _CURES = {
     errno.EISDIR: "a file should be there; remove the folder, or name another place",
     errno.ENOTDIR: "a folder should be there; remove the file, or name another place",
 }
-"""What helps where the file system refuses, by the kind of its error."""
+"""What the user can do where the file system refuses, by the number of its error."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -44,7 +44,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path, *, but: str) -> None:
-    """Sync every file and folder under a folder, whoever wrote it, but files of names like `but`."""
+    """Sync every file and folder under a folder, whoever wrote it, except files whose names match `but`."""
     for folder, _, names in os.walk(path):
         for name in names:
             if fnmatch.fnmatch(name, but):
@@ -64,7 +64,7 @@ def folder_problem(flag: str, place: str) -> str | None:
 
 
 def file_problem(flag: str, place: str) -> str | None:
-    """The same of a file that is to be written, which may be there."""
+    """Why a file cannot be written, in words that name the flag; None where it can. The file may exist already."""
     path = Path(place).absolute()
     reason = _unexpanded(place) or _refusal(path.parent) or _unknown_name(path)
     if reason is None:
@@ -78,9 +78,9 @@ def file_problem(flag: str, place: str) -> str | None:
 
 
 def _unexpanded(place: str) -> str | None:
-    """Why a name is not the one that was meant: a shell had to put something for its beginning, and has not.
+    """Why a name is not the one that was meant: it begins with `~` or a variable that no shell has replaced.
 
-    `--save=~/runs` and `save: $HOME/runs` in a YAML file come as they are written.
+    No shell replaces the beginning of `--save=~/runs`, or of `save: $HOME/runs` in a YAML file.
     """
     start = Path(place).parts[0] if Path(place).parts else ""
     if not start.startswith(("~", "$")) or os.path.lexists(start):
@@ -89,7 +89,7 @@ def _unexpanded(place: str) -> str | None:
 
 
 def _refusal(folder: Path) -> str | None:
-    """Why nothing can be written into a folder that is there or is to be made."""
+    """Why nothing can be written into a folder that exists or is to be made; None where it can."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         return f"{there} is {'a file' if there.exists() else 'a link to nothing'}, and should be a folder"
@@ -101,7 +101,7 @@ def _refusal(folder: Path) -> str | None:
 
 
 def _unknown_name(path: Path) -> str | None:
-    """Why a name cannot be that of a file or folder, such as one that is too long."""
+    """Why no file or folder can have this name, such as one that is too long; None where it can."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -113,11 +113,11 @@ def _unknown_name(path: Path) -> str | None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say what the file system refuses of a place, whoever looks there, as the user's mistake.
+    """Turn an error of the file system that the user can mend into a ConfigError.
 
     Raises:
         ConfigError: no permission, a name that is too long, a file where a folder should be and the like; names the
-            place and the cure. Other errors, such as those of a full or broken disk, pass.
+            place and the cure. Other errors, such as those of a full or broken disk, stay as they are.
     """
     try:
         yield

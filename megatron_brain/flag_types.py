@@ -1,4 +1,4 @@
-"""Types of the tools' flags for argparse: numbers of a range, refused in words that say which would be right."""
+"""Types of the tools' flags for argparse: numbers in a range. An error says which numbers are allowed."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Functions that a user gives as ``path/to/file.py:function``: loaded, called, and told from ours when they fail."""
+"""Loads and calls functions that a user gives as ``path/to/file.py:function``, and reports their errors as theirs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_brain.errors import ConfigError, short
 
 
 class UserFunctionError(ConfigError):
-    """A user's function raised an error, or returned what it should not; its own traceback is part of the message."""
+    """A user's function raised an error or returned a wrong value; the message holds the function's traceback."""
 
 
 class ScoringFunction:
-    """A user's function of (prompts, responses, references), equally long lists of texts, that returns a number each.
+    """A user's function of (prompts, responses, references), lists of n texts each, that returns n numbers.
 
     Args:
         name: ``path/to/file.py:function``.
-        flag: by which it was given, for error messages.
+        flag: the flag that gave it, for error messages.
 
     Raises:
         ConfigError: no such file or function.
@@ -40,8 +40,8 @@ class ScoringFunction:
         if spec is None or spec.loader is None:
             raise ConfigError(f"{self._what}: {path} is no Python file (.py)")
         module = importlib.util.module_from_spec(spec)
-        # What Python does for a script: dataclasses, pickle and process pools look a module up by its name, and files
-        # beside it can be imported. Behind all else, so that none of them stands in for a package of ours.
+        # Python does the same for a script: dataclasses, pickle and process pools look a module up by its name, and it
+        # can import files beside it. Its folder comes last in the path, so that none of them replaces a package.
         sys.modules[spec.name] = module
         sys.path.append(str(Path(self._path).parent))
         try:
@@ -61,8 +61,8 @@ class ScoringFunction:
             ids: names of the records, for error messages.
 
         Raises:
-            UserFunctionError: it raised an error, or did not return one finite number for each response; names the
-                record.
+            UserFunctionError: the function raised an error, or did not return one finite number for each response;
+                names the record.
         """
         columns = (list(prompts), list(responses), list(references))
         try:
@@ -80,7 +80,7 @@ class ScoringFunction:
         return [self._finite(score, record) for score, record in zip(scores, ids, strict=True)]
 
     def _scores(self, *columns: list[str]) -> Any:
-        """What the function returns, as a list where it has an order: a generator may raise an error only here."""
+        """The function's result, as a list if it has an order. A generator may raise its error only here."""
         scores = self._function(*columns)
         has_order = isinstance(scores, Iterable) and not isinstance(scores, (str, bytes, Mapping, Set))
         return list(scores) if has_order else scores
@@ -99,9 +99,9 @@ class ScoringFunction:
     def _first_failing(
         self, columns: tuple[list[str], ...], ids: Sequence[str], error: BaseException
     ) -> tuple[BaseException, str]:
-        """The first record that the function fails on by itself, found by halves, and the error it raises there.
+        """The error that the function raises for one record alone, and that record, found by bisection.
 
-        The function sees about as many records again as it has failed on: a call may cost time, or money.
+        The function sees about as many records again as it failed on. More calls could cost much time or money.
         """
         start, end = 0, len(ids)
         while end - start > 1:

@@ -1,10 +1,10 @@
-"""Measure what this package promises about speed.
+"""Measure the speed and memory that this package promises.
 
     python tools/benchmark.py SUBJECT [--output FILE] [--flag value ...]
 
 Prints one JSON object on standard output and its progress on standard error. `SUBJECT --help` lists the flags of a
-subject. Exit status 1: a subject found that what it timed does not compute what it should ("failures" in the JSON);
-2: a mistake in what was asked for. A time that misses what is required of it is reported, and no failure.
+subject. Exit status 1: a subject found wrong results in what it timed ("failures" in the JSON); 2: a mistake of the
+user. A time that misses its requirement is reported, but is no failure.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     subject.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     before = os.getloadavg()[0]
-    # What a model or a library prints must not end up in the JSON.
+    # Otherwise the prints of a model or a library would be in the JSON.
     with contextlib.redirect_stdout(sys.stderr):
         measured = subject.run(args)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -68,7 +68,7 @@ def _usage(argv: Sequence[str]) -> str:
 
 
 def _environment(load_before: float) -> dict:
-    """What the figures depend on; a load above the number of threads before the start means a busy machine."""
+    """What the figures depend on. A load above the number of threads before the start means a busy machine."""
     packages = ("torch", "megatron.core", "transformers")
     return {
         "versions": {name: importlib.import_module(name).__version__ for name in packages},

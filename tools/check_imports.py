@@ -1,7 +1,7 @@
-"""Imports every module of megatron_brain and prints the versions of what it stands on; no GPU is needed.
+"""Imports every module of megatron_brain and prints the versions of what it needs; no GPU is needed.
 
-Transformer Engine may want the driver's libraries, which a machine that builds an image lacks: it is tried as a run
-tries it, and what is wrong is printed.
+Transformer Engine may need the driver's libraries, which a machine that builds an image lacks. It is imported as a run
+imports it, and any problem is printed.
 """
 
 import importlib
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "transformer
 
 
 def main() -> None:
-    """Raises what an import raises."""
+    """Import everything. An error of an import is raised."""
     problem = transformer_engine.problem()  # before anything imports megatron-core
     names = [module.name for module in pkgutil.walk_packages(megatron_brain.__path__, "megatron_brain.")]
     for name in names:

@@ -1,4 +1,4 @@
-"""Say what a checkpoint holds, and whether it is still what was saved.
+"""Say what a checkpoint holds, and whether it is unchanged since it was saved.
 
 `python tools/inspect_checkpoint.py --help`; what it does is in `megatron_brain.commands.inspect_checkpoint`.
 """

@@ -1,9 +1,9 @@
-"""Installs megatron_brain and what it needs beside the PyTorch that is there, which stays as it is.
+"""Installs megatron_brain and what it needs. The PyTorch that is already installed stays unchanged.
 
     python tools/install.py --constraints FILE [--extras test,examples] [--ngc-image TAG]
 
 The Dockerfile runs this on NVIDIA's image, tools/environment.sh in a virtual environment with a PyTorch from the
-package index. Needs nothing but the standard library and pip. FILE pins the versions that the tests ran with.
+package index. It needs only the standard library and pip. FILE pins the versions that the tests ran with.
 """
 
 import argparse
@@ -17,20 +17,20 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 NGC_MEGATRON_CORE = {"26.06-py3": "0.19.2", "25.11-py3": "0.16.1"}
-"""Tags of nvcr.io/nvidia/pytorch that we support, and the megatron-core whose release names each for its development
+"""Tags of nvcr.io/nvidia/pytorch that we support, and for each the megatron-core whose release was developed with it
 (docs/docker.md). The pairs were not run."""
 
-# Built for each other and for CUDA: one of them replaced by a package of the index breaks the rest.
+# These are built for each other and for CUDA: a package of the index in place of one of them breaks the others.
 _COMPILED = re.compile(r"torch|torch(vision|audio|-tensorrt)|(pytorch-)?triton|transformer-engine.*|apex|flash-attn.*")
 
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;#]+)")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Install, and check that nothing compiled was replaced.
+    """Install, and check that no compiled package was replaced.
 
     Raises:
-        SystemExit: PyTorch is not there or would not stay, pip failed, or the image is not one of ours.
+        SystemExit: PyTorch is missing or would be replaced, pip failed, or the image is not one of ours.
     """
     arguments = _parser().parse_args(argv)
     before = installed_versions()
@@ -64,10 +64,10 @@ def read_pins(path: Path) -> dict[str, str]:
 
 
 def constraints(tested: Mapping[str, str], installed: Mapping[str, str], ngc_image: str | None) -> dict[str, str]:
-    """What pip must keep to, a version specifier by package.
+    """The constraints for pip: a version specifier for each package.
 
-    Compiled packages stay as they are installed. The others come in the tested version; but what an image brings stays
-    as long as it serves, and is replaced by no later version than the tested one.
+    Compiled packages keep their installed version. The others get the tested version; but a package of an image stays
+    as long as it satisfies the requirements, and is never replaced by a later version than the tested one.
 
     Raises:
         SystemExit: `ngc_image` is not one of ours.
@@ -81,7 +81,7 @@ def constraints(tested: Mapping[str, str], installed: Mapping[str, str], ngc_ima
         raise SystemExit(
             f"no megatron-core is known to go with the image {ngc_image}; known: {known} (tools/install.py)"
         )
-    # A specifier with an order has no local part (+...).
+    # A specifier such as >= has no local part (+...).
     brought = {
         name: "<=" + max(tested[name], installed[name], key=_release).partition("+")[0]
         for name in tested
@@ -91,12 +91,12 @@ def constraints(tested: Mapping[str, str], installed: Mapping[str, str], ngc_ima
 
 
 def compiled(versions: Mapping[str, str]) -> dict[str, str]:
-    """The packages among them that an installation must leave alone, by name."""
+    """Those of the packages that an installation must not change, by name."""
     return {name: versions[name] for name in sorted(versions) if _COMPILED.fullmatch(name)}
 
 
 def changed_versions(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """What differs, each as `name before -> after`."""
+    """The differences, each as `name before -> after`."""
     names = sorted({*before, *after})
     return [
         f"{name} {before.get(name, '(none)')} -> {after.get(name, '(none)')}"

@@ -1,10 +1,10 @@
 """Turn Debian package lists into (long description, one-line synopsis) pairs.
 
-Pure functions on text, no network: `fetch_data.py` brings the lists and writes the files.
+The functions here only work on text: `fetch_data.py` downloads the lists and writes the files.
 
 Every package that the lists name ends in exactly one place: a split, or the counter of the rule that dropped it.
 Splits are drawn by a hash of the stem of the *source* package name (`gcc-12-cross` and `gcc-11` share the stem
-`gcc`), so packages built from one source, and successive versions of it, never sit on both sides.
+`gcc`), so packages built from one source, and successive versions of it, are always in the same split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from user_errors import UserError
 
 SPLITS = ("train", "valid", "test")
 SHARED_PARAGRAPH_WORDS = 20
-"""A paragraph of at least this many words found in two splits counts as a leak."""
+"""A paragraph of at least this many words counts as a leak if two splits have it."""
 
 LIST_ITEM = re.compile(r"[*+•-] ")
 VERSION_SUFFIX = re.compile(r"(?<=[a-z])[-.+]?\d[\d.]*(-.*)?$")
@@ -52,7 +52,7 @@ class Package:
     """Section of the archive without the component, such as `games`."""
     synopsis: str
     paragraphs: tuple[str, ...]
-    """Paragraphs of the long description; a list keeps one item a line."""
+    """Paragraphs of the long description. A list keeps one line for each item."""
 
     @property
     def description(self) -> str:
@@ -61,15 +61,15 @@ class Package:
 
 @dataclass(kw_only=True, frozen=True)
 class FilterSettings:
-    """Limits of the filter, in words separated by white space."""
+    """Limits of the filter. Lengths are in words, separated by white space."""
 
     min_description_words: int = 25
     max_description_words: int = 160
-    """Longer descriptions are cut at the last paragraph edge within the limit."""
+    """Longer descriptions are cut after the last paragraph within the limit."""
     min_synopsis_words: int = 3
     max_synopsis_words: int = 16
     max_paragraph_packages: int = 3
-    """A paragraph found in more packages than this is boilerplate and leaves all of them."""
+    """A paragraph that more packages than this have is boilerplate, and is removed from all of them."""
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -125,9 +125,9 @@ def split_paragraphs(lines: Iterable[str]) -> tuple[str, ...]:
 def parse_packages(package_lists: Iterable[str], translation_lists: Iterable[str]) -> tuple[list[Package], Counter]:
     """Join `Packages` (source, section) with `Translation-en` (synopsis, description), by package name.
 
-    A name listed more than once (a security or point update) is taken from the first list that has it.
+    A name that is listed more than once (a security or point update) is taken from the first list that has it.
 
-    Returns: the packages sorted by name; the stanzas left out, by rule.
+    Returns: the packages sorted by name, and the number of stanzas left out, by rule.
     """
     origin: dict[str, tuple[str, str]] = {}
     for text in package_lists:
@@ -161,7 +161,7 @@ def parse_packages(package_lists: Iterable[str], translation_lists: Iterable[str
 
 
 def normalised(text: str) -> str:
-    """Lower-case words joined by single spaces, punctuation dropped: the form in which texts are compared."""
+    """The form in which texts are compared: lower-case words joined by single spaces, without punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -172,7 +172,7 @@ def long_paragraphs(package: Package) -> set[str]:
 
 
 def cut_at_paragraph(paragraphs: tuple[str, ...], max_words: int) -> tuple[str, ...]:
-    """Return the leading paragraphs that together have at most `max_words` words; may be empty."""
+    """Return the first paragraphs that together have at most `max_words` words; there may be none."""
     kept, words = [], 0
     for paragraph in paragraphs:
         words += len(paragraph.split())
@@ -183,7 +183,7 @@ def cut_at_paragraph(paragraphs: tuple[str, ...], max_words: int) -> tuple[str, 
 
 
 def dropping_rule(package: Package) -> str | None:
-    """Name the rule on the kind of package that drops it, or None."""
+    """Name the rule about kinds of packages that drops this one, or None."""
     if package.section in DROPPED_SECTIONS:
         return DROPPED_SECTIONS[package.section]
     for pattern, rule in DROPPED_NAMES:
@@ -195,10 +195,10 @@ def dropping_rule(package: Package) -> str | None:
 
 
 def filter_packages(packages: list[Package], settings: FilterSettings) -> tuple[list[Package], Counter, Counter]:
-    """Keep the packages fit for a summarisation pair.
+    """Keep the packages that are fit for a summarisation pair.
 
-    Returns: the kept packages in the given order, `description` clean and cut; packages dropped, by rule; changes
-    made to kept packages, by kind.
+    Returns: the kept packages in the given order, with a clean and cut `description`; the number of dropped packages,
+    by rule; the number of changes to kept packages, by kind.
     """
     dropped: Counter = Counter()
     changed: Counter = Counter()
@@ -227,7 +227,7 @@ def filter_packages(packages: list[Package], settings: FilterSettings) -> tuple[
 
 
 def text_rule(package: Package, uncut: tuple[str, ...], settings: FilterSettings, seen: set[str]) -> str | None:
-    """Name the rule on the texts that drops a package, or None; `seen` holds the descriptions kept so far."""
+    """Name the rule about texts that drops a package, or None; `seen` holds the descriptions kept so far."""
     words = len(package.description.split())
     if uncut and not package.paragraphs:
         return f"first paragraph over {settings.max_description_words} words"
@@ -246,7 +246,7 @@ def source_stem(source: str) -> str:
 
 
 def split_of(source: str, valid_share: float, test_share: float, seed: int) -> str:
-    """Draw the split of a source package from a hash of its stem; stable under additions to the archive."""
+    """Draw the split of a source package from a hash of its stem. Additions to the archive do not change it."""
     digest = hashlib.sha256(f"{seed}:{source_stem(source)}".encode()).digest()
     draw = int.from_bytes(digest[:8], "big") / 2**64
     if draw < test_share:
@@ -257,10 +257,10 @@ def split_of(source: str, valid_share: float, test_share: float, seed: int) -> s
 def split_packages(
     packages: list[Package], valid_share: float, test_share: float, seed: int
 ) -> tuple[dict[str, list[Package]], Counter]:
-    """Split by source stem, then drop from valid what shares a long paragraph with train, and so on for test.
+    """Split by source stem, then drop from valid what shares a long paragraph with train, and from test likewise.
 
-    Returns: the packages of each split in a random order drawn by `seed`, so that any first lines of a file are a
-    fair sample; the packages dropped, by rule.
+    Returns: the packages of each split in a random order drawn by `seed`, so that the first lines of a file are a fair
+    sample; the number of dropped packages, by rule.
     """
     splits: dict[str, list[Package]] = {name: [] for name in SPLITS}
     for package in packages:

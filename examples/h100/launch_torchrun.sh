@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One node's processes under torchrun: launch_torchrun.sh STAGE CONFIG [--flag value ...]. Not run on a GPU.
+# Starts a node's processes with torchrun: launch_torchrun.sh STAGE CONFIG [--flag value ...]. Not tested on a GPU yet.
 #
-# Several nodes: the same command on each, within the rendezvous timeout, with
+# For several nodes, run the same command on each, within the rendezvous timeout, with
 #   NNODES=8               how many there are
 #   MASTER_ADDR=10.0.0.1   the first one, as the others reach it
-#   RUN_ID=name            the same on all, another for every run that is up at the same time
+#   RUN_ID=name            the same name on all nodes, and another name for every other run at the same time
 # MAX_RESTARTS=N starts all ranks again, up to N times, when one dies; give --save-interval and --auto-resume then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -21,9 +21,9 @@ else
     rendezvous=(--standalone)
 fi
 
-# A signal that torchrun handles goes on to its workers, which save; what is left after so many seconds is killed: it must
-# cover the longest step and a save. torchrun reads --shutdown-timeout from PET_SHUTDOWN_TIMEOUT and so on; a torch that is
-# too old for one of the two would refuse the flag, but passes over the variable.
+# torchrun passes the signals that it handles on to its workers, which save. After the timeout, in seconds, it kills
+# workers that still run, so the timeout must cover the longest step and a save. torchrun reads --signals-to-handle and
+# --shutdown-timeout from these variables. An old torch would refuse an unknown flag, but ignores the variable.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-280}
 exec torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-0}" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SFT of Llama-3 70B on 8 nodes of 8 H100. Not run on a GPU.
+# SFT of Llama-3 70B on 8 nodes of 8 H100. Not tested on a GPU yet.
 #
 #   DRY_RUN=1 bash examples/h100/llama3_70b_sft.sh        checks everything on any machine
 #   MASTER_ADDR=... bash examples/h100/llama3_70b_sft.sh  on each node

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reward model of Llama-3 8B on one node of 8 H100. Not run on a GPU.
+# Reward model of Llama-3 8B on one node of 8 H100. Not tested on a GPU yet.
 #
 #   DRY_RUN=1 bash examples/h100/llama3_8b_reward.sh        checks everything on any machine
 #   bash examples/h100/llama3_8b_reward.sh                  on the node

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# One rank under srun: slurm_task.sh STAGE CONFIG [--flag value ...]. Not run under Slurm, nor on a GPU.
+# Runs one rank under srun: slurm_task.sh STAGE CONFIG [--flag value ...]. Not tested under Slurm or on a GPU yet.
 #
-# The run ends with 0 both when it is done and when it has saved because it was asked to stop. Here the second becomes 75
-# (EX_TEMPFAIL), so that launch_slurm.sbatch knows that there is more to do. So does the end of a run that was asked to stop
-# before it had begun: the signal itself ends it. Of the ranks' statuses srun gives the highest.
+# The run exits with 0 both when it is done and when it has saved because it was asked to stop. This script turns the
+# second status into 75 (EX_TEMPFAIL), so that launch_slurm.sbatch knows that more is to do. It does the same where the
+# signal itself ended a run that was asked to stop before it began. srun returns the highest status of the ranks.
 set -uo pipefail
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 
 stage=$1 config=$2
 shift 2
 asked=false
-# Slurm may signal this shell alone; that the run gets the signal twice changes nothing.
-# shellcheck disable=SC2329 # the traps call it
+# Slurm may signal only this shell. If the run gets the signal twice, nothing changes.
+# shellcheck disable=SC2329 # The traps call it.
 pass_on() {
     asked=true
     kill -s "$1" "$run" 2> /dev/null
@@ -21,7 +21,7 @@ run=$!
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# A trapped signal ends `wait` early.
+# A trapped signal ends `wait` early, so this waits again.
 status=128
 while [ "$status" -ge 128 ] && kill -0 "$run" 2> /dev/null; do
     wait "$run"

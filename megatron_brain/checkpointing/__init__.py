@@ -1,9 +1,9 @@
-"""Checkpoints: complete or not there, readable at any layout, without executing anything they bring.
+"""Checkpoints. They are complete or absent, load at any layout, and loading executes nothing that they contain.
 
 <save>/latest_checkpointed_iteration.txt     written last, by rename
 <save>/iter_0000100/                         appears by rename, when every rank's files are complete and synced
     weights_00000.safetensors                the boxes of tensors that a rank wrote
-    tensors.json                             which tensors there are, in which file each box of them, its checksum
+    tensors.json                             the list of tensors: the file and the checksum of each of their boxes
     megatron_brain.json                      iteration, head, architecture, position in the data, optimizer steps,
                                              checksums of the other small files
     records/replica_00000.jsonl              a replica's records of the stage (brain: the round's rollouts)

@@ -1,8 +1,8 @@
-"""Parts of a global tensor as boxes: what a rank has of it, whatever cut it.
+"""Boxes: they describe what a rank has of a global tensor, whichever kind of parallelism cut it.
 
 Tensor parallelism cuts a weight into blocks, which are boxes. The distributed optimizer cuts buffers of many weights,
-laid end to end, into equal ranges; a range of an N-dimensional weight is at most 2N - 1 boxes. So one kind of piece
-describes both, and a checkpoint knows neither.
+laid end to end, into equal ranges; a range of an N-dimensional weight is at most 2N - 1 boxes. So boxes describe both,
+and a checkpoint need not know about either.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BoxPart:
-    """A box of the global tensor `key` without its values.
+    """A box of the global tensor `key`, without its values.
 
     Args:
-        shape: of the global tensor.
-        offset: of the box's first element in the global tensor.
-        size: of the box.
+        shape: shape of the global tensor.
+        offset: place of the box's first element in the global tensor.
+        size: shape of the box.
     """
 
     key: str
@@ -33,7 +33,7 @@ class BoxPart:
 
     @property
     def end(self) -> tuple[int, ...]:
-        """Where the box ends in the global tensor."""
+        """Place behind the box's last element in the global tensor."""
         return tuple(map(sum, zip(self.offset, self.size, strict=True)))
 
     @property
@@ -44,13 +44,13 @@ class BoxPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A box of the global tensor `key`.
+    """A box of the global tensor `key`, with its values.
 
     Args:
         key: global name.
-        shape: of the global tensor.
-        offset: of the box's first element in the global tensor.
-        data: the box's values; where it is loaded into, they are written through.
+        shape: shape of the global tensor.
+        offset: place of the box's first element in the global tensor.
+        data: the box's values. Loading writes into this tensor.
     """
 
     key: str
@@ -63,7 +63,7 @@ class Box:
 
     @property
     def part(self) -> BoxPart:
-        """Which part of the global tensor it is."""
+        """The box without its values."""
         return BoxPart(
             key=self.key,
             dtype=self.data.dtype,
@@ -74,10 +74,10 @@ class Box:
 
 
 def range_boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes that together are the elements [start, end) of a tensor in row-major order, in that order.
+    """Boxes that together hold the elements [start, end) of a tensor in row-major order, in that order.
 
     Yields:
-        (offset, size) of each.
+        (offset, size) of each box.
     """
     assert 0 <= start <= end <= math.prod(shape)
     if start == end:
@@ -108,10 +108,10 @@ def _in_row(
 
 
 def tiles(shape: Sequence[int], parts: Iterable[BoxPart]) -> bool:
-    """Whether parts have every element of a tensor once and nothing else.
+    """Whether the boxes `parts` cover every element of a tensor exactly once, and nothing else.
 
-    A box is 1 inside and 0 outside; its differences along all dimensions are +1 or -1 at its corners and 0 elsewhere.
-    The parts' sum is the whole tensor where their differences are those of the whole.
+    Take a box as a function that is 1 inside and 0 outside: its differences along all dimensions are +1 or -1 at its
+    corners and 0 elsewhere. The boxes add up to the whole tensor if their differences add up to those of the whole.
     """
     corners: Counter[tuple[int, ...]] = Counter()
     whole = ((0,) * len(shape), tuple(shape))
@@ -122,13 +122,13 @@ def tiles(shape: Sequence[int], parts: Iterable[BoxPart]) -> bool:
 
 
 def divide(held: Sequence[Collection[BoxPart]]) -> list[list[BoxPart]]:
-    """Who takes which of the parts that ranks hold: each part once, about equally many bytes a rank.
+    """Divide the boxes that ranks hold: one rank takes each box, and all take about equally many bytes.
 
     Args:
-        held: the parts of each rank.
+        held: the boxes of each rank.
 
     Returns:
-        What each rank takes of its own. All ranks that know `held` come to the same division.
+        For each rank, the boxes that it takes of its own. All ranks that know `held` compute the same division.
     """
     holders: dict[BoxPart, list[int]] = {}
     for rank, parts in enumerate(held):
@@ -136,7 +136,7 @@ def divide(held: Sequence[Collection[BoxPart]]) -> list[list[BoxPart]]:
             holders.setdefault(part, []).append(rank)
     taken: list[list[BoxPart]] = [[] for _ in held]
     load = [0] * len(held)
-    # What one rank alone has first: the rest evens it out.
+    # Boxes that only one rank has come first; the other boxes then even out the load.
     for part in sorted(holders, key=lambda part: (len(holders[part]) > 1, -part.nbytes, part.key, part.offset)):
         taker = min(holders[part], key=load.__getitem__)
         load[taker] += part.nbytes
@@ -145,9 +145,9 @@ def divide(held: Sequence[Collection[BoxPart]]) -> list[list[BoxPart]]:
 
 
 def share_of(boxes: Iterable[Box], rank: int, size: int) -> list[Box]:
-    """Of boxes that `size` replicas all have, those that replica `rank` stores: about equally many bytes each.
+    """The boxes that replica `rank` stores, of boxes that all `size` replicas have: about equally many bytes each.
 
-    Every replica comes to the same division by itself.
+    Every replica computes the same division by itself.
     """
     by_part = {box.part: box for box in boxes}
     return [by_part[part] for part in divide([by_part] * size)[rank]]

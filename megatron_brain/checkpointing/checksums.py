@@ -1,6 +1,6 @@
-"""Checksums of what a checkpoint holds: a bit that flipped on the way or on the disk is found when it is loaded.
+"""Checksums of a checkpoint's contents. With them, loading finds bits that flipped in a copy or on the disk.
 
-They are xxHash's XXH3 of 64 bits, made while a file is written. That is no cryptography: it finds accidents.
+They are xxHash's XXH3 of 64 bits, computed while a file is written. They find accidents, not attacks.
 """
 
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def checksum(values: Tensor) -> str:
-    """Checksum of a contiguous tensor's bytes, on the host."""
+    """Checksum of the bytes of a contiguous tensor in host memory."""
     return xxhash.xxh3_64_hexdigest(values.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -23,5 +23,5 @@ def file_checksum(path: Path) -> str:
 
 
 def json_checksum(values: dict[str, Any]) -> str:
-    """Checksum of a JSON object, whatever the order of its keys."""
+    """Checksum of a JSON object. The order of its keys does not matter."""
     return xxhash.xxh3_64_hexdigest(json.dumps(values, sort_keys=True).encode())

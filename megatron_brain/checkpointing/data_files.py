@@ -1,4 +1,4 @@
-"""A checkpoint's data files, to read from."""
+"""Reads a checkpoint's data files."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -25,16 +25,16 @@ def stored_name(part: BoxPart) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """A file of boxes, to read from.
+    """Open a file of boxes to read from it.
 
     Raises:
-        DamagedError: it is damaged.
-        ConfigError: it may not be read.
-        CheckpointError: the disk does not give it.
+        DamagedError: the file is damaged.
+        ConfigError: this user may not read the file.
+        CheckpointError: the disk fails to read the file.
     """
     try:
         with explained():
-            path.open("rb").close()  # The library says of any file that it may not open that it is not there.
+            path.open("rb").close()  # The library reports every file that it may not open as missing.
         with safe_open(path, framework="pt") as data:
             yield data
     except SafetensorError as error:
@@ -44,13 +44,13 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 
 def by_file(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[tuple[str, list[T]]]:
-    """Items in batches of one file, with its name: as much as may be read before the file is closed.
+    """Batches of items, each with the name of its one file, which is to be closed after the batch.
 
     What was read of a file counts as this process's memory until then. So a batch is at most 256 MiB, or one box.
 
     Args:
-        items: in any order.
-        of: the box of an item.
+        items: items in any order.
+        of: gives the box of an item.
     """
     ordered = sorted(items, key=lambda item: (of(item).file, of(item).part.key, of(item).part.offset))
     for file, members in itertools.groupby(ordered, key=lambda item: of(item).file):
@@ -59,7 +59,7 @@ def by_file(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[tuple[
 
 
 def _batches(items: Iterable[T], of: Callable[[T], StoredBox]) -> Iterator[list[T]]:
-    """Cut where the boxes of a batch together would be larger than what may be mapped."""
+    """Cut items into batches whose boxes together are no larger than what may be mapped."""
     batch: list[T] = []
     mapped = 0
     for item in items:

@@ -1,20 +1,20 @@
-"""What is wrong with a checkpoint that is there, and what helps."""
+"""Errors of checkpoints, and what helps against them."""
 
 from megatron_brain.errors import ConfigError
 
 COPY = "Copy it again from where it was saved, or load an earlier checkpoint (--load DIR/iter_NNNNNNN)"
-"""What helps where a file is not whole."""
+"""What helps if a file is not complete."""
 
 CURE = (
     "Copy it again from where it was saved, load an earlier checkpoint (--load DIR/iter_NNNNNNN), or load it as it is "
     "with --no-verify"
 )
-"""What helps where a file may be whole and is not what was saved."""
+"""What helps if a file is not what was saved, but may be complete."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read on some rank; raised on all of them."""
+    """Some rank could not write or read a checkpoint. All ranks raise it."""
 
 
 class DamagedError(ConfigError):
-    """A checkpoint is there and not, or no more, what was saved."""
+    """A checkpoint exists, but it is not what was saved, or no longer."""

@@ -1,8 +1,8 @@
 """Names and states of checkpoint folders. Nothing here needs a process group.
 
-A folder `iter_0000100` is complete: it was written as `iter_0000100.partial` and renamed. What crashes leave behind has
-another ending and is removed at the next save; of these only `.replaced` is ever read, where a crash left nothing under
-its name.
+A folder `iter_0000100` is complete: it was written as `iter_0000100.partial` and then renamed. Folders that a crash
+leaves behind have other endings, and the next save removes them. Of these only `.replaced` is ever read, and only if
+the crash left no folder under the plain name.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ INFO = "megatron_brain.json"
 RECORDS = "records"
 FORMAT = 4
 _READABLE = (3, FORMAT)
-"""Formats that are read; what format 3 does not have gets its default."""
+"""The formats that can be read. Fields that format 3 lacks get their defaults."""
 
 _ADDED = {"template_date": "", "files": {}}
-"""What format 4 has and format 3 has not."""
+"""The fields that format 4 added to format 3, with their defaults."""
 _CHECKSUM = "checksum"
 _EDITABLE = ("tokenizer/", "config.yaml")
 """Files that a user may have edited in a checkpoint."""
@@ -42,7 +42,7 @@ _NUMBER = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself, readable without a process group."""
+    """What a checkpoint says about itself. Reading it needs no process group."""
 
     path: Path
     iteration: int
@@ -57,13 +57,13 @@ class CheckpointInfo:
     has_optimizer: bool
     bf16: bool
     layout: dict[str, int]
-    """Sizes of the pipeline, tensor and data parallelism it was saved at; it loads at any."""
+    """Sizes of pipeline, tensor and data parallelism at the save. The checkpoint loads at any layout."""
     generation_config: dict[str, Any] = field(default_factory=dict)
-    """generation_config.json of the Hugging Face model it comes from, to be exported again; {} if there is none."""
+    """generation_config.json of the original Hugging Face model, to be exported again; {} if there is none."""
     template_date: str = ""
-    """What chat templates that write the date took for now, ISO 8601; "" where none does."""
+    """The date, ISO 8601, that the chat template wrote as the present one; "" if it writes no date."""
     files: dict[str, str] = field(default_factory=dict)
-    """Checksums of the files that are no tensors, by their names in the folder; {} of format 3."""
+    """Checksums of the files that hold no tensors, by their names in the folder; {} in format 3."""
     format: int = field(default=FORMAT)
 
     @property
@@ -71,7 +71,7 @@ class CheckpointInfo:
         return self.path / "tokenizer"
 
     def write(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Write this into a folder."""
         values = dataclasses.asdict(self)
         del values["path"]
         write_whole(folder / INFO, json.dumps({**values, _CHECKSUM: json_checksum(values)}, indent=2))
@@ -88,7 +88,7 @@ def partial_dir(root: str | Path, iteration: int) -> Path:
 
 
 def begin(root: str | Path, iteration: int) -> Path:
-    """An empty folder to write one iteration's checkpoint in; `publish` gives it its name."""
+    """Make an empty folder to write one iteration's checkpoint into. `publish` renames it."""
     partial = partial_dir(root, iteration)
     if partial.exists():
         shutil.rmtree(partial)
@@ -102,11 +102,11 @@ def has_checkpoint(directory: str | Path) -> bool:
 
 
 def read_info(directory: str | Path) -> CheckpointInfo:
-    """Find the latest complete checkpoint in `directory`, or the one it is when it is an iter_ folder itself.
+    """Find the latest complete checkpoint in `directory`, or `directory` itself if it is an iter_ folder.
 
     Raises:
-        DamagedError: its checkpoint is damaged.
-        ConfigError: the folder does not exist, holds no checkpoint, or not one of ours.
+        DamagedError: the checkpoint is damaged.
+        ConfigError: the folder does not exist, or holds no checkpoint of ours.
     """
     root = _present(Path(directory))
     if not root.is_dir():
@@ -146,16 +146,16 @@ def read_info(directory: str | Path) -> CheckpointInfo:
 
 
 def list_files(folder: Path) -> dict[str, str]:
-    """Checksums of the files of a folder that are no tensors, by their names in it."""
+    """Checksums of the files of a folder that hold no tensors, by their names in it."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.match(DATA_FILES))
     return {path.relative_to(folder).as_posix(): file_checksum(path) for path in files if path.name != INFO}
 
 
 def require_files(info: CheckpointInfo) -> None:
-    """Raise where a small file of a checkpoint is not what was written; of those that users edit, say so.
+    """Raise if a small file of a checkpoint is not what was written. For files that users edit, only warn.
 
     Raises:
-        DamagedError: a file is missing or another one, with the cure.
+        DamagedError: a file is missing or differs; it says the cure.
     """
     for name, written in info.files.items():
         path = info.path / name
@@ -173,7 +173,7 @@ def read_records(info: CheckpointInfo) -> list[dict[str, Any]]:
     """The stage's records of all replicas, as they were saved.
 
     Raises:
-        DamagedError: a line is no JSON, which only --no-verify lets come so far.
+        DamagedError: a line is not JSON. Without --no-verify, checksums find such damage earlier.
     """
     records = []
     for file in sorted((info.path / RECORDS).glob("replica_*.jsonl")):
@@ -186,7 +186,7 @@ def read_records(info: CheckpointInfo) -> list[dict[str, Any]]:
 
 
 def write_records(folder: Path, replica: int, records: Collection[dict[str, Any]]) -> None:
-    """Write a replica's records into a checkpoint's folder; none, no file."""
+    """Write a replica's records into a checkpoint's folder. Without records it makes no file."""
     if records:
         text = "".join(json.dumps(record) + "\n" for record in records)
         write_whole(folder / RECORDS / f"replica_{replica:05d}.jsonl", text)
@@ -195,7 +195,7 @@ def write_records(folder: Path, replica: int, records: Collection[dict[str, Any]
 def publish(root: Path, iteration: int) -> None:
     """Give the complete partial folder its name, then point latest_checkpointed_iteration.txt to it.
 
-    Whenever this is cut off, what that file names can be read.
+    Wherever a crash interrupts this, the checkpoint that this file names can be read.
     """
     final = iteration_dir(root, iteration)
     replaced = _other(final, _REPLACED)
@@ -211,7 +211,7 @@ def publish(root: Path, iteration: int) -> None:
 def keep_latest(root: Path, iteration: int, count: int, protected: Collection[Path]) -> None:
     """Remove all but the `count` latest checkpoints up to `iteration`, except `protected` ones.
 
-    Later iterations, of a run that was resumed further back, stay.
+    Later iterations stay: they are there if the run was resumed from an earlier one.
     """
     numbers = sorted(number for number in _iterations(root) if number <= iteration)
     kept = {path.resolve() for path in protected}
@@ -222,7 +222,7 @@ def keep_latest(root: Path, iteration: int, count: int, protected: Collection[Pa
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what interrupted saves left, and undo a replacement that was cut off in between."""
+    """Remove what interrupted saves left behind, and undo a replacement that was interrupted."""
     for path in sorted(root.glob("iter_*.*")):
         original = path.with_suffix("")
         if not _ITERATION.fullmatch(original.name):
@@ -235,7 +235,7 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _is_of(value: object, kind: object) -> bool:
-    """Whether a value of JSON is of a field's type, which may be a Literal; what a dict holds is not looked at."""
+    """Whether a JSON value has a field's type, which may be a Literal. It does not look into dicts."""
     origin = get_origin(kind)
     return value in get_args(kind) if origin is Literal else type(value) is (origin or kind)
 
@@ -262,7 +262,7 @@ def _latest(root: Path) -> Path:
 
 
 def _present(path: Path) -> Path:
-    """The folder, or what was to be replaced by it when a crash came in between."""
+    """The folder; if a crash interrupted its replacement, the folder that was to be replaced."""
     replaced = _other(path, _REPLACED)
     return replaced if not path.is_dir() and replaced.is_dir() else path
 
@@ -277,7 +277,7 @@ def _other(path: Path, ending: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder so that no half of it is ever found under its name."""
+    """Remove a folder. Its name disappears first, so that nobody finds half of it under that name."""
     if not path.exists():
         return
     removed = _other(path.with_suffix(""), _REMOVED)

@@ -1,4 +1,4 @@
-"""The list of a checkpoint's tensors, tensors.json: of which boxes each consists and in which files those are."""
+"""The list of a checkpoint's tensors, tensors.json: the boxes of each tensor and the files that hold them."""
 
 import json
 import operator
@@ -18,12 +18,12 @@ INDEX = "tensors.json"
 DATA_FILES = "*.safetensors"
 
 _MAX_DIMENSIONS = 8
-"""More than any weight has; a box has 2 to this power corners to look at."""
+"""No weight has so many. `tiles` looks at 2 to this power corners of each box."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBox:
-    """Where a box is."""
+    """A box, and the file that holds it."""
 
     part: BoxPart
     file: str
@@ -31,29 +31,29 @@ class StoredBox:
     file_size: int
     """Bytes of the whole file."""
     checksum: str | None = None
-    """Of the values, see `checksums`; None of a checkpoint that has none."""
+    """Checksum of the values, see `checksums`; None if the checkpoint has no checksums."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """Which tensors a folder holds and where."""
+    """The tensors that a folder holds, and their places."""
 
     folder: Path
     boxes: dict[str, list[StoredBox]]
-    """Of each tensor, at least one."""
+    """The boxes of each tensor, at least one."""
 
     def shape(self, key: str) -> tuple[int, ...] | None:
-        """Shape of a tensor, None where it is not there."""
+        """Shape of a tensor; None if the folder does not hold it."""
         return self.boxes[key][0].part.shape if key in self.boxes else None
 
     @property
     def has_checksums(self) -> bool:
-        """Whether it can be told if the values are those that were written."""
+        """Whether the values can be compared with checksums."""
         return all(box.checksum is not None for boxes in self.boxes.values() for box in boxes)
 
 
 def write_index(folder: Path, stored: Iterable[StoredBox]) -> None:
-    """Write the index of a folder's files, whose boxes together are whole tensors."""
+    """Write the index of a folder's files. Their boxes together must be whole tensors."""
     by_key: dict[str, list[StoredBox]] = {}
     files = {}
     for box in stored:
@@ -77,11 +77,11 @@ def _described(box: StoredBox) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check the list of tensors: each is covered by its boxes, every file is there and of the recorded size.
+    """Read and check the list of tensors: boxes must cover each tensor, and files must have the recorded sizes.
 
     Raises:
-        DamagedError: it is not so.
-        ConfigError: the list may not be read.
+        DamagedError: the list is missing or damaged, or a check fails.
+        ConfigError: this user may not read the list.
     """
     path = folder / INDEX
     try:
@@ -120,7 +120,7 @@ def _check_files(folder: Path, files: dict[str, int]) -> None:
 
 
 def _check_checksums(boxes: dict[str, list[StoredBox]]) -> None:
-    """All parts have a checksum, or none has, as before they were made."""
+    """Raise unless all boxes have a checksum or none has: early versions made no checksums."""
     without = sorted(key for key, stored in boxes.items() if any(box.checksum is None for box in stored))
     if without and any(box.checksum is not None for stored in boxes.values() for box in stored):
         raise DamagedError(f"{without[0]} has no checksum, and others have")

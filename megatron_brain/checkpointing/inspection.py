@@ -1,4 +1,4 @@
-"""What a checkpoint holds, in words, and whether it is still what was saved. Needs no process group."""
+"""Describes a checkpoint in words, and finds out whether it is still what was saved. It needs no process group."""
 
 import math
 import re
@@ -21,12 +21,12 @@ from megatron_brain.config.fields import stage_fields
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 _HIDDEN_STATE = ("data",)
-"""What of a stage's state is no number to read."""
+"""The entries of a stage's state that are not numbers for a reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What a comparison with the checksums has found."""
+    """The result of comparing a checkpoint with its checksums."""
 
     boxes: int
     nbytes: int
@@ -48,11 +48,11 @@ class Examination:
 
 
 def describe(info: CheckpointInfo, *, all_tensors: bool = False) -> str:
-    """Several lines: what it is, where its run stands, its settings and its tensors.
+    """Several lines about a checkpoint: what it is, the position of its run, its settings and its tensors.
 
     Raises:
-        DamagedError: its list of tensors is damaged, or what it says of its run.
-        ConfigError: it is of no stage that there is.
+        DamagedError: its list of tensors, or what it says about its run, is damaged.
+        ConfigError: its stage is unknown.
     """
     index = read_index(info.path)
     try:
@@ -75,10 +75,10 @@ def describe(info: CheckpointInfo, *, all_tensors: bool = False) -> str:
 
 
 def examine(info: CheckpointInfo, *, finite: bool = False) -> Examination:
-    """Compare everything with its checksums.
+    """Compare all contents of a checkpoint with their checksums.
 
     Args:
-        finite: look for values that are not finite, too.
+        finite: also look for values that are not finite.
 
     Raises:
         DamagedError, CheckpointError: a file cannot be read.
@@ -142,7 +142,7 @@ def _settings(info: CheckpointInfo) -> Iterator[str]:
 
 
 def _tensors(index: Index, *, all_tensors: bool) -> Iterator[str]:
-    """A line for each tensor, or for each kind of them, which has one in every layer; and sums."""
+    """A line of sums, then a line for each tensor, or for each kind of tensor that every layer has one of."""
     kinds: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = defaultdict(list)
     elements: Counter[str] = Counter()
     for key in sorted(index.boxes, key=lambda key: (key.startswith(NOT_WEIGHTS), _in_order(key))):
@@ -159,7 +159,7 @@ def _tensors(index: Index, *, all_tensors: bool) -> Iterator[str]:
 
 
 def _in_order(key: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Sort key of a tensor's name: layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
 
 

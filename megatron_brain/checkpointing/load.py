@@ -1,4 +1,4 @@
-"""Reading checkpoints into models and optimizers of any layout."""
+"""Loads checkpoints into models and optimizers of any layout."""
 
 import logging
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ _REWARD_HEAD = "reward_head.weight"
 
 
 def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head, verify: bool = True) -> None:
-    """Load a checkpoint's weights into `chunks` of any layout; a reward model may start from a policy's trunk.
+    """Load a checkpoint's weights into `chunks` of any layout. A reward model may start from a policy's trunk.
 
     Args:
         verify: compare what is read with its checksums.
 
     Raises:
-        ConfigError: a policy is asked from a reward checkpoint, whose output layer is gone, or a weight is missing or
-            damaged.
+        ConfigError: a policy cannot be loaded from a reward model's checkpoint, which has no output layer; or a weight
+            is missing or damaged.
     """
     if head == "policy" and info.head == "reward":
         raise ConfigError(f"{info.path} is a reward model; a policy is needed here: give the SFT or BRAIn checkpoint")
@@ -49,9 +49,9 @@ def load_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head, v
 def _read_weights(info: CheckpointInfo, chunks: Sequence[Chunk], *, head: Head, verify: bool) -> None:
     boxes = model_boxes(chunks)
     if head == "reward" and info.head == "policy":
-        # It keeps its own new head.
+        # The reward model keeps its own new head.
         boxes = [box for box in boxes if box.key != _REWARD_HEAD]
-    # Scales that remember: what they stand for is in the weights.
+    # FP8 scales belong to the weights, so they are loaded with them if the checkpoint has them.
     read_boxes(boxes, info.path, if_alike=[fp8_boxes(chunks)], verify=verify)
     zero_vocabulary_padding(chunks)
 
@@ -65,15 +65,14 @@ def load_training_state(
     scheduler: OptimizerParamScheduler,
     verify: bool = True,
 ) -> None:
-    """Load weights, optimizer, schedule and random states, to go on as if never stopped.
+    """Load weights, optimizer, schedule and random states, so that the run goes on as if it had not stopped.
 
-    The optimizer's state is loaded into the optimizer there is, distributed or not, whichever wrote it. The learning
-    rate and its schedule stay those of this run; only the position comes from the checkpoint. Another precision of FP8
-    is allowed, and said.
+    Distributed and other optimizers load each other's state. The learning rate and its schedule stay those of this
+    run; only the position comes from the checkpoint. Another precision of FP8 is allowed, with a warning.
 
     Raises:
         ConfigError: the checkpoint was saved without its optimizer, or in another precision.
-        DamagedError: it is damaged.
+        DamagedError: the checkpoint is damaged.
     """
     if not info.has_optimizer:
         raise ConfigError(
@@ -87,7 +86,7 @@ def load_training_state(
             "or add --finetune to start from its weights"
         )
     boxes, generators, scales = optimizer_boxes(optimizer, chunks), random_state(), fp8_boxes(chunks)
-    # Another layout has another shape of them, another device other generators.
+    # At another layout random states have another shape, and another device has other generators.
     if_alike = [random_boxes(generators, parallel), scales]
     with written(chunks):
         same_generators, same_scales = read_boxes(

@@ -1,4 +1,4 @@
-"""Where the tokenizer of a run is: with its checkpoint, with its Hugging Face model, or where the user says."""
+"""Finds the tokenizer of a run: with its checkpoint, with its Hugging Face model, or where the user says."""
 
 from megatron_brain.checkpointing.folders import CheckpointInfo
 from megatron_brain.config.data import TokenizerConfig
@@ -8,10 +8,10 @@ from megatron_brain.errors import ConfigError
 def locate_tokenizer(
     asked: TokenizerConfig, start_from: CheckpointInfo | None, hf_model: str | None
 ) -> tuple[str, str]:
-    """Type and place of the tokenizer: the one asked for, or else the checkpoint's or the Hugging Face model's.
+    """Type and place of the tokenizer that is asked for, or else the checkpoint's, or the Hugging Face model's.
 
     Raises:
-        ConfigError: none of them is given.
+        ConfigError: none of the three is given.
     """
     if asked.tokenizer_model is not None:
         return asked.tokenizer_type, asked.tokenizer_model

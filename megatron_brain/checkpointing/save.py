@@ -1,4 +1,4 @@
-"""Writing checkpoints, at once or while training goes on."""
+"""Writes checkpoints, while training waits or in the background."""
 
 import dataclasses
 import logging
@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """What a checkpoint holds besides weights, configuration and tokenizer."""
+    """The contents of a checkpoint besides weights, configuration and tokenizer."""
 
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
-    """Both or neither; without them the checkpoint cannot be resumed."""
+    """Optimizer and scheduler are given together or not at all. Without them a run cannot resume."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """JSON-able state of the loop, the same on all ranks."""
     stage: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class TrainingState:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What `tokenizer.save` writes, by name."""
+    """The files that `tokenizer.save` writes, by name."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
         tokenizer.save(folder)
@@ -68,12 +68,12 @@ def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mappi
     """Complete a folder that `folders.begin` made and that holds tensors with their index, then give it its name.
 
     Args:
-        info: `path` is where the checkpoint is to appear.
+        info: its `path` is the final place of the checkpoint.
         config: configuration with the model's sizes resolved.
         tokenizer: what `tokenizer_files` returned.
 
     Raises:
-        ConfigError: the tensors are not all there; nothing is published.
+        ConfigError: some tensors are missing; nothing is published.
     """
     root = info.path.parent
     partial = folders.partial_dir(root, info.iteration)
@@ -84,7 +84,7 @@ def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mappi
         path.write_bytes(contents)
     save_config(config, partial / "config.yaml")
     dataclasses.replace(info, files=folders.list_files(partial)).write(partial)
-    sync_tree(partial, but=DATA_FILES)  # which are synced
+    sync_tree(partial, but=DATA_FILES)  # The data files are synced already.
     folders.publish(root, info.iteration)
 
 
@@ -92,14 +92,14 @@ class CheckpointSaver:
     """Writes a run's checkpoints into --save.
 
     All ranks call every method. With --async-save, `save` copies what is to be written and returns; a thread writes it
-    while training goes on, and one save ends before the next starts. Either way the files are complete and synced on
-    all ranks before the checkpoint gets its name.
+    while training goes on, and one save ends before the next starts. In both cases the files are complete and synced
+    on all ranks before the checkpoint gets its name.
 
     Args:
-        root: --save.
+        root: the folder --save.
         config: configuration with the model's sizes resolved.
         generation_config: goes into each checkpoint's CheckpointInfo.
-        protected: checkpoints that --keep-latest must leave alone; looked at when it removes.
+        protected: checkpoints that --keep-latest must not remove. It is read at each removal.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class CheckpointSaver:
     ) -> None:
         self._config, self._parallel, self._head = config, parallel, head
         self.root = Path(root)
-        # Taken now: a tokenizer may not be asked by two threads at once.
+        # They are read now, because two threads may not use a tokenizer at the same time.
         self._tokenizer_files = tokenizer_files(tokenizer) if parallel.is_writer else {}
         self._generation_config = generation_config or {}
         self._protected = protected
-        # Of its own: a save in the background must not meet the collectives of training.
+        # It has its own group, so that a save in the background does not mix with the collectives of training.
         self._group = parallel.host_group()
         self._copies = _HostCopies()
         self._thread: threading.Thread | None = None
@@ -127,11 +127,11 @@ class CheckpointSaver:
         self._is_first = True
 
     def save(self, iteration: int, chunks: Sequence[Chunk], state: TrainingState) -> None:
-        """Write a checkpoint, or begin to.
+        """Write a checkpoint, or begin to write it in the background.
 
         Raises:
-            CheckpointError: this save, or the one before in the background, failed on some rank. The checkpoint that
-                latest_checkpointed_iteration.txt names is untouched.
+            CheckpointError: this save, or the previous one in the background, failed on some rank. The checkpoint that
+                latest_checkpointed_iteration.txt names is unchanged.
         """
         if self.in_progress:
             log.warning("waiting for the checkpoint before, which is still being written: saves follow too fast")
@@ -143,7 +143,7 @@ class CheckpointSaver:
             self._write(boxes, info, records)
             return
         boxes = self._copies.take(boxes)
-        # The copies are on their way until then.
+        # The device makes the copies asynchronously.
         self._parallel.synchronize()
 
         def write() -> None:
@@ -158,19 +158,19 @@ class CheckpointSaver:
 
     @property
     def in_progress(self) -> bool:
-        """Whether a save in the background goes on here."""
+        """Whether this rank is writing a checkpoint in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed here; the next call of `wait` raises its error."""
+        """Whether a save in the background has failed on this rank. The next call of `wait` raises its error."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Wait until no save is going on.
+        """Wait until the save in the background has ended.
 
         Raises:
-            CheckpointError: it failed on some rank.
+            CheckpointError: the save failed on some rank.
         """
         if self._thread is not None:
             self._thread.join()
@@ -180,7 +180,7 @@ class CheckpointSaver:
             raise error
 
     def _boxes(self, chunks: Sequence[Chunk], state: TrainingState) -> list[Box]:
-        """What this rank writes. What all data-parallel replicas have is divided among them."""
+        """The boxes that this rank writes. Data-parallel replicas divide the boxes that all of them have."""
         shared, own = stored_weights(state.optimizer, chunks)
         shared += fp8_boxes(chunks)
         if state.optimizer is not None:
@@ -215,7 +215,7 @@ class CheckpointSaver:
         )
 
     def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict[str, Any]]) -> None:
-        """Write, sync and publish; each part only where the one before went well on all ranks."""
+        """Write, sync and publish. Each step begins only after the step before has succeeded on all ranks."""
         started = time.perf_counter()
         partial = folders.partial_dir(self.root, info.iteration)
         parallel = self._parallel
@@ -243,7 +243,7 @@ class CheckpointSaver:
             folders.keep_latest(self.root, info.iteration, self._config.checkpoint.keep_latest, self._protected)
 
     def _on_all(self, info: CheckpointInfo, action: Callable[[], None] | None) -> None:
-        """Do this rank's part, then raise on all ranks what failed on any."""
+        """Do this rank's action, then raise on all ranks the errors of any rank."""
         words: str | None = None
         cause: Exception | None = None
         try:
@@ -263,13 +263,13 @@ class CheckpointSaver:
 
 
 class _HostCopies:
-    """Copies of boxes in host memory, which training cannot change; the memory is kept for the next save."""
+    """Copies boxes into host memory, where training does not change them. The memory is kept for the next save."""
 
     def __init__(self) -> None:
         self._memory: dict[torch.dtype, torch.Tensor] = {}
 
     def take(self, boxes: Sequence[Box]) -> list[Box]:
-        """The same boxes with copies of their values, which are there once the device is synchronized."""
+        """The same boxes with copies of their values. The copies are complete once the device is synchronized."""
         used = dict.fromkeys((box.data.dtype for box in boxes), 0)
         for dtype in used:
             self._reserve(dtype, [box for box in boxes if box.data.dtype == dtype])
@@ -285,5 +285,5 @@ class _HostCopies:
     def _reserve(self, dtype: torch.dtype, boxes: Sequence[Box]) -> None:
         size = sum(box.data.numel() for box in boxes)
         if dtype not in self._memory or self._memory[dtype].numel() < size:
-            # In one piece: pinned memory is handed out in powers of two.
+            # All boxes share one piece, because each piece of pinned memory is rounded up to a power of two.
             self._memory[dtype] = torch.empty(size, dtype=dtype, pin_memory=boxes[0].data.is_cuda)

@@ -1,7 +1,7 @@
-"""What of a model, an optimizer and the random generators is stored, and under which global names.
+"""What a checkpoint stores of a model, an optimizer and the random generators, and under which global names.
 
-Names hold no trace of the layout: layer numbers are those of the whole model, shapes those of whole tensors without the
-padding of the vocabulary, and the optimizer's state is named after the weight it belongs to, whether or not it is
+Names and shapes do not depend on the layout. Layer numbers are those of the whole model, shapes are those of whole
+tensors without padding of the vocabulary, and the optimizer's state is named after its weight, whether or not it is
 distributed over replicas.
 """
 
@@ -26,14 +26,14 @@ from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 
 NOT_WEIGHTS = ("optimizer.", "random.", "fp8.")
-"""How names begin of what is no weight of the model."""
+"""Beginnings of the names of tensors that are not weights of the model."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of a global tensor that lies in one piece inside of a parameter, from its flat element `start` on."""
+    """A block of a global tensor that lies in one piece in a parameter, from the parameter's flat element `start`."""
 
     key: str
     shape: tuple[int, ...]
@@ -44,7 +44,8 @@ class _Block:
 
 
 def model_boxes(chunks: Sequence[Chunk]) -> list[Box]:
-    """The weights of this rank's chunks, written through. Weights in FP8 alone are not: see `models.fp8_weights`."""
+    """The weights of this rank's chunks. Writing to a box writes to its weight, unless this exists only in FP8: see
+    `models.fp8.weights`."""
     return [
         Box(key=block.key, shape=block.shape, offset=block.offset, data=block.data)
         for chunk in chunks
@@ -54,7 +55,7 @@ def model_boxes(chunks: Sequence[Chunk]) -> list[Box]:
 
 @torch.no_grad()
 def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
-    """Set the rows that pad the vocabulary, which no checkpoint holds."""
+    """Set the rows that pad the vocabulary to zero. Checkpoints do not hold them."""
     for chunk in chunks:
         for sharded in sharded_tensors(chunk):
             if sharded.key.endswith(VOCABULARY_WEIGHTS):
@@ -63,9 +64,9 @@ def zero_vocabulary_padding(chunks: Sequence[Chunk]) -> None:
 
 
 def optimizer_boxes(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> list[Box]:
-    """Adam's moments and, in mixed precision, the float32 weights, as far as this rank has them, written through.
+    """This rank's share of Adam's moments and, in mixed precision, of the float32 weights. Writing to them has effect.
 
-    Moments that are not there yet, before the first update, are made as zeros.
+    Before the first update there are no moments: they are made as zeros.
     """
     _make_moments(optimizer)
     return [
@@ -78,8 +79,8 @@ def optimizer_boxes(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> li
 
 
 def stored_weights(optimizer: MegatronOptimizer | None, chunks: Sequence[Chunk]) -> tuple[list[Box], list[Box]]:
-    """The weights of this rank's chunks as they are stored: those that all data-parallel replicas have, and those that
-    are in FP8 alone, as far as this rank's optimizer has what they were rounded from."""
+    """The weights that this rank stores: first those that all data-parallel replicas have; then, for weights that exist
+    only in FP8, the values before rounding that this rank's optimizer has."""
     with outlined(chunks):
         shared = [box for box in model_boxes(chunks) if not box.data.is_meta]
     if not any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters()):
@@ -95,7 +96,7 @@ def stored_weights(optimizer: MegatronOptimizer | None, chunks: Sequence[Chunk])
 
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
-    """Updates Adam has counted; 0 on a rank that holds none of the weights."""
+    """Number of updates that Adam has counted; 0 on a rank that holds no weights."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             if "step" in group:
@@ -107,7 +108,7 @@ def optimizer_steps(optimizer: MegatronOptimizer) -> int:
 
 
 def set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
-    """Set Adam's count of updates: a fused Adam keeps it with each group, torch's with each weight."""
+    """Set Adam's count of updates. A fused Adam keeps it for each group, torch's Adam for each weight."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             if not _counts_by_weight(part):
@@ -119,7 +120,7 @@ def set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
 
 
 def random_boxes(state: dict[str, Tensor], parallel: Parallel) -> list[Box]:
-    """One row per rank of every random generator's state, written through."""
+    """This rank's row of every random generator's state. Writing to the boxes writes to `state`."""
     sizes = (parallel.pp_size, parallel.tp_size, parallel.dp_size)
     place = (parallel.pp_rank, parallel.tp_rank, parallel.dp_rank)
     return [
@@ -129,9 +130,9 @@ def random_boxes(state: dict[str, Tensor], parallel: Parallel) -> list[Box]:
 
 
 def fp8_boxes(chunks: Sequence[Chunk]) -> list[Box]:
-    """Scales of FP8 and the maxima they follow from, where they outlive a step, written through.
+    """FP8 scales that outlive a step, and the maxima that they follow from. Writing to them has effect.
 
-    All tensor- and data-parallel ranks hold the same, so they are those of any layout.
+    All tensor- and data-parallel ranks hold the same ones, so they fit every layout.
     """
     return [
         Box(key=f"fp8.{name}", shape=tuple(values.shape), offset=(0,) * values.dim(), data=values)
@@ -140,7 +141,7 @@ def fp8_boxes(chunks: Sequence[Chunk]) -> list[Box]:
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    # A part without parameters, as of a pipeline stage without them, has no optimizer inside.
+    # A part without parameters has no optimizer inside: a pipeline stage may have none for it.
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
 
 
@@ -149,7 +150,7 @@ def _counts_by_weight(part: MegatronOptimizer) -> bool:
 
 
 def _make_moments(optimizer: MegatronOptimizer) -> None:
-    """Give every weight the state it would have after no update."""
+    """Give every weight the state that it has before the first update."""
     empty = False
     for part in _parts(optimizer):
         for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
@@ -158,13 +159,13 @@ def _make_moments(optimizer: MegatronOptimizer) -> None:
                 empty = True
                 state[name] = torch.zeros_like(weight, dtype=torch.float32).detach()
     if empty:
-        # torch's Adam makes its state only where there is none of it: the count must be there too.
+        # torch's Adam makes no state for a weight that has any: so the count must be there too.
         set_optimizer_steps(optimizer, optimizer_steps(optimizer))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldWeight:
-    """A parameter with its blocks, and the tensor `main` that `part` updates for its flat elements [start, end)."""
+    """A parameter with its blocks, and the tensor `main` in which `part` updates its flat elements [start, end)."""
 
     part: MegatronOptimizer
     parameter: Tensor
@@ -175,7 +176,7 @@ class _HeldWeight:
 
 
 def _held_weights(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> Iterator[_HeldWeight]:
-    """What the optimizer's parts on this rank update."""
+    """The parameters that the optimizer's parts on this rank update."""
     blocks_by_parameter = [found for chunk in chunks for found in _blocks_by_parameter(chunk)]
     for part in _parts(optimizer):
         owned = {id(weight) for group in part.optimizer.param_groups for weight in group["params"]}
@@ -186,7 +187,7 @@ def _held_weights(optimizer: MegatronOptimizer, chunks: Sequence[Chunk]) -> Iter
 
 
 def _blocks(chunk: Chunk) -> list[_Block]:
-    """Every weight of a chunk in blocks, its padding rows of the vocabulary cut off."""
+    """Every weight of a chunk in blocks, without the rows that pad the vocabulary."""
     blocks = []
     for sharded in sharded_tensors(chunk):
         prepended = sharded.prepend_axis_num
@@ -202,7 +203,7 @@ def _blocks(chunk: Chunk) -> list[_Block]:
 
 
 def _name(sharded: ShardedTensor) -> str:
-    """The global name, with the layer's number where megatron-core makes it an axis of its own."""
+    """The global name. It gets the layer's number where megatron-core stores layers along an axis of the tensor."""
     key: str = sharded.key
     if not sharded.prepend_axis_num:
         return key
@@ -211,7 +212,7 @@ def _name(sharded: ShardedTensor) -> str:
 
 
 def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Parameter, list[_Block]]]:
-    """Each parameter with the blocks that lie in it, told by their place in memory."""
+    """Each parameter with the blocks that lie in it. Their places in memory tell which these are."""
     with outlined([chunk]) as outlines:
         trained = {id(p): p for p in chunk.parameters() if p.requires_grad}.values()
         parameters = sorted(trained, key=_place)
@@ -231,12 +232,12 @@ def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Parameter, list[_Block]
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Which memory a tensor is in, also where it has none yet, and its first element there."""
+    """The memory that a tensor is in, even if it is not allocated, and the tensor's first element there."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _held(part: MegatronOptimizer, parameter: Parameter) -> tuple[Tensor | None, int, int]:
-    """The float32 tensor that Adam updates for a parameter, and which of its flat elements [start, end) that is."""
+    """The float32 tensor that Adam updates for a parameter (None: not here), and its range [start, end) of elements."""
     if not isinstance(part, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), 0, parameter.numel()
     if parameter not in part.model_param_group_index_map:
@@ -247,7 +248,7 @@ def _held(part: MegatronOptimizer, parameter: Parameter) -> tuple[Tensor | None,
 
 
 def _states(part: MegatronOptimizer, parameter: Tensor, main: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Name and flat values of what the optimizer has for a weight."""
+    """Name and flat values of each tensor that the optimizer has for a weight."""
     if main.dtype != parameter.dtype:
         yield "fp32_param", main.detach().view(-1)
     for name in _MOMENTS:
@@ -255,7 +256,7 @@ def _states(part: MegatronOptimizer, parameter: Tensor, main: Tensor) -> Iterato
 
 
 def _cut(block: _Block, key: str, flat: Tensor, start: int, end: int) -> Iterator[Box]:
-    """Boxes of a block of which `flat` holds the parameter's elements [start, end)."""
+    """The boxes of a block that lie in `flat`, which holds the parameter's elements [start, end)."""
     first = max(start, block.start)
     last = min(end, block.start + math.prod(block.size))
     if first >= last:

@@ -1,4 +1,4 @@
-"""Boxes to and from a folder: safetensors files of boxes, and an index of which is where."""
+"""Writes boxes to a folder and reads them: safetensors files hold the boxes, an index says where each is."""
 
 import itertools
 import logging
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file and sync it. The interpreter is free for other threads meanwhile.
+    """Write a safetensors file and sync it. Other threads can run Python meanwhile.
 
     Raises:
-        OSError, SafetensorError: it could not be written.
+        OSError, SafetensorError: the file could not be written.
     """
-    # safetensors writes a file that its user alone may read and gives it this name.
+    # safetensors puts a new file, which only its user may read, in place of this one: the mode is set again below.
     path.touch()
     mode = path.stat().st_mode
     try:
@@ -44,22 +44,22 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 
 def write_file(boxes: Sequence[Box], path: Path) -> list[StoredBox]:
-    """Write boxes into one safetensors file and sync it, on this process alone; of no boxes, no file.
+    """Write boxes into one safetensors file and sync it, in this process alone. Without boxes it makes no file.
 
-    Boxes may be views of one another's memory where they do not overlap. What is not contiguous, or on a device, is
+    Boxes may be views of the same memory if they do not overlap. Boxes that are not contiguous, or on a device, are
     copied to the host first.
 
     Returns:
-        What `write_index` needs to know.
+        The input of `write_index`.
 
     Raises:
-        OSError, SafetensorError: it could not be written.
+        OSError, SafetensorError: the file could not be written.
     """
     if not boxes:
         return []
     values = [box.data.detach().cpu().contiguous() for box in boxes]
     with ThreadPoolExecutor(1) as beside:
-        # While the disk works.
+        # The checksums are computed while the disk works.
         checksums = beside.submit(lambda: list(map(checksum, values)))
         write_safetensors({stored_name(box.part): data for box, data in zip(boxes, values, strict=True)}, path)
     size = path.stat().st_size
@@ -70,13 +70,13 @@ def write_file(boxes: Sequence[Box], path: Path) -> list[StoredBox]:
 
 
 def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) -> None:
-    """Write all ranks' boxes, whose union is whole tensors, a file a rank, and the index; all is synced.
+    """Write the boxes of all ranks, which together are whole tensors: one file for each rank, and the index. Sync them.
 
-    Boxes that several ranks have are written once, by ranks chosen so that all write about equally many bytes. All
-    ranks of the group call it.
+    A box that several ranks have is written once; all ranks write about equally many bytes. All ranks of the group call
+    this.
 
     Raises:
-        CheckpointError: on all ranks, where one could not write.
+        CheckpointError: some rank could not write; raised on all ranks.
     """
     rank = dist.get_rank(group)
     own = {box.part: box for box in boxes if box.data.numel() or 0 in box.shape}
@@ -97,13 +97,13 @@ def write_boxes(boxes: Sequence[Box], folder: Path, group: dist.ProcessGroup) ->
 
 
 def fill(boxes: Sequence[Box], index: Index) -> None:
-    """Fill boxes of any tensors, whatever boxes they were written in, on this process alone.
+    """Fill boxes of any tensors, in whatever boxes they were written, in this process alone.
 
-    Only what is needed is read, and at most 256 MiB of a file, or one of its boxes, is in memory besides the boxes.
+    It reads only what is needed. Besides the boxes, at most 256 MiB of a file, or one of its boxes, is in memory.
 
     Raises:
-        ConfigError: a tensor is not there or has another shape, or a file is damaged.
-        CheckpointError: the disk does not give a file.
+        ConfigError: a tensor is missing or has another shape, or a file is damaged.
+        CheckpointError: the disk fails to read a file.
     """
     _check_wanted(boxes, index)
     overlaps = [
@@ -116,13 +116,13 @@ def fill(boxes: Sequence[Box], index: Index) -> None:
 
 
 def read_part(part: BoxPart, index: Index) -> Tensor:
-    """The values of a part of a tensor, on this process alone.
+    """The values of a box of a tensor, read in this process alone.
 
-    Where a file holds this very part in this dtype, they are not copied: their memory is the file's, and must not be
-    written to.
+    If a file holds exactly this box in this dtype, the values are not copied: their memory is the file's, so do not
+    write to it.
 
     Raises:
-        ConfigError, CheckpointError: as `fill` does.
+        ConfigError, CheckpointError: for the same reasons as `fill`.
     """
     for stored in index.boxes.get(part.key, ()):
         if stored.part == part:
@@ -138,19 +138,19 @@ def read_part(part: BoxPart, index: Index) -> Tensor:
 def read_boxes(
     boxes: Sequence[Box], folder: Path, *, if_alike: Sequence[Sequence[Box]] = (), verify: bool = True
 ) -> list[bool]:
-    """Fill the boxes, whatever boxes they were written in. All ranks call it.
+    """Fill the boxes, in whatever boxes they were written. All ranks call this.
 
     Args:
-        if_alike: sets of boxes, each to be filled too if the checkpoint has tensors of all its names and shapes.
+        if_alike: further sets of boxes. A set is filled if the checkpoint has tensors of all its names and shapes.
         verify: compare what is read with its checksums.
 
     Returns:
-        Which of those were filled.
+        For each set of `if_alike`, whether it was filled.
 
     Raises:
-        ConfigError: on all ranks, where one finds that the checkpoint lacks a tensor or has it in another shape, or
-            that it is damaged.
-        CheckpointError: on all ranks, where the disk does not give its files, or ranks read different folders.
+        ConfigError: some rank finds that the checkpoint lacks a tensor, has it in another shape, or is damaged; raised
+            on all ranks.
+        CheckpointError: the disk fails to read files, or ranks read different folders; raised on all ranks.
     """
     wanted, index, problem, alike = list(boxes), None, None, []
     try:
@@ -160,7 +160,7 @@ def read_boxes(
         _check_wanted(wanted, index)
     except ConfigError as error:
         problem = str(error)
-    # A rank that finds something wrong must not leave the others waiting for it.
+    # A rank that finds a problem must tell it, or the other ranks would wait for it.
     told = _gather((folder.name, problem))
     for _, problem in told:
         if problem is not None:
@@ -183,7 +183,7 @@ def read_boxes(
 
 
 def _needed(boxes: Sequence[Box], index: Index) -> list[StoredBox]:
-    """The stored boxes that have a part of these."""
+    """The stored boxes that overlap these boxes."""
     stored = {
         found.part: found
         for box in boxes
@@ -194,7 +194,7 @@ def _needed(boxes: Sequence[Box], index: Index) -> list[StoredBox]:
 
 
 def _on_all(action: Callable[[], None]) -> None:
-    """Do something, then raise on all ranks what failed on any: what is damaged as ConfigError."""
+    """Do `action`, then raise on all ranks the errors of any rank. If all are ConfigErrors, it raises AgreedError."""
     failed = None
     try:
         action()
@@ -211,7 +211,7 @@ def _on_all(action: Callable[[], None]) -> None:
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors whose names start with `prefix`, whole, on this process alone."""
+    """All whole tensors whose names start with `prefix`, read in this process alone."""
     index = read_index(folder)
     parts = {key: boxes[0].part for key, boxes in index.boxes.items() if key.startswith(prefix)}
     found = {key: torch.empty(part.shape, dtype=part.dtype) for key, part in parts.items()}
@@ -232,7 +232,7 @@ def _in_words(error: Exception | None) -> str | None:
 
 
 def _raise_failures(errors: Sequence[str | None], cause: Exception | None) -> None:
-    """Raise what failed on any rank, with the traceback of what failed on this one."""
+    """Raise the errors of all ranks, with the traceback of this rank's error."""
     found = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None]
     if found:
         raise CheckpointError("; ".join(found)) from cause
@@ -251,7 +251,7 @@ def _check_wanted(boxes: Sequence[Box], index: Index) -> None:
 
 
 def _overlap(one: BoxPart, other: BoxPart) -> list[tuple[int, int]] | None:
-    """Elements [start, end) of the whole tensor, in each dimension, that both have; None if there are none."""
+    """The range [start, end) in each dimension of the whole tensor that both boxes have; None if they share nothing."""
     starts = map(max, one.offset, other.offset)
     ends = map(min, one.end, other.end)
     both = list(zip(starts, ends, strict=True))
@@ -260,7 +260,7 @@ def _overlap(one: BoxPart, other: BoxPart) -> list[tuple[int, int]] | None:
 
 @torch.no_grad()
 def _copy(data: safe_open, part: BoxPart, box: Box) -> None:
-    """Copy what a stored part has of a box; of the file, only that is read."""
+    """Copy the elements that a stored box and `box` share. Only these are read from the file."""
     name, both = stored_name(part), _overlap(part, box.part)
     assert both is not None
     values = data.get_slice(name)
@@ -277,5 +277,5 @@ def _check_stored(part: BoxPart, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 
 
 def _within(ranges: Sequence[tuple[int, int]], offset: Sequence[int]) -> tuple[slice, ...]:
-    """Ranges of a whole tensor as slices of a box of it."""
+    """Ranges of a whole tensor as slices of one of its boxes, which begins at `offset`."""
     return tuple(slice(start - first, end - first) for (start, end), first in zip(ranges, offset, strict=True))

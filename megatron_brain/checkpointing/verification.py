@@ -14,9 +14,9 @@ _MOST_TOLD = 3
 
 
 def find_damaged_boxes(boxes: Iterable[StoredBox], folder: Path) -> Iterator[str]:
-    """Names of the boxes whose values are not those that were written, with their files.
+    """Names and files of the boxes whose values are not those that were written.
 
-    Boxes without a checksum, of an earlier version, are passed over.
+    Boxes without a checksum, which an earlier version wrote, are skipped.
 
     Raises:
         DamagedError, CheckpointError: a file cannot be read.
@@ -28,10 +28,10 @@ def find_damaged_boxes(boxes: Iterable[StoredBox], folder: Path) -> Iterator[str
 
 
 def require_sound(boxes: Iterable[StoredBox], folder: Path) -> None:
-    """Raise where the values of a box are not those that were written.
+    """Raise if the values of a box are not those that were written.
 
     Raises:
-        DamagedError: they are not; names the boxes, their files and the cure.
+        DamagedError: it names the damaged boxes, their files and the cure.
     """
     found = list(find_damaged_boxes(boxes, folder))
     if found:
@@ -43,10 +43,10 @@ def require_sound(boxes: Iterable[StoredBox], folder: Path) -> None:
 
 
 def my_share(needed: Sequence[StoredBox], told: Sequence[tuple[str, list[BoxPart]]], rank: int) -> list[StoredBox]:
-    """The boxes this rank looks at: the processes of a node divide those that any of them needs.
+    """The boxes that this rank verifies: the processes of a node divide the boxes that any of them needs.
 
     Args:
-        needed: by this rank.
+        needed: the boxes that this rank needs.
         told: `host_and_parts` of every rank.
     """
     host = told[rank][0]
@@ -56,5 +56,5 @@ def my_share(needed: Sequence[StoredBox], told: Sequence[tuple[str, list[BoxPart
 
 
 def host_and_parts(needed: Sequence[StoredBox]) -> tuple[str, list[BoxPart]]:
-    """This node's name and the parts that this rank needs, for `my_share`."""
+    """This node's name and the boxes that this rank needs, for `my_share`."""
     return socket.gethostname(), [box.part for box in needed]

@@ -1,1 +1,1 @@
-"""The tools: each module is a command, `python -m megatron_brain.commands.NAME`, and `tools/NAME.py` in a checkout."""
+"""The tools. Each module is a command, `python -m megatron_brain.commands.NAME`, or `tools/NAME.py` in a checkout."""

@@ -2,9 +2,8 @@
 
     python tools/check_data.py --stage sft --input train.jsonl --valid valid.jsonl --hf-model DIR --seq-length 1024
 
-Errors are what would stop the stage; warnings are what it would train on. Exit status: 0 without errors (with --strict:
-without warnings too), 1 with some, 2 for a mistake in what was asked for,
-or a worker process that was killed.
+Errors would stop the stage; warnings are about records that it would train on. Exit status: 0 without errors (with
+--strict: without warnings too), 1 with some, 2 for a mistake of the user, or a worker process that was killed.
 """
 
 import argparse
@@ -24,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     reading = reading_settings(args)
-    reading.build()  # a mistake in the settings is no problem of the data
+    reading.build()  # first, because a mistake in the settings is not a problem of the data
     report = check(
         args.input,
         args.valid,
@@ -43,7 +42,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, help="records to train on, as a stage's --train-data")
     parser.add_argument("--valid", nargs="+", default=[], help="records to validate on, compared with --input")
     parser.add_argument("--split", help="split of a saved or hub data set")
-    parser.add_argument("--valid-split", help="the same of --valid")
+    parser.add_argument("--valid-split", help="split of the data set of --valid")
     parser.add_argument("--max-shown", type=positive, default=5, help="problems of a kind to print [%(default)s]")
     parser.add_argument("--strict", action="store_true", help="count warnings as errors in the exit status")
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes [%(default)s]")

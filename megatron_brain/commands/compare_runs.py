@@ -3,8 +3,8 @@
     python tools/compare_runs.py fp32=runs/a/metrics.jsonl hybrid=runs/b/metrics.jsonl [--metrics loss,reward_mean]
         [--window 8] [--plot FILE]
 
-Prints a table in Markdown: means over windows of steps. The figure, which needs matplotlib, has every step. A metric
-that is logged once a round counts where it is logged.
+Prints a table in Markdown with means over windows of steps. The figure, which needs matplotlib, shows every step. A
+metric that is logged once a round counts at the steps that log it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron_brain.commands.reporting import reports_mistakes
 from megatron_brain.errors import ConfigError
 
 Runs = dict[str, list[dict[str, Any]]]
-"""Lines of metrics by name of the run."""
+"""Lines of metrics.jsonl by the name of the run."""
 
 
 @reports_mistakes
@@ -44,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_runs(named: Sequence[str]) -> Runs:
-    """Read `NAME=FILE` each.
+    """Read the file of each `NAME=FILE`.
 
     Raises:
-        ConfigError: no name or one twice, no such file, nothing in it, or a line that is not whole.
+        ConfigError: a name is missing or given twice, a file is missing or empty, or a line is incomplete.
     """
     runs = {}
     for each in named:
@@ -67,12 +67,12 @@ def read_runs(named: Sequence[str]) -> Runs:
 
 
 def values(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
-    """Iterations that logged the metric, and its values.
+    """The iterations that logged the metric, and its values.
 
     Raises:
-        ConfigError: none did.
+        ConfigError: no iteration did.
     """
-    # Numbers that are not finite are written as text.
+    # Numbers that are not finite were written as text.
     found = [(line["iteration"], float(line[metric])) for line in lines if metric in line]
     if not found:
         there = sorted({key for line in lines for key in line})
@@ -82,7 +82,7 @@ def values(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], lis
 
 
 def table(runs: Runs, metrics: Sequence[str], window: int) -> str:
-    """Means over steps 1 to `window`, and so on, as far as every run has come."""
+    """Means over steps 1 to `window`, and so on, up to the last step that all runs have."""
     last = min(lines[-1]["iteration"] for lines in runs.values())
     windows = [(start + 1, min(start + window, last)) for start in range(0, last, window)]
     rows = [["metric", "run", *(f"steps {first}-{end}" for first, end in windows)]]
@@ -96,7 +96,7 @@ def table(runs: Runs, metrics: Sequence[str], window: int) -> str:
 
 
 def plot(runs: Runs, metrics: Sequence[str], path: Path) -> None:
-    """One panel a metric, one line a run."""
+    """Draw a panel for each metric, with a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -17,14 +17,14 @@ _DIRECTIONS = {
 
 
 def entry() -> int:
-    """The console script `megatron-brain-convert`. Returns the exit status: that of the direction, or 2 without one."""
+    """The console script `megatron-brain-convert`. Returns the exit status of the direction, or 2 without one."""
     program, *arguments = sys.argv
     if not arguments or arguments[0] not in _DIRECTIONS:
         asked_for_help = arguments[:1] in (["-h"], ["--help"])
         print(_usage(arguments), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     direction, *flags = arguments
-    # The usage line that argparse prints begins with the program's name.
+    # argparse begins its usage line with the program's name.
     sys.argv = [f"{program} {direction}", *flags]
     status: int = importlib.import_module(f"megatron_brain.commands.{_DIRECTIONS[direction][0]}").entry()
     return status

@@ -3,9 +3,9 @@
     python tools/convert_hf_to_megatron.py --hf-model DIR --save CKPT [--bf16]
     torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py ...
 
-A language model becomes a policy, a `*ForSequenceClassification` with one label a reward model. The checkpoint, which
-loads at any layout, is compared with transformers on random tokens; past --tolerance the tool exits with status 1 and
-leaves CKPT.unverified to look at. No more than a part of the weights is in memory; several processes share the work.
+A language model becomes a policy; a `*ForSequenceClassification` with one label becomes a reward model. The checkpoint
+loads at any layout. The tool compares it with transformers on random tokens; past --tolerance it exits with status 1
+and keeps CKPT.unverified. Only a part of the weights is in memory at one time, and several processes share the work.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from megatron_brain.runtime import parallel
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 1 where the two models differ, 2 for a mistake in what was asked for."""
+    """Returns the exit status: 1 where the two models differ, 2 for a mistake of the user."""
     args = _parse(argv)
     tokenizer = TokenizerConfig(
         tokenizer_type=args.tokenizer_type,
@@ -44,7 +44,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def entry() -> int:
-    """The command itself: `main` of the command line, and the end of the process group."""
+    """The command itself: runs `main` with the command line, then ends the process group."""
     try:
         return main(sys.argv[1:])
     finally:

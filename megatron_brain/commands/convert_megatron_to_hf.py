@@ -3,9 +3,9 @@
     python tools/convert_megatron_to_hf.py --load CKPT --save DIR [--dtype bfloat16]
     torchrun --nproc-per-node 4 tools/convert_megatron_to_hf.py ...
 
-A policy becomes a language model, a reward model a `*ForSequenceClassification` with one label. What was written is
-compared with the checkpoint, of any layout, on random tokens; past --tolerance the tool exits with status 1 and leaves
-DIR.unverified to look at. No more than a shard's weights are in memory; several processes share the work.
+A policy becomes a language model; a reward model becomes a `*ForSequenceClassification` with one label. The checkpoint
+may have any layout. The tool compares it with the result on random tokens; past --tolerance it exits with status 1 and
+keeps DIR.unverified. Only one shard's weights are in memory at one time, and several processes share the work.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 1 where the two models differ, 2 for a mistake in what was asked for."""
+    """Returns the exit status: 1 where the two models differ, 2 for a mistake of the user."""
     args = _parse(argv)
 
     def prepare() -> ToHF:
@@ -45,7 +45,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True, help="checkpoint folder, or one iter_ folder of it")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="type of the written weights [the checkpoint's]")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights [5GB]")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of a file of weights [5GB]")
     parser.add_argument(
         "--hf-model-type",
         choices=sorted(family.model_type for family in FAMILIES),
@@ -63,7 +63,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def entry() -> int:
-    """The command itself: `main` of the command line, and the end of the process group."""
+    """The command itself: runs `main` with the command line, then ends the process group."""
     try:
         return main(sys.argv[1:])
     finally:

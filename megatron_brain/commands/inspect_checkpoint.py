@@ -1,10 +1,10 @@
-"""Say what a checkpoint holds, and whether it is still what was saved.
+"""Say what a checkpoint holds, and whether it is unchanged since it was saved.
 
     python tools/inspect_checkpoint.py CKPT [--tensors] [--finite] [--no-verify]
 
-CKPT is a --save folder (its latest checkpoint) or one iter_NNNNNNN folder. Prints what it is, where its run stands in
-the data, the settings that are not the defaults, and its tensors; then compares everything with the checksums. Needs no
-GPU, no process group, and the memory of one tensor's piece. Exit status 1: it is damaged, 2: there is no checkpoint.
+CKPT is a --save folder (its latest checkpoint) or one iter_NNNNNNN folder. Prints what it is, its run's position in the
+data, the settings that are not the defaults, and its tensors; then compares everything with the checksums. Needs no
+GPU, no process group, and the memory of one box of a tensor. Exit status 1: it is damaged, 2: there is no checkpoint.
 """
 
 import argparse

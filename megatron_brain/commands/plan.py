@@ -3,9 +3,8 @@
     python tools/plan.py --model llama3-70b --gpus 64 --gpu h100 --stage brain --samples-per-prompt 16 \\
         --prompt-length 512 --response-length 128
 
-Prints the layouts, fastest first, with memory and step time by part, and the flags of the fastest. Estimates:
-docs/planner.md says how they are made and what they leave out. Exit status 2: a mistake in what was asked for, 1: no
-layout fits.
+Prints the layouts, fastest first, with memory and step time by part, and the flags of the fastest. docs/planner.md says
+how the estimates are made and what they leave out. Exit status 2: a mistake of the user, 1: no layout fits.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from megatron_brain.planning.presets import PRESETS, preset
 from megatron_brain.planning.report import as_json, flags, memory_table, rejection_table, time_table
 from megatron_brain.planning.search import Plan, Question, Rejection, search, training_stages
 
-_NARROWEST = 145  # columns that the tables need; less only wraps them
+_NARROWEST = 145  # columns that the tables need; with fewer they only wrap
 
 
 @reports_mistakes
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     args = _parse(argv)
     question = _question(args)
-    _require_place(args.json)  # before the work
+    _require_place(args.json)  # before the search, which takes a while
     plans, rejections = search(question)
     if args.json is not None:
         report = as_json(question, args.model, plans, rejections, reward_model=args.reward_model)
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _require_place(place: str | None) -> None:
-    """Raise ConfigError where the plan cannot be written to a file."""
+    """Raise ConfigError where the JSON report cannot be written."""
     if place in (None, "-"):
         return
     if (problem := files.file_problem("--json", place)) is not None:
@@ -111,10 +110,10 @@ def _question(args: argparse.Namespace) -> Question:
 
 
 def _model(name: str) -> ResolvedModel:
-    """A preset, or the model in a Hugging Face directory."""
+    """The architecture of a preset, or of the model in a Hugging Face directory."""
     if not Path(name).is_dir():
         return preset(name)
-    # Imports torch, which presets do without.
+    # This imports torch, which presets do not need.
     from megatron_brain.conversion import read_hf_architecture
 
     return resolve(ModelConfig(), read_hf_architecture(name), name)
@@ -136,18 +135,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--stage", choices=training_stages(), required=True, help="stage of the run")
     group.add_argument("--prompt-length", type=whole, required=True, help="tokens of a prompt")
     group.add_argument("--response-length", type=positive, required=True, help="tokens of a response")
-    group.add_argument("--seq-length", type=positive, help="sft: length that records are packed into; unset: theirs")
+    group.add_argument("--seq-length", type=positive, help="sft: length of packed sequences; unset: of a record")
     group.add_argument("--global-batch-size", type=positive, default=128, help="sequences, pairs or groups of a step")
-    group.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="bf16", help="of the layers")
+    group.add_argument("--precision", choices=("fp8", "bf16", "fp32"), default="bf16", help="precision of the layers")
     group.add_argument("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="auto: least")
     group.add_argument("--shared-prefix", action=switch, default=True, help="compute a prompt once for its responses")
     group.add_argument("--distributed-optimizer", action=switch, default=True, help="split optimizer state")
     group = parser.add_argument_group("brain")
     group.add_argument("--samples-per-prompt", type=positive, default=8, help="responses of a group")
-    group.add_argument("--prompts-per-round", type=positive, help="unset: those of one step")
+    group.add_argument("--prompts-per-round", type=positive, help="prompts of a round; unset: those of one step")
     group.add_argument("--refresh-interval", type=positive, help="steps of a round; unset: one pass over it")
-    group.add_argument("--sampling-batch-size", type=positive, help="unset: as many responses of a round as fit")
-    group.add_argument("--two-pass", action=switch, default=False, help="a forward pass of its own for beta")
+    group.add_argument("--sampling-batch-size", type=positive, help="responses at one time; unset: all that fit")
+    group.add_argument("--two-pass", action=switch, default=False, help="compute beta in a separate forward pass")
     group.add_argument("--reward-model", help="as --model; unset: the policy's sizes")
     group.add_argument("--offload-prior", action=switch, default=False, help="keep the prior in host memory")
     group.add_argument("--offload-reward", action=switch, default=False, help="keep the reward model in host memory")

@@ -3,9 +3,9 @@
     python tools/preprocess_data.py --stage sft --input data.jsonl --output prepared/train --hf-model DIR --workers 8
 
 Writes PREFIX.json and, as --format says, PREFIX.bin and PREFIX.idx (megatron-core's indexed format) or PREFIX.arrow,
-and prints lengths, truncations and duplicates. A stage reads it with --train-data PREFIX. Started again after a kill,
-it goes on with the parts that were finished. Exit status 2: a mistake in what was asked for, or in a
-record, or a worker process that was killed.
+and prints lengths, truncations and duplicates. A stage reads it with --train-data PREFIX. After a kill, the
+same command goes on with the parts that are not finished. Exit status 2: a mistake of the user, a bad record, or a
+worker process that was killed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     logging.getLogger("megatron_brain").setLevel(logging.INFO)
-    # Processes of our own share the cores better than the threads of the tokenizers library.
+    # Our worker processes share the cores better than the threads of the tokenizers library.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     job = Preparation(
         input=args.input,

@@ -1,4 +1,4 @@
-"""How the data tools are told to read records: the stage, its tokenizer and its limits, under the stages' flags."""
+"""The flags that tell the data tools how to read records: the stage, its tokenizer and its limits."""
 
 import argparse
 
@@ -16,7 +16,7 @@ _LIMITS = ("seq_length", "max_prompt_length", "max_response_length", "overlong")
 
 
 def add_reading_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the stages that decide what becomes of their records."""
+    """Add the flags of the stages that change how their records are read."""
     parser.add_argument(
         "--stage",
         choices=[name for name, spec in stages().items() if spec.trains],
@@ -39,7 +39,7 @@ def add_reading_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings_of_stages() -> dict[str, list[str]]:
-    """Names of the stages that read records by a setting, by its name."""
+    """For each setting that changes how records are read, the names of its stages."""
     readers: dict[str, list[str]] = {}
     for stage, spec in stages().items():
         for name in spec.reads:
@@ -48,7 +48,7 @@ def _settings_of_stages() -> dict[str, list[str]]:
 
 
 def _add(group: argparse._ArgumentGroup, spec: FieldSpec, stages_of_it: str = "") -> None:
-    """A flag without a default, to tell whether it was given."""
+    """Add a flag without a default, so that we know whether it was given."""
     shown = ("on" if spec.default else "off") if spec.kind is bool else spec.default
     text = stages_of_it + spec.help.replace("%", "%%") + (f" [{shown}]" if spec.default is not None else "")
     if spec.kind is bool:
@@ -58,10 +58,10 @@ def _add(group: argparse._ArgumentGroup, spec: FieldSpec, stages_of_it: str = ""
 
 
 def reading_settings(args: argparse.Namespace) -> ReadingSettings:
-    """The settings that the parsed flags say.
+    """The settings from the parsed flags.
 
     Raises:
-        ConfigError: no tokenizer, limits that contradict each other, or a setting of another stage.
+        ConfigError: there is no tokenizer, limits contradict each other, or a setting belongs to another stage.
     """
     names = ("tokenizer_type", "tokenizer_model", *_TEMPLATES, *_LIMITS, *_settings_of_stages())
     given = {name: value for name in names if (value := getattr(args, name)) is not None}

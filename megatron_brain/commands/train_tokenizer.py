@@ -3,8 +3,8 @@
     python tools/train_tokenizer.py --input FILE_OR_GLOB ... --vocab-size N --save DIR [--model-type bpe|unigram]
 
 Reads plain text, and the text fields of records (jsonl, json, parquet, arrow, a saved data set or a hub name). DIR gets
-tokenizer.model, for --tokenizer-type SentencePieceTokenizer, and the same as a fast tokenizer that AutoTokenizer and
---tokenizer-type HuggingFaceTokenizer read. Exit status 2: a mistake in what was asked for.
+tokenizer.model, for --tokenizer-type SentencePieceTokenizer, and the same tokenizer as a fast one, which AutoTokenizer
+and --tokenizer-type HuggingFaceTokenizer read. Exit status 2: a mistake of the user.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_tem
     """Train, write the folder, and describe it.
 
     Raises:
-        ConfigError: the folder exists, or the corpus or the settings are wrong.
-        RecordError: a bad record.
+        ConfigError: the folder already exists, or the corpus or the settings are wrong.
+        RecordError: a record is bad.
     """
     if (problem := folder_problem("--save", str(save))) is not None:
         raise ConfigError(problem)
@@ -50,7 +50,7 @@ def run(settings: TokenizerTraining, inputs: Sequence[str], save: Path, chat_tem
         raise ConfigError(f"--save {save} exists: give another folder, or remove it")
     lines = Lines(inputs=inputs)
     partial = save.with_name(save.name + ".partial")
-    try:  # before the training, which may take long
+    try:  # before the training, which may take a long time
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--character-coverage",
         type=float,
         default=0.9995,
-        help="share of the characters that get pieces of their own, the rest is bytes [%(default)s]",
+        help="share of the characters that get their own pieces, the others become bytes [%(default)s]",
     )
     parser.add_argument("--user-defined-symbols", nargs="+", default=[], help="texts that are always one token")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""Checks that need more than one section, or the size of the world. Pure: no torch, no process group.
+"""Checks that need several sections, or the number of processes. They need neither torch nor a process group.
 
 `require` runs when a configuration is loaded. `validate_layout` runs as soon as the model's sizes are known (they may
-be in --hf-model or in a checkpoint) and before `init_process_group`, so that an impossible layout costs no start-up.
+be in --hf-model or in a checkpoint) and before `init_process_group`, so that an impossible layout fails early.
 """
 
 from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
@@ -13,7 +13,7 @@ _EXPLICIT_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attentio
 
 
 def require(config: RunConfig) -> None:
-    """Check that everything the stage cannot do without is there, and that settings of different sections agree.
+    """Check that all settings that the stage needs are there, and that settings of different sections agree.
 
     Raises:
         ConfigError: naming the missing flag or the settings that do not fit together.
@@ -32,7 +32,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ResolvedModel) ->
     Args:
         config: the run; its parallel, training, data and brain sections are read.
         world_size: number of processes.
-        model: sizes as resolved from --hf-model, checkpoint or flags; `num_query_groups` None means one per head.
+        model: its sizes, resolved from --hf-model, checkpoint or flags.
 
     Raises:
         ConfigError: naming key, value and the values that would work.
@@ -52,7 +52,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ResolvedModel) ->
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
-    """Processes left for data parallelism: world / (tensor x pipeline)."""
+    """Data-parallel size: world / (tensor x pipeline)."""
     return world_size // _model_parallel_size(config)
 
 
@@ -71,7 +71,7 @@ def require_data_and_start(config: RunConfig) -> None:
 
 
 def require_start(config: RunConfig) -> None:
-    """Raise ConfigError where neither weights nor sizes, or no tokenizer, come from anywhere."""
+    """Raise ConfigError where no setting gives weights or sizes, or none gives a tokenizer."""
     if config.checkpoint.load or config.model.hf_model:
         return
     missing = [key for key in _EXPLICIT_SIZES if getattr(config.model, key) is None]
@@ -86,7 +86,7 @@ def require_start(config: RunConfig) -> None:
 
 
 def _check_training(config: RunConfig) -> None:
-    """Settings of the loop that live in different sections."""
+    """Check the settings of the training loop, which are in different sections."""
     if config.training.eval_interval is not None and config.data.valid_data is None:
         raise ConfigError(f"eval_interval={config.training.eval_interval} needs --valid-data to validate on")
     warmup, total = config.optimizer.lr_warmup_iters, config.training.train_iters
@@ -101,7 +101,7 @@ def _check_training(config: RunConfig) -> None:
 
 
 def _check_response_length(config: RunConfig) -> None:
-    """A prompt and its sampled response fit into --seq-length."""
+    """Check that a prompt and its sampled response fit into --seq-length."""
     new, total = config.sampling.max_new_tokens, config.data.seq_length
     prompt = config.data.max_prompt_length
     if prompt is None and new >= total:
@@ -118,7 +118,7 @@ def _model_parallel_size(config: RunConfig) -> int:
 
 
 def _check_tensor_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
-    """Query heads split evenly; key/value heads split evenly or are each shared by equally many processes."""
+    """Check that query heads split evenly, and that key/value heads do or are shared by equally many ranks."""
     size, heads = config.parallel.tensor_model_parallel_size, model.num_attention_heads
     assert heads is not None and model.num_layers is not None, "validate_layout needs the resolved sizes of the model"
     groups = model.num_query_groups or heads
@@ -145,7 +145,7 @@ def _check_tensor_parallel(config: RunConfig, world_size: int, model: ResolvedMo
 
 
 def _check_pipeline_parallel(config: RunConfig, world_size: int, model: ResolvedModel) -> None:
-    """Stages, and chunks of the interleaved schedule, have equally many layers."""
+    """Check that pipeline stages have equally many layers, and chunks of the interleaved schedule too."""
     layers, size = model.num_layers, config.parallel.pipeline_model_parallel_size
     if layers % size:
         limit = max(world_size // config.parallel.tensor_model_parallel_size, 1)
@@ -156,18 +156,18 @@ def _check_pipeline_parallel(config: RunConfig, world_size: int, model: Resolved
     chunk = config.parallel.num_layers_per_virtual_pipeline_stage
     if chunk is None:
         return
-    stage = layers // size
-    works = [value for value in _divisors(stage) if value < stage]
+    each = layers // size
+    works = [value for value in _divisors(each) if value < each]
     if chunk not in works:
         cure = f"use {_one_of(works)}" if works else "leave it unset"
         raise ConfigError(
-            f"num_layers_per_virtual_pipeline_stage={chunk} does not cut the {stage} layers of a pipeline stage "
+            f"num_layers_per_virtual_pipeline_stage={chunk} does not cut the {each} layers of a pipeline stage "
             f"(num_layers={layers} / pipeline_model_parallel_size={size}) into two or more equal chunks: {cure}"
         )
 
 
 def _check_recomputed_chunks(config: RunConfig, model: ResolvedModel) -> None:
-    """megatron-core goes through the layers of a model chunk in steps of --recompute-num-layers."""
+    """Check that --recompute-num-layers divides a chunk: megatron-core recomputes so many layers at a time."""
     step = model.recompute_num_layers
     if step is None or model.recompute_method == "block":
         return
@@ -181,7 +181,7 @@ def _check_recomputed_chunks(config: RunConfig, model: ResolvedModel) -> None:
 
 
 def _check_world_size(config: RunConfig, world_size: int) -> None:
-    """The world is a whole number of model replicas."""
+    """Check that the number of processes is a multiple of the processes of a replica."""
     replica = _model_parallel_size(config)
     if world_size % replica:
         raise ConfigError(
@@ -193,7 +193,7 @@ def _check_world_size(config: RunConfig, world_size: int) -> None:
 
 
 def _check_batches(config: RunConfig, world_size: int) -> None:
-    """Every replica gets the same number of micro-batches, and the interleaved schedule as many as it needs."""
+    """Check that all replicas get equally many micro-batches, and the interleaved schedule the number that it needs."""
     replicas = data_parallel_size(config, world_size)
     if config.training.max_tokens_per_micro_batch is not None:
         return
@@ -218,12 +218,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` on both sides of `number`, in words."""
+    """The multiples of `unit` just below and above `number`, in words."""
     below = number // unit * unit
     return _one_of([value for value in (below, below + unit) if value])
 
 
 def _one_of(values: list[int]) -> str:
-    """`1`, `1 or 3`, `1, 3 or 9`."""
+    """The values in words: `1`, `1 or 3`, `1, 3 or 9`."""
     *head, last = map(str, values)
     return f"{', '.join(head)} or {last}" if head else last

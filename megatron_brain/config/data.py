@@ -12,17 +12,17 @@ class TokenizerConfig:
     """The tokenizer; a checkpoint carries its own, which is the default."""
 
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] = "HuggingFaceTokenizer"
-    """Kind of tokenizer --tokenizer-model names."""
+    """Kind of the tokenizer in --tokenizer-model."""
 
     tokenizer_model: str | None = None
-    """Directory, hub name or .model file; default: the loaded checkpoint's or --hf-model's tokenizer."""
+    """Directory, hub name or .model file of the tokenizer; default: that of the loaded checkpoint or of --hf-model."""
 
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template; checkpoints and exports keep it."""
 
     template_date: str | None = None
-    """What chat templates that write the date take for now, such as 2026-11-30 or 2026-11-30T12:00; default: that of
-    the checkpoint the run starts from, else the time of the start. A run keeps it."""
+    """Date that chat templates write as today's, such as 2026-11-30 or 2026-11-30T12:00; default: that of the
+    checkpoint the run starts from, else the time of the start. A run keeps it."""
 
     def __post_init__(self) -> None:
         if self.template_date is not None:
@@ -31,14 +31,14 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Records to train on, and what happens to those that are too long."""
+    """Records to train on, and what to do with those that are too long."""
 
     train_data: str | None = None
     """Training records: jsonl, json, parquet or Arrow file, glob, saved `datasets` folder, hub name, or the prefix of
     data that tools/preprocess_data.py has prepared."""
 
     valid_data: str | None = None
-    """Validation records, same kinds; unset: no validation."""
+    """Validation records, of the same kinds; unset: no validation."""
 
     train_split: str = "train"
     """Split of a hub data set to train on."""
@@ -47,13 +47,13 @@ class DataConfig:
     """Split of a hub data set to validate on."""
 
     max_train_records: int | None = None
-    """Use only the first so many training records."""
+    """Largest number of training records; the first ones are used. Unset: all."""
 
     max_valid_records: int | None = None
-    """Use only the first so many validation records."""
+    """Largest number of validation records; the first ones are used. Unset: all."""
 
     seq_length: int = 1024
-    """Longest prompt plus response, in tokens; with packing also the length records are packed into."""
+    """Longest prompt plus response, in tokens; with packing also the length of the packed sequences."""
 
     max_prompt_length: int | None = None
     """Longest prompt, in tokens; unset: only --seq-length limits it."""

@@ -1,7 +1,7 @@
 """The fields of the configuration dataclasses as data: flag, type, choices, default and help text.
 
-The dataclasses are the one place where an option is defined. The command line, the YAML reader, --help and the tables
-of docs/configuration.md are all made from the `FieldSpec`s read here.
+Only the dataclasses define settings. The command line, the YAML reader, --help and the tables of docs/configuration.md
+are all made from the `FieldSpec`s that this module reads from them.
 """
 
 import ast
@@ -33,7 +33,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FieldSpec:
-    """One option. `kind` is int, float, bool or str; `choices` is empty unless only some texts are allowed.
+    """One setting. `kind` is int, float, bool or str; `choices` is empty unless only some texts are allowed.
 
     The choices are those of a `Literal`, or the field's metadata `choices`: names that may still be added to.
     """
@@ -59,7 +59,7 @@ class FieldSpec:
 
 
 def section_types() -> dict[str, type]:
-    """Dataclass of each section, in the order of `RunConfig`, and then those of the stages."""
+    """The dataclass of each section: first those of `RunConfig` in its order, then those of the stages."""
     return _sections_of_every_run() | {name: kind for spec in stages().values() for name, kind in spec.settings.items()}
 
 
@@ -70,13 +70,13 @@ def _sections_of_every_run() -> dict[str, type]:
 
 
 def section_help(section: str) -> str:
-    """What a section is about, on one line: the docstring of its dataclass."""
+    """The subject of a section on one line: the docstring of its dataclass."""
     return " ".join((section_types()[section].__doc__ or "").split())
 
 
 @functools.cache
 def section_fields(section: str) -> tuple[FieldSpec, ...]:
-    """Specifications of a section's fields, in the order they are declared."""
+    """The settings of a section, in the order of their declaration."""
     cls = section_types()[section]
     hints = typing.get_type_hints(cls)
     docs = _attribute_docstrings(cls)
@@ -98,7 +98,7 @@ def section_fields(section: str) -> tuple[FieldSpec, ...]:
 
 
 def all_fields() -> dict[str, FieldSpec]:
-    """Every field of every section by name; names are unique over all sections."""
+    """All settings of all sections by name; names are unique over all sections."""
     return _all_fields(tuple(section_types()))
 
 
@@ -113,7 +113,7 @@ def _all_fields(sections: tuple[str, ...]) -> dict[str, FieldSpec]:
 
 
 def stage_fields(stage: str) -> dict[str, FieldSpec]:
-    """The fields a stage accepts, by name.
+    """The settings that a stage accepts, by name.
 
     Raises:
         ConfigError: there is no such stage.
@@ -123,7 +123,7 @@ def stage_fields(stage: str) -> dict[str, FieldSpec]:
 
 
 def convert(spec: FieldSpec, value: object, origin: str) -> object:
-    """`value` as the field's type. Text is read as the type it must be: `1e-5` is a number whatever YAML thinks of it.
+    """`value` as the field's type. The field decides how text is read: `1e-5` is a number, though not for YAML.
 
     Args:
         spec: the field.
@@ -144,13 +144,13 @@ def convert(spec: FieldSpec, value: object, origin: str) -> object:
 
 
 def _parse_text(spec: FieldSpec, text: str) -> object | None:
-    """The text as the field's type, None when it is not one."""
+    """The text as the field's type; None where it cannot be read as that."""
     if spec.choices:
         return text if text in spec.choices else None
     if spec.kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     if spec.kind is str:
-        # No file and no name can hold that character.
+        # No name of a file can hold that character.
         return text if text and "\0" not in text else None
     try:
         number = spec.kind(text)
@@ -160,7 +160,7 @@ def _parse_text(spec: FieldSpec, text: str) -> object | None:
 
 
 def _check_type(spec: FieldSpec, value: typing.Any) -> object | None:
-    """A value that is no text, if it has the field's type; an integer is also a number. None when it has not."""
+    """A value that is not text, as the field's type (an integer is also a float); None where it has another type."""
     if spec.kind is float and type(value) in (int, float):
         return float(value) if math.isfinite(value) else None
     return value if type(value) is spec.kind else None
@@ -179,7 +179,7 @@ def _read_type(hint: object) -> tuple[type, tuple[str, ...], bool]:
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, which is its help text."""
+    """The docstring under each field of a dataclass, which is its help text."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}

@@ -11,29 +11,29 @@ from megatron_brain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class Fp8Config:
-    """FP8 in the linear maps of the layers. The output layer, the reward head, norms and attention never are in FP8."""
+    """FP8 in the linear maps of the layers. Output layer, reward head, norms and attention never compute in FP8."""
 
     fp8_format: Literal["hybrid", "e4m3"] | None = None
     """hybrid: e4m3 for activations and weights, e5m2 for gradients; e4m3: for all of them; unset: no FP8."""
 
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8", "custom"] = "tensorwise"
-    """How scales are chosen: from earlier steps (delayed), from each tensor itself (tensorwise), from each block of it
+    """How scales are chosen: from earlier steps (delayed), from each tensor (tensorwise), from each block of it
     (blockwise; mxfp8, which H100 lacks), or by --fp8-quantizer-factory (custom)."""
 
     fp8_quantizer_factory: str | None = None
-    """Function `package.module.function` that makes the quantizers of --fp8-recipe custom, formats included."""
+    """Function `package.module.function` that makes the quantizers of --fp8-recipe custom, with their formats."""
 
     fp8_margin: int = 0
-    """Scales of --fp8-recipe delayed are lowered by 2 to this power."""
+    """With --fp8-recipe delayed, scales are divided by 2 to the power of this."""
 
     fp8_amax_history_len: int | None = None
-    """Steps whose largest magnitudes --fp8-recipe delayed remembers; default: 1024."""
+    """Steps whose largest magnitudes --fp8-recipe delayed keeps; default: 1024."""
 
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
-    """What --fp8-recipe delayed makes of them; default: max."""
+    """Which of these magnitudes --fp8-recipe delayed takes for the scale; default: max."""
 
     fp8_param_gather: bool = False
-    """Keep the weights of linear maps in FP8 alone and gather them so; needs --use-distributed-optimizer. Layers that
+    """Keep and gather the weights of linear maps in FP8 alone; needs --use-distributed-optimizer. Layers that
     --first-last-layers-bf16 leaves out keep theirs in bf16."""
 
     first_last_layers_bf16: bool = False
@@ -46,32 +46,32 @@ class Fp8Config:
     """Layers at the end that --first-last-layers-bf16 leaves out; default: 1."""
 
     fp8_emulate: bool = False
-    """Round as FP8 would, in plain PyTorch on the local layers, with --fp8-recipe tensorwise: slow, for research."""
+    """Emulate FP8's rounding in plain PyTorch, in local layers with --fp8-recipe tensorwise: slow, for research."""
 
     @property
     def uses_kernels(self) -> bool:
-        """Whether linear maps run in FP8 on the device: on, and not emulated."""
+        """Whether FP8 is on and computed by the device, not emulated."""
         return self.fp8_format is not None and not self.fp8_emulate
 
     @property
     def sequence_multiple(self) -> int:
-        """Rows that a GEMM in FP8 is given are a multiple of this; 1 where no FP8 kernel is called.
+        """The number of rows of a GEMM in FP8 is a multiple of this; 1 where no FP8 kernel is called.
 
-        Of megatron-core's `get_fp8_align_size` (16, mxfp8 32), and the 128 rows of a block of --fp8-recipe blockwise.
-        With sequence parallelism it is the rows of one process.
+        Source: megatron-core's `get_fp8_align_size` (16, mxfp8 32), and the 128 rows of a block of --fp8-recipe
+        blockwise. With sequence parallelism it applies to the rows of one process.
         """
         if not self.uses_kernels:
             return 1
         return {"mxfp8": 32, "blockwise": 128}.get(self.fp8_recipe, 16)
 
     def packed_multiple(self, parallel: ParallelConfig) -> int:
-        """Lengths of packed sequences are multiples of this: each process gets whole rows, as its GEMMs take them."""
+        """Packed sequences have a multiple of so many tokens, so that GEMMs on each process get whole rows."""
         rows, processes = self.sequence_multiple, parallel.tensor_model_parallel_size
         return rows * processes if parallel.sequence_parallel else math.lcm(rows, processes)
 
     @property
     def layers_in_bf16(self) -> tuple[int, int]:
-        """Layers that are left out of FP8 at the start and at the end."""
+        """Numbers of layers at the start and at the end that are left out of FP8."""
         if not self.first_last_layers_bf16:
             return 0, 0
         start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
@@ -100,7 +100,7 @@ class Fp8Config:
             )
 
     def _check_recipe(self) -> None:
-        """Settings that other recipes would not read."""
+        """Check the settings that only some recipes read."""
         for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
             if getattr(self, name) not in (0, None) and self.fp8_recipe != "delayed":
                 raise ConfigError(
@@ -144,6 +144,6 @@ class Fp8Config:
             raise ConfigError(f"first_last_layers_bf16=true leaves out no layer: raise {' or '.join(counts)}")
 
     def _told(self, name: str) -> str:
-        """`name=value` as it is written."""
+        """The setting as a user writes it, `name=value`."""
         value = getattr(self, name)
         return f"{name}={str(value).lower() if isinstance(value, bool) else value}"

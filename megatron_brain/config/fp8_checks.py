@@ -1,8 +1,8 @@
-"""Checks of FP8 against the other sections, the model's sizes and the device. Pure: no torch.
+"""Checks of FP8 against the other sections, the model's sizes and the device. They need no torch.
 
-What megatron-core and Transformer Engine would ignore in silence or refuse in the middle of a step is refused here:
-`require_fp8` when a configuration is loaded, `validate_fp8_sizes` when the model's sizes are known and
-`validate_fp8_device` when the device is, before weights are made.
+They refuse what megatron-core and Transformer Engine would ignore in silence or refuse in the middle of a step:
+`require_fp8` when a configuration is loaded, `validate_fp8_sizes` when the model's sizes are known, and
+`validate_fp8_device` when the device is known, before weights are made.
 """
 
 from megatron_brain.config.fp8 import Fp8Config
@@ -11,7 +11,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 
 _CAPABILITY = {"mxfp8": (10, 0), "blockwise": (9, 0)}
-"""Least compute capability of a recipe, as Transformer Engine's `check_recipe_support` has it."""
+"""Least compute capability of a recipe, as in Transformer Engine's `check_recipe_support`."""
 _ANY_RECIPE = (8, 9)
 _BLOCKWISE_CUDA = (12, 9)
 _WITHOUT_MXFP8 = (12, 0)
@@ -57,7 +57,7 @@ def _require_sharded_weights(config: RunConfig) -> None:
 
 
 def _require_aligned_sequences(config: RunConfig) -> None:
-    """Full sequences need no padding beyond --seq-length."""
+    """Check that full sequences need no padding beyond --seq-length."""
     length, unit = config.data.seq_length, config.fp8.sequence_multiple
     needs = f"the {unit} rows that fp8_recipe={config.fp8.fp8_recipe} needs"
     if config.parallel.sequence_parallel:
@@ -72,11 +72,11 @@ def _require_aligned_sequences(config: RunConfig) -> None:
 
 
 def validate_fp8_sizes(config: RunConfig, model: ResolvedModel) -> None:
-    """Check the layers that stay in bf16 against the model's layers, and its matrices against what FP8 GEMMs take.
+    """Check the number of layers in bf16 against the model's layers, and its matrices against the sizes of FP8 GEMMs.
 
     Args:
         config: the run; its fp8 and parallel sections are read.
-        model: with its sizes resolved; `validate_layout` has accepted it.
+        model: its sizes, which `validate_layout` has accepted.
 
     Raises:
         ConfigError: naming key, value and what would work.
@@ -106,7 +106,7 @@ def _check_layers_in_bf16(config: RunConfig, model: ResolvedModel) -> None:
 
 
 def _check_widths(config: RunConfig, model: ResolvedModel) -> None:
-    """Both sides of the matrices on a process: Transformer Engine's `assert_dim_for_fp8_exec`, and mxfp8's blocks."""
+    """Check both sides of a process's matrices: Transformer Engine's `assert_dim_for_fp8_exec`, and mxfp8's blocks."""
     multiple, processes = 32 if config.fp8.fp8_recipe == "mxfp8" else 16, config.parallel.tensor_model_parallel_size
     hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
     groups, channels = model.num_query_groups or heads, model.kv_channels or hidden // heads
@@ -129,15 +129,15 @@ def _check_widths(config: RunConfig, model: ResolvedModel) -> None:
 def validate_fp8_device(
     fp8: Fp8Config, capability: tuple[int, int] | None, cuda: tuple[int, int] | None = None
 ) -> None:
-    """Check that the device has what the recipe computes with.
+    """Check that the device can compute the recipe.
 
     Args:
-        fp8: the section of the run.
-        capability: compute capability of the device, (9, 0) for H100; None: not known, not checked.
-        cuda: version of CUDA that torch was built for; None: not known, not checked.
+        fp8: the fp8 section of the run.
+        capability: compute capability of the device, (9, 0) for H100; None: it is not known and not checked.
+        cuda: version of CUDA that torch was built for; None: it is not known and not checked.
 
     Raises:
-        ConfigError: naming the recipe, what it needs, what is there and which recipes would work.
+        ConfigError: naming the recipe, what it needs, what the device has and which recipes would work.
     """
     if not fp8.uses_kernels:
         return

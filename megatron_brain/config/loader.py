@@ -1,4 +1,4 @@
-"""Reads the configuration of a run: defaults < YAML file < command line.
+"""Reads the configuration of a run. The YAML file overrides defaults, and the command line overrides both.
 
 YAML keys are the flag names without the leading dashes, flat: `micro_batch_size: 4` or `micro-batch-size: 4`.
 argparse splits the command line and prints --help; the values of both sources go through one typed conversion
@@ -34,7 +34,7 @@ from megatron_brain.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class _Given:
-    """A value as it was written, and where."""
+    """A value as the user wrote it, and where."""
 
     value: object
     origin: str
@@ -45,12 +45,12 @@ def load_config(stage: str, argv: Sequence[str]) -> RunConfig:
 
     Args:
         stage: name of a registered stage.
-        argv: arguments after the stage; dashes and underscores in flag names mean the same, the last of a repeated
-            flag wins, `null` unsets an optional field.
+        argv: arguments after the stage. Dashes and underscores in flag names mean the same; of a repeated flag the last
+            one counts; `null` unsets an optional field.
 
     Raises:
-        ConfigError: an unknown key, one of another stage, a wrong type or value, a missing required setting, a file
-            that cannot be read.
+        ConfigError: an unknown key, a key of another stage, a wrong type or value, a missing setting, or a file that
+            cannot be read.
         SystemExit: after --help.
     """
     file, overrides = _parse_arguments(stage, argv)
@@ -61,7 +61,7 @@ def load_config(stage: str, argv: Sequence[str]) -> RunConfig:
 
 
 def config_from_dict(stage: str, values: Mapping[str, object], origin: str = "saved configuration") -> RunConfig:
-    """The inverse of `config_to_dict`. Keys left out keep their defaults; required settings are not asked for.
+    """The inverse of `config_to_dict`. Missing keys keep their defaults; required settings are not checked.
 
     Raises:
         ConfigError: as `load_config`; `origin` says in the message where the values came from.
@@ -70,13 +70,13 @@ def config_from_dict(stage: str, values: Mapping[str, object], origin: str = "sa
 
 
 def config_to_dict(config: RunConfig) -> dict[str, object]:
-    """`stage` and every field its stage reads, flat, as plain values (None, bool, int, float, str)."""
+    """`stage` and all settings that its stage reads in one flat dict of plain values (None, bool, int, float, str)."""
     fields = {name: getattr(config.section(spec.section), name) for name, spec in stage_fields(config.stage).items()}
     return {"stage": config.stage, **fields}
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """YAML text of `config_to_dict`, grouped by section, that --config reads back."""
+    """YAML text of `config_to_dict`, grouped by section. --config reads it back."""
     values = config_to_dict(config)
     lines = [_yaml_line("stage", config.stage)]
     for section in section_types():
@@ -98,7 +98,7 @@ def _yaml_line(key: str, value: object) -> str:
 
 
 def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
-    """Sections from given values; errors of the dataclasses' own checks get the origin of the keys they name."""
+    """The sections from given values. Errors of the dataclasses get the origin of the keys that they name."""
     fields = stage_fields(stage)
     values: dict[str, dict[str, object]] = {section: {} for section in stage_spec(stage).all_sections}
     for key, item in given.items():
@@ -120,7 +120,7 @@ def _build(stage: str, given: Mapping[str, _Given]) -> RunConfig:
 
 
 def _check_stage(stage: str, item: _Given) -> None:
-    """A file may say which stage it configures; then it must be this one."""
+    """Raise ConfigError where a file says that it configures another stage."""
     if item.value != stage:
         raise ConfigError(
             f"stage={item.value!r} ({item.origin}): this configures another stage than {stage!r}; run that stage, or "
@@ -129,7 +129,7 @@ def _check_stage(stage: str, item: _Given) -> None:
 
 
 def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
-    """The error for a key no field of the stage has, with what was probably meant."""
+    """The error for a key that the stage does not have, with the key that was probably meant."""
     where = f"{key}={item.value!r} ({item.origin})"
     spec = all_fields().get(key)
     if spec is not None:
@@ -142,21 +142,21 @@ def _unknown_key(stage: str, key: str, item: _Given) -> ConfigError:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Wraps help text without tearing flag names apart at their dashes."""
+    """Wraps help text without breaking flag names at their dashes."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, to be reported like any other bad setting."""
+    """A parser whose errors are ConfigErrors, reported like any other bad setting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}")
 
 
 def build_parser(stage: str) -> argparse.ArgumentParser:
-    """The parser of a stage's flags, grouped by section. It leaves every value as text and has no defaults.
+    """The parser of a stage's flags, grouped by section. It keeps every value as text and has no defaults.
 
     Raises:
         ConfigError: there is no such stage.
@@ -182,7 +182,7 @@ def build_parser(stage: str) -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, spec: FieldSpec) -> None:
-    """One flag; a bool becomes the pair `--name` / `--no-name`."""
+    """Add one flag; a bool becomes the pair `--name` / `--no-name`."""
     text = spec.help.replace("%", "%%")
     if spec.default is not None:
         shown = ("on" if spec.default else "off") if spec.kind is bool else spec.default
@@ -217,7 +217,7 @@ def _with_dashes(argument: str) -> str:
 
 
 def _unknown_argument(stage: str, argv: Sequence[str], unknown: Sequence[str]) -> ConfigError:
-    """The error for the first argument argparse could not place."""
+    """The error for the first argument that argparse does not know."""
     first = unknown[0]
     if first.startswith("--"):
         name, equals, value = first.removeprefix("--").partition("=")
@@ -231,7 +231,7 @@ def _unknown_argument(stage: str, argv: Sequence[str], unknown: Sequence[str]) -
 
 
 def _refuse_values_of_bools(argv: Sequence[str]) -> None:
-    """Raise ConfigError at `--bf16=true`, of which argparse tells no cure."""
+    """Raise ConfigError for `--bf16=true`, where argparse would not say the cure."""
     for argument in argv:
         flag, equals, _ = argument.partition("=")
         if equals and (spec := _bool_of(flag)) is not None:
@@ -251,7 +251,7 @@ def _no_value(spec: FieldSpec) -> str:
 
 
 def _read_yaml(stage: str, path: str) -> dict[str, _Given]:
-    """Keys of a YAML file with their text and line. Scalars stay text: the field decides the type, not YAML.
+    """Keys of a YAML file with their text and line. Scalars stay text, because the field decides the type, not YAML.
 
     Raises:
         ConfigError: the file cannot be read, is not a flat mapping, or has a key twice.
@@ -292,7 +292,7 @@ def _compose(path: str) -> yaml.Node | None:
 
 
 def _scalar(node: yaml.Node) -> str | None:
-    """Text of a scalar, None for an unquoted null; of anything else its YAML kind, for error messages."""
+    """Text of a scalar, None for an unquoted null. Anything else gives its YAML kind, for error messages."""
     if not isinstance(node, yaml.ScalarNode):
         return f"<{node.id}>"
     return None if node.tag == "tag:yaml.org,2002:null" else node.value

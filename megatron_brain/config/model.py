@@ -1,4 +1,4 @@
-"""What the network is: architecture sizes and the implementation of its layers."""
+"""The network: sizes of its architecture and the implementation of its layers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +8,10 @@ from megatron_brain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Model architecture. Left unset, sizes come from --hf-model or from the checkpoint that is loaded."""
+    """Model architecture. Sizes that are unset come from --hf-model or from the checkpoint that is loaded."""
 
     hf_model: str | None = None
-    """Hugging Face model directory: its config.json gives the sizes, its safetensors the initial weights."""
+    """Hugging Face model directory; its config.json gives the sizes, its safetensors files the initial weights."""
 
     num_layers: int | None = None
     """Number of transformer layers."""
@@ -35,33 +35,33 @@ class ModelConfig:
     """Number of token ids before padding for tensor parallelism."""
 
     max_position_embeddings: int | None = None
-    """Longest sequence the model was made for, in tokens."""
+    """Longest sequence that the model was made for, in tokens."""
 
     position_embedding_type: Literal["rope", "learned_absolute"] | None = None
-    """Positions by rotating queries and keys, or by a learned embedding added to that of the token; default: rope."""
+    """How positions enter: queries and keys are rotated (rope), or a learned embedding is added; default: rope."""
 
     rotary_base: float | None = None
     """Base of the rotary position embedding (Hugging Face: rope_theta); default: 10000."""
 
     rotary_percent: float | None = None
-    """Share of a head's channels, the first ones, that is rotated; default: 1."""
+    """Share of the channels of an attention head that is rotated, the first ones; default: 1."""
 
     rope_scaling_factor: float | None = None
-    """Divides low rotary frequencies, as Llama 3.1 does for longer sequences; default: 1, as they are."""
+    """Low rotary frequencies are divided by this, as in Llama 3.1 for longer sequences; default: 1, unchanged."""
 
     rope_low_freq_factor: float | None = None
     """Frequencies of fewer turns than this in the original length are divided by --rope-scaling-factor; default: 1."""
 
     rope_high_freq_factor: float | None = None
-    """Frequencies of more turns than this in the original length stay as they are, those between the two factors are
+    """Frequencies of more turns than this in the original length stay unchanged, those between the two factors are
     interpolated; default: 4."""
 
     rope_original_max_position_embeddings: int | None = None
-    """Sequence length, in tokens, that the model had before --rope-scaling-factor; default: 8192."""
+    """Sequence length, in tokens, for which the model was made before --rope-scaling-factor; default: 8192."""
 
     window_size: int | None = None
-    """Tokens that a token of the Hugging Face model attends to, itself included. Windows are not computed: sequences of
-    at most this length do not need one, longer ones are refused. Default: no window."""
+    """Tokens that a token of the Hugging Face model attends to, itself included. Windows are not computed:
+    sequences of at most this length do not need one, longer ones are refused. Default: no window."""
 
     normalization: Literal["RMSNorm", "LayerNorm"] | None = None
     """Norm before attention, before the feed-forward layer and at the end; default: RMSNorm."""
@@ -70,7 +70,7 @@ class ModelConfig:
     """Epsilon of the norms; default: 1e-5."""
 
     qk_layernorm: bool | None = None
-    """RMSNorm over each head of queries and keys before they are rotated; default: no."""
+    """Apply RMSNorm to each attention head of queries and keys before they are rotated; default: no."""
 
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] | None = None
     """Activation of the feed-forward layer: gelu is exact, gelu_tanh its tanh approximation; default: silu."""
@@ -79,21 +79,21 @@ class ModelConfig:
     """Multiply the activation by a second projection of the input; default: yes."""
 
     add_bias_linear: bool | None = None
-    """Biases in all linear maps of a layer; default: no."""
+    """Add biases to all linear maps of a layer; default: no."""
 
     add_qkv_bias: bool | None = None
-    """Biases of queries, keys and values, also without --add-bias-linear; default: no."""
+    """Add biases to queries, keys and values, also without --add-bias-linear; default: no."""
 
     use_parallel_residual: bool | None = None
-    """Attention and feed-forward layer both read the layer's input: x + attention(norm x) + mlp(norm x); default: no,
-    the second reads what the first has added to it."""
+    """Let attention and feed-forward layer both read the layer's input: x + attention(norm x) + mlp(norm x); default:
+    no, the feed-forward layer reads the sum of input and attention."""
 
     untie_embeddings_and_output_weights: bool | None = None
-    """Give the output layer weights of its own instead of the embedding's; default: tied."""
+    """Give the output layer its own weights instead of those of the embedding; default: no."""
 
     hf_model_type: str | None = None
     """`model_type` of the config.json that an export writes; default: that of the Hugging Face model the weights come
-    from, else of the first family that can have these sizes."""
+    from, else that of the first family that can have these sizes."""
 
     init_method_std: float = 0.02
     """Standard deviation of random initial weights."""
@@ -102,25 +102,25 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 
     hidden_dropout: float = 0.0
-    """Dropout after attention and feed-forward; post-training uses 0."""
+    """Dropout after attention and feed-forward layer; post-training uses 0."""
 
     attention_dropout: float = 0.0
     """Dropout of attention probabilities; post-training uses 0."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer implementation; auto takes transformer_engine where it and CUDA are present."""
+    """Implementation of the layers; auto takes transformer_engine where it and CUDA are present."""
 
     bf16: bool = False
     """Compute in bfloat16 with float32 main weights."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass: whole layers, or core attention only."""
+    """Recompute activations in the backward pass: of whole layers, or of core attention only."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """How --recompute-granularity full chooses layers; default: uniform."""
 
     recompute_num_layers: int | None = None
-    """Layers per recomputed chunk (uniform) or recomputed layers per stage (block); default: 1."""
+    """Layers that are recomputed together (uniform), or recomputed layers of a model chunk (block); default: 1."""
 
     logprob_chunk_size: int = 2**25
     """Logits (positions x vocabulary entries of a process) that exist at one time when log-probabilities are computed;
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @property
     def longest_sequence(self) -> tuple[int, str]:
-        """Most tokens that a sequence may have, and the setting that says so, in words. The sizes are resolved."""
+        """Largest number of tokens in a sequence, and the setting that limits it, in words; for resolved sizes."""
         limit, setting = self.max_position_embeddings, f"max_position_embeddings={self.max_position_embeddings}"
         assert limit is not None
         if self.window_size is not None and self.window_size < limit:
@@ -162,7 +162,7 @@ class ModelConfig:
             raise ConfigError("qk_layernorm is an RMSNorm over heads and needs normalization=RMSNorm, it is LayerNorm")
 
     def _check_heads(self) -> None:
-        """Heads share the hidden size, and key/value heads are shared by query heads, evenly."""
+        """Check that attention heads divide the hidden size, and key/value heads the query heads."""
         heads = self.num_attention_heads
         if heads is None:
             return
@@ -177,7 +177,7 @@ class ModelConfig:
             )
 
     def _check_rotation(self) -> None:
-        """Channels are rotated in pairs, and frequencies scaled from low to high."""
+        """Check that an even number of channels is rotated, and that the frequency factors are in order."""
         percent, scaling = self.rotary_percent or 1.0, self.rope_scaling_factor or 1.0
         if self.position_embedding_type == "learned_absolute":
             for name, value in (("rotary_percent", percent), ("rope_scaling_factor", scaling)):
@@ -202,7 +202,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class ResolvedModel(ModelConfig):
-    """A model whose sizes are known, as `models.architecture.resolve` makes them."""
+    """A model whose sizes are all known, from `models.architecture.resolve`."""
 
     num_layers: int
     hidden_size: int

@@ -1,4 +1,4 @@
-"""Whether objective, responses and their settings fit together."""
+"""Checks that objective, responses and their settings fit together."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def _check_group_size(config: RunConfig, multiple: int) -> None:
 
 
 def _check_ratios(config: RunConfig) -> None:
-    """Responses have rewards, and were drawn from the policy as it is trained."""
+    """Check that responses have rewards and are drawn from the distribution that trains."""
     brain, sampling = config.brain, config.sampling
     if brain.responses == "given":
         raise ConfigError(
@@ -58,7 +58,7 @@ def require_rejection_sampling(config: RunConfig) -> None:
     """Check the candidates of `--responses rso`.
 
     Raises:
-        ConfigError: they are to come from the policy, or are fewer than the responses to choose.
+        ConfigError: the candidates would come from the policy, or are fewer than the responses to choose.
     """
     candidates, samples = config.brain.rso_candidates, config.sampling.samples_per_prompt
     if config.brain.refresh_proposal:
@@ -71,7 +71,7 @@ def require_rejection_sampling(config: RunConfig) -> None:
 
 
 def _check_unread(config: RunConfig) -> None:
-    """Raise ConfigError for a setting that was changed and that the run would not read."""
+    """Raise ConfigError for a changed setting that the run would not read."""
     brain = config.brain
     default = {field.name: field.default for field in dataclasses.fields(brain)}
     read = set(OBJECTIVE_TRAITS[brain.objective].settings)

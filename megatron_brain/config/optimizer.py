@@ -14,19 +14,19 @@ class OptimizerConfig:
     """Peak learning rate."""
 
     min_lr: float = 0.0
-    """Learning rate the decay ends at."""
+    """Learning rate at the end of the decay."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
     """Shape of the decay after warm-up."""
 
     lr_decay_iters: int | None = None
-    """Iterations the decay takes; default: --train-iters."""
+    """Iterations of the decay; default: --train-iters."""
 
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up from 0."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay (norms and biases excluded)."""
+    """Decoupled weight decay (not of norms and biases)."""
 
     adam_beta1: float = 0.9
     """Decay of the first moment."""
@@ -41,17 +41,17 @@ class OptimizerConfig:
     """Global gradient norm to clip to; 0 turns clipping off."""
 
     use_distributed_optimizer: bool = False
-    """Shard optimizer state over data-parallel processes."""
+    """Split optimizer state over data-parallel processes."""
 
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel processes while the backward pass goes on."""
+    """Reduce gradients over data-parallel processes during the backward pass."""
 
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass goes on; needs --overlap-grad-reduce and
+    """Gather updated weights during the next forward pass; needs --overlap-grad-reduce and
     --use-distributed-optimizer."""
 
     ddp_bucket_size: int | None = None
-    """Parameters reduced or gathered together; unset: megatron-core's max(40 million, 1 million x replicas)."""
+    """Parameters reduced or gathered together; unset: max(40 million, 1 million x replicas), as megatron-core."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

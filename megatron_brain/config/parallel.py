@@ -7,23 +7,23 @@ from megatron_brain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Layout of the model over processes. Data parallelism is what is left: world / (tensor x pipeline)."""
+    """Layout of the model over processes. The data-parallel size follows: world / (tensor x pipeline)."""
 
     tensor_model_parallel_size: int = 1
-    """Processes each layer's matrices are split over."""
+    """Processes over which the matrices of each layer are split."""
 
     pipeline_model_parallel_size: int = 1
-    """Pipeline stages the layers are split over."""
+    """Pipeline stages over which the layers are split."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers of one model chunk in the interleaved pipeline schedule; unset: not interleaved."""
+    """Layers of one chunk in the interleaved pipeline schedule; unset: not interleaved."""
 
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel processes."""
 
     distributed_timeout_minutes: int = 10
-    """A collective that waits longer than this fails instead of hanging; a rank's part of a checkpoint must be written
-    in this time."""
+    """A collective that waits longer than this fails instead of hanging; each rank must also write its part of a
+    checkpoint in this time."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -17,7 +17,7 @@ END = "<!-- options: end -->"
 
 
 def option_tables() -> str:
-    """A Markdown table per section: flag, type, default, meaning; and the stages that read it."""
+    """A Markdown table for each section (flag, type, default, meaning), and the stages that read it."""
     parts = []
     for section in section_types():
         readers = ", ".join(name for name, spec in stages().items() if section in spec.all_sections)
@@ -28,7 +28,7 @@ def option_tables() -> str:
 
 
 def replace_tables(text: str) -> str:
-    """The page with its tables replaced.
+    """The text of the page with its tables replaced.
 
     Raises:
         ConfigError: the page lacks a marker.

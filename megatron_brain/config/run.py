@@ -24,7 +24,7 @@ from megatron_brain.config.training import CheckpointConfig, LoggingConfig, Trai
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run was told. Sections its stage does not read keep their defaults."""
+    """All settings of a run. Sections that its stage does not read keep their defaults."""
 
     stage: str
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,4 @@
-"""How many steps a run takes: functions of its settings and of the number of its records."""
+"""The number of steps of a run, from its settings and the number of its records."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class RunLength:
     """Optimizer steps of a run, as far as they are known."""
 
     train_iters: int | None
-    """Steps of the run; None where they follow from records whose number is not known."""
+    """Steps of the run; None where they depend on records whose number is not known."""
     num_rounds: int | None = None
-    """Rounds that the records fill; None: not known, or the stage has no rounds."""
+    """Rounds that the records fill; None: it is not known, or the stage has no rounds."""
     steps_per_round: int | None = None
 
 
@@ -39,9 +39,9 @@ def length_by_rounds(config: RunConfig, num_prompts: int | None) -> RunLength:
 
 
 def length_of_rounds(config: RunConfig, num_rounds: int | None, groups_per_round: int) -> RunLength:
-    """Length of a run of so many rounds, unless --train-iters says another.
+    """Length of a run: --train-iters, or that of `num_rounds` rounds.
 
-    The steps of a round are those between refreshes of the proposal: --refresh-interval, or one pass over the round.
+    A round has --refresh-interval steps, or those of one pass over the round.
     """
     steps = config.brain.refresh_interval or max(1, groups_per_round // config.training.global_batch_size)
     by_rounds = None if num_rounds is None else num_rounds * steps
@@ -49,7 +49,7 @@ def length_of_rounds(config: RunConfig, num_rounds: int | None, groups_per_round
 
 
 def check_warmup(config: RunConfig, train_iters: int) -> None:
-    """Warm-up ends before the run does, whose length may follow from its records.
+    """Check that warm-up ends before the run, whose length may depend on its records.
 
     Raises:
         ConfigError: it does not.

@@ -1,6 +1,6 @@
-"""The descriptor of a stage: all that others have to know of it before torch is imported.
+"""The descriptor of a stage: what other modules need to know of it before torch is imported.
 
-The command line, the configuration, the data tools, the planner and the dry run ask a stage's `StageSpec`, and none of
+The command line, the configuration, the data tools, the planner and the dry run read a stage's `StageSpec`; none of
 them knows a stage by its name. A stage is a folder of `megatron_brain.stages` with its descriptor in `spec.py`.
 """
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from megatron_brain.config.run import RunConfig
 
 Head = Literal["policy", "reward"]
-"""Vocabulary projection, or scalar head."""
+"""Kind of head: log-probabilities of tokens (`policy`), or one number (`reward`)."""
 
 COMMON_SECTIONS = ("model", "fp8", "parallel", "tokenizer", "data", "training", "checkpoint", "logging")
 """Sections that every stage reads."""
 
 TRAINING_SECTIONS = ("optimizer", "guards")
-"""Sections that every stage with an optimizer reads besides."""
+"""Further sections that every stage with an optimizer reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSource:
-    """A setting that names records, by its section and its name, and the settings that choose from them."""
+    """A setting that says where records are, by its section and its name, and the settings that choose from them."""
 
     section: str
     name: str
     split: str | None = None
-    """Setting of the data section: the split of a saved or hub data set."""
+    """Name of the setting of the data section for the split of a saved or hub data set."""
     limit: str | None = None
-    """Setting of `section`: the largest number of records."""
+    """Name of the setting of `section` for the largest number of records."""
     holds: Literal["records", "rollouts"] = "records"
-    """Records for the stage's reader, or the rollouts of a round in each file."""
+    """What the files hold: records for the stage's reader, or the rollouts of one round each."""
     trains: bool = True
-    """Whether the length of the run follows from it."""
+    """Whether the length of the run depends on it."""
 
     @property
     def flag(self) -> str:
@@ -48,7 +48,7 @@ class RecordSource:
         return "--" + self.name.replace("_", "-")
 
     def place(self, config: RunConfig) -> str | None:
-        """Where the records are, as the run was told."""
+        """The place of the records in the run's settings."""
         place: str | None = getattr(config.section(self.section), self.name)
         return place
 
@@ -67,13 +67,13 @@ PROMPTS = RecordSource(section="generate", name="prompts", split="valid_split", 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringModel:
-    """A frozen model that a stage scores or compares with, on the policy's layout."""
+    """A frozen model that a stage uses for scores or comparison, on the policy's layout."""
 
     name: str
-    """Of the flag --NAME-load: `prior`, `reward` or `baseline`."""
+    """NAME in its flag --NAME-load: `prior`, `reward` or `baseline`."""
     head: Head
     load: str | None
-    """Its checkpoint; None: the one the run starts from."""
+    """Its checkpoint; None: the checkpoint that the run starts from."""
     offloaded: bool = False
     """Whether its weights are in host memory while it does not score."""
 
@@ -95,11 +95,11 @@ class Work:
     """What a run of a stage computes, as the planner and the dry run need it."""
 
     unit: str
-    """What the samples of a batch are called, in the plural."""
+    """The word for the samples of a batch, in the plural."""
     responses_per_prompt: int = 1
     """Responses of a group."""
     candidates_per_prompt: int | None = None
-    """Responses drawn of a prompt, of which those of the group are chosen; None: no more than the group has."""
+    """Responses drawn for a prompt, from which those of the group are chosen; None: no more than the group has."""
     packed: bool = False
     """Whether records are packed into sequences of --seq-length."""
     draws: bool = False
@@ -111,7 +111,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """A place that a stage writes to besides --save and --tensorboard-dir."""
+    """A place that a stage writes to, besides --save and --tensorboard-dir."""
 
     flag: str
     place: str | None
@@ -131,41 +131,41 @@ class StageSpec:
     """A stage, without its code."""
 
     name: str
-    """Of the command `python -m megatron_brain NAME`."""
+    """NAME in the command `python -m megatron_brain NAME`."""
     help: str
     """What the stage does, in one line."""
     code: str | Callable[[Any], Any]
-    """Of a stage that trains, its class, a `training.trainer.Stage`; of another, a function. Both take the opened
-    `training.run.Run`. Or its place as `package.module:name`, which keeps torch out of what reads the descriptor."""
+    """The class of a stage that trains, a `training.trainer.Stage`, or the function of another stage. Both take the
+    opened `training.run.Run`. Given as a place, `package.module:name`, it keeps torch out of the descriptor."""
     sections: tuple[str, ...]
-    """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Keys of others are errors."""
+    """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Other sections' keys are errors."""
     settings: Mapping[str, type] = field(default_factory=dict)
-    """Sections that `RunConfig` does not have: dataclasses by name, which `RunConfig.section` returns."""
+    """Sections that `RunConfig` has no field for: dataclasses by name, which `RunConfig.section` returns."""
     head: Head = "policy"
     """Head of the model that the stage builds."""
     linear_loss: bool = False
-    """Whether the loss is linear in the log-probabilities, so that their gradient is known before they are."""
+    """Whether the loss is linear in the log-probabilities: their gradient is then known before they are computed."""
     rounds: bool = False
-    """Whether the stage trains in rounds of responses, rather than on a fixed list of samples."""
+    """Whether the stage trains in rounds of responses, not on a fixed list of samples."""
     require: Callable[[RunConfig], None]
-    """Raises ConfigError where something is missing that the stage needs, or settings do not fit together."""
+    """Raises ConfigError where a setting is missing that the stage needs, or settings do not fit together."""
     sources: Callable[[RunConfig], Sequence[RecordSource]]
-    """Where the run's records are. The first is what it trains on, or answers."""
+    """The places of the run's records. The first has those that the run trains on or answers."""
     reader: Callable[[RunConfig, Any], Any]
-    """The `data.records.RecordReader` of the stage's records, from the configuration and the tokenizer."""
+    """Makes the `data.records.RecordReader` of the stage's records from the configuration and the tokenizer."""
     reads: tuple[str, ...] = ()
-    """Settings besides tokenizer and length limits that decide what becomes of a record: flags of the data tools."""
+    """Settings besides tokenizer and length limits that change how records are read; flags of the data tools."""
     num_samples: Callable[[RunConfig, Sequence[Any]], int] = _count
-    """Samples that the stage makes of the items of its records."""
+    """Number of samples that the stage makes from its records, given their items."""
     length: Callable[[RunConfig, int | None], RunLength] = length_by_epochs
-    """How long a run over so many samples is; None: their number is not known."""
+    """Length of a run over so many samples; None: their number is not known."""
     work: Callable[[RunConfig], Work]
     """What the run computes."""
     outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
-    """Where the run writes, besides the checkpoints and metrics of every stage that trains."""
+    """The places that the run writes to, besides the checkpoints and metrics of a stage that trains."""
 
     def load(self) -> Any:
-        """The class or function of `code`, its module imported."""
+        """The class or function of `code`; this imports its module."""
         return pkgutil.resolve_name(self.code) if isinstance(self.code, str) else self.code
 
     @property

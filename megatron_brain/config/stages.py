@@ -1,4 +1,4 @@
-"""Settings that belong to one stage, or to sampling."""
+"""Settings of single stages, and of sampling and scoring."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,12 +15,12 @@ class SFTConfig:
     """Pack several records into one sequence of --seq-length; they never attend to each other."""
 
     multi_turn_loss: bool = False
-    """Train on every assistant turn of a conversation instead of the last one only."""
+    """Train on all assistant turns of a conversation, not only on the last one."""
 
 
 @dataclass(kw_only=True)
 class RewardConfig:
-    """Reward model with the Bradley-Terry loss."""
+    """Training of a reward model with the Bradley-Terry loss."""
 
     centering_coefficient: float = 0.0
     """Weight of the mean squared sum of a pair's rewards, which keeps rewards near zero."""
@@ -35,13 +35,13 @@ class SamplingConfig:
     """How responses are drawn."""
 
     samples_per_prompt: int = 8
-    """Responses drawn per prompt (n)."""
+    """Responses for each prompt (n)."""
 
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
 
     top_p: float = 1.0
-    """Smallest set of tokens whose probability reaches this; 1 keeps all."""
+    """Draw from the smallest set of tokens whose probability reaches this; 1 keeps all."""
 
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
@@ -70,7 +70,7 @@ class ScoringConfig:
     """Frozen models that score responses. They share the layout of the policy."""
 
     prior_load: str | None = None
-    """Checkpoint of the prior p, the SFT model; default: the checkpoint a --finetune run starts from."""
+    """Checkpoint of the prior p, the SFT model; default: the checkpoint that a --finetune run starts from."""
 
     reward_load: str | None = None
     """Checkpoint of the reward model r."""
@@ -84,10 +84,10 @@ class ScoringConfig:
 
 @dataclass(kw_only=True)
 class BrainConfig:
-    """BRAIn: the policy is trained to match the reward-conditioned posterior of the prior. Or another objective."""
+    """BRAIn: the policy trains to match the reward-conditioned posterior of the prior. Or another objective."""
 
     objective: str = field(default="brain", metadata={"choices": OBJECTIVE_TRAITS})
-    """Loss of a group; docs/stages.md has the formulas and which settings each reads."""
+    """Loss of a group; docs/stages.md has the formulas and the settings that each reads."""
 
     reward_temperature: float = 1.0
     """Temperature tau: the posterior is proportional to p(y|x) exp(r(x,y)/tau)."""
@@ -96,7 +96,7 @@ class BrainConfig:
     """Weight on grad log q(y_i): alpha_i - beta_i, alpha_i - (1/n) q/q', or alpha_i."""
 
     alpha: Literal["soft", "hard"] = "soft"
-    """Posterior weights alpha: softmax of log alpha, or one-hot at its largest reward."""
+    """Posterior weights alpha: softmax (soft), or one-hot at the largest reward (hard)."""
 
     policy_strength: float = 1.0
     """Strength b in beta proportional to (q/q')^b; 1 is BRAIn, DPO calls it beta, IPO tau, RSO gamma."""
@@ -111,16 +111,16 @@ class BrainConfig:
     """Draw responses to the prompts of --train-data, take its chosen and rejected ones, or draw and reject (RSO)."""
 
     rso_candidates: int = 64
-    """Samples of the prior of which --responses rso accepts --samples-per-prompt."""
+    """Samples of the prior from which --responses rso accepts --samples-per-prompt."""
 
     rso_fewer_pairs: bool = False
-    """Make do with fewer pairs of a prompt whose candidates are too few distinct ones, instead of stopping."""
+    """Train on fewer pairs of a prompt that has too few distinct candidates, instead of stopping."""
 
     two_pass: bool = False
-    """Compute beta in a forward pass of its own for every group, not only for those larger than a micro-batch."""
+    """Compute beta of every group in a separate forward pass, not only of groups larger than a micro-batch."""
 
     prompts_per_round: int = 64
-    """Prompts sampled (or pairs taken) in one round."""
+    """Prompts of one round (or pairs, with --responses given)."""
 
     refresh_interval: int | None = None
     """Optimizer steps K between refreshes of the proposal q' <- policy; unset: one pass over the round."""
@@ -132,13 +132,13 @@ class BrainConfig:
     """Write each round's samples, rewards, log-probs and weights to round_NNNN.jsonl here."""
 
     rollout_data: str | None = None
-    """Train on rollout files written before (file or glob, one file a round) instead of sampling."""
+    """Train on rollout files of an earlier run (file or glob, one file for a round) instead of sampling."""
 
     max_refresh_error: float = 1e-4
-    """Largest |beta - 1/n|, or |ratio - 1|, allowed right after a refresh, see docs/stages.md."""
+    """Largest |beta - 1/n|, or |ratio - 1|, that is allowed right after a refresh; see docs/stages.md."""
 
     max_sampler_difference: float = 0.1
-    """Largest mean difference allowed between the trainer's and the sampler's log q', in nats per token."""
+    """Largest mean difference that is allowed between the trainer's and the sampler's log q', in nats per token."""
 
     def __post_init__(self) -> None:
         limits = ("clip_ratio", "max_refresh_error", "max_sampler_difference")
@@ -160,16 +160,16 @@ class BrainConfig:
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """Responses for a file of prompts."""
+    """Generation of responses to the prompts of a file."""
 
     prompts: str | None = None
-    """Records with a prompt each, as --train-data."""
+    """Records with prompts, of the same kinds as --train-data."""
 
     output: str | None = None
     """File to write: one JSON line per prompt (generate) or a JSON report (evaluate)."""
 
     max_prompts: int | None = None
-    """Use only the first so many prompts."""
+    """Largest number of prompts; the first ones are used. Unset: all."""
 
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
@@ -187,10 +187,10 @@ class EvaluateConfig:
     """Judge `path/to/file.py:function` of (prompts, responses, references) -> scores."""
 
     bootstrap_samples: int = 2000
-    """Resamplings of the prompts behind each 95% interval."""
+    """Number of resamplings of the prompts for each 95% interval."""
 
     num_examples: int = 3
-    """Prompts shown with all answers in the report."""
+    """Number of prompts that the report shows with all answers."""
 
     def __post_init__(self) -> None:
         if self.bootstrap_samples < 1:

@@ -1,4 +1,4 @@
-"""What chat templates that write the date take for now: one moment for a run, on all its ranks and all its days."""
+"""The date that chat templates write as today's: one moment for a whole run, on all ranks and after each resume."""
 
 from datetime import datetime
 
@@ -6,7 +6,7 @@ from megatron_brain.errors import ConfigError
 
 
 def now() -> str:
-    """The local time in ISO 8601, to the second."""
+    """The local time in ISO 8601, without fractions of a second."""
     return datetime.now().isoformat(timespec="seconds")
 
 
@@ -14,7 +14,7 @@ def parse_date(text: str) -> datetime:
     """A date such as ``2026-11-30``, or with a time, ``2026-11-30T12:00``.
 
     Raises:
-        ConfigError: it is none, or has a time zone, which templates do not ask for.
+        ConfigError: the text is no date, or has a time zone, which templates do not use.
     """
     try:
         date = datetime.fromisoformat(text)

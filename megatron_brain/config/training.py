@@ -12,11 +12,11 @@ class TrainingConfig:
     """Batch sizes, length of the run and validation."""
 
     micro_batch_size: int = 1
-    """Samples of one forward-backward pass. A sample is a packed sequence (sft), a pair (reward), a group (brain)."""
+    """Samples of one forward-backward pass. A sample is a packed sequence (sft), a pair (reward) or a group (brain)."""
 
     max_tokens_per_micro_batch: int | None = None
     """Pack groups into micro-batches of at most this many tokens instead of --micro-batch-size samples; a brain group
-    that is larger is cut and takes two passes."""
+    that is larger is cut into parts and takes two passes."""
 
     global_batch_size: int = 8
     """Samples of one optimizer step over all data-parallel processes."""
@@ -25,14 +25,14 @@ class TrainingConfig:
     """Optimizer steps to take; unset: --train-epochs decides."""
 
     train_epochs: float | None = None
-    """Passes over the training records, used when --train-iters is unset; default: 1."""
+    """Passes over the training records where --train-iters is unset; default: 1."""
 
     exit_duration_in_mins: float | None = None
-    """Save and stop after the first step that ends later than this many minutes after the process started; the exit
-    status is 0. Give less than the job's time limit, by a step and a save; unset: no limit."""
+    """Save and stop, with exit status 0, after the first step that ends later than this many minutes after the start of
+    the process. Leave time for a step and a save before the job's limit. Unset: no limit."""
 
     eval_interval: int | None = None
-    """Steps between validations; unset: validate before the first and after the last step only."""
+    """Steps between validations; unset: only before the first and after the last step."""
 
     shared_prefix: bool = True
     """Compute a prompt once for all its responses (reward pairs, brain groups, scoring)."""
@@ -41,8 +41,8 @@ class TrainingConfig:
     """Seed of initial weights, data order, dropout and sampling."""
 
     dry_run: bool = False
-    """Resolve and check everything for the world size in WORLD_SIZE, print a report and stop: no GPU, no process group,
-    no weights. What is not on this machine is named."""
+    """Resolve and check everything for WORLD_SIZE processes, print a report and stop. It needs no GPU, no process group
+    and no weights, and names what is not on this machine."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -71,7 +71,7 @@ class TrainingConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Where weights come from and where they go."""
+    """Where weights are loaded from and saved to."""
 
     load: str | None = None
     """Checkpoint folder to resume from; with --finetune, only its weights are taken."""
@@ -80,7 +80,7 @@ class CheckpointConfig:
     """Take only the weights of --load and start at step 0 with a fresh optimizer and data order."""
 
     auto_resume: bool = False
-    """Resume from --save when it already holds a checkpoint (for requeued jobs), otherwise use --load."""
+    """Resume from --save where it already holds a checkpoint (for requeued jobs), otherwise use --load."""
 
     save: str | None = None
     """Folder to write iter_NNNNNNN checkpoints into."""
@@ -89,16 +89,16 @@ class CheckpointConfig:
     """Steps between checkpoints; unset: only the last step is saved."""
 
     async_save: bool = False
-    """Write checkpoints while training goes on, from a copy in host memory."""
+    """Write checkpoints during training, from a copy in host memory."""
 
     keep_latest: int | None = None
-    """Checkpoints to keep in --save, the latest ones; unset: all."""
+    """Number of checkpoints to keep in --save, the latest ones; unset: all."""
 
     save_optim: bool = True
-    """Save optimizer state, which resuming needs (--no-save-optim halves and more the size)."""
+    """Save optimizer state, which resuming needs; it is more than half of a checkpoint."""
 
     verify: bool = True
-    """Compare what is loaded of a checkpoint with its checksums."""
+    """Compare what is loaded from a checkpoint with its checksums."""
 
     def __post_init__(self) -> None:
         if self.save_interval is not None and self.save_interval < 1:
@@ -122,14 +122,14 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class LoggingConfig:
-    """What a run shows of itself."""
+    """What a run shows and writes about itself."""
 
     log_interval: int = 1
-    """Steps between the lines on the console; the files get every step."""
+    """Steps between lines on the console; the files get every step."""
 
     log_metrics: str | None = None
-    """Metrics that the console shows, by their names in metrics.jsonl with commas between them, or `all`; unset: the
-    few that the stage chooses. The files get all."""
+    """Metrics on the console: their names in metrics.jsonl with commas between them, or `all`; unset: the few that the
+    stage chooses. The files get all."""
 
     tensorboard_dir: str | None = None
     """Folder of the TensorBoard event file and metrics.jsonl; default: --save."""

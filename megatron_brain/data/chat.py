@@ -1,4 +1,4 @@
-"""What the tokenizer's chat template makes of the messages of a record."""
+"""Renders the messages of a record with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Chat:
     """Messages of a record under the chat template of a tokenizer.
 
     Args:
-        tokenizer: renders them.
+        tokenizer: renders the messages.
         messages: what `conversations.check_messages` returned.
         where: place of the record, for error messages.
         tools: what `tools.check_tools` returned.
         template_kwargs: further variables of the template.
 
     Attributes:
-        settings: whether there are tools, and those variables; can be hashed.
+        settings: whether there are tools, and `template_kwargs` as JSON text; can be hashed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Chat:
         return self._text(count, add_generation_prompt=False)
 
     def opened(self, count: int) -> str:
-        """Text of the first `count` messages and of the opening of an assistant turn, as sampling begins one.
+        """Text of the first `count` messages and the opening of an assistant turn, which is what sampling continues.
 
         Raises:
             RecordError: as `closed`.
@@ -115,7 +115,7 @@ class Chat:
             )
 
     def _attempt(self, render: Callable[..., Rendered], messages: Messages, **settings: Any) -> Rendered:
-        # Which messages are learned is no business of the template.
+        # The template does not see `weight`: which messages are learned must not change the text.
         said = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
         try:
             return render(said, template_kwargs=self._kwargs, **settings)

@@ -1,8 +1,8 @@
-"""Every problem of a data set, not only the first: the rules of the stages, and hints about what they let pass.
+"""Finds every problem of a data set, not only the first: errors by the rules of the stages, and warnings.
 
-An error is what would stop the stage; a warning is what it would train on. Records are read as the stage reads them
-(`records.RecordReader`), by several processes; what concerns more than one record, such as duplicates, is found where
-their results come together.
+An error would stop the stage. A warning tells of something odd that the stage would train on. Several processes read
+the records as the stage reads them (`records.RecordReader`). The main process finds what concerns more than one record,
+such as duplicates, from their results.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from megatron_brain.errors import RecordError, UserError
 
 _CHUNK = 2000
 _NEXT_TURN = "\n\nHuman:"
-"""How the next turn of a plain-text dialogue begins."""
+"""The beginning of the next turn of a plain-text dialogue."""
 _MUCH_FALLBACK = 0.1
-"""Share of a record's tokens that are single bytes from which on it is told."""
+"""A record gets a warning where at least this share of its tokens are single bytes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CheckReport:
 
     max_shown: int
     counts: Counter[tuple[bool, str]] = field(default_factory=Counter)
-    """By (is an error, kind)."""
+    """Number of problems by (is an error, kind)."""
     shown: dict[tuple[bool, str], list[Problem]] = field(default_factory=dict)
     reports: dict[str, ReadReport] = field(default_factory=dict)
     """What a stage would make of each source, by its name."""
@@ -89,22 +89,22 @@ def check(
     workers: int = 1,
     max_shown: int = 5,
 ) -> CheckReport:
-    """All problems of training and validation data.
+    """Find all problems of training and validation data.
 
     Args:
         train: sources of records to train on.
         valid: sources of records to validate on, which are also compared with those to train on.
-        reading: how the stage will read them.
+        reading: how the stage will read the records.
         split: split of `train` where it is a saved or hub data set.
         valid_split: the same of `valid`.
         workers: processes that read.
-        max_shown: problems of a kind to keep.
+        max_shown: how many problems of each kind to keep.
 
     Raises:
-        ConfigError: a source that is not there, or is prepared data.
+        ConfigError: a source does not exist, or is prepared data.
     """
     if reading.template_date is None:
-        reading = reading.at(now())  # for all processes the same
+        reading = reading.at(now())  # All processes use the same time.
     opened = [[_open(source, of) for source in sources] for sources, of in ((train, split), (valid, valid_split))]
     report = CheckReport(max_shown)
     trained = _Seen()
@@ -150,7 +150,7 @@ def _check_source(
 
 @dataclass(frozen=True)
 class _Fact:
-    """What must be known of a record to compare it with others: where it is, its format and hashes of its ids."""
+    """What the comparison of a record with others needs: its place, its format and hashes of its ids."""
 
     where: str
     format: str
@@ -174,14 +174,14 @@ class RecordChecker:
 
     def __init__(self, reading: ReadingSettings) -> None:
         self._reader = reading.build()
-        # Overlong records are told whatever is done with them.
+        # Overlong records are reported, whatever the stage would do with them.
         self._strict = copy.copy(self._reader)
         self._strict.limits = dataclasses.replace(reading.config.data, overlong="error")
         self._kinds = token_kinds(self._reader.tokenizer)
         self._hints = TextHints(self._kinds.special)
 
     def check(self, chunk: Sequence[RawRecord]) -> _Checked:
-        """The problems of some records in their order, and what they have to be compared by."""
+        """The problems of some records in their order, and the facts to compare the records by."""
         problems: list[Problem] = []
         formats: dict[str, str] = {}
 
@@ -225,7 +225,7 @@ class RecordChecker:
         return _Checked(sorted(problems, key=lambda problem: order[problem.where]), facts, counts)
 
     def _overlong(self, tokenised: Tokenised) -> list[Problem]:
-        """A warning where a record is dropped or cut; under "error" the reader itself says it."""
+        """A warning where a record is dropped or cut. Under "error" the reader itself raises the error."""
         if self._reader.limits.overlong == "error":
             return []
         try:
@@ -272,7 +272,7 @@ def _shorter(data: bytes) -> bytes:
 
 
 class _Seen:
-    """The records so far, as far as later ones are compared with them."""
+    """What is kept of earlier records, for comparing later ones with them."""
 
     def __init__(self, trained: _Seen | None = None) -> None:
         self._whole: dict[bytes, str] = {}
@@ -281,7 +281,7 @@ class _Seen:
         self._trained = trained
 
     def add(self, fact: _Fact, counts: Counter[str]) -> Iterator[Problem]:
-        """The problems of a record beside the earlier ones; `counts` are those of a `ReadReport`."""
+        """Compare a record with the earlier ones and yield its problems; `counts` are those of a `ReadReport`."""
         count, first = self._formats.get(fact.format, (0, fact.where))
         self._formats[fact.format] = (count + 1, first)
         if (earlier := self._whole.get(fact.whole)) is not None:
@@ -298,7 +298,7 @@ class _Seen:
                 yield Problem(fact.where, "trained on", f"a record with the same prompt is trained on: {same}", False)
 
     def mixed_formats(self) -> Iterator[Problem]:
-        """Where formats differ from the most frequent one."""
+        """A problem for each format other than the most frequent one."""
         ranked = sorted(self._formats.items(), key=lambda item: -item[1][0])
         for form, (count, first) in ranked[1:]:
             most, (count_of_most, _) = ranked[0]

@@ -1,8 +1,8 @@
-"""A fingerprint of what was tokenised: whether two runs, or two ranks, have the same items, and where they differ.
+"""A fingerprint of what was tokenised. It tells whether two runs or ranks have the same items, and where they differ.
 
-Counts alone do not tell: an edited record, another chat template or another day in it leave them as they are. So the
-ids, masks and margins of every item are hashed, and the hashes of up to 64 runs of items are kept. Raw records and what
-was prepared of them have the same fingerprint.
+Counts alone do not tell: an edited record, another chat template or another date in it does not change them. So the
+ids, masks and margins of every item are hashed, and the hashes of up to 64 runs of consecutive items are kept. Raw
+records and the data prepared from them have the same fingerprint.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MOST_BLOCKS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a corpus holds, in short."""
+    """A fingerprint of the items of a corpus."""
 
     count: int
-    """Items."""
+    """Number of items."""
     blocks: tuple[str, ...]
-    """A hash of each of up to 64 runs of about equally many items."""
+    """A hash for each of up to 64 runs of consecutive items, all about equally long."""
     tokenizer: str
     """Fingerprint of the tokenizer and its chat templates."""
     template_date: str = ""
-    """What the chat template took for now; "" where it writes no date."""
+    """The date that the chat template took for today's; "" where it writes no date."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -38,22 +38,22 @@ class Contents:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Contents:
-        """The way back of `as_dict`."""
+        """The inverse of `as_dict`."""
         return cls(**{**values, "blocks": tuple(values["blocks"])})
 
     def first_other_block(self, other: Contents) -> range | None:
-        """Places of the first run of items that are not the same in another corpus of as many items."""
+        """Places of the first run of items that differs from another corpus, which has as many items."""
         for block, (mine, theirs) in enumerate(zip(self.blocks, other.blocks, strict=True)):
             if mine != theirs:
                 return range(*_bounds(self.count)[block : block + 2])
         return None
 
     def difference(self, earlier: Contents, place_of: Callable[[int], str]) -> str | None:
-        """What differs from an earlier run's corpus, in words; None where nothing does.
+        """A sentence that says what differs from an earlier run's corpus; None where nothing does.
 
         Args:
-            earlier: of the run that is resumed.
-            place_of: place of the record that an item of this corpus was made of.
+            earlier: the contents of the run that is resumed.
+            place_of: gives the place of the record that an item of this corpus was made from.
         """
         if self.count != earlier.count:
             return f"there were {earlier.count:,} records, now there are {self.count:,}"
@@ -72,7 +72,7 @@ class Contents:
 
 
 def contents_of(hashes: Sequence[int] | numpy.ndarray, *, tokenizer: str, template_date: str = "") -> Contents:
-    """The fingerprint of items, by their hashes `[items]` of 64 bits, in order."""
+    """The fingerprint of items from their 64-bit hashes `[items]`, in order."""
     data = numpy.asarray(hashes, dtype="<u8")
     bounds = _bounds(len(data))
     blocks = (xxhash.xxh3_64_hexdigest(data[a:b].tobytes()) for a, b in pairwise(bounds))
@@ -80,7 +80,7 @@ def contents_of(hashes: Sequence[int] | numpy.ndarray, *, tokenizer: str, templa
 
 
 def hash_item(ids: Iterable[Sequence[int]], others: bytes = b"") -> int:
-    """64-bit hash of an item: its sequences of ids and what else it holds."""
+    """64-bit hash of an item: of its sequences of ids and of what else it holds, as bytes."""
     digest = xxhash.xxh3_64()
     for sequence in ids:
         digest.update(len(sequence).to_bytes(8, "little"))

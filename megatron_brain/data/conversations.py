@@ -1,8 +1,8 @@
-"""Conversations as records hold them, checked and in one form, whatever spelling they came in.
+"""Checks the conversations of records and brings them into one form, whatever spelling they came in.
 
 Messages are a list of ``{"role": ..., "content": ...}``. OpenAI's format, tables and data sets spell the same thing in
-several ways: contents in parts, objects as JSON text, empty lists where there is nothing. `where` in every function is
-the place of the record, for error messages.
+several ways: contents in parts, objects as JSON text, empty lists for nothing. In every function, `where` is the place
+of the record, for error messages.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from megatron_brain.errors import RecordError, short
 Messages = list[dict[str, Any]]
 
 DIALOGUE_CUE = "\n\nAssistant:"
-"""What precedes each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
+"""The text before each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts")
-"""Fields of a message for what was thought before the answer. Those that the template does not write are refused."""
+"""Fields of a message that hold thoughts before the answer. A record whose thoughts no template writes is refused."""
 
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
-"""Kinds of parts of a content that are texts and nothing else."""
+"""Types of the parts of a content that hold only text."""
 
 _THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_text")
 
 _MASKS = ("train", "trainable", "training", "train_detail", "loss", "loss_mask", "mask", "masked", "weights")
-"""Fields by which other formats say which messages are learned."""
+"""Fields that say in other formats which messages are learned."""
 
 _TOOLS = ("tools", "functions")
-"""What belongs to a record, and stands in the system message of some."""
+"""Fields that belong in the record. Some records have them in the system message."""
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Fields of what is no text, of a record or of a message."""
+"""Fields of a record or a message that hold something other than text."""
 
 _OWN_VARIABLES = (
     *("messages", "tools", "add_generation_prompt", "chat_template", "conversations"),
     *("continue_final_message", "return_assistant_tokens_mask"),
 )
-"""Variables of a template that are not the record's to set, and settings of the function that renders it."""
+"""Variables of a template, and settings of the function that renders it, that a record must not set."""
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "human", "gpt")
 _ROLE_IN_TEXT = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(_ROLES)})["']""")
-"""What stands in any text of messages."""
+"""Every text that writes out messages contains a match of this."""
 
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 
@@ -60,14 +60,14 @@ def is_messages(value: Any) -> bool:
 
 
 def check_messages(messages: Any, key: str, where: str) -> Messages:
-    """The messages in one form: contents as one text each, objects as objects, nothing that is null or empty.
+    """The messages in one form: each content is one text, objects are objects, and nothing is null or empty.
 
-    Contents may be lists of parts, which are joined: a template that writes texts would write the list as Python does.
-    The list itself, `tool_calls` and the arguments of calls may be JSON text. `weight` is 0 or 1.
+    Contents may be lists of parts, which are joined: a template that expects a text would write the list as Python
+    prints it. The list of messages, `tool_calls` and the arguments of calls may be JSON text. `weight` is 0 or 1.
 
     Raises:
-        RecordError: not a list of one or more objects with a text role and a text; a field that says which messages
-            are learned in a way that is not supported. Names `where` and `key`.
+        RecordError: the value is not a list of one or more objects with a text role and a text, or a field says in an
+            unsupported way which messages are learned. Names `where` and `key`.
     """
     messages = from_json(messages, list, repr(key), where)
     if not is_messages(messages) or not messages:
@@ -78,10 +78,10 @@ def check_messages(messages: Any, key: str, where: str) -> Messages:
 
 
 def check_template_kwargs(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Variables that a record gives to the chat template, TRL's ``chat_template_kwargs``; {} where there are none.
+    """Variables that a record gives to the chat template (TRL's ``chat_template_kwargs``); {} where there are none.
 
     Raises:
-        RecordError: it is no object, holds what is no JSON, or sets what the record's other fields do.
+        RecordError: the field is not an object, holds a value that is not JSON, or sets what other fields set.
     """
     name = "chat_template_kwargs"
     kwargs = from_json(record.get(name), dict, f"field {name!r}", where, blank=dict)
@@ -103,7 +103,7 @@ def answer_text(messages: Messages) -> str:
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
-    """Whether there is anything in an assistant's message: a text, or a call of a tool."""
+    """Whether an assistant's message holds a text or a call of a tool."""
     return bool(message.get("tool_calls") or message.get("content", "").strip())
 
 
@@ -113,7 +113,7 @@ def weight_of(message: Mapping[str, Any]) -> bool:
 
 
 def thoughts_of(message: Mapping[str, Any]) -> list[str]:
-    """What was thought before the answer, as separate fields tell it."""
+    """The thoughts before the answer that stand in separate fields."""
     return [message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key].strip()]
 
 
@@ -154,7 +154,7 @@ def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, 
 
 
 def refuse_text_of_messages(value: Any, key: str, where: str) -> None:
-    """Raise RecordError where a text is messages as JSON or Python writes them: it would be learned with its quotes."""
+    """Raise RecordError where a text is a list of messages in JSON or Python: the model would learn the quotes too."""
     if isinstance(value, str) and _writes_messages(value.strip()):
         raise RecordError(
             where, "JSON as text", f"field {key!r} is the text of messages: give the list itself, not its text"
@@ -172,7 +172,7 @@ def _writes_messages(text: str) -> bool:
         try:
             found = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return bool(_LIST_OF_OBJECTS.match(text))  # NumPy writes no commas between them.
+            return bool(_LIST_OF_OBJECTS.match(text))  # NumPy writes no commas between the objects.
     return _writes_messages(found.strip()) if isinstance(found, str) else _holds_messages(found)
 
 
@@ -224,7 +224,7 @@ def _check_message(message: Any, place: str, where: str) -> dict[str, Any]:
 
 
 def _text_of(part: Any, place: str, where: str) -> str:
-    """Text of a part of a content."""
+    """The text of one part of a content."""
     if not isinstance(part, dict):
         raise RecordError(where, "bad messages", f"{place} must be {{'type': 'text', 'text': ...}}, not {short(part)}")
     kind = part.get("type")
@@ -238,7 +238,7 @@ def _text_of(part: Any, place: str, where: str) -> str:
 
 
 def _check_fields(message: Mapping[str, Any], place: str, where: str) -> None:
-    """Fields that say what is learned, and fields of other types than a template expects."""
+    """Refuse fields that say in another way what is learned, and fields whose type no template expects."""
     cure = "give 'weight': 0 or 1 on assistant messages"
     if masks := [name for name in _MASKS if message.get(name) is not None]:
         raise RecordError(where, "unsupported field", f"{place} has {masks[0]!r}, which is not supported: {cure}")

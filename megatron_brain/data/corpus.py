@@ -1,4 +1,4 @@
-"""What stages read: raw records, or prepared data of the same items."""
+"""Reads what a stage trains on: raw records, or prepared data of the same items."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ class Corpus(Generic[Item]):
 
     items: Sequence[Item]
     contents: Contents
-    """Their fingerprint."""
+    """Fingerprint of the items."""
     summary: str
-    """The source and what became of its records, in words."""
+    """A line that names the source and says how many records were kept, cut or dropped."""
 
 
 def read_corpus(
     source: str, reader: RecordReader[Item], *, split: str | None = None, limit: int | None = None
 ) -> Corpus[Item]:
-    """The items of a source, made of raw records at once or of prepared data on demand.
+    """The items of a source. They are made at once from raw records, or on demand from prepared data.
 
     Args:
         source: prefix of prepared data, or what `sources.load_records` reads.
-        reader: what the stage makes of a record.
-        split: of a saved or hub data set.
+        reader: makes the stage's items of records.
+        split: split of a saved or hub data set.
         limit: use only the first so many records.
 
     Raises:
-        ConfigError: no records, or prepared data that does not fit the run, with the cure.
+        ConfigError: there are no records, or the prepared data does not fit the run; says the cure.
         RecordError: a bad record.
     """
     prefix = prepared_prefix(source)
@@ -47,7 +47,7 @@ def read_corpus(
 
 
 def place_of(item: Group | PreferencePair | Prompt) -> str:
-    """Place of the record an item was made of, or its id."""
+    """Place of the record that an item was made from, or the record's id."""
     return item.group.record_id if isinstance(item, PreferencePair) else item.record_id
 
 

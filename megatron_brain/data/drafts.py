@@ -1,6 +1,6 @@
-"""Records made into drafts: fields checked, chats rendered, nothing tokenised but what a template marks.
+"""Makes drafts of records: it checks fields and renders chats. It tokenises only for a loss on every assistant turn.
 
-One function a format: a demonstration to learn, a preference, a prompt to sample for. Formats are TRL's.
+Each kind of item has a function: a demonstration to learn, a preference, a prompt to sample for. The formats are TRL's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _LARGEST = sys.float_info.max
 
 _WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 _DISLIKED = ("false", "0", "0.0", "no")
-"""Spellings of a `label` of unpaired preferences that says not to learn a completion."""
+"""Spellings of a `label` of unpaired preferences that says that the completion is a bad one."""
 _TOKEN_MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
 
 
 @dataclass(kw_only=True)
 class Draft:
-    """A record before its lengths are looked at. `prompt` and `responses` are ids where `kind` is "ids"."""
+    """A record before its lengths are checked. `prompt` and `responses` are ids where `kind` is "ids", else texts."""
 
     where: str
     prompt: Any
@@ -44,10 +44,10 @@ class Draft:
 
 
 def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: str, *, multi_turn_loss: bool) -> Draft:
-    """Draft of a response to learn; with `multi_turn_loss` in ids, and with a mask that counts every assistant turn.
+    """Draft of a response to learn. With `multi_turn_loss` it holds ids and a mask that counts every assistant turn.
 
     Raises:
-        RecordError: naming the place and the cure.
+        RecordError: the record cannot be used; names the place and the cure.
     """
     _refuse_unsupported(record, where)
     if str(record.get("label", True)).strip().lower() in _DISLIKED:
@@ -70,10 +70,10 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
 
 
 def draft_preference(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> Draft:
-    """Draft of the responses (chosen, rejected) to a prompt, and of the margin between them.
+    """Draft of the responses (chosen, rejected) to a prompt, with the margin between them.
 
     Raises:
-        RecordError: naming the place and the cure.
+        RecordError: the record cannot be used; names the place and the cure.
     """
     _refuse_unsupported(record, where)
     prompt, responses, kind = _prompt_and_answers(tokenizer, record, ["chosen", "rejected"], where)
@@ -81,10 +81,10 @@ def draft_preference(tokenizer: Tokenizer, record: Mapping[str, Any], where: str
 
 
 def draft_prompt(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> Draft:
-    """Draft of a prompt alone, with the text of the response people wrote where the record holds one.
+    """Draft of a prompt alone, with the text of the reference where the record holds one.
 
     Raises:
-        RecordError: naming the place and the cure.
+        RecordError: the record cannot be used; names the place and the cure.
     """
     _refuse_unsupported(record, where)
     record_id = where if record.get("id") is None else str(record["id"])
@@ -106,7 +106,7 @@ def draft_prompt(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) ->
 
 
 def _prompt_and_reference(record: Mapping[str, Any], where: str) -> tuple[Any, Any, str]:
-    """Prompt, the response people wrote or None, and the field that this stands in; each a text or messages."""
+    """Prompt, reference (or None) and the field that holds the reference. Both are a text or messages."""
     key = "completion" if record.get("completion") is not None else "chosen"
     if record.get("messages") is not None:
         messages = conversations.check_messages(record["messages"], "messages", where)
@@ -125,9 +125,9 @@ def _prompt_and_reference(record: Mapping[str, Any], where: str) -> tuple[Any, A
 def _reference_text(
     tokenizer: Tokenizer, record: Mapping[str, Any], prompt: Messages, answer: Messages, where: str
 ) -> str | None:
-    """What the assistant says as a text, as sampled responses are: with the calls and thoughts that a template writes.
+    """The reference as a text, with the calls and thoughts that a template writes, as in a sampled response.
 
-    None where the template does not go with the message, which a prompt to sample for does not need.
+    None where the template does not take the message: a prompt to sample for does not need a reference.
     """
     if answer[-1].keys() <= {"role", "content", "weight"}:
         return conversations.answer_text(answer)
@@ -153,7 +153,7 @@ def _chat(tokenizer: Tokenizer, record: Mapping[str, Any], messages: Messages, w
 def _prompt_and_answers(
     tokenizer: Tokenizer, record: Mapping[str, Any], keys: list[str], where: str
 ) -> tuple[str, list[str], Literal["text", "chat"]]:
-    """Prompt and the answers under `keys`, as texts; rendered ones where the fields are lists of messages."""
+    """Prompt and the answers under `keys`, as texts. Fields that are lists of messages are rendered."""
     answers = [_field(record, key, where) for key in keys]
     implicit = keys == ["chosen", "rejected"] and record.get("prompt") is None
     prompt = "" if implicit else _field(record, "prompt", where)
@@ -191,7 +191,7 @@ def _prompt_and_answers(
 
 
 def _require_weight(message: Mapping[str, Any], key: str, where: str) -> None:
-    """Raise where the answer to learn says that it is not to be learned."""
+    """Raise RecordError where the answer to learn has weight 0."""
     if not conversations.weight_of(message):
         raise RecordError(
             where,
@@ -202,7 +202,7 @@ def _require_weight(message: Mapping[str, Any], key: str, where: str) -> None:
 
 
 def _refuse_unsupported(record: Mapping[str, Any], where: str) -> None:
-    """Raise where a field that would change what is learned is not supported."""
+    """Raise RecordError where the record has an unsupported field that would change what is learned."""
     is_chat = bool(record.get("messages")) or any(
         isinstance(record.get(name), list) for name in ("prompt", "chosen", "completion")
     )

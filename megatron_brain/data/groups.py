@@ -1,9 +1,9 @@
-"""Groups, the one shape of training data, and the packed sequence a micro-batch of groups becomes.
+"""Groups, the one shape of training data, and the packed sequence that a micro-batch of groups becomes.
 
 A group is one prompt with its responses: one response (sft), a chosen and a rejected one (reward), or n samples
 (brain). Groups are laid end to end in a single sequence of shape `[1, T]`; attention never crosses a group. With a
-shared prefix the prompt stands there once and its responses follow it, each attending to the prompt and to itself
-at positions that continue the prompt's. Without, every response brings its own copy of the prompt.
+shared prefix the prompt stands there once and its responses follow it. Each response attends to the prompt and to
+itself, and its positions continue the prompt's. Without a shared prefix, every response has its own copy of the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class Group:
 
     `responses` hold their EOS where the text was complete. `loss_masks` says per response token whether it counts
     (None: all do). `values` are numbers the loss needs: one per group ("margin") or one per response ("reward").
-    `record_id` is the place the record came from, for error messages.
+    `record_id` is the place of the record, for error messages.
     """
 
     prompt: tuple[int, ...]
@@ -45,7 +45,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that attend causally to themselves, after the `prefix_length` tokens at `prefix_start`."""
+    """A run of tokens that attend causally to themselves, and to the `prefix_length` tokens at `prefix_start`."""
 
     start: int
     length: int
@@ -55,7 +55,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownLoss:
-    """The loss of a micro-batch as a pass before has found it: sums over `count` groups, and the largest values."""
+    """The loss of a micro-batch, known from an earlier pass: sums over `count` groups, and the largest values."""
 
     loss_sum: float
     count: int
@@ -65,16 +65,16 @@ class KnownLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """Groups packed into one sequence. `T` tokens, `N` response tokens, `R` responses, `G` groups.
+    """Groups packed into one sequence: `T` tokens, `N` response tokens, `R` responses, `G` groups.
 
     tokens, position_ids: `[1, T]` int64. segments: cover all T tokens, padding included.
-    predict_index `[N]`: place in the sequence whose hidden state predicts each response token; targets `[N]` the
-    token; loss_mask `[N]` whether it counts; response_index `[N]` the response it belongs to.
+    predict_index `[N]`: place in the sequence whose hidden state predicts each response token; targets `[N]`: that
+    token; loss_mask `[N]`: whether it counts; response_index `[N]`: the response it belongs to.
     last_index `[R]`: place of each response's last token.
-    temperature: divides the logits of the log-probabilities. known_gradient `[N]` float32: the loss's derivative in
-    each of them, up to one factor, where it is known beforehand; None where it depends on them. known_loss: the loss,
-    where that is known too.
-    token_scores: whether a policy's head also tells the entropy and the top-1 agreement at each response token.
+    temperature: divides the logits before log-probabilities are taken. known_gradient `[N]` float32: the derivative of
+    the loss in each log-probability, up to one factor, where it is known beforehand, else None. known_loss: the loss,
+    where it is known beforehand too.
+    token_scores: whether a policy's head also gives the entropy and the top-1 agreement at each response token.
     """
 
     tokens: Tensor
@@ -103,7 +103,7 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def values(self, name: str) -> Tensor:
-        """The groups' values of one name, laid end to end: `[G]` or `[R]` float32 on the batch's device."""
+        """The values of one name of all groups, end to end: `[G]` or `[R]` float32 on the batch's device."""
         values = [value for group in self.groups for value in group.values[name]]
         return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
@@ -114,7 +114,7 @@ class PackedBatch:
 
 
 def packed_length(groups: Sequence[Group], *, shared_prefix: bool, multiple_of: int = 1) -> int:
-    """Length of the sequence `groups` pack into, rounded up to a multiple."""
+    """Length of the packed sequence of `groups` in tokens, rounded up to a multiple of `multiple_of`."""
     total = sum(group.num_tokens(shared_prefix=shared_prefix) for group in groups)
     return -(-total // multiple_of) * multiple_of
 
@@ -158,12 +158,12 @@ class _Builder:
     def add_padding(self, length: int) -> None:
         whole = [segment for segment in self.segments if not segment.prefix_length]
         if not whole:
-            # At position 0 throughout: it may be longer than any sequence that the model has positions for.
+            # All positions are 0: the padding may be longer than any sequence that the model has positions for.
             self.segments.append(Segment(start=0, length=length))
             self.tokens, self.positions = [0] * length, [0] * length
             return
-        # Repeats the start of a sequence that is there: what the model makes of it is there too. So padding never holds
-        # the largest magnitude of an activation, by which FP8 scales all of them.
+        # Padding repeats the start of a sequence of this batch, so it has the same activations. It can therefore never
+        # raise the largest magnitude of the activations, by which FP8 scales them.
         longest = max(whole, key=lambda segment: segment.length)
         start = self.tokens[longest.start : longest.start + longest.length]
         for place in range(0, length, len(start)):

@@ -1,4 +1,4 @@
-"""JSON values of records: read strictly, and without what is null."""
+"""Reads the JSON values of records strictly, and removes what is null."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from megatron_brain.errors import RecordError, short
 Json = TypeVar("Json")
 
 BOM = b"\xef\xbb\xbf"
-"""The byte order mark that some editors put before a text."""
+"""The byte order mark that some editors write before a text."""
 _JSON_CURE = "write one object a line, or an array of them in a .json file"
 _BLANK_TEXTS = ("", "[]", "{}", "null")
 _TEXT_CURE = "write the file as UTF-8, where an emoji is one character and not two surrogates"
 
 
 def decode(data: bytes, where: str) -> Any:
-    """The value that UTF-8 text of JSON stands for. Its escapes may make half of a surrogate pair.
+    """The value of a JSON text in UTF-8. Its escapes may make half of a surrogate pair (see `require_text`).
 
     Raises:
-        RecordError: it is no UTF-8 or no JSON.
+        RecordError: the bytes are not UTF-8 or not JSON.
     """
     try:
-        # json.loads itself would take surrogates and other encodings from bytes.
+        # json.loads itself would accept surrogates and other encodings in bytes.
         return json.loads(data.removeprefix(BOM).decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -35,10 +35,10 @@ def decode(data: bytes, where: str) -> Any:
 
 
 def require_text(value: Any, where: str) -> Any:
-    """The value, unless it holds half of a surrogate pair, as an escape such as \\ud83d makes one.
+    """The value itself, if no text in it holds half of a surrogate pair, as an escape such as \\ud83d makes one.
 
     Raises:
-        RecordError: it does.
+        RecordError: a text holds one.
     """
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -51,13 +51,13 @@ def require_text(value: Any, where: str) -> Any:
 
 
 def require_json(value: Json, what: str, where: str) -> Json:
-    """The value, unless it holds what JSON has no word for: dates, bytes and decimals of a table, NaN, infinity.
+    """The value itself, if JSON can write it. It cannot write dates, bytes and decimals of a table, NaN and infinity.
 
     Args:
         what: name of the value, for the error.
 
     Raises:
-        RecordError: it does; names the place in the value and the cure.
+        RecordError: JSON cannot write it; names the place in the value and the cure.
     """
     if isinstance(value, dict | list):
         for key, member in value.items() if isinstance(value, dict) else enumerate(value):
@@ -75,7 +75,7 @@ def require_json(value: Json, what: str, where: str) -> Json:
 
 
 def without_nulls(value: Any) -> Any:
-    """A JSON value without the fields of its objects that are null. The members of lists stay what they are."""
+    """A JSON value in which objects have lost their null fields. Null members of lists stay."""
     if isinstance(value, dict):
         return {key: without_nulls(member) for key, member in value.items() if member is not None}
     if isinstance(value, list):
@@ -84,19 +84,19 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether there is nothing in a field: null, an empty list, object or text, or the JSON text of one."""
+    """Whether a field holds nothing: null, an empty list, object or text, or the JSON text of one of them."""
     return not without_nulls(value) or (isinstance(value, str) and value.strip() in _BLANK_TEXTS)
 
 
 def from_json(value: Any, kind: type, what: str, where: str, *, blank: type | None = None) -> Any:
-    """The value; where it is a text, the list or object that the text is the JSON of.
+    """The value itself, or what its JSON says if it is a text.
 
     Args:
-        kind: what the text must stand for.
-        blank: makes the value of a text of nothing but white space.
+        kind: type that the JSON text must have: a list or an object.
+        blank: type whose empty value is returned for a text of white space or null.
 
     Raises:
-        RecordError: the text is no JSON, or of something else.
+        RecordError: the text is not JSON, or is JSON of another type.
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""The last turn of a chat as prompt and response, cut out of what the chat template writes."""
+"""Cuts the prompt and the response of a chat's last turn out of the text that the chat template writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_brain.errors import RecordError
 
 
 def render_prompt(chat: Chat) -> str:
-    """All messages and the template's opening of an assistant turn.
+    """Text of all messages and of the template's opening of an assistant turn.
 
     Raises:
-        RecordError: the last message is the assistant's already, or the template refuses or leaves out something.
+        RecordError: the last message is already the assistant's, or the template refuses or leaves out something.
     """
     text = _open_last(chat, len(chat.messages))
     require_written(chat, text, {}, count=len(chat.messages), add_generation_prompt=True)
@@ -26,11 +26,11 @@ def render_prompt(chat: Chat) -> str:
 
 
 def render_last_turn(chat: Chat) -> tuple[str, str]:
-    """Rendered prompt (all before the last assistant turn) and rendered response (that turn with its end).
+    """Rendered prompt (everything before the last assistant turn) and rendered response (that turn with its end).
 
     Raises:
-        RecordError: the last message is not an assistant's, or is empty; or the template renders the earlier
-            messages differently once the answer is there, so that no response can be cut out; or it leaves out
+        RecordError: the last message is not the assistant's, or is empty; the template renders the earlier messages
+            differently once the answer follows, so that no response can be cut out; or the template leaves out
             something.
     """
     require_answer(chat)
@@ -43,16 +43,16 @@ def render_last_turn(chat: Chat) -> tuple[str, str]:
 
 
 def encode_answer(tokenizer: Tokenizer, text: str, *, chat: bool, before: Before, where: str) -> list[int]:
-    """Ids of a known answer to a prompt, as SFT and reward model have them.
+    """Ids of a known answer to a prompt, the same ids that SFT and the reward model see.
 
     Args:
         text: what the assistant says, without markup.
-        chat: whether a chat template rendered the prompt; then it renders the answer too.
-        before: the prompt.
+        chat: whether a chat template rendered the prompt. If so, it renders the answer too.
+        before: what precedes the answer: the prompt.
         where: place of the record.
 
     Raises:
-        RecordError: the template cannot render the answer apart from a prompt.
+        RecordError: the template cannot render the answer separately from a prompt.
     """
     if not chat:
         return tokenizer.encode_response(text, before=before)
@@ -62,7 +62,7 @@ def encode_answer(tokenizer: Tokenizer, text: str, *, chat: bool, before: Before
 
 
 def require_answer(chat: Chat) -> None:
-    """Raise RecordError where a conversation does not end with something that the assistant says."""
+    """Raise RecordError where a conversation does not end with an answer of the assistant."""
     last = chat.messages[-1]
     if last["role"] != "assistant":
         raise RecordError(
@@ -73,9 +73,9 @@ def require_answer(chat: Chat) -> None:
 
 
 def require_closed(chat: Chat) -> None:
-    """Raise RecordError where the template opens another turn behind every conversation: it would be learned.
+    """Raise RecordError where the template opens another turn after every conversation: the opening would be learned.
 
-    The first template of Llama 3 does so. Prompts to sample for end as they must.
+    The first template of Llama 3 does so. Prompts to sample for are not affected.
     """
     if behind := chat.tokenizer.opens_behind(chat.tools):
         raise RecordError(
@@ -103,7 +103,7 @@ def require_begins(chat: Chat, prompt: str, whole: str, turn: str = "the respons
 
 
 def _open_last(chat: Chat, count: int) -> str:
-    """The prompt of the turn behind the first `count` messages, which must not be the assistant's."""
+    """The prompt for the turn after the first `count` messages, the last of which must not be the assistant's."""
     before: Sequence[Mapping[str, Any]] = chat.messages[:count]
     if not before or before[-1]["role"] == "assistant":
         raise RecordError(

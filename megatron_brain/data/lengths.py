@@ -1,4 +1,4 @@
-"""The one rule for records that are longer than the user allows, and the counts of what it did.
+"""The one rule for records that are longer than the user allows, and the counts of what the rule did.
 
 ``overlong`` decides: "error" stops with the place of the record, "drop" leaves the record out, "truncate" cuts it:
 
@@ -33,13 +33,13 @@ class LengthLimits(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadReport:
-    """What became of the records. All but `read`, `kept` and those dropped count kept records."""
+    """Counts of what was done with the records. All counts but `read` and the dropped ones are of kept records."""
 
     read: int
     kept: int
     dropped_overlong: int = 0
     dropped_unlearned: int = 0
-    """Records of which a cut leaves nothing that is learned: the answers that are come behind it."""
+    """Records dropped because all learned answers come after the cut."""
     truncated_prompt: int = 0
     truncated_response: int = 0
     duplicates: int = 0
@@ -62,7 +62,7 @@ def make_report(counts: Counter[str], kept: int, limits: LengthLimits) -> ReadRe
     """The report of `kept` records.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: no record is left.
     """
     report = ReadReport(kept=kept, **counts)
     if not kept:
@@ -76,7 +76,7 @@ def fit_group(
     """Prompt and responses within the limits, or None where the record is dropped.
 
     Raises:
-        RecordError: overlong under "error", naming `where`, the lengths and the cure.
+        RecordError: the record is overlong and the rule is "error"; names `where`, the lengths and the cure.
     """
     longest = max(map(len, responses))
     max_prompt = limits.max_prompt_length or len(prompt)
@@ -101,7 +101,7 @@ def fit_group(
 
 
 def cut_prompt(prompt: Ids, length: int, bos_id: int | None) -> Ids:
-    """The last `length` tokens of the prompt, the first of them BOS where the prompt starts with it."""
+    """The prompt cut to `length` tokens: its end, with BOS before it where the prompt starts with BOS."""
     if len(prompt) <= length:
         return prompt
     if prompt[0] == bos_id and length > 1:
@@ -110,7 +110,7 @@ def cut_prompt(prompt: Ids, length: int, bos_id: int | None) -> Ids:
 
 
 def keep_overlong(what: str, *, limits: LengthLimits, where: str, counts: Counter[str]) -> bool:
-    """Whether an overlong record stays, to be cut (True), or is dropped and counted.
+    """Whether an overlong record stays and is to be cut (True), or is dropped and counted (False).
 
     Raises:
         RecordError: the rule is "error".

@@ -1,11 +1,10 @@
-"""What a chat template leaves out of a conversation.
+"""Finds what a chat template leaves out of a conversation.
 
-A template may drop a thought, a call of a tool, an answer, a system message or a tool without a word. To find the
-words of a message somewhere in the text proves nothing: the same words may stand elsewhere. So the conversation is
-rendered once more with every word replaced by one that stands nowhere else, and each of those must be there. What a
-template writes depends on the shape of a conversation (roles, fields, the template's own tags in the texts) and hardly
-on its words. So the first conversation of each shape is rendered once more; of later ones, only the learned turns are
-searched.
+A template may silently drop a thought, a call of a tool, an answer, a system message or a tool. It proves nothing to
+find the words of a message somewhere in the text: the same words may stand elsewhere. So the conversation is rendered
+once more with every word replaced by a unique one, and each of these must be in the result. What a template writes
+depends on the shape of a conversation (roles, fields, the template's own tags in the texts) and hardly on its words.
+So only the first conversation of each shape is rendered once more. In later ones, only the learned turns are searched.
 """
 
 from __future__ import annotations
@@ -26,30 +25,30 @@ _CURE = "use a template that keeps it (--chat-template FILE), or remove it from 
 _SPOKEN = ("content", *THOUGHTS, "refusal")
 """Fields of a message that hold what was said."""
 _NAMED_BY_CALL = ("tool", "function", "ipython")
-"""Roles whose `name` is that of a function, which the call before has named."""
-# Tags and switches, by which templates tell the parts of a text, and words.
+"""Roles whose `name` is the name of a function, which the call before already contains."""
+# Tags and switches, which divide a text into parts for templates, and words.
 _TAG = r"<[^<>\s][^<>\n]{0,60}>|\[/?[A-Z_]+\]|(?<![\w/])/\w+"
 _TAG_OR_WORD = re.compile(rf"({_TAG})|\w+")
 _TAGS, _WORD = re.compile(_TAG), re.compile(r"\w")
 _STAND_IN = re.compile(r"zq\d+x|73\d{8}")
 _COMPLETE: WeakKeyDictionary[Tokenizer, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""Shapes of conversations that a tokenizer's templates were found to leave nothing out of."""
+"""Shapes of conversations for which a check showed that the tokenizer's templates leave nothing out."""
 
 
 def require_written(
     chat: Chat, text: str, learned: Mapping[int, Span], *, count: int, add_generation_prompt: bool = False
 ) -> None:
-    """Raise where a template leaves out what somebody said. Earlier answers that are not learned may lose something.
+    """Raise where a template leaves out what somebody said. Only earlier answers that are not learned may lose text.
 
     Args:
         chat: the conversation.
-        text: its first `count` messages as the template writes them.
-        learned: where in the text the messages of the assistant stand that are learned, by their place in the chat.
-        count: messages in the text.
+        text: the first `count` messages as the template writes them.
+        learned: spans in the text of the assistant's messages that are learned, by their place in the chat.
+        count: number of messages in the text.
         add_generation_prompt: whether the text ends in the generation prompt.
 
     Raises:
-        RecordError: something is left out; names it.
+        RecordError: the template leaves something out; names it.
     """
     messages = chat.messages[:count]
     for index, span in learned.items():
@@ -67,14 +66,14 @@ def require_written(
 
 
 def _require_words(chat: Chat, messages: Messages, wanted: Sequence[int], *, add_generation_prompt: bool) -> None:
-    """Raise where a template does not write each word of the wanted messages."""
+    """Raise where a template leaves out a word of the messages at the places `wanted`."""
     for with_calls in (True, False):
         probe = _Probe(with_calls)
         replaced = [probe.replace(message, index) for index, message in enumerate(messages)]
         try:
             written = chat.render(replaced, add_generation_prompt=add_generation_prompt)
         except RecordError:
-            continue  # The template looks into the calls; those it writes it was found to write in their turn.
+            continue  # The template reads inside the calls. The search in each turn has shown that it writes them.
         there = set(_STAND_IN.findall(written))
         for word in probe.words:
             if word.index in wanted and word.stand_in not in there:
@@ -83,7 +82,7 @@ def _require_words(chat: Chat, messages: Messages, wanted: Sequence[int], *, add
 
 
 def _require_arguments_without_words(chat: Chat, messages: Messages, index: int, text: str) -> None:
-    """Arguments such as true have no words to replace: they are left out, and another text must be written then."""
+    """Arguments such as true have no words to replace. So they are removed, and the template's text must change."""
     calls = messages[index].get("tool_calls", [])
     for place, function in enumerate(called_functions(calls)):
         arguments = function.get("arguments")
@@ -111,13 +110,13 @@ def _left_out(chat: Chat, index: int, part: str) -> RecordError:
 
 
 def shape_of(chat: Chat, count: int) -> tuple[Any, ...]:
-    """What a template's decisions about the first `count` messages can depend on."""
+    """Everything about the first `count` messages that a template's decisions can depend on."""
     source = "".join(chat.tokenizer.chat_templates.values())
     return (*(_shape_of_message(message, source) for message in chat.messages[:count]), chat.settings)
 
 
 def _shape_of_message(message: Mapping[str, Any], source: str) -> tuple[Any, ...]:
-    """The same of a message. Of the tags in its texts, those count that stand in the template's source."""
+    """The shape of one message. It includes the tags of its texts that also stand in the template's source."""
     said = tuple(
         (name, tuple(tag for tag in _TAGS.findall(message[name]) if tag in source), bool(_WORD.search(message[name])))
         for name in (*_SPOKEN, "name")
@@ -138,7 +137,7 @@ def _shape_of_value(value: Any) -> Any:
 
 
 def _has_words(value: Any) -> bool:
-    """Whether there is anything in arguments that another word can stand in for."""
+    """Whether the arguments hold anything that can be replaced by another word."""
     if isinstance(value, dict | list):
         return any(map(_has_words, value.values() if isinstance(value, dict) else value))
     if isinstance(value, str):
@@ -147,10 +146,10 @@ def _has_words(value: Any) -> bool:
 
 
 def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | None:
-    """What of a message does not stand in its turn, whatever the white space and the tags between its words are."""
+    """What of a message is missing in its turn, or None. White space and tags between words do not matter."""
     written = text[span.start : span.end]
     if message.keys() <= {"role", "content", "weight"} and written.lstrip().startswith(message["content"].strip()):
-        return None  # The most frequent one by far, told at once.
+        return None  # This is by far the most frequent case, and cheap to recognise.
     turn = "".join(written.split())
     for name in _SPOKEN:
         said: str = message.get(name, "")
@@ -165,24 +164,24 @@ def _missing_part(message: Mapping[str, Any], text: str, span: Span) -> str | No
 
 
 def _between_tags(text: str) -> Iterator[str]:
-    """What stands between the tags of a text, without white space."""
+    """The pieces of a text between its tags, without white space."""
     pieces = ("".join(piece.split()) for piece in _TAGS.split(text))
     return (piece for piece in pieces if piece)
 
 
 @dataclass(frozen=True)
 class _Word:
-    """A word that stands in for another one."""
+    """A word that replaces another one."""
 
     stand_in: str
     index: int
-    """Of the message it stands in."""
+    """Index of the message that holds the word."""
     part: str
-    """Of the message, for an error message."""
+    """The part of the message that holds it, for an error message."""
 
 
 class _Probe:
-    """Replaces the words of messages by such that stand nowhere else; the words of calls too, if `with_calls`."""
+    """Replaces the words of messages by unique ones; the words of calls too, if `with_calls`."""
 
     def __init__(self, with_calls: bool) -> None:
         self.words: list[_Word] = []
@@ -193,7 +192,7 @@ class _Probe:
         spoken = [name for name in _SPOKEN if message.get(name)]
         if message.get("name") and message["role"] not in _NAMED_BY_CALL:
             spoken.append("name")
-        # Some servers give the same thoughts under two names, of which a template writes one.
+        # Some servers give the same thoughts under two names, and a template writes one of them.
         thoughts = {text: self._in_text(text, index) for text in {message[name] for name in spoken if name in THOUGHTS}}
         replaced = {
             **message,
@@ -219,7 +218,7 @@ class _Probe:
         return replaced
 
     def _in_value(self, value: Any, index: int) -> Any:
-        """An argument with its texts and numbers replaced; its names are the function's."""
+        """An argument with its texts and numbers replaced. Names of parameters stay."""
         if isinstance(value, dict):
             return {name: self._in_value(member, index) for name, member in value.items()}
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Sequences whose members are made when they are asked for."""
+"""A sequence that makes its members on demand."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar, overload

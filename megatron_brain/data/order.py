@@ -1,4 +1,4 @@
-"""Which samples make up each optimizer step, and which of them a replica takes: functions of data and seed alone."""
+"""Decides which samples make up each optimizer step, and which a replica takes, from the data and the seed alone."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 class SampleOrder:
     """An endless stream over `num_samples` samples, shuffled anew every epoch.
 
-    Sample k of the stream depends on the seed and k only, so a run may stop after any step and go on exactly, at any
-    data-parallel size. No sample is left out: a batch at the end of an epoch is filled from the next one.
+    Sample k of the stream depends on the seed and k only, so a run may stop after any step and continue exactly, at any
+    data-parallel size. No sample is left out: a batch at the end of an epoch is filled from the next epoch.
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
@@ -36,9 +36,9 @@ class SampleOrder:
 
 
 def replica_share(items: Sequence[Item], *, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[list[Item]]:
-    """A replica's micro-batches of a global batch: micro-batches are dealt out to the replicas in turn.
+    """A replica's micro-batches of a global batch. The replicas get micro-batches in turn.
 
-    The batch must divide into equally many whole micro-batches per replica.
+    The batch must divide into whole micro-batches, equally many per replica.
     """
     per_turn = micro_batch_size * dp_size
     assert len(items) % per_turn == 0, (

@@ -1,12 +1,12 @@
-"""Which records share a packed sequence: bins of at most `capacity` tokens, in pure Python.
+"""Decides which records share a packed sequence: a bin of at most `capacity` tokens. In pure Python.
 
 Invariants of :func:`pack_by_length`, for lengths `l_0 .. l_{n-1}`:
 
 1. every index 0 .. n-1 is in exactly one bin, and no bin is empty;
 2. the lengths of a bin sum to at most `capacity`;
 3. the result depends on the arguments alone (same on every rank);
-4. with W windows, `ceil(sum / capacity) <= bins <= 2 * sum / capacity + W`: within a window, first fit leaves at
-   most one bin no more than half full;
+4. with W windows, `ceil(sum / capacity) <= bins <= 2 * sum / capacity + W`: within a window, first fit fills all
+   bins but one to more than half;
 5. bins only mix records of one window of the shuffled order, so that the order of training stays random.
 """
 
@@ -24,14 +24,14 @@ def pack_by_length(lengths: Sequence[int], capacity: int, *, seed: int, window: 
     Args:
         lengths: tokens of each record, >= 1.
         capacity: tokens a bin can hold.
-        seed: of the shuffle of the records and of each window's bins; pass another one each epoch.
+        seed: for the shuffle of the records and of each window's bins; pass another one each epoch.
         window: records packed together; larger packs tighter and takes longer (time grows with its square).
 
     Returns:
         bins of indices into `lengths`, in the order to train on.
 
     Raises:
-        ConfigError: a length below 1 or above `capacity`, naming the record.
+        ConfigError: a length is below 1 or above `capacity`; names the record.
     """
     assert window >= 1, f"window={window}: must be at least 1"
     for index, length in enumerate(lengths):
@@ -49,7 +49,7 @@ def pack_by_length(lengths: Sequence[int], capacity: int, *, seed: int, window: 
 
 
 def _first_fit_decreasing(indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Longest first, each record into the first bin with room; ties keep the order of `indices`."""
+    """Put each record, longest first, into the first bin with room. Ties keep the order of `indices`."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(indices, key=lambda i: -lengths[i]):

@@ -1,4 +1,4 @@
-"""How records are read: the stage's reader over the run's tokenizer, in this process or in workers."""
+"""Settings from which this process or a worker builds the stage's reader with the run's tokenizer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
-    """What a :class:`RecordReader` is built from; can be sent to another process."""
+    """The settings that a :class:`RecordReader` is built from. They can be sent to another process."""
 
     config: RunConfig
-    """Of the stage whose records they are. Its template date is what chat templates take for now; None: the time when
-    the tokenizer is loaded."""
+    """The run's configuration. Its template date is what chat templates take for today's; None: the time when the
+    tokenizer is loaded."""
     tokenizer_type: str
     tokenizer_model: str
     """Directory, hub name or file of the tokenizer."""
@@ -32,11 +32,11 @@ class ReadingSettings:
 
     @property
     def template_date(self) -> str | None:
-        """What chat templates take for now, where it is settled."""
+        """The date that chat templates take for today's; None where it is not set yet."""
         return self.config.tokenizer.template_date
 
     def at(self, date: str) -> "ReadingSettings":
-        """The same with a date for chat templates."""
+        """The same settings with a date for chat templates."""
         tokenizer = dataclasses.replace(self.config.tokenizer, template_date=date)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, tokenizer=tokenizer))
 

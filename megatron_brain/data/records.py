@@ -1,8 +1,8 @@
-"""Records made into tokenised groups, preference pairs and prompts.
+"""Makes tokenised groups, preference pairs and prompts of records.
 
-A :class:`RecordReader` knows what one stage makes of one record, in two steps: it drafts the record (fields checked,
-chats rendered), and, once that is tokenised, fits it into the length limits. Whoever reads a data set, for a stage,
-to prepare it or to check it, goes through these two and so finds the same errors. Formats are TRL's.
+A :class:`RecordReader` knows what one stage makes of one record, in two steps. It drafts the record (checks its fields
+and renders its chats), and, once the draft is tokenised, fits it into the length limits. Stages and the tools that
+prepare or check data all use these two steps, so all of them find the same errors. The formats are TRL's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ItemKind = Literal["group", "pair", "prompt"]
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """A group whose two responses are (chosen, rejected), and by how much chosen should win."""
+    """A group whose two responses are (chosen, rejected), and the margin by which chosen should win."""
 
     group: Group
     margin: float
@@ -51,9 +51,9 @@ class PreferencePair:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt to sample from: its ids, its text (before any truncation) and the response people wrote, if known.
+    """A prompt to sample responses for: its ids, its text (before any truncation) and the reference, if known.
 
-    `record_id` is the record's own ``id`` field, or else its place.
+    `record_id` is the record's own ``id`` field, or else the record's place.
     """
 
     tokens: tuple[int, ...]
@@ -61,7 +61,7 @@ class Prompt:
     reference: str | None
     record_id: str
     chat: bool = False
-    """Whether a chat template rendered the prompt: a response to it then ends a turn."""
+    """Whether a chat template rendered the prompt. If so, a response to it ends a turn."""
 
 
 class Tokenised(NamedTuple):
@@ -76,7 +76,7 @@ class RecordReader(ABC, Generic[Item]):
     """What a stage makes of one record.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         limits: length limits and the rule for overlong records.
 
     Raises:
@@ -86,9 +86,9 @@ class RecordReader(ABC, Generic[Item]):
     stage: ClassVar[str]
     """The stage whose records these are."""
     item_kind: ClassVar[ItemKind]
-    """What an item is: a `Group`, a `PreferencePair` or a `Prompt`."""
+    """The kind of the items: `Group`, `PreferencePair` or `Prompt`."""
     num_responses: ClassVar[int]
-    """Responses of an item."""
+    """Number of responses of an item."""
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
         if limits.seq_length < 2:
@@ -100,7 +100,7 @@ class RecordReader(ABC, Generic[Item]):
         """Check the fields of a record and render its chats.
 
         Raises:
-            RecordError: naming the place and the cure.
+            RecordError: the record cannot be used; names the place and the cure.
         """
 
     @abstractmethod
@@ -108,29 +108,29 @@ class RecordReader(ABC, Generic[Item]):
         """The item within the length limits, or None where it is dropped; `counts` are those of a `ReadReport`.
 
         Raises:
-            RecordError: overlong under "error", or nothing left of a text.
+            RecordError: the record is overlong and the rule is "error", or nothing is left of a text.
         """
 
     @abstractmethod
     def ids(self, item: Item) -> tuple[Ids, ...]:
-        """Prompt and responses of an item; duplicates are items whose ids are equal."""
+        """Ids of the prompt and the responses of an item. Items with equal ids are duplicates."""
 
     @abstractmethod
     def hash(self, item: Item) -> int:
-        """64-bit hash of all that a stage has of an item."""
+        """64-bit hash of everything that an item gives to the stage."""
 
     def settings(self) -> dict[str, Any]:
-        """What the items depend on besides records and tokenizer, by the name of the flag."""
+        """The settings, by flag name, that the items depend on besides records and tokenizer."""
         names = ("seq_length", "max_prompt_length", "max_response_length", "overlong")
         return {**{name: getattr(self.limits, name) for name in names}, **self._date()}
 
     def contents(self, hashes: Sequence[int] | numpy.ndarray) -> Contents:
-        """The fingerprint of items, by their hashes in order."""
+        """The fingerprint of items from their hashes, in order."""
         date = self._date().get("template_date", "")
         return contents_of(hashes, tokenizer=tokenizer_fingerprint(self.tokenizer), template_date=date)
 
     def _date(self) -> dict[str, str]:
-        """What the chat template takes for now, if it writes a date."""
+        """The date that the chat template takes for today's, if it writes one."""
         tokenizer = self.tokenizer
         return {"template_date": tokenizer.template_time.isoformat()} if tokenizer.uses_clock else {}
 
@@ -140,9 +140,9 @@ class RecordReader(ABC, Generic[Item]):
         """Drafts of the records, tokenised in batches, in order.
 
         Args:
-            records: any number, read on demand.
-            on_error: gets place and error of a record that cannot be drafted, which is then left out; without, the
-                error is raised.
+            records: any number of records, read on demand.
+            on_error: gets the place and the error of a record that cannot be drafted, which is then left out. Without
+                `on_error` the error is raised.
         """
         for kind, run in groupby(self._drafts(records, on_error), key=lambda draft: draft.kind):
             while batch := list(islice(run, _BATCH)):
@@ -224,10 +224,11 @@ class SFTReader(RecordReader[Group]):
 
 
 class PreferenceReader(RecordReader[PreferencePair]):
-    """Pairs of responses of which the first is preferred.
+    """Pairs of responses; the first is preferred.
 
     Records: ``{"prompt", "chosen", "rejected"}``, each a text or a list of messages, and optionally a number
-    ``margin``. Without ``prompt``, chosen and rejected are whole conversations and the prompt is what they share.
+    ``margin``. Without ``prompt``, chosen and rejected are whole conversations and the beginning they share is the
+    prompt.
     """
 
     stage, item_kind, num_responses = "reward", "pair", 2
@@ -252,9 +253,8 @@ class PreferenceReader(RecordReader[PreferencePair]):
 class PromptReader(RecordReader[Prompt]):
     """Prompts to sample responses for.
 
-    Records: any of the formats above; the reference is ``completion``, ``chosen`` or the last assistant message,
-    where there is one. A prompt may have `max_prompt_length` tokens and must leave `room` tokens of `seq_length` for a
-    response.
+    Records: any of the formats above. The reference is ``completion``, ``chosen`` or the last assistant message, if
+    any. A prompt may have `max_prompt_length` tokens and must leave `room` tokens of `seq_length` for a response.
     """
 
     stage, item_kind, num_responses = "brain", "prompt", 0
@@ -303,10 +303,10 @@ class PromptReader(RecordReader[Prompt]):
 
 
 def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple[list[Item], ReadReport]:
-    """The items a stage makes of records, and what became of the records.
+    """The items that a stage makes of records, and the counts of what was done with the records.
 
     Raises:
-        RecordError: a bad or overlong record, naming its place and the cure.
+        RecordError: a record is bad or overlong; names its place and the cure.
         ConfigError: no record is left.
     """
     counts: Counter[str] = Counter()

@@ -1,7 +1,7 @@
-"""Sources of records: files, saved data sets and hub data sets, each record with the place it came from.
+"""Reads records from files, saved data sets and hub data sets, each with its place.
 
-What is null is not there: a table has a column, and a struct a field, for whatever any of its rows has. So a record is
-the same whatever it was read from.
+A null field counts as missing: a table has a column, and a struct has a field, for everything that any of its rows has.
+So a record is the same whatever it was read from.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ Record = tuple[str, dict[str, Any]]
 """Place of the record (``file:line``, ``file[row]`` or ``name[split][row]``) and its fields."""
 
 RawRecord = tuple[str, Any]
-"""Place of the record and what stands there: a line of JSON as bytes, not looked into yet, or the fields, or the
-RecordError of a row that cannot be read."""
+"""Place of the record, and a line of JSON as bytes that is not parsed yet, or the fields, or the RecordError of a row
+that cannot be read."""
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""The first character of JSON."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""Endings of compressed files, and Arrow's names of the compressions."""
+"""Arrow's names of the compressions, by the endings of compressed files."""
 
 
 def load_records(source: str, split: str | None = None, limit: int | None = None) -> list[Record]:
@@ -42,8 +41,8 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
         limit: read only the first so many records.
 
     Raises:
-        ConfigError: nothing there, nothing in it, or a file that cannot be read.
-        RecordError: a line that is no JSON object, naming file and line.
+        ConfigError: the source does not exist, is empty, or has a file that cannot be read.
+        RecordError: a line is not a JSON object; names file and line.
     """
     loaded = [(where, parse_record(where, raw)) for where, raw in islice(raw_records(source, split), limit)]
     if not loaded:
@@ -52,10 +51,10 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
 
 
 def raw_records(source: str, split: str | None = None) -> Iterator[RawRecord]:
-    """The records of a source as they stand there, read on demand, for :func:`parse_record`.
+    """The records of a source, not parsed yet and read on demand, for :func:`parse_record`.
 
     Raises:
-        ConfigError: nothing there, or a file that cannot be read.
+        ConfigError: the source does not exist, or has a file that cannot be read.
     """
     if not source.strip():
         raise ConfigError("the name of the records is empty: give a file, a glob, a saved data set or a hub name")
@@ -69,10 +68,10 @@ def raw_records(source: str, split: str | None = None) -> Iterator[RawRecord]:
 
 
 def parse_record(where: str, raw: Any) -> dict[str, Any]:
-    """The fields of a raw record, without those that are null, at any depth.
+    """The fields of a raw record, without null fields at any depth.
 
     Raises:
-        RecordError: it is no text, no JSON, or no JSON object.
+        RecordError: the record is not text, not JSON, or not a JSON object.
     """
     if isinstance(raw, RecordError):
         raise raw
@@ -93,14 +92,14 @@ def parse_record(where: str, raw: Any) -> dict[str, Any]:
 
 
 def source_files(source: str) -> list[Path]:
-    """The files a source is read from, in order; none where it is a hub name."""
+    """The files of a source, in the order in which they are read; none where it is a hub name."""
     if Path(source).is_dir():
         return sorted(path for path in Path(source).rglob("*") if path.is_file())
     return _paths(source)
 
 
 def is_record_file(path: str | Path) -> bool:
-    """Whether a name ends as the names of files with records do."""
+    """Whether a name has the ending of a file with records."""
     return _reader_of(Path(path)) is not None
 
 
@@ -138,7 +137,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _read_jsonl(path: Path) -> Iterator[RawRecord]:
-    with _opened(path) as file:  # bytes: only "\n" ends a line, and bad UTF-8 is reported with its line
+    with _opened(path) as file:  # In bytes only "\n" ends a line, and bad UTF-8 is reported with its line.
         for number, line in enumerate(file, start=1):
             if line.removeprefix(json_values.BOM).strip():
                 yield f"{path}:{number}", line
@@ -169,7 +168,7 @@ _READERS: dict[str, Callable[[Path], Iterator[RawRecord]]] = {
 
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[RawRecord]] | None:
-    """What reads files of such a name. Tables compress by themselves."""
+    """The function that reads files with this ending. Files of tables have their own compression."""
     if path.suffix not in _COMPRESSIONS:
         return _READERS.get(path.suffix)
     inner = Path(path.stem).suffix

@@ -1,4 +1,4 @@
-"""Rows of Arrow tables and of `datasets` data sets, as the JSON values that they stand for."""
+"""Reads the rows of Arrow tables and of `datasets` data sets as JSON values."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     import pyarrow
 
 CURE = "copy it here again, let this user read it, or give it the ending of its kind"
-"""What helps where a file cannot be read."""
+"""What the user can do where a file cannot be read."""
 
 _BATCH = 1000
 _UNREADABLE = (ValueError, KeyError, OverflowError)
-"""What reading the values of a column may raise: no text, no JSON, a key twice, what Python has no value for."""
+"""Errors of reading a column: a value is not UTF-8 or not JSON, has a key twice, or does not exist in Python."""
 
 _WITHOUT_STRUCTS = "Polars"
-"""What Polars before 1.0 calls itself in parquet files: of a struct that is not there it wrote nulls for all fields."""
+"""The name of Polars before 1.0 in its parquet files. For a missing struct it wrote a struct of null fields."""
 
 Row = tuple[str, Any]
-"""Place of a row, and its fields, or the RecordError of one that cannot be read."""
+"""Place of a row, and its fields, or the RecordError of a row that cannot be read."""
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -71,16 +71,16 @@ def read_arrow(path: Path) -> Iterator[Row]:
 
 
 def read_saved(source: str, split: str | None) -> Iterator[Row]:
-    """Rows of a folder that `datasets.save_to_disk` wrote, of one split where it has several.
+    """Rows of a folder that `datasets.save_to_disk` wrote; of the given split where it has several.
 
     Raises:
-        ConfigError: it is no such folder, or has no such split.
+        ConfigError: the folder is not of this kind, or has no such split.
     """
     import datasets
 
     try:
         loaded = datasets.load_from_disk(source)
-    except Exception as error:  # of many unrelated types, for files of a folder that are not what they should be
+    except Exception as error:  # Wrong files in the folder cause errors of many unrelated types.
         raise ConfigError(
             f"{source}: a folder that datasets.save_to_disk did not write, or that is damaged or empty "
             f"({type(error).__name__}: {error}); write it anew, or for a folder of files give a glob such as "
@@ -90,10 +90,10 @@ def read_saved(source: str, split: str | None) -> Iterator[Row]:
 
 
 def read_hub(source: str, split: str | None) -> Iterator[Row]:
-    """Rows of a hub data set, of one split where it has several.
+    """Rows of a hub data set; of the given split where it has several.
 
     Raises:
-        ConfigError: it cannot be loaded, or has no such split.
+        ConfigError: the data set cannot be loaded, or has no such split.
     """
     import datasets
 
@@ -119,7 +119,7 @@ def _read_split(source: str, loaded: Any, split: str | None) -> Iterator[Row]:
 
 
 def _read_data_set(source: str, data: datasets.Dataset) -> Iterator[Row]:
-    """Rows of a data set, of all its columns whatever format it was saved in; sounds and images are not decoded."""
+    """Rows of a data set, with all columns whatever format was set when it was saved. Media are not decoded."""
     import pyarrow
 
     first = 0
@@ -160,9 +160,9 @@ def _rows_of(batch: pyarrow.RecordBatch, source: Path | str, first: int) -> Iter
 
 
 def _require_sound(batch: pyarrow.RecordBatch, source: Path | str) -> None:
-    """Raise ConfigError where a column's lengths contradict each other: to read it would end the process.
+    """Raise ConfigError where a column's lengths contradict each other: reading it would crash the process.
 
-    Text that is no UTF-8 is told later, with its row.
+    Text that is not UTF-8 is reported later, with its row.
     """
     import pyarrow
 
@@ -181,9 +181,9 @@ def _row_or_error(row: pyarrow.RecordBatch, where: str) -> dict[str, Any] | Reco
             [value] = column.to_pylist(maps_as_pydicts="strict")
         except UnicodeDecodeError as error:
             return _no_text(where, f"field {name!r}", error)
-        except KeyError as error:  # of a map
+        except KeyError as error:  # A map raises it.
             return RecordError(where, "wrong type", f"field {name!r} has a key twice: write the table anew ({error})")
-        except _UNREADABLE as error:  # such as dates behind the year 9999
+        except _UNREADABLE as error:  # One cause is a date after the year 9999.
             return RecordError(
                 where,
                 "wrong type",
@@ -206,7 +206,7 @@ def _no_text(where: str, field: str, error: UnicodeDecodeError) -> RecordError:
 
 
 def _without_empty(value: Any) -> Any:
-    """A value in which objects of nothing but nulls are null themselves."""
+    """A value in which objects that hold only nulls are null themselves."""
     if isinstance(value, list):
         return [_without_empty(member) for member in value]
     if not isinstance(value, dict):
@@ -216,13 +216,13 @@ def _without_empty(value: Any) -> Any:
 
 
 def _values(column: pyarrow.Array) -> list[Any]:
-    """The values of a column. Maps become objects, and texts of Arrow's JSON type what they say."""
+    """The values of a column. Maps become objects, and texts of Arrow's JSON type are parsed."""
     values = column.to_pylist(maps_as_pydicts="strict")
     return [_from_json(value, column.type) for value in values] if _holds_json(column.type) else values
 
 
 def _holds_json(kind: pyarrow.DataType) -> bool:
-    """Whether values of Arrow's JSON type are part of values of a type."""
+    """Whether a type is Arrow's JSON type or contains it."""
     return _is_json(kind) or any(_holds_json(kind.field(place).type) for place in range(kind.num_fields))
 
 
@@ -232,7 +232,7 @@ def _is_json(kind: pyarrow.DataType) -> bool:
 
 
 def _from_json(value: Any, kind: pyarrow.DataType) -> Any:
-    """A value of `to_pylist` with its texts of Arrow's JSON type parsed."""
+    """A value of `to_pylist` in which texts of Arrow's JSON type are parsed."""
     import pyarrow
 
     if value is None:
@@ -242,7 +242,7 @@ def _from_json(value: Any, kind: pyarrow.DataType) -> Any:
             parsed = json.loads(value)
         except json.JSONDecodeError:
             raise
-        except ValueError as error:  # a number of more digits than Python reads
+        except ValueError as error:  # A number may have more digits than Python reads.
             raise RecordError("", "invalid JSON", str(error)) from error
         return parsed if "\\u" not in value else require_text(parsed, "")
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Signs of damage in the texts of records: none of them stops a run, all of them teach a model something odd."""
+"""Finds signs of damage in the texts of records. They stop no run, but they teach a model something odd."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 Hint = tuple[str, str]
-"""Kind of the hint and what it says."""
+"""Kind of the hint, and its message."""
 
 _FIELDS = ("prompt", "completion", "chosen", "rejected", "messages")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -30,7 +30,7 @@ class TextHints:
             self._patterns["special token"] = (re.compile("|".join(map(re.escape, texts))), said)
 
     def of_record(self, record: Mapping[str, Any]) -> Iterator[Hint]:
-        """Hints about a record, one of a kind for each field."""
+        """Hints about a record, at most one of each kind for each field."""
         for field in _FIELDS:
             for kind, (pattern, what) in self._patterns.items():
                 found = (match for text in _texts(record.get(field)) for match in pattern.finditer(text))
@@ -39,7 +39,7 @@ class TextHints:
 
 
 def missing_space(prompt: str, response: str) -> Hint | None:
-    """A hint where prompt and response run into each other, as nothing is put between them."""
+    """A hint where no space separates prompt and response: they are joined without one."""
     before, after = prompt[-1:], response[:1]
     if not before or not after or before.isspace() or after.isspace() or _has_no_spaces(before + after):
         return None
@@ -50,12 +50,12 @@ def missing_space(prompt: str, response: str) -> Hint | None:
 
 
 def _has_no_spaces(text: str) -> bool:
-    """Whether a character is of a script that is written without spaces between words."""
+    """Whether a text has a character of a script that is written without spaces between words."""
     return any(unicodedata.east_asian_width(character) in "WF" for character in text)
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts of a field: itself, or the contents of its messages."""
+    """The texts of a field: the field itself, or the contents of its messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

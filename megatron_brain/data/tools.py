@@ -1,7 +1,7 @@
-"""Tools and calls of tools as records hold them, in one form: objects at every depth, whatever was JSON text.
+"""Brings the tools and tool calls of records into one form: objects at every depth, also where a record has JSON text.
 
 A tool or a call is ``{"name": ..., ...}``, or has a wrapper ``{"type": "function", "function": {"name": ..., ...}}``.
-`where` in every function is the place of the record, for error messages.
+In every function, `where` is the place of the record, for error messages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron_brain.data.json_values import from_json, is_blank, require_json, w
 from megatron_brain.errors import RecordError, short
 
 _MISNAMED_ARGUMENTS = ("parameters", "input", "args", "kwargs", "params")
-"""What others call the arguments of a call."""
+"""Names that other formats use for the arguments of a call."""
 
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
 """Names of the schema of a tool's arguments: OpenAI's, Anthropic's and MCP's."""
@@ -25,10 +25,10 @@ _INNER_SCHEMAS = {"properties": dict, "items": dict, "required": list, "enum": l
 def check_tools(record: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
     """The functions that a record's ``tools`` describe, as objects; None where there are none.
 
-    The field, a tool and the parameters of one may be JSON text.
+    The field, a tool and the parameters of a tool may be JSON text.
 
     Raises:
-        RecordError: it is no list of objects, or holds what is no JSON.
+        RecordError: the field is not a list of objects, or holds a value that is not JSON.
     """
     tools = from_json(record.get("tools"), list, "field 'tools'", where, blank=list)
     if not tools:
@@ -63,7 +63,7 @@ def check_call(call: Any, place: str, where: str) -> dict[str, Any]:
 
 
 def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
-    """Tools or calls of tools, without the wrapper ``{"type": "function", "function": ...}`` where there is one."""
+    """Tools or calls of tools without the wrapper ``{"type": "function", "function": ...}`` that they may have."""
     for tool in tools or ():
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if isinstance(function, dict):
@@ -71,12 +71,12 @@ def called_functions(tools: Any) -> Iterator[dict[str, Any]]:
 
 
 def change_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-    """A call with its function changed, which is the call itself where it has no wrapper."""
+    """A call with its function changed. Without a wrapper, the call itself is the function."""
     return {**call, "function": change(call["function"])} if "function" in call else change(call)
 
 
 def _refuse_misnamed_arguments(call: Mapping[str, Any], names: Sequence[str], place: str, where: str) -> None:
-    """Raise where a call has its arguments under another name, or in another place: they would be left out."""
+    """Raise where a call has its arguments under another name or in another place: they would be lost."""
     if misnamed := [name for name in names if not is_blank(call.get(name))]:
         raise RecordError(
             where,
@@ -100,7 +100,7 @@ def _check_tool(tool: Any, place: str, where: str) -> dict[str, Any]:
 
 
 def _check_schema(schema: Any, place: str, where: str, *, blank: type | None = None) -> dict[str, Any]:
-    """A JSON schema as an object, with those of its properties."""
+    """A JSON schema as an object, and so the schemas of its properties."""
     schema = from_json(schema, dict, place, where, blank=blank)
     if not isinstance(schema, dict):
         raise RecordError(where, "bad tools", f"{place} must be an object, not {short(schema)}")

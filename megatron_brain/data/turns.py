@@ -1,14 +1,14 @@
-"""Every turn of the assistant in a chat: where it stands in the text, and the chat as ids with a mask for the loss.
+"""Finds every turn of the assistant in the text of a chat, and makes ids of the chat with a mask for the loss.
 
-A turn begins where sampling begins it: behind the messages before it and the template's generation prompt. It ends
-where the next message begins. Two ways lead there:
+A turn begins where sampling begins it: after the messages before it and the template's generation prompt. It ends
+where the next message begins. There are two ways to find it:
 
-- *Growing conversations*, with any template: where the text of the messages so far with the generation prompt begins
-  the text of the whole conversation, and the text with the answer does too, the turn is what the second adds to the
-  first.
+- *Growing conversations*, with any template. Two texts must begin the text of the whole conversation: the text of the
+  messages so far with the generation prompt, and the text of these messages with the answer. The turn is what the
+  second text adds to the first.
 - *Marks*: what the template wraps in ``{% generation %} ... {% endgeneration %}``. They are used where there are any,
-  and must agree with the first way wherever that is exact. Where a template opens a turn for sampling otherwise than it
-  writes this one, what is marked is learned, and a warning says so.
+  and must agree with the first way wherever that is exact. Where a template opens a turn for sampling in another way
+  than it writes this turn, what is marked is learned, and a warning says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MARK_CURE = (
 )
 _KIND = "unmarked assistant turns"
 _AGREED: WeakKeyDictionary[Tokenizer, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""Shapes of conversations in which a tokenizer's marks were found to be what growing conversations tell."""
+"""Shapes of conversations for which a tokenizer's marks were found to agree with growing conversations."""
 
 
 def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
@@ -48,7 +48,7 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
         response token whether it is learned.
 
     Raises:
-        RecordError: the turns cannot be told, the template leaves out some of what is learned, or nothing is.
+        RecordError: the turns cannot be found, the template leaves out some of what is learned, or nothing is learned.
     """
     require_answer(chat)
     text, turns = locate_turns(chat)
@@ -62,7 +62,7 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
         )
     require_written(chat, text, learned, count=len(chat.messages))
     tokenizer = chat.tokenizer
-    # Each piece apart, as sampling has them: no token reaches across the beginning of a turn.
+    # Each piece is tokenised by itself, as in sampling: no token crosses the beginning of a turn.
     cuts = [0, *chain.from_iterable(turns.values()), len(text)]
     prompt, *pieces, tail = tokenizer.encode_pieces([text[a:b] for a, b in pairwise(cuts)])
     if any(rest[:1] == [tokenizer.eos_id] for rest in pieces[1::2]) or _ends_unmarked(tokenizer, tail):
@@ -80,10 +80,10 @@ def encode_all_turns(chat: Chat) -> tuple[list[int], list[int], list[bool]]:
 
 
 def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
-    """The text of a conversation, and where the assistant's messages stand in it, by their places in the chat.
+    """The text of a conversation, and the spans of the assistant's messages in it, by their places in the chat.
 
     Raises:
-        RecordError: they cannot be told, or the template's marks are wrong.
+        RecordError: the messages cannot be found, or the template's marks are wrong.
     """
     indices = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
     if indices[0] == 0:
@@ -93,14 +93,14 @@ def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
         return text, _grown(chat, text, indices)
     text, marks = chat.marked()
     turns = _marked(chat, text, indices, marks)
-    # Both ways are compared once for each shape: growing conversations are rendered turn by turn.
+    # Both ways are compared only once for each shape, as growing conversations cost one rendering per turn.
     known, shape = _AGREED.setdefault(chat.tokenizer, set()), shape_of(chat, len(chat.messages))
     if shape in known:
         return text, turns
     try:
         grown = _grown(chat, text, indices)
     except RecordError:
-        grown = turns  # The text of a turn depends on what follows it.
+        grown = turns  # The text of a turn depends on what follows it, so there is nothing to compare with.
     for index in indices:
         _require_same(chat, text, index, turns[index], grown[index])
     known.add(shape)
@@ -108,7 +108,7 @@ def locate_turns(chat: Chat) -> tuple[str, dict[int, Span]]:
 
 
 def _grown(chat: Chat, text: str, indices: Sequence[int]) -> dict[int, Span]:
-    """The turns by the texts of growing conversations."""
+    """The turns, found from the texts of growing conversations."""
     turns: dict[int, Span] = {}
     opening, end = _generation_prompt(chat, indices[0]), 0
     for index in indices:
@@ -139,8 +139,8 @@ def _generation_prompt(chat: Chat, count: int) -> str:
 def _end_of_turn(chat: Chat, text: str, index: int, start: int) -> int:
     """Where a turn ends that is not the last.
 
-    A template may close a conversation otherwise than a turn: by EOS behind it, or by another token in place of the one
-    that ends a turn. So special tokens and white space at the very end need not be the same.
+    A template may close a conversation in another way than a turn: by EOS after it, or by another token instead of the
+    one that ends a turn. So special tokens and white space at the very end may differ.
     """
     alone = chat.closed(index + 1)
     if len(alone) >= start and text.startswith(alone):
@@ -174,7 +174,7 @@ def _without_closing(text: str, special: Collection[str]) -> str:
 
 
 def _closing_tokens(text: str, special: Collection[str]) -> Iterator[str]:
-    """Special tokens and runs of white space that a text begins with, one by one."""
+    """The special tokens and runs of white space at the beginning of a text, one by one."""
     alternatives = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     token = re.compile(rf"{alternatives}|\s+" if special else r"\s+")
     place = 0
@@ -195,7 +195,7 @@ def _differs(chat: Chat, index: int, alone: str, text: str) -> RecordError:
 
 
 def _marked(chat: Chat, text: str, indices: Sequence[int], marks: Sequence[Span]) -> dict[int, Span]:
-    """The turns by the template's marks, which may begin inside of the generation prompt."""
+    """The turns, found from the template's marks, which may begin inside the generation prompt."""
     spans = _merge_adjoining(marks)
     if len(spans) != len(indices):
         raise _not_marked(chat, f"marks {len(spans)} of {len(indices)} assistant turns")
@@ -207,16 +207,16 @@ def _marked(chat: Chat, text: str, indices: Sequence[int], marks: Sequence[Span]
 
 
 def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) -> int:
-    """Where sampling begins a turn, which its marks must contain.
+    """Where sampling begins a turn. The turn's marks must contain this place.
 
     Args:
-        opening: the generation prompt alone.
+        opening: the generation prompt.
     """
     prompt = chat.opened(index)
     if text.startswith(prompt):
         begin, earliest = len(prompt), len(os.path.commonprefix([prompt, chat.closed(index)]))
     else:
-        # Earlier turns are written otherwise by now; the generation prompt is the same, or at least its header is.
+        # The template writes earlier turns differently now. The generation prompt, or at least its header, is the same.
         found = _end_of_opening(text, span, opening)
         if found is None and (header := _header(chat, opening)) and _end_of_opening(text, span, header) is not None:
             _warn_of_other_opening(opening, header)
@@ -235,13 +235,13 @@ def _begin_of_turn(chat: Chat, text: str, index: int, span: Span, opening: str) 
 
 
 def _end_of_opening(text: str, span: Span, opening: str) -> int | None:
-    """Where the generation prompt ends inside of a turn's marks or right before them; None if it is not there."""
+    """Where the generation prompt ends: inside a turn's marks or right before them; None if it is not there."""
     ends = range(span.start, span.start + len(opening) + 1)
     return next((end for end in ends if text.endswith(opening, 0, end)), None)
 
 
 def _header(chat: Chat, opening: str) -> str:
-    """How the generation prompt begins as every turn does, such as the assistant's name without ``<think>``."""
+    """The beginning that the generation prompt shares with every turn: the assistant's name, but no ``<think>``."""
     question = {"role": "user", "content": "question"}
     try:
         written = chat.render([question, {"role": "assistant", "content": "answer"}], add_generation_prompt=False)
@@ -254,7 +254,7 @@ def _header(chat: Chat, opening: str) -> str:
 
 @functools.cache
 def _warn_of_other_opening(opening: str, header: str) -> None:
-    """Once for each opening."""
+    """Warn once for each opening."""
     logger.warning(
         "the chat template opens a turn for sampling with %s but begins some turns that it marks with %s alone: they "
         "are learned as they are marked, and sampling begins otherwise than they do; where the template has a switch, "
@@ -267,7 +267,7 @@ def _warn_of_other_opening(opening: str, header: str) -> None:
 
 @functools.cache
 def _warn_of_turns_without_end() -> None:
-    """Once."""
+    """Warn once."""
     logger.warning(
         "the chat template ends no turn but the last one with a special token: of a turn in the middle, its end is not "
         "learned; for a model that must stop there too, give a template that writes an end-of-turn token behind each "
@@ -276,7 +276,7 @@ def _warn_of_turns_without_end() -> None:
 
 
 def _merge_adjoining(blocks: Sequence[Span]) -> list[Span]:
-    """Starts and ends of what is marked; a turn may be written by several blocks, one behind the other."""
+    """The marked spans. A turn may be written by several blocks that adjoin, which become one span."""
     spans: list[Span] = []
     for start, end in blocks:
         if spans and spans[-1].end == start:
@@ -287,9 +287,9 @@ def _merge_adjoining(blocks: Sequence[Span]) -> list[Span]:
 
 
 def _require_same(chat: Chat, text: str, index: int, marked: Span, grown: Span) -> None:
-    """Raise where the marks and the growing conversations tell another end of a turn, white space apart.
+    """Raise where marks and growing conversations disagree on the end of a turn by more than white space.
 
-    Behind the last turn may stand what closes the conversation, which no mark holds.
+    After the last turn may stand the text that closes the conversation. No mark contains it.
     """
     is_last, special = index == len(chat.messages) - 1, chat.tokenizer.special_texts
     ours, theirs = (
@@ -311,7 +311,7 @@ def _not_marked(chat: Chat, state: str) -> RecordError:
 
 
 def _ends_unmarked(tokenizer: Tokenizer, tail: Sequence[int]) -> bool:
-    """Whether anything but white space, and EOS at the very end, follows what the template marks."""
+    """Whether anything follows what the template marks, other than white space and EOS at the very end."""
     if tail[-1:] == [tokenizer.eos_id]:
         tail = tail[:-1]
     return not all(map(tokenizer.is_space, tail))

@@ -1,4 +1,4 @@
-"""A function over many tasks in several processes, results in order, each process set up once."""
+"""Runs a function on many tasks in several processes. Results come in order, and each process is set up once."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -19,29 +19,29 @@ _state: Any = None
 
 
 class WorkerKilledError(UserError):
-    """A process ended in the middle of its work, often for want of memory."""
+    """A process was killed during its work, often because memory ran out."""
 
 
 def map_in_order(
     function: Callable[[Any, Task], Result], tasks: Iterable[Task], *, workers: int, set_up: Callable[[], Any]
 ) -> Iterator[Result]:
-    """`function(state, task)` of each task, in the order of the tasks; few tasks are held at a time.
+    """Yield `function(state, task)` for each task, in order. Only a few tasks are in memory at a time.
 
     Args:
         function: importable by name.
         tasks: read on demand.
-        workers: processes; with 1, the work is done in this one.
-        set_up: called once in each process, returns the state; it can be pickled.
+        workers: number of processes; with 1, this process does the work.
+        set_up: called once in each process, returns the state; it must be picklable.
 
     Raises:
         WorkerKilledError: a process was killed.
-        Exception: what `function` raises for the first task it fails on; the tasks after it are given up.
+        Exception: the error of `function` for the first task that fails; later tasks are given up.
     """
     if workers == 1:
         state = set_up()
         yield from (function(state, task) for task in tasks)
         return
-    # Not forked: threads of the tokenizers library would be missing in the copy.
+    # Processes are spawned, not forked: a forked copy would lack the threads of the tokenizers library.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(set_up,)) as pool:
         waiting: deque[Future[Result]] = deque()
@@ -65,7 +65,7 @@ def _start(set_up: Callable[[], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever."""
+    """End this worker when its parent is killed. Otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

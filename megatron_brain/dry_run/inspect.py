@@ -1,7 +1,7 @@
 """What a start finds out and checks before it makes a process group, on a machine that may lack weights and data.
 
-A dry run resolves the run as a start does, so it refuses what that refuses, in the same words. Weights, tokenizer and
-data that are not on this machine are left out and named; those that are here are read. No device is looked at.
+A dry run resolves the run as a start does, so it refuses the same things in the same words. It reads weights, tokenizer
+and data that are on this machine, and names those that are not. It looks at no device.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from megatron_brain.stages.brain.proposals import read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.startup.disk import Search
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
-from megatron_brain.training.run import fix_template_date
+from megatron_brain.training.start import fix_template_date
 from megatron_brain.training.trainer import metrics_on_console
 
 
@@ -31,15 +31,15 @@ class Findings:
     config: RunConfig
     """The resolved settings, with the date for chat templates."""
     search: Search
-    """What was looked at, and what is elsewhere."""
+    """What was looked at, and what is not on this machine."""
     num_samples: int | None
-    """What the run trains on or answers: samples, prompts or pairs; None: not known."""
+    """Number of samples that the run trains on, or of prompts that it answers; None: not known."""
     length: RunLength
     """Steps and rounds of a stage that trains, as far as they are known."""
 
 
 def inspect(config: RunConfig) -> Findings:
-    """Find out what there is to know of a run of WORLD_SIZE processes.
+    """Find out what can be known of a run of WORLD_SIZE processes.
 
     Raises:
         UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
@@ -69,7 +69,7 @@ def inspect(config: RunConfig) -> Findings:
 
 
 def _weights(resolved: ResolvedRun) -> str:
-    """What was found of the weights, in words."""
+    """Where the weights come from, in words."""
     start = resolved.start
     if start.checkpoint is not None:
         how = "to be resumed" if start.resuming else "weights to start from"
@@ -80,7 +80,7 @@ def _weights(resolved: ResolvedRun) -> str:
 
 
 def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search) -> tuple[int | None, RunLength]:
-    """Samples of the first source and the length of the run over it; the other sources are read too."""
+    """Number of samples of the first source, and the length of a run over it. The other sources are read too."""
     first, *others = config.spec.sources(config)
     if first.holds == "rollouts":
         return None, _read_rollouts(config, first, search)
@@ -92,7 +92,7 @@ def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search
 
 
 def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
-    """The items that the stage makes of a source; None where they cannot be known here."""
+    """The items that the stage makes from a source; None where they cannot be known on this machine."""
     place = source.place(config)
     if place is None:
         return None
@@ -111,7 +111,7 @@ def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, 
 
 
 def _read_rollouts(config: RunConfig, source: RecordSource, search: Search) -> RunLength:
-    """The length of a run over the rollouts of a source, one file a round."""
+    """The length of a run over the rollouts of a source, with one file for each round."""
     pattern = source.place(config)
     if not source_files(pattern):
         search.absent.append(f"{source.flag} {pattern}: rollouts, and how many rounds they are")

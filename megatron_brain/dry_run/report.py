@@ -1,4 +1,4 @@
-"""The report of `--dry-run`, as text for people: titles, and under each a name and a value a line."""
+"""The report of `--dry-run` as text: titles, and under each one lines of a name and a value."""
 
 import math
 
@@ -25,7 +25,7 @@ from megatron_brain.runtime import launch
 Rows = list[Row]
 
 _H100 = (9, 0)
-"""Its compute capability. A dry run looks at no device and takes it for an H100, as for memory."""
+"""Compute capability of the H100. A dry run looks at no device and assumes an H100, for memory too."""
 
 
 def render(found: Findings) -> str:
@@ -50,7 +50,7 @@ def render(found: Findings) -> str:
 
 
 def _settings(config: RunConfig) -> Rows:
-    """Every setting but the sizes, which the model's section has."""
+    """All settings that are not defaults, except the sizes, which the model's section shows."""
     rows = []
     for name, spec in stage_fields(config.stage).items():
         value = getattr(config.section(spec.section), name)
@@ -74,13 +74,13 @@ def _model(workload: Workload, layout: Layout) -> Rows:
 
 
 def _layout(layout: Layout) -> Rows:
-    """Sizes, and the ranks of the first groups as megatron-core deals them out: tensor, then data, then pipeline."""
+    """The parallel sizes, and the ranks of the first groups in megatron-core's order: tensor, data, pipeline."""
     tensor, data = layout.tensor, layout.data
     rows = [
         ("world", f"{layout.world_size} = {sizes(layout)}"),
         ("sequence parallel", "yes" if layout.sequence_parallel else "no"),
         (
-            "chunks of a stage",
+            "chunks of a pipeline stage",
             f"{layout.virtual_pipeline}, {'not ' if layout.virtual_pipeline == 1 else ''}interleaved",
         ),
         ("first tensor group", _ranks(range(tensor))),
@@ -99,7 +99,7 @@ def _layout(layout: Layout) -> Rows:
 
 
 def _gpus_per_node(world_size: int) -> int:
-    """As the launcher says, else eight."""
+    """GPUs of a node as the launcher says, else eight."""
     return min(launch.processes_of_node(default=8), world_size)
 
 
@@ -160,14 +160,14 @@ def _answers(workload: Workload, layout: Layout) -> Rows:
 
 
 def _memory(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
-    # Wherever it is chosen at the start, the GPUs of a cluster have Transformer Engine.
+    # Unless the local layers are asked for, a start on a GPU uses Transformer Engine.
     impl = "local" if config.model.transformer_impl == "local" else "transformer_engine"
     memory, there = estimate_memory(workload, layout, impl=impl), MACHINES["h100"].memory_bytes
     parts = {name: getattr(memory, name) for name in PARTS}
     rows = [(name.replace("_", " "), _gib(size)) for name, size in parts.items() if size]
     rows += [
         ("total", f"{_gib(memory.total)} of the {there / GIB:.0f} GiB of an H100"),
-        ("at its most", f"in {memory.phase}, on pipeline stage {memory.stage}"),
+        ("at its most", f"in {memory.phase}, on pipeline stage {memory.pipeline_stage}"),
         ("not counted", "the CUDA context, NCCL's buffers, fragmentation"),
     ]
     if memory.total > there:
@@ -200,7 +200,7 @@ def _schedule(found: Findings) -> Rows:
 
 
 def _iterations(found: Findings) -> str:
-    """Steps of the run and how that is known."""
+    """Number of steps of the run, and how it is known."""
     training, length = found.config.training, found.length
     total = length.train_iters
     epochs = f"{training.train_epochs or 1.0:g} epoch{'' if (training.train_epochs or 1.0) == 1 else 's'}"
@@ -214,7 +214,7 @@ def _iterations(found: Findings) -> str:
 
 
 def _every(interval: int | None, total: int | None, *, before: int = 0) -> str:
-    """When something is done at intervals and after the last iteration, and how often, counting `before` the first."""
+    """When and how often something is done: at intervals, after the last step, and `before` times before the first."""
     when = f"every {interval} iterations and after the last" if interval else "after the last iteration"
     if before:
         when += ", and before the first"

@@ -1,4 +1,4 @@
-"""What the samples of one batch are and which of them are still drawn."""
+"""The samples of one batch, and which of them are still drawn."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ _COMPACT_AT = 0.75
 class Completion:
     """One response.
 
-    tokens: EOS included where the model gave it. logprob: sum over the tokens of the log of the probability each was
-    drawn with, temperature, top-k and top-p included (so 0 when greedy). finished: whether it ends in EOS.
+    tokens: they include EOS where the model gave it. logprob: sum over the tokens of the log of the probability that
+    each was drawn with, after temperature, top-k and top-p (so 0 when greedy). finished: whether it ends in EOS.
     """
 
     tokens: tuple[int, ...]
@@ -24,12 +24,12 @@ class Completion:
 
 
 class Batch:
-    """P prompts with n samples each, first all, then those worth keeping in the forward pass.
+    """P prompts with n samples each: at first all of them, later those that are worth keeping in the forward pass.
 
     Attributes:
-        ids: `[P, n]`, number of the sample each row draws, counted over the whole batch, prompt-major.
+        ids: `[P, n]`, number of the sample that each row draws, counted over the whole batch, prompt-major.
         live: `[P, n]` bool, whether the row's sample goes on; the tokens of other rows are ignored.
-        live_counts: live samples of each prompt.
+        live_counts: number of live samples of each prompt.
         logprobs: `[samples]` float64, on the last pipeline stage.
     """
 
@@ -38,14 +38,14 @@ class Batch:
         self.live = torch.ones_like(self.ids, dtype=torch.bool)
         self.live_counts = [samples] * prompts
         self.logprobs = torch.zeros(prompts * samples, dtype=torch.float64, device=device)
-        # No token id is negative: what stays is what was never drawn.
+        # No token id is negative: a -1 is a token that was not drawn.
         self._tokens = torch.full((prompts * samples, max_new_tokens), -1, device=device)
 
     def record(self, step: int, tokens: Tensor, logprobs: Tensor, eos_id: int) -> None:
         """Add the token `[P * n]` that every row drew at this step, and its log-probability.
 
         Raises:
-            FloatingPointError: on all ranks that have the same tokens, where a sample's logits were not finite.
+            FloatingPointError: a sample's logits were not finite; raised on all ranks that have the same tokens.
         """
         tokens, logprobs = tokens.view_as(self.ids), logprobs.view_as(self.ids)
         ids = self.ids[self.live]
@@ -61,9 +61,9 @@ class Batch:
             )
 
     def compact(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        """Drop finished samples from the batch and the cache where enough rows are saved to pay for the copy.
+        """Drop finished samples from the batch and the cache, if this saves enough rows to pay for the copy.
 
-        Every prompt left keeps as many rows as the one with most live samples needs.
+        Every prompt that is left keeps as many rows as the prompt with the most live samples needs.
 
         Returns:
             The tokens `[P * n]` of the rows that are left.
@@ -83,7 +83,7 @@ class Batch:
         return tokens
 
     def samples(self, eos_id: int) -> list[Completion]:
-        """All samples in order of their number."""
+        """All samples in the order of their numbers."""
         found = []
         for row, logprob in zip(self._tokens.tolist(), self.logprobs.tolist(), strict=True):
             tokens = tuple(token for token in row if token >= 0)

@@ -1,8 +1,8 @@
 """Key/value cache of sampled responses, and the two attention layouts that fill and read it.
 
-A batch is `P` prompts with `n` samples each, `P * n` rows in prompt-major order. A prompt's keys and values stand in
-the cache once, whatever n is; every sample adds its own. Queries and keys are rotated by position before they come
-here, so keys are stored rotated.
+A batch is `P` prompts with `n` samples each, `P * n` rows in prompt-major order. The cache holds a prompt's keys and
+values once, whatever n is; every sample adds its own. Queries and keys are rotated by position before they come here,
+so the cache holds rotated keys.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from megatron_brain.models.attention import PackedLayout
 
 @dataclass
 class _Layer:
-    """Prompts' keys and values `[P, key_value_heads, longest prompt, dim]`, zero after a prompt's end, and the
-    samples' `[P, key_value_heads, n, capacity, dim]`, valid up to the cache's length."""
+    """Keys and values of the prompts, `[P, key_value_heads, longest prompt, dim]`, zero after a prompt's end, and of
+    the samples, `[P, key_value_heads, n, capacity, dim]`, valid up to the cache's length."""
 
     prompt_key: Tensor
     prompt_value: Tensor
@@ -28,13 +28,13 @@ class _Layer:
 
 
 class KeyValueCache:
-    """Keys and values of every layer this process holds, by global layer number.
+    """Keys and values of every layer that this process holds, by global layer number.
 
     Args:
-        prompt_lengths: tokens of each of the P prompts.
+        prompt_lengths: number of tokens of each of the P prompts.
         samples: n, samples per prompt.
-        capacity: tokens a sample can add.
-        device: where the cache lives. A layer is allocated when its prompts are stored.
+        capacity: number of tokens that a sample can add.
+        device: device of the cache. A layer is allocated when its prompts are stored.
     """
 
     def __init__(self, prompt_lengths: Sequence[int], *, samples: int, capacity: int, device: torch.device) -> None:
@@ -50,19 +50,19 @@ class KeyValueCache:
 
     @property
     def prompts(self) -> int:
-        """P, prompts in the cache."""
+        """P, the number of prompts in the cache."""
         return self.prompt_lengths.numel()
 
     def next_positions(self) -> Tensor:
-        """Position `[P * n]` of the token each row adds next."""
+        """Position `[P * n]` of the token that each row adds next."""
         return (self.prompt_lengths + self.length).repeat_interleave(self.samples)
 
     def store_prompts(self, layer_number: int, key: Tensor, value: Tensor) -> None:
-        """Allocate a layer and keep the packed prompts' key and value `[T, key_value_heads, dim]`, without the padding
-        that may follow the prompts."""
+        """Allocate a layer and keep the packed prompts' key and value `[T, key_value_heads, dim]`. Padding that follows
+        the prompts is left out."""
         heads, dim = key.shape[1:]
-        # Products and softmax of the cache are taken in float32, as the fused attention that scores a response
-        # does. On a CPU bfloat16 products of these sizes are no faster, so it stores what it computes with.
+        # `DecodeLayout` takes products and softmax in float32, as the fused attention that scores a response does.
+        # On a CPU bfloat16 products of these sizes are no faster, so the cache stores float32 there.
         dtype = torch.float32 if key.device.type == "cpu" else key.dtype
         longest = int(self.prompt_lengths.max())
 
@@ -76,7 +76,7 @@ class KeyValueCache:
         self.layers[layer_number] = _Layer(by_prompt(key), by_prompt(value), *own)
 
     def append(self, layer_number: int, key: Tensor, value: Tensor) -> _Layer:
-        """Write the rows' new key and value `[P * n, key_value_heads, dim]` after the `length` tokens stored."""
+        """Write the rows' new key and value `[P * n, key_value_heads, dim]` after the `length` stored tokens."""
         layer = self.layers[layer_number]
         shape = (self.prompts, self.samples, *key.shape[1:])
         layer.own_key[:, :, :, self.length] = key.view(shape).transpose(1, 2)
@@ -92,7 +92,7 @@ class KeyValueCache:
 
         Args:
             prompts: `[P']` indices of the prompts to keep.
-            samples: `[P', n']` indices of the samples to keep of each.
+            samples: `[P', n']` indices of the samples to keep of each of these prompts.
         """
         self.prompt_lengths = self.prompt_lengths[prompts]
         self.samples = samples.size(1)
@@ -113,7 +113,7 @@ class KeyValueCache:
             layer.own_value = own(layer.own_value)
 
     def _bias(self) -> Tensor | None:
-        """`[P, 1, longest]` float32, -inf where a prompt has no token; None when all are equally long."""
+        """`[P, 1, longest]` float32, -inf where a prompt has no token; None if all prompts are equally long."""
         longest = self.prompt_lengths.max()
         if bool((self.prompt_lengths == longest).all()):
             return None
@@ -124,24 +124,24 @@ class KeyValueCache:
 
 @dataclass
 class PrefillLayout(PackedLayout):
-    """Packed prompts, attending as in training, their keys and values kept in the cache.
+    """Packed prompts that attend as in training. Their keys and values are kept in the cache.
 
-    `segments` are the prompts, then at most one of padding.
+    `segments` are the prompts, then at most one segment of padding.
     """
 
     cache: KeyValueCache = field(kw_only=True)
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-        """As `PackedLayout.attend`."""
+        """Do what `PackedLayout.attend` does, and store key and value."""
         self.cache.store_prompts(layer_number, key, value)
         return super().attend(layer_number, query, key, value, **options)
 
 
 @dataclass
 class DecodeLayout(PackedSeqParams):
-    """One new token of every row, attending to its prompt and to what it has sampled.
+    """One new token of every row, which attends to the row's prompt and to the tokens sampled so far.
 
-    Rows beyond the cache's `P * n` are padding: they get zeros and are not stored.
+    Rows beyond the cache's `P * n` are padding: their output is zero and they are not stored.
     """
 
     cache: KeyValueCache = field(kw_only=True)
@@ -149,12 +149,12 @@ class DecodeLayout(PackedSeqParams):
     def attend(
         self, layer_number: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout_p: float = 0.0
     ) -> Tensor:
-        """Append key and value and attend, the n rows of a prompt reading its keys and values once.
+        """Append key and value, then attend. The n rows of a prompt read the prompt's keys and values once.
 
         Args:
             layer_number: global number of the layer, from 1.
             query: `[T, heads, dim]`, `T >= P * n`. key, value: `[T, key_value_heads, dim]`.
-            scale: multiplies the scores. dropout_p: unused, sampling is never a training pass.
+            scale: multiplies the scores. dropout_p: unused, because sampling is never a training pass.
 
         Returns:
             `[T, heads, dim]` in query's dtype.
@@ -164,7 +164,7 @@ class DecodeLayout(PackedSeqParams):
         layer = cache.append(layer_number, key[:rows], value[:rows])
         total, heads, dim = query.shape
         grouped = (cache.prompts, cache.samples, key.size(1), heads // key.size(1), dim)
-        # [P, key_value_heads, n, heads per key, dim]: a prompt's rows, and one row's heads, are runs of the same order.
+        # The order [P, key_value_heads, n, heads per key, dim] makes a prompt's rows, and a row's heads, neighbours.
         queries = query[:rows].view(grouped).permute(0, 2, 1, 3, 4).contiguous().float() * scale
         out = _attend_in_two_parts(queries, layer, cache.length + 1, cache.prompt_bias)
         out = out.view(queries.shape).permute(0, 2, 1, 3, 4).reshape(rows, heads, dim).to(query.dtype)
@@ -175,7 +175,7 @@ def _attend_in_two_parts(queries: Tensor, layer: _Layer, length: int, prompt_bia
     """Attention of scaled float32 queries `[P, k, n, g, dim]` to prompt and own tokens under one softmax.
 
     Returns:
-        The same elements in the same order, as `[P * k, n * g, dim]`.
+        `[P * k, n * g, dim]`, in the order of the queries.
     """
     prompts, key_heads, samples, per_key, dim = queries.shape
     prompt_batch, own_batch = prompts * key_heads, prompts * key_heads * samples

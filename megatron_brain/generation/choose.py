@@ -14,7 +14,7 @@ _CANDIDATES = 1024
 def choose_tokens(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """Next token of every row and the log of the probability it was drawn with.
+    """Next token of every row, and the log of the probability that it was drawn with.
 
     Args:
         logits: `[B, V]` float32, overwritten; -inf marks ids that do not exist.
@@ -24,7 +24,7 @@ def choose_tokens(
         top_p: of those, keep the likeliest until they hold this share (and ties of the last); 1 keeps all.
 
     Returns:
-        tokens `[B]` int64, -1 of a row whose logits are not finite; log-probabilities `[B]` float64.
+        tokens `[B]` int64, -1 for a row whose logits are not finite; log-probabilities `[B]` float64.
     """
     if temperature == 0:
         largest, tokens = logits.max(dim=-1)
@@ -43,8 +43,8 @@ def choose_tokens(
 
 
 def draw_uniforms(seed: int, key: int, sample: int, count: int) -> numpy.ndarray:
-    """`[count]` float64 in [0, 1): the draws of one sample, a function of its arguments alone. A larger count
-    continues a smaller one."""
+    """`[count]` float64 in [0, 1): the draws of one sample. They depend on the arguments alone, and a larger count
+    begins with the draws of a smaller one."""
     digest = hashlib.sha256(f"{seed}:{key}:{sample}".encode()).digest()
     return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest[:16]))).random(count)
 
@@ -56,7 +56,7 @@ def _drop_below(mass: Tensor, threshold: Tensor) -> None:
 def _nucleus_threshold(mass: Tensor, top_p: float) -> Tensor:
     """Smallest mass `[B]` that belongs to the nucleus of each row of `[B, V]`."""
     goal = top_p * mass.sum(dim=-1, dtype=torch.float64)
-    # Sorting a vocabulary is slow and the likeliest few are nearly always enough.
+    # Sorting a whole vocabulary is slow, and the likeliest few tokens are nearly always enough.
     likeliest = mass.topk(min(_CANDIDATES, mass.size(1))).values
     cumulative = likeliest.cumsum(dim=-1, dtype=torch.float64)
     if bool((cumulative[:, -1] < goal).any()):
@@ -70,8 +70,8 @@ def _nucleus_threshold(mass: Tensor, top_p: float) -> Tensor:
 def _invert_cumulative(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Token `[B]` at the share `uniforms` of each row's cumulative mass, and the row's total `[B]` float64.
 
-    Looks for the block of the vocabulary first, then inside it: a whole cumulative sum in float32 would lose the
-    tail, in float64 it would cost more than the rest of the choice.
+    It looks for the block of the vocabulary first, then inside of the block. One cumulative sum over the vocabulary
+    would lose the tail in float32, and in float64 would cost more than the rest of the choice.
     """
     blocks = mass.unflatten(1, (-1, math.gcd(_BLOCK, mass.size(1))))
     up_to_block = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
@@ -84,8 +84,8 @@ def _invert_cumulative(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """First index `[B]` whose cumulative mass exceeds the target, which rounding may have put past the end; any index
-    where they are not finite."""
+    """First index `[B]` whose cumulative mass exceeds the target. Rounding may have put the target past the end: then
+    it is the last index that adds mass. Where the masses are not finite, it is any index."""
     below_end = cumulative[:, -1] * (1 - torch.finfo(torch.float64).eps)
     first = torch.searchsorted(cumulative, torch.minimum(target, below_end)[:, None], right=True).squeeze(1)
     return first.clamp_(max=cumulative.size(1) - 1)

@@ -13,14 +13,14 @@ from megatron_brain.runtime.parallel import Parallel
 def trunk_forward(
     chunks: Sequence[PolicyModel], parallel: Parallel, tokens: Tensor, position_ids: Tensor, layout: object
 ) -> Tensor | None:
-    """Hidden states of the last stage, `[T, 1, h]` (`[T/tp, 1, h]` with sequence parallelism); None elsewhere.
+    """Hidden states `[T, 1, h]` (`[T/tp, 1, h]` with sequence parallelism) on the last pipeline stage; None elsewhere.
 
-    Every stage calls this at the same time with the same arguments. Interleaved chunks are passed in the order of
-    their layers, round the ring of stages.
+    All pipeline stages call this together, with the same tokens, positions and layout. Hidden states go through
+    interleaved chunks in the order of their layers, round the ring of pipeline stages.
 
     Args:
-        chunks: this stage's chunks of the model, in eval mode.
-        tokens: `[1, T]` int64, T a multiple of the tensor-parallel size with sequence parallelism.
+        chunks: this pipeline stage's chunks of the model, in eval mode.
+        tokens: `[1, T]` int64; with sequence parallelism T is a multiple of the tensor-parallel size.
         position_ids: `[1, T]` int64.
         layout: attention layout, as in `models.attention`.
     """

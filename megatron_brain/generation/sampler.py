@@ -1,4 +1,4 @@
-"""Draws responses from a policy, on any tensor- and pipeline-parallel layout."""
+"""Draws responses from a policy at any tensor- and pipeline-parallel layout."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +24,15 @@ Prompt = tuple[int, ...]
 
 
 class Sampler:
-    """Samples responses of prompts, each data-parallel replica its own.
+    """Samples responses to prompts. Each data-parallel replica samples its own.
 
     All ranks of a replica call `generate` with the same arguments and get the same samples. A sample's draws depend
-    on the seed, the key of its prompt and its number alone, so (rounding aside) neither the layout nor the prompts
-    it is batched with change it. A model that trains in FP8 samples in bf16: docs/fp8.md says why.
+    only on the seed, the key of its prompt and its number. So (except for rounding) neither the layout nor the other
+    prompts of the batch change it. A model that trains in FP8 samples in bf16: docs/fp8.md says why.
 
     Args:
         chunks: this rank's policy, as `build_model` returns it (not wrapped for data parallelism).
-        sampling: how to draw, at most how long, and how many at one time.
+        sampling: how to draw, how long responses may be, and how many are drawn at one time.
         eos_id: token that ends a response.
         progress: called after every step with the samples done and the tokens drawn since `generate` began.
     """
@@ -63,12 +63,12 @@ class Sampler:
 
         Args:
             prompts: token ids of each prompt, at least one.
-            samples_per_prompt: n responses of each.
-            keys: a number per prompt that stays its own from call to call; it seeds the prompt's draws.
+            samples_per_prompt: n, the number of responses to each prompt.
+            keys: a number for each prompt, which stays the same from call to call; it seeds the prompt's draws.
             seed: seeds all draws.
 
         Returns:
-            n samples per prompt, prompts in the order given.
+            n samples for each prompt, in the order of `prompts`.
 
         Raises:
             ConfigError: a prompt leaves no room for `max_new_tokens`.
@@ -124,7 +124,7 @@ class Sampler:
             if not going_on:
                 break
             hidden = self._decode(batch.compact(tokens, cache), cache)
-        self.parallel.broadcast_from_last_stage(batch.logprobs)
+        self.parallel.broadcast_from_last_pipeline_stage(batch.logprobs)
         return batch.samples(self.eos_id)
 
     def _report(self, *, samples: int, tokens: int) -> None:
@@ -167,7 +167,7 @@ class Sampler:
         return torch.nn.functional.pad(values, (0, -values.numel() % multiple))[None]
 
     def _choose(self, hidden: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and, on the last stage, log-probability of every row, from hidden states and draws `[P * n]`.
+        """Token and (on the last pipeline stage) log-probability of every row, from hidden states and draws `[P * n]`.
 
         Tensor-parallel ranks choose from the same gathered logits, so their tokens are the same.
         """
@@ -184,12 +184,12 @@ class Sampler:
                 top_k=self.sampling.top_k,
                 top_p=self.sampling.top_p,
             )
-        return self.parallel.broadcast_from_last_stage(tokens), logprobs
+        return self.parallel.broadcast_from_last_pipeline_stage(tokens), logprobs
 
 
 @contextlib.contextmanager
 def _evaluating(chunks: Sequence[PolicyModel]) -> Iterator[None]:
-    """Eval mode, and back to what each chunk was in."""
+    """Put the chunks into eval mode inside of the context, and each back into its own mode afterwards."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

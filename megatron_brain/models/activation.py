@@ -16,18 +16,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
-"""By the values of `hidden_act`."""
+"""The functions by the values of `hidden_act`."""
 
 
 def activation_module(model: ModelConfig) -> type["GatedSilu"] | None:
-    """The module that computes the activation, gate included; None: megatron-core does, with a function."""
+    """The module that computes the activation and its gate; None if megatron-core computes them with a function."""
     return GatedSilu if model.gated_linear_unit and model.hidden_act == "silu" else None
 
 
 class GatedSilu(MegatronModule):
-    """silu(gate) * up (https://arxiv.org/abs/2002.05202), keeping its input alone for the backward pass.
+    """silu(gate) * up (https://arxiv.org/abs/2002.05202). It keeps only its input for the backward pass.
 
-    megatron-core's, unfused, keeps two more tensors of half the size and takes about twice as long on a CPU.
+    megatron-core's unfused version keeps two more tensors of half the size, and takes about twice as long on a CPU.
     """
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -34,10 +34,10 @@ ARCHITECTURE_FIELDS = (
     "untie_embeddings_and_output_weights",
     "hf_model_type",
 )
-"""What a checkpoint fixes; every other field of ModelConfig is a choice of the run."""
+"""The fields of ModelConfig that a checkpoint fixes. Each run chooses the other ones."""
 
 REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
-"""What a model cannot do without; the other sizes have a default."""
+"""The sizes that must be given; the other ones have a default."""
 
 _DEFAULTS = {
     "max_position_embeddings": 2048,
@@ -60,17 +60,17 @@ _DEFAULTS = {
     "untie_embeddings_and_output_weights": False,
     "hf_model_type": None,
 }
-"""What a model has that says nothing else. `num_query_groups` and `kv_channels` follow from the sizes."""
+"""The values of fields that nothing sets. Those of `num_query_groups` and `kv_channels` follow from the sizes."""
 
 
 def resolve(requested: ModelConfig, found: dict[str, Any] | None, source: str) -> ResolvedModel:
-    """`requested` with its unset sizes filled from `found` (a checkpoint's or Hugging Face's), else by default.
+    """`requested` with its unset sizes taken from `found` (a checkpoint or a Hugging Face model), or else by default.
 
-    What `found` leaves out is the default there: a Hugging Face family need not name what it cannot have.
+    A field that `found` leaves out has its default there: a Hugging Face family need not name what it cannot have.
 
     Raises:
-        ConfigError: `source` has something that is not known here, of another type, or that contradicts what was asked
-            for; a size is missing, or they do not fit together.
+        ConfigError: `source` has an unknown field, a value of a wrong type, or one that contradicts `requested`; or a
+            size is missing, or the sizes do not fit together.
     """
     unknown = sorted((found or {}).keys() - set(ARCHITECTURE_FIELDS))
     if unknown:
@@ -79,7 +79,7 @@ def resolve(requested: ModelConfig, found: dict[str, Any] | None, source: str) -
     for name, given in ({**_DEFAULTS, **found} if found else {}).items():
         spec = all_fields()[name]
         if isinstance(given, str) and spec.kind is not str:
-            # On a command line "2" is a number, in a file of JSON it is a text.
+            # `convert` reads text as a command line does, where "2" is a number; in JSON "2" is text.
             raise ConfigError(f"{name}={given!r} ({source}): expected {spec.expected}")
         value = convert(spec, given, source)
         if sizes[name] is not None and sizes[name] != value:
@@ -97,7 +97,7 @@ def resolve(requested: ModelConfig, found: dict[str, Any] | None, source: str) -
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The sizes of a resolved model, as a checkpoint records them."""
+    """The sizes of a resolved model, in the form that a checkpoint records."""
     return {name: getattr(model, name) for name in ARCHITECTURE_FIELDS}
 
 

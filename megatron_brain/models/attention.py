@@ -22,7 +22,7 @@ SegmentAttention = Callable[[tuple[Segment, ...], Tensor, Tensor, Tensor], Tenso
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """Who attends to whom in a packed sequence; travels to the attention as megatron-core's packed_seq_params.
+    """Says which tokens of a packed sequence attend to which. megatron-core passes it on as its packed_seq_params.
 
     `qkv_format` stays unset, so that megatron-core keeps `[T, 1, heads, dim]` and rotates by the table it is given.
     """
@@ -46,7 +46,7 @@ class PackedLayout(PackedSeqParams):
             layer_number: global number of the layer, from 1.
             query: `[T, heads, dim]`. key, value: `[T, key_value_heads, dim]`.
             scale: multiplies the scores. dropout_p: probability with which a weight of the softmax is dropped.
-            attention: computes it in place of PyTorch, with a scale and a dropout of its own.
+            attention: computes the result in place of PyTorch, with a scale and a dropout of its own.
 
         Returns:
             `[T, heads, dim]`.
@@ -59,52 +59,52 @@ class PackedLayout(PackedSeqParams):
 
 
 def by_prefix(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
-    """Runs of neighbours with the same prefix, or with none."""
+    """Runs of neighbouring segments that have the same prefix, or no prefix."""
     for _, run in itertools.groupby(segments, key=lambda segment: (segment.prefix_start, segment.prefix_length)):
         yield list(run)
 
 
 def by_length(segments: tuple[Segment, ...]) -> Iterator[list[Segment]]:
-    """Runs of neighbours of one length."""
+    """Runs of neighbouring segments that have the same length."""
     for _, run in itertools.groupby(segments, key=lambda segment: segment.length):
         yield list(run)
 
 
 class _TwoPartAttention(torch.autograd.Function):
-    """Attention in two parts, of segments to themselves and of responses to their prompt, merged.
+    """Merges the attention of segments to themselves with the attention of responses to their prompt.
 
     Softmax over two sets of keys is the average of the softmaxes over each, weighted by their shares of the sum of
-    exponentials. So all responses of a prompt attend to it in one unmasked call, which reads its keys and values as
-    they stand, once, whatever the number and lengths of the responses. The gradient splits likewise: the backward
-    kernels compute the weights again from the scores and their log-sum-exp, and given the log-sum-exp over both sets
-    these are the weights of the whole softmax (FlashAttention, https://arxiv.org/abs/2205.14135; over devices, Ring
-    Attention, https://arxiv.org/abs/2310.01889). What it keeps for that, besides its arguments, is the output and
-    one number per row and head.
+    exponentials. So all responses of a prompt attend to it in one unmasked call. This call reads the prompt's keys and
+    values in place and once, whatever the number and lengths of the responses. The gradient splits alike: the backward
+    kernels compute the weights again from the scores and their log-sum-exp. With the log-sum-exp over both sets these
+    are the weights of the whole softmax (FlashAttention, https://arxiv.org/abs/2205.14135; over devices, Ring
+    Attention, https://arxiv.org/abs/2310.01889). So besides its arguments, it keeps the output and one number per row
+    and head.
 
-    `F.scaled_dot_product_attention` returns no log-sum-exp; these are the kernels it calls on a CPU.
+    `F.scaled_dot_product_attention` returns no log-sum-exp, so this calls the kernels that it calls on a CPU.
     """
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, segments: tuple[Segment, ...], scale: float) -> Tensor:
-        """As `PackedLayout.attend`."""
+        """Compute what `PackedLayout.attend` describes."""
         per_key = query.size(1) // key.size(1)
         out = torch.empty(query.shape, dtype=query.dtype)
         lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         queries, outs, lses = (_by_head(tensor, per_key) for tensor in (query, out, lse))
         keys, values = (_by_head(tensor, 1).expand(per_key, -1, -1, -1) for tensor in (key, value))
-        for part in _parts(segments):
-            part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                part.queries(queries), part.keys(keys), part.keys(values), is_causal=part.is_causal, scale=scale
+        for call in _kernel_calls(segments):
+            call_out, call_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                call.queries(queries), call.keys(keys), call.keys(values), is_causal=call.is_causal, scale=scale
             )
-            out_here, lse_here = part.query_rows(outs), part.query_rows(lses)
-            part_out, part_lse = part_out.view_as(out_here), part_lse.view_as(lse_here)
-            if part.is_causal:
-                out_here.copy_(part_out)
-                lse_here.copy_(part_lse)
+            out_here, lse_here = call.query_rows(outs), call.query_rows(lses)
+            call_out, call_lse = call_out.view_as(out_here), call_lse.view_as(lse_here)
+            if call.is_causal:
+                out_here.copy_(call_out)
+                lse_here.copy_(call_lse)
             else:
-                share = torch.sigmoid(part_lse - lse_here)[..., None]
-                out_here.copy_(torch.lerp(out_here.to(lse.dtype), part_out.to(lse.dtype), share))
-                lse_here.copy_(torch.logaddexp(lse_here, part_lse))
+                share = torch.sigmoid(call_lse - lse_here)[..., None]
+                out_here.copy_(torch.lerp(out_here.to(lse.dtype), call_out.to(lse.dtype), share))
+                lse_here.copy_(torch.logaddexp(lse_here, call_lse))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.scale = segments, scale
         return out
@@ -119,40 +119,40 @@ class _TwoPartAttention(torch.autograd.Function):
         queries, outs, lses, grad_outs = (_by_head(tensor, per_key) for tensor in (query, out, lse, grad_out))
         keys, values = (_by_head(tensor, 1).expand(per_key, -1, -1, -1) for tensor in (key, value))
         grad_queries, grad_keys, grad_values = map(_by_head, grads, (per_key, 1, 1))
-        for part in _parts(ctx.segments):
-            # In bfloat16 the kernel has a cost per sequence and head: at 48 tokens float32 is 5 times faster, at
-            # 200 no more.
-            dtype = lse.dtype if part.length <= 128 else query.dtype
+        for call in _kernel_calls(ctx.segments):
+            # In bfloat16 the kernel has a cost per sequence and head: float32 is 5 times faster at 48 tokens, and no
+            # faster at 200.
+            dtype = lse.dtype if call.length <= 128 else query.dtype
             of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                part.queries(grad_outs).to(dtype),
-                part.queries(queries).to(dtype),
-                part.keys(keys).to(dtype),
-                part.keys(values).to(dtype),
-                part.queries(outs).to(dtype),
-                part.queries(lses),
+                call.queries(grad_outs).to(dtype),
+                call.queries(queries).to(dtype),
+                call.keys(keys).to(dtype),
+                call.keys(values).to(dtype),
+                call.queries(outs).to(dtype),
+                call.queries(lses),
                 dropout_p=0.0,
-                is_causal=part.is_causal,
+                is_causal=call.is_causal,
                 scale=ctx.scale,
             )
-            part.add(part.query_rows(grad_queries), of_query)
-            part.add(part.key_rows(grad_keys), of_key)
-            part.add(part.key_rows(grad_values), of_value)
+            call.add(call.query_rows(grad_queries), of_query)
+            call.add(call.key_rows(grad_keys), of_key)
+            call.add(call.key_rows(grad_values), of_value)
         return *grads, None, None
 
 
 def _by_head(tensor: Tensor, per_key: int) -> Tensor:
     """View `[per_key, key_heads, T, ...]` of a tensor `[T, key_heads * per_key, ...]`.
 
-    The kernels know no grouped-query attention. The query heads of a key are laid where they take the batch, along
-    which keys can be expanded without a copy.
+    The kernels know no grouped-query attention. So the query heads of a key go to the dimension that the kernels take
+    for the batch: keys can be expanded along it without a copy.
     """
     return tensor.view(tensor.size(0), -1, per_key, *tensor.shape[2:]).movedim((2, 1), (0, 1))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One call of the kernels: `batch` neighbouring segments of `length` rows, each to itself and causally; or all
-    the responses of a prompt, as if they were one (`batch` 1), to the prompt. Its methods take tensors `_by_head`."""
+class _KernelCall:
+    """One call of the kernels. Either `batch` neighbouring segments of `length` rows attend causally, each to itself;
+    or all responses of a prompt, as one segment (`batch` 1), attend to the prompt. Methods take views by `_by_head`."""
 
     start: int
     length: int
@@ -170,15 +170,15 @@ class _Part:
         return self._split(tensor, self.key_start, self.key_length)
 
     def queries(self, tensor: Tensor) -> Tensor:
-        """`query_rows` as the kernels take them, `[batch * per_key, key_heads, length, ...]`."""
+        """`query_rows` in the shape that the kernels take, `[batch * per_key, key_heads, length, ...]`."""
         return self.query_rows(tensor).flatten(0, 1)
 
     def keys(self, tensor: Tensor) -> Tensor:
-        """`key_rows` as the kernels take them, `[batch * per_key, key_heads, key_length, dim]`."""
+        """`key_rows` in the shape that the kernels take, `[batch * per_key, key_heads, key_length, dim]`."""
         return self.key_rows(tensor).flatten(0, 1)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add the kernels' gradient to rows of the whole. Causal parts cover every row and come first: they fill."""
+        """Add the kernels' gradient to its rows of `total`. Causal calls cover every row and come first: they write."""
         grad = grad.view(self.batch, -1, *grad.shape[1:])
         if grad.size(1) != total.size(1):
             grad = grad.sum(1, keepdim=True)
@@ -194,27 +194,27 @@ class _Part:
         return rows.view(*rows.shape[:2], self.batch, length, *rows.shape[3:]).movedim(2, 0)
 
 
-def _parts(segments: tuple[Segment, ...]) -> Iterator[_Part]:
-    """The calls that make up the attention of all segments: first those to themselves, then those to prefixes."""
+def _kernel_calls(segments: tuple[Segment, ...]) -> Iterator[_KernelCall]:
+    """The calls that make up the attention of all segments: first of segments to themselves, then to prefixes."""
     for run in by_length(segments):
         start, length = run[0].start, run[0].length
-        yield _Part(start, length, len(run), key_start=start, key_length=length, is_causal=True)
+        yield _KernelCall(start, length, len(run), key_start=start, key_length=length, is_causal=True)
     for run in by_prefix(segments):
         if run[0].prefix_length:
             length = sum(segment.length for segment in run)
-            yield _Part(run[0].start, length, 1, run[0].prefix_start, run[0].prefix_length, is_causal=False)
+            yield _KernelCall(run[0].start, length, 1, run[0].prefix_start, run[0].prefix_length, is_causal=False)
 
 
 def attend_with_copies(segments: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-    """`PackedLayout.attend` for other devices and for dropout, in public calls alone: a copy of the prompt's keys and
-    values for every response, and responses padded to the longest of their prompt, under an explicit mask."""
-    parts: list[Tensor] = []
+    """`PackedLayout.attend` for other devices and for dropout, with public calls only. It copies the prompt's keys and
+    values for every response, pads the prompt's responses to the longest, and uses an explicit causal mask."""
+    outs: list[Tensor] = []
     for run in by_prefix(segments):
         if run[0].prefix_length:
-            parts += _attend_after_prefix(run, query, key, value, **options)
+            outs += _attend_after_prefix(run, query, key, value, **options)
         else:
-            parts += [_attend_to_self(segment, query, key, value, **options) for segment in run]
-    return torch.cat(parts)
+            outs += [_attend_to_self(segment, query, key, value, **options) for segment in run]
+    return torch.cat(outs)
 
 
 def _attend_to_self(segment: Segment, query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
@@ -224,7 +224,7 @@ def _attend_to_self(segment: Segment, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _attend_after_prefix(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **options) -> list[Tensor]:
-    """Responses of one prompt in one call: each row of the batch is a response, padded at its end."""
+    """Attention of one prompt's responses in one call: each row of the batch is a response, padded at its end."""
     longest = max(segment.length for segment in segments)
     prefix = slice(segments[0].prefix_start, segments[0].prefix_start + segments[0].prefix_length)
 
@@ -245,7 +245,7 @@ def _attend_after_prefix(segments: list[Segment], query: Tensor, key: Tensor, va
 
 
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-    """PyTorch's attention for `[b, s, heads, dim]` tensors, key/value heads shared by groups of query heads."""
+    """PyTorch's attention for `[b, s, heads, dim]` tensors. Several query heads may share a key/value head."""
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -257,9 +257,9 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, **op
 
 
 class CoreAttention(MegatronModule):
-    """Drop-in for megatron-core's DotProductAttention that leaves the pattern to the layout it is handed.
+    """Replaces megatron-core's DotProductAttention. The layout that it is given decides who attends to whom.
 
-    A layout is any object with `attend` as in `PackedLayout`; the sampler brings one that reads a key/value cache.
+    A layout is any object with an `attend` like that of `PackedLayout`; the sampler's layout reads a key/value cache.
     """
 
     def __init__(
@@ -300,5 +300,5 @@ class CoreAttention(MegatronModule):
         return out.reshape(out.size(0), 1, -1)
 
     def options(self, layout: PackedLayout) -> dict:
-        """What else the layout's `attend` is told."""
+        """Further keyword arguments for the layout's `attend`."""
         return {}

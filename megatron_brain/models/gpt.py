@@ -25,9 +25,9 @@ from megatron_brain.models.rotary import Rotated, scale_frequencies
 class _PackedGPT(GPTModel):
     """GPTModel whose trunk is called with explicit positions and an attention layout.
 
-    GPTModel derives rotary positions from the sequence length and builds logits; a packed sequence with shared
-    prefixes needs positions by token, and log-probabilities need no logits. So the forward pass is ours, everything
-    else (construction, pipeline input, checkpoint names) is megatron-core's.
+    GPTModel derives rotary positions from the sequence length and builds logits. But a packed sequence with shared
+    prefixes needs a position for each token, and log-probabilities need no logits. So the forward pass is ours;
+    everything else (construction, pipeline input, checkpoint names) is megatron-core's.
     """
 
     def __init__(self, *, model: ResolvedModel, packed_multiple: int, device: torch.device, **trunk: Any) -> None:
@@ -35,8 +35,8 @@ class _PackedGPT(GPTModel):
 
         Args:
             model: architecture with every size resolved.
-            packed_multiple: lengths of micro-batches are multiples of so many tokens.
-            device: where rotary frequencies are, which are no parameters.
+            packed_multiple: the lengths of micro-batches are multiples of this number of tokens.
+            device: device of the rotary frequencies, which are not parameters.
             trunk: arguments of GPTModel.
         """
         super().__init__(**trunk)
@@ -45,11 +45,11 @@ class _PackedGPT(GPTModel):
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.inv_freq = scale_frequencies(self.rotary_pos_emb.inv_freq, model).to(device)
         elif self.pre_process:
-            # megatron-core makes this one weight in float32 whatever params_dtype says.
+            # megatron-core always makes this one weight in float32, whatever params_dtype says.
             self.embedding.position_embeddings.to(self.config.params_dtype)
 
     def trunk(self, tokens: Tensor, position_ids: Tensor, layout: PackedSeqParams) -> Tensor:
-        """Hidden states of this stage: tokens and position_ids `[1, T]` to `[T, 1, h]` (`[T/tp, 1, h]` with SP)."""
+        """This chunk's hidden states `[T, 1, h]` (`[T/tp, 1, h]` with SP), from tokens and position_ids `[1, T]`."""
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         if self.position_embedding_type == "rope":
             layout = Rotated.by_positions(
@@ -62,7 +62,7 @@ class _PackedGPT(GPTModel):
         return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=layout)
 
     def _check_lengths(self, groups: Sequence[Group]) -> None:
-        """The model has a position for every token; on a device the look-up would say no more than that it failed."""
+        """Raise unless the model has a position for every token: a device's own error would not explain it."""
         limit, setting = self.longest_sequence
         for group in groups:
             length = len(group.prompt) + max(map(len, group.responses))
@@ -72,10 +72,10 @@ class _PackedGPT(GPTModel):
                 )
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """This stage's output: hidden states, or on the last stage what the head makes of them.
+        """This chunk's output: its hidden states, or in the last chunk of the model what the head makes of them.
 
         Raises:
-            RecordError: a sequence is longer than the model has positions, or than its attention's window.
+            RecordError: a prompt with its response is longer than the model's positions or its attention's window.
         """
         self._check_lengths(batch.groups)
         hidden = self.trunk(batch.tokens, batch.position_ids, PackedLayout(segments=batch.segments))
@@ -83,11 +83,11 @@ class _PackedGPT(GPTModel):
 
 
 class PolicyModel(_PackedGPT):
-    """Language model: response tokens' log-probabilities."""
+    """Language model that gives the log-probabilities of response tokens."""
 
     def head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Log-probabilities `[N]` float32 of the batch's response tokens; with `token_scores` the rows of `TokenScores`
-        as one tensor `[3, N]` float32."""
+        """Log-probabilities `[N]` float32 of the batch's response tokens. If the batch asks for `token_scores`: the
+        fields of `TokenScores` as the rows of one tensor `[3, N]` float32."""
         selected = self.select(hidden, batch.predict_index)
         options = {"temperature": batch.temperature, "known_gradient": batch.known_gradient}
         if not batch.token_scores:
@@ -96,7 +96,7 @@ class PolicyModel(_PackedGPT):
         return torch.stack([row.float() for row in scores])
 
     def select(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """Hidden states `[N, h]` at places of the whole sequence, their gradient summed over tensor-parallel ranks."""
+        """Hidden states `[N, h]` at places of the whole sequence. Tensor-parallel ranks sum their gradients."""
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
@@ -126,7 +126,7 @@ class PolicyModel(_PackedGPT):
 
     @property
     def _softmax(self) -> dict:
-        """What the passes over the vocabulary must know of this model."""
+        """What the functions of logprobs.py must know of this model."""
         return {
             "group": self.pg_collection.tp,
             "vocab_size": self.true_vocab_size,
@@ -140,7 +140,7 @@ class RewardModel(_PackedGPT):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if self.post_process:
-            # GPTModel allocates a vocabulary projection; a reward model has none.
+            # GPTModel allocates a vocabulary projection, which a reward model does not have.
             self.output_layer = None
             self.reward_head = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
 
@@ -150,7 +150,7 @@ class RewardModel(_PackedGPT):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        # In float32 also in bf16 runs: rewards of like responses must not become equal by rounding.
+        # The product is in float32 in bf16 runs too: rounding must not make the rewards of similar responses equal.
         return F.linear(hidden[:, 0][batch.last_index].float(), self.reward_head.weight.float()).squeeze(-1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""Random weights that are the same whatever the layout."""
+"""Random weights that are the same at every layout."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ from torch import nn
 from megatron_brain.config.model import ModelConfig
 
 VOCABULARY_WEIGHTS = ("word_embeddings.weight", "output_layer.weight")
-"""Ends of the names of weights with a row per token id, whose last rows may be padding."""
+"""Endings of the names of weights with a row for each token id. Their last rows may be padding."""
 
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
@@ -25,14 +25,15 @@ _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> None:
     """Fill `module` from the normal distribution (norms: ones, biases: zeros).
 
-    Every weight is drawn whole from a generator seeded by `seed` and its global name and layer, then this rank's
-    slice is kept. So one process and every tensor- and pipeline-parallel layout start from equal weights, vocabulary
-    padding (zeros) aside. Outputs that add to the residual stream are scaled down by sqrt(2 x layers).
+    Every weight is drawn whole, from a generator seeded by `seed` and the weight's global name and layer; then this
+    rank's slice is kept. So one process and every tensor- and pipeline-parallel layout start from equal weights, except
+    for padding of the vocabulary (zeros). Weights whose output adds to the residual stream are divided by
+    sqrt(2 x layers).
     """
     for sharded in sharded_tensors(module):
         if sharded.data is None or sharded.data.numel() == 0 or not sharded.data.is_floating_point():
             continue
-        # A norm inside of a linear layer has its bias under the name layer_norm_bias.
+        # This comes first: a norm inside of a linear layer names its bias layer_norm_bias.
         if sharded.key.endswith("bias"):
             sharded.data.zero_()
         elif "norm" in sharded.key:
@@ -42,10 +43,10 @@ def initialize_weights(module: nn.Module, model: ModelConfig, *, seed: int) -> N
 
 
 def mark_tensor_parallel(module: nn.Module) -> None:
-    """Say of every weight that is split over tensor-parallel ranks that it is.
+    """Mark every weight that is split over tensor-parallel ranks.
 
-    megatron-core 0.16 does so only while it draws its own initial weights, which we replace; 0.19 always does. Biases
-    it marks as it makes them. The gradient norm counts an unmarked weight on one rank alone.
+    megatron-core 0.16 does so only while it draws its own initial weights, which we replace; 0.19 always does. Both
+    mark biases when they make them. The gradient norm would count an unmarked weight on one rank only.
     """
     split_along = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for part in module.modules():
@@ -55,11 +56,11 @@ def mark_tensor_parallel(module: nn.Module) -> None:
 
 
 def sharded_tensors(module: nn.Module) -> list[ShardedTensor]:
-    """Every weight of this rank with its place in the whole model; `data` writes through to the parameter."""
+    """Every weight of this rank with its place in the whole model. Writing to its `data` writes to the parameter."""
     found: list[ShardedTensor] = []
     for value in module.sharded_state_dict().values():
         if isinstance(value, ShardedTensorFactory):
-            # Gated weights are stored as two halves.
+            # A gated weight is stored as two halves.
             built = value.build()
             found += built if isinstance(built, list) else list(built.values())
         elif isinstance(value, ShardedTensor):

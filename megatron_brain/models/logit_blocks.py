@@ -1,21 +1,21 @@
-"""How logits are cut into blocks. Functions of sizes alone: logprobs.py computes so, and the planner reckons so."""
+"""How logits are cut into blocks. logprobs.py computes by these sizes, and the planner estimates by them."""
 
 import math
 
 PRODUCT_SIZE = 2**21
-"""Entries of a matrix product of low precision that exist before they are added in float32."""
+"""Entries of a low-precision matrix product that exist at one time, before they are added in float32."""
 
 
 def block_shape(positions: int, ids: int, chunk_size: int) -> tuple[int, int]:
-    """Positions and token ids of a block of at most `chunk_size` logits: square where it can be, since matrix products
-    are fastest then."""
+    """Positions and token ids of a block of at most `chunk_size` logits. The block is square where possible, because
+    then matrix products are fastest."""
     most_positions = max(math.isqrt(chunk_size), chunk_size // max(1, ids))
     block_positions = max(1, min(positions, most_positions))
     return block_positions, max(1, min(ids, chunk_size // block_positions))
 
 
 def positions_of_whole_rows(ids: int, chunk_size: int) -> int:
-    """Positions of a block that holds all token ids of each: one at least, whatever `chunk_size` is."""
+    """Positions of a block that holds all their token ids: at least one, whatever `chunk_size` is."""
     return max(1, chunk_size // ids)
 
 

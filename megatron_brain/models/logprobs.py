@@ -1,14 +1,14 @@
 """Log-probabilities of tokens over a vocabulary split across tensor-parallel ranks, without whole logits.
 
-Logits exist for one block of positions and token ids at a time, in one buffer of `chunk_size` entries. Two ways to the
-gradient:
+Logits exist for one block of positions and token ids at a time, in one buffer of `chunk_size` entries. There are two
+ways to the gradient:
 
 - *recomputed*: the forward pass keeps each position's maximum and sum of exponentials, gathered over blocks of the
-  vocabulary (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass computes the blocks again. Four matrix
-  products where whole logits take three, which is also what it takes where one block holds everything.
-- *known gradient*: who knows the direction of the gradient beforehand has it multiplied out in the forward pass, while
-  the logits are there. Three matrix products. The gradient of the weight grows by whole rows of logits, and is read and
-  written for each `chunk_size / V_local` positions: many of them make it cheap.
+  vocabulary (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass computes the blocks again. It takes four
+  matrix products. Whole logits take three, and so does this where one block holds everything.
+- *known gradient*: a caller who knows the direction of the gradient beforehand gets it multiplied out in the forward
+  pass, while the logits are there. It takes three matrix products. The weight's gradient is summed over blocks of whole
+  rows of logits, so it is read and written once per `chunk_size / V_local` positions: large blocks make this cheap.
 
 Inputs are never modified. Sums are in float32, in float64 for float64 inputs; matrix products in the inputs' dtype.
 """
@@ -26,21 +26,21 @@ from megatron_brain.models.logit_blocks import PRODUCT_SIZE, block_shape, positi
 
 DEFAULT_CHUNK_SIZE = 2**25
 
-# The residual allowed of an incoming gradient, relative to its norm: a hundred roundings of float32.
+# The residual that an incoming gradient may have, relative to its norm: a hundred roundings of float32.
 _PROMISE_TOLERANCE = 1e-5
 
 
 class TokenScores(NamedTuple):
-    """What one pass over the vocabulary tells of each target token, each `[N]`."""
+    """What one pass over the vocabulary finds out about the target tokens. Each field is `[N]`."""
 
     logprobs: Tensor
-    """log p(target), float32 (float64 for float64 hidden states); the one with a gradient."""
+    """log p(target), float32 (float64 for float64 hidden states). Only this field has a gradient."""
 
     entropy: Tensor
-    """Entropy of the distribution the target stands in, in nats, the same dtype, detached."""
+    """Entropy, in nats, of the distribution at the target's position; the same dtype, detached."""
 
     is_top1: Tensor
-    """bool: no token is more likely than the target."""
+    """Bool: whether no token is more likely than the target."""
 
 
 def vocab_parallel_logprobs(
@@ -60,21 +60,21 @@ def vocab_parallel_logprobs(
 
     Args:
         hidden: `[N, h]`, the same on all ranks of `group`.
-        weight: `[V_local, h]`, this rank's rows of the output layer, of the dtype of `hidden`.
-        targets: `[N]` int64 token ids. One outside `[0, vocab_size)` has log-probability -inf.
+        weight: `[V_local, h]`, this rank's rows of the output layer, in the dtype of `hidden`.
+        targets: `[N]` int64 token ids. An id outside of `[0, vocab_size)` has log-probability -inf.
         group: tensor-parallel group.
-        vocab_size: ids at and beyond it are padding and have probability 0.
+        vocab_size: ids from this number on are padding and have probability 0.
         temperature: divides the logits.
-        chunk_size: logits that exist at one time on this rank; with `known_gradient` at least those of one position.
-        known_gradient: `[N]` float32. The caller promises that the gradient of the result will be a multiple of it:
-            gradients are then computed here, and the backward pass, of which there may be one, scales them. Without
-            gradients to compute it is ignored.
+        chunk_size: most logits that exist at one time on this rank (with `known_gradient`, at least one position's).
+        known_gradient: `[N]` float32. The caller promises that the gradient of the result will be a multiple of it.
+            Then this pass computes the gradients, and the backward pass, which may run only once, scales them. It is
+            ignored if there are no gradients to compute.
 
     Returns:
         `[N]` float32 (float64 for float64 inputs).
 
     Raises:
-        RuntimeError: in the backward pass, a gradient that is no multiple of `known_gradient`, or a second one.
+        RuntimeError: in a backward pass whose gradient is not a multiple of `known_gradient`, or in a second one.
     """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=False)
     return _token_scores(hidden, weight, targets, head, known_gradient).logprobs
@@ -91,9 +91,9 @@ def vocab_parallel_token_scores(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     known_gradient: Tensor | None = None,
 ) -> TokenScores:
-    """As `vocab_parallel_logprobs`, bit for bit, with entropy and top-1 agreement out of the same pass.
+    """The log-probabilities of `vocab_parallel_logprobs`, bit for bit, with entropy and top-1 agreement.
 
-    The entropy takes a second buffer of `chunk_size` entries and a third all-reduce.
+    All come from the same pass. The entropy needs a second buffer of `chunk_size` entries and a third all-reduce.
     """
     head = _Head.of(weight, group, vocab_size, temperature, chunk_size, with_entropy=True)
     return _token_scores(hidden, weight, targets, head, known_gradient)
@@ -111,11 +111,11 @@ def local_logits(hidden: Tensor, weight: Tensor, *, first_id: int, vocab_size: i
 
 @dataclass(frozen=True)
 class _Head:
-    """What the passes over this rank's share of the vocabulary have in common."""
+    """The settings of the passes over this rank's share of the vocabulary."""
 
     group: dist.ProcessGroup
     first_id: int
-    size: int  # ids of this rank that are no padding; the rows behind them are never read
+    size: int  # Number of this rank's ids that are not padding. The rows behind them are never read.
     vocab_size: int
     temperature: float
     chunk_size: int
@@ -143,7 +143,7 @@ def _token_scores(
 
 
 class _Recomputed(torch.autograd.Function):
-    """Blocks of positions and vocabulary, once forward and once backward; two all-reduces in all."""
+    """Computes every block of positions and vocabulary once forward and once backward, with two all-reduces in all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, head):
@@ -159,7 +159,7 @@ class _Recomputed(torch.autograd.Function):
         softmax.reduce(slice(None))
         ctx.save_for_backward(hidden, weight, targets, softmax.largest, softmax.total)
         ctx.head, ctx.shape = head, shape
-        # A block that is the only one costs no more room when it stays, for one backward pass.
+        # If there is only one block, keeping it for one backward pass costs no more memory.
         is_only = len(targets) <= shape[0] and head.size <= shape[1]
         ctx.kept = (block, own_largest) if is_only and block is not None else None
         return softmax.token_scores(ctx)
@@ -178,11 +178,11 @@ class _Recomputed(torch.autograd.Function):
             grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _empty_gradient(weight, head, len(targets))
-        # Vocabulary outside: a block's rows of grad_weight are complete, and written once, before the next begins.
+        # The vocabulary is the outer loop, so that a block's rows of grad_weight are completed and written once.
         for ids in slices(head.size, shape[1]):
             rows = None if grad_weight is None else grad_weight[ids]
             if rows is not None and len(targets) > shape[0]:
-                rows = rows.to(logits.dtype)  # itself, or room to sum in
+                rows = rows.to(logits.dtype)  # The rows themselves, or a copy of higher precision to sum in.
             for positions in slices(len(targets), shape[0]):
                 block = kept
                 if block is None:
@@ -200,11 +200,11 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _GradientKnown(torch.autograd.Function):
-    """All of this rank's logits of some positions at a time, once; two all-reduces each time."""
+    """Computes all of this rank's logits once, for some positions at a time, with two all-reduces each time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, known, head):
-        # Every rank must take the same steps, however many of its ids are padding.
+        # The blocks count padding too, so that every rank takes the same number of steps.
         shape = positions_of_whole_rows(weight.size(0), head.chunk_size), weight.size(0)
         logits = _LogitBlocks(hidden, weight, head, shape)
         softmax = _SoftmaxSums(targets, logits, head)
@@ -245,7 +245,7 @@ class _GradientKnown(torch.autograd.Function):
 
 
 class _LogitBlocks:
-    """Logits over this rank's real token ids, block by block into one buffer: a block lives until the next."""
+    """Computes logits over this rank's real token ids into one buffer: a block lives until the next is computed."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, head: _Head, shape: tuple[int, int]) -> None:
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -261,11 +261,11 @@ class _LogitBlocks:
         return self._buffer if self._hidden.dtype == self.dtype else self.new_buffer(self._hidden.dtype)
 
     def new_buffer(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for the largest block."""
+        """A buffer for the largest block."""
         return self._hidden.new_empty(self.size, dtype=dtype or self.dtype)
 
     def compute(self, positions: slice, ids: slice) -> Tensor:
-        """Logits `[n, v]` of some positions and local ids."""
+        """Logits `[n, v]` of these positions and local ids."""
         hidden, weight = self._hidden[positions], self._weight[ids]
         logits = _view(self._product, hidden.size(0), weight.size(0))
         torch.mm(hidden, weight.t(), out=logits)
@@ -279,11 +279,11 @@ class _LogitBlocks:
 
 
 class _SoftmaxSums:
-    """Per position, over the logits seen so far: the largest, the sum of `exp(logit - largest)`, the target's logit."""
+    """Keeps for each position, over the logits so far: the largest, the sum of `exp(logit - largest)`, the target's."""
 
     def __init__(self, targets: Tensor, logits: _LogitBlocks, head: _Head) -> None:
         self._head, self._targets = head, targets
-        # The smallest finite number instead of -inf: differences to it are never NaN, and their exponential is 0.
+        # It starts at the smallest finite number, not at -inf: differences to it are never NaN, their exponential is 0.
         self.largest = torch.full_like(targets, torch.finfo(logits.dtype).min, dtype=logits.dtype)
         self.total, self.target = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
         # Sum of exp(logit - largest) * (logit - largest), for the entropy.
@@ -291,10 +291,10 @@ class _SoftmaxSums:
         self._spare = logits.new_buffer() if head.with_entropy else None
 
     def add(self, logits: Tensor, positions: slice, targets: Tensor) -> Tensor:
-        """See one more block, which is overwritten; `targets` count from its first id.
+        """Add one more block, which is overwritten. `targets` are counted from the block's first id.
 
         Returns:
-            `exp(logit - largest)` of the block, with the largest of `positions` so far.
+            `exp(logit - largest)` of the block, with the largest logits of `positions` so far.
         """
         if not logits.numel():
             return logits
@@ -311,7 +311,7 @@ class _SoftmaxSums:
         return exponentials
 
     def reduce(self, positions: slice) -> None:
-        """From this rank's ids to those of all ranks: two all-reduces, and a third for the entropy."""
+        """Extend the sums from this rank's ids to those of all ranks: two all-reduces, and a third for the entropy."""
         if self._head.group.size() == 1:
             return
         largest = self.largest[positions].clone()
@@ -321,7 +321,7 @@ class _SoftmaxSums:
         dist.all_reduce(sums, group=self._head.group)
         self.total[positions], self.target[positions] = sums
         if self._moment is not None:
-            # Apart: in a longer message, ranks' sums come in another order, and last bits of log-probabilities change.
+            # A longer message would sum ranks in another order, and so change last bits of the log-probabilities.
             moment = self._moment[positions].clone()
             dist.all_reduce(moment, group=self._head.group)
             self._moment[positions] = moment
@@ -336,7 +336,7 @@ class _SoftmaxSums:
         self.largest[positions] = largest
 
     def token_scores(self, ctx: object) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probabilities, entropy if wanted, top-1 agreement; the last two without gradients."""
+        """Log-probabilities, entropy (None if not asked for) and top-1 agreement. The last two have no gradient."""
         exists = (self._targets >= 0) & (self._targets < self._head.vocab_size)
         log_total = self.total.log()
         logprobs = torch.where(exists, self.target - self.largest - log_total, -torch.inf)
@@ -354,13 +354,13 @@ def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _owned(targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Indices into a block of `size` ids, 0 where the target is not in it, and whether it is."""
+    """Indices of the targets in a block of `size` ids (0 for targets outside of it), and whether each is inside."""
     owned = (targets >= 0) & (targets < size)
     return torch.where(owned, targets, 0), owned
 
 
 def _to_grad_logits(exponentials: Tensor, total: Tensor, slopes: Tensor, targets: Tensor) -> None:
-    """In place, `slope * (1[target] - exponential / total)` of a block `[n, v]`; the rest `[n]`."""
+    """Turn a block of exponentials `[n, v]` into `slope * (1[target] - exponential / total)`. The others are `[n]`."""
     if not exponentials.numel():
         return
     exponentials.mul_(-(slopes / total)[:, None])
@@ -369,14 +369,14 @@ def _to_grad_logits(exponentials: Tensor, total: Tensor, slopes: Tensor, targets
 
 
 def _empty_gradient(weight: Tensor, head: _Head, positions: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A gradient for `weight`, to be written at real ids; zero at padding, and everywhere without positions."""
+    """A gradient for `weight`, zero at padding, whose other rows are to be written; all zero if `positions` is 0."""
     gradient = torch.empty_like(weight, dtype=dtype)
     gradient[head.size if positions else 0 :] = 0.0
     return gradient
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """`total += left @ right`, or `=` if first, which spares filling it with zeros."""
+    """`total += left @ right`; if `first`, `total = left @ right`, so that it need not be filled with zeros."""
     if total.dtype == left.dtype:
         total.addmm_(left, right, beta=0.0 if first else 1.0)
         return
@@ -390,14 +390,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 def _multiple_of(gradient: Tensor, known: Tensor) -> float:
     """The scale of `gradient = scale * known`; NaN if either is not finite.
 
-    One synchronisation with the device: a broken promise must not go into the weights.
+    It waits for the device once, because a broken promise must not reach the weights.
     """
     gradient, known = gradient.double(), known.double()
     square = known.square().sum()
     scale = torch.where(square > 0, (gradient * known).sum() / square, 1.0)
     norms = [scale, (gradient - scale * known).norm(), gradient.norm(), known.norm()]
     scale, residual, norm, known_norm = torch.stack(norms).tolist()
-    # Written so that NaN passes: the trainer stops at gradients that are not finite and names the records.
+    # NaN passes this comparison: the trainer stops at gradients that are not finite and names the records.
     if residual > _PROMISE_TOLERANCE * norm:
         raise RuntimeError(
             f"the gradient of the log-probabilities is no multiple of known_gradient: norm {norm:.6g}, nearest "

@@ -5,9 +5,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's RMSNorm under megatron-core's constructor, its gradient summed over sequence-parallel ranks.
+    """PyTorch's RMSNorm with megatron-core's constructor. Sequence-parallel ranks sum its gradient.
 
-    megatron-core's own wrapper of it refuses `sequence_parallel`; the attribute on the weight is all it takes.
+    megatron-core's own wrapper refuses `sequence_parallel`, although the attribute on the weight is all that is needed.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused) -> None:
@@ -16,7 +16,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """PyTorch's LayerNorm in the same way."""
+    """PyTorch's LayerNorm with megatron-core's constructor. Sequence-parallel ranks sum its gradients."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -25,4 +25,4 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
-"""By the values of `normalization`."""
+"""The norms by the values of `normalization`."""

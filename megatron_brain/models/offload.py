@@ -1,4 +1,4 @@
-"""Weights of frozen models that live in host memory while the device is needed for something else."""
+"""Keeps weights of frozen models in host memory while the device's memory is needed for something else."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,11 @@ from megatron_brain.models.fp8.state import forget_weights
 class HostWeights:
     """Takes the weights of a frozen model off its device and lends them back.
 
-    While the weights are away the parameters are empty, so using the model is an error rather than a silent zero, and
-    Transformer Engine's copies of them in FP8 are gone.
-    Host memory is pinned where the device is CUDA; there this has not been run.
+    While the weights are away the parameters are empty, so that using the model raises an error. Transformer Engine's
+    FP8 copies of them are freed. For a CUDA device, host memory is pinned; this has not been run on one.
 
     Args:
-        modules: modules whose parameters move; buffers stay. None may be trained: its optimizer would lose it.
+        modules: modules whose parameters move; buffers stay. No parameter may be trained: its optimizer would lose it.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
@@ -30,7 +29,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The weights are on their device, bit for bit what they were, inside of the context."""
+        """Inside of the context the weights are on their device, with every bit as it was."""
         for parameter, device, host in zip(self._parameters, self._devices, self._host, strict=True):
             parameter.data = host.to(device, non_blocking=True)
         try:
@@ -41,7 +40,7 @@ class HostWeights:
     def _leave(self) -> None:
         for parameter in self._parameters:
             parameter.data = parameter.data.new_empty(0)
-        # They would stay on the device, and stand in for the weights unnoticed.
+        # FP8 copies would stay on the device, and the layers would use them unnoticed in place of the weights.
         forget_weights(self._modules)
 
 

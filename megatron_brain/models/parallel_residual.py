@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """x + attention(norm1(x)) + mlp(norm2(x)), where megatron-core's layer hands norm2 the sum so far.
+    """x + attention(norm1(x)) + mlp(norm2(x)); in megatron-core's layer norm2 gets x + attention(norm1(x)).
 
-    The one place that knows how megatron-core divides up its layer: the methods called here are there, with these
-    arguments, from 0.16 to 0.19.
+    Only this class knows the methods into which megatron-core divides its layer. They have these arguments from 0.16
+    to 0.19.
     """
 
     def forward(self, hidden_states: Tensor, **options) -> tuple[Tensor, Tensor | None]:

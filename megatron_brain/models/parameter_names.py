@@ -1,4 +1,4 @@
-"""Parameters under names that are the same at every pipeline layout."""
+"""Names of parameters that are the same at every pipeline layout."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from megatron_brain.models.provider import Chunk
 
 
 def global_parameters(chunks: Sequence[Chunk]) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters, with the layer's number in the whole model where modules count from 0 on every chunk."""
+    """This rank's parameters by name. The name has the layer's number in the whole model, not that in the chunk."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield _global_name(chunk, name), parameter

@@ -30,10 +30,10 @@ Chunk = PolicyModel | RewardModel
 def transformer_config(
     model: ModelConfig, parallel_config: ParallelConfig, fp8: Fp8Config | None = None
 ) -> TransformerConfig:
-    """Megatron-core's configuration of the trunk. `model` has its sizes resolved."""
+    """megatron-core's configuration of the trunk. The sizes of `model` must be resolved."""
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     chunks = virtual_pipeline_size(parallel_config, model.num_layers)
-    # With the batched default, two stages mix up activations of interleaved chunks; see docs/design.md.
+    # With the batched default, two pipeline stages mix up activations of interleaved chunks; see docs/design.md.
     interleaved = {} if chunks is None else {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     full = model.recompute_granularity == "full"
     return TransformerConfig(
@@ -48,7 +48,7 @@ def transformer_config(
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=model.gated_linear_unit,
         activation_func=ACTIVATIONS[model.hidden_act],
-        # Whether the layer spec names the module of the activation, whoever has written it.
+        # This only means that the layer spec names a module for the activation; that may be ours.
         use_te_activation_func=activation_module(model) is not None,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -56,7 +56,7 @@ def transformer_config(
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
         perform_initialization=False,
-        # Kernels of the device round weights to FP8.
+        # Weights in FP8 are made on the device, whose kernels round them.
         use_cpu_initialization=not (fp8 is not None and fp8.fp8_param_gather),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -80,7 +80,7 @@ def transformer_config(
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """How the layers are computed on a device, and why so."""
+    """How a device computes the layers, and the reasons."""
 
     impl: str
     """`local` or `transformer_engine`."""
@@ -93,10 +93,10 @@ class Layers:
 def choose_layers(
     model: ModelConfig, parallel_config: ParallelConfig, fp8: Fp8Config | None, device: torch.device
 ) -> Layers:
-    """How the layers are computed on a device; needs no process groups.
+    """How a device computes the layers. It needs no process groups.
 
     Raises:
-        ConfigError: the implementation or the FP8 recipe that was asked for cannot run there.
+        ConfigError: the implementation or the FP8 recipe that was asked for cannot run on the device.
     """
     impl, reason = choose_transformer_impl(requested_impl(model, fp8), device)
     if fp8 is not None and fp8.uses_kernels:
@@ -115,15 +115,15 @@ def build_model(
     fp8: Fp8Config | None = None,
     layers: Layers | None = None,
 ) -> list[Chunk]:
-    """This rank's model chunks, one unless the pipeline is interleaved.
+    """This rank's model chunks: one chunk, unless the pipeline is interleaved.
 
     Args:
         model: architecture with every size resolved.
         head: vocabulary projection (`policy`) or scalar head (`reward`).
-        seed: seeds random weights, which depend on it alone and not on the layout; None leaves zeros, for weights
-            that are going to be loaded.
-        fp8: FP8 of the layers' linear maps; None: none.
-        layers: what a run has chosen when it started; None: chosen here, for a model outside of a run.
+        seed: seeds random weights, which depend on it alone and not on the layout. With None the weights are zeros,
+            which is for weights that will be loaded.
+        fp8: FP8 of the layers' linear maps, or None.
+        layers: what the run chose when it started. With None it is chosen here, for a model outside of a run.
 
     Raises:
         ConfigError: the implementation or the FP8 recipe that was asked for cannot run here.
@@ -149,7 +149,7 @@ def build_model(
                 _zero_weights(chunk)
             else:
                 initialize_weights(chunk, model, seed=seed)
-        # Weights that were made without memory, to be filled later, stay so.
+        # Weights on the meta device, which are given memory later, stay there.
         if not any(parameter.is_meta for parameter in chunk.parameters()):
             chunk.to(parallel.device)
     return chunks
@@ -168,7 +168,7 @@ def _trunk(
     """The arguments of megatron-core's GPTModel for one chunk."""
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
     if impl == "local":
-        # A block spec of our own, because the default one ends in a norm that refuses sequence parallelism.
+        # We make the block spec ourselves, because the default one ends in a norm that refuses sequence parallelism.
         place = {"vp_stage": vp_stage, "pp_rank": parallel.pp_rank}
         first, count = get_transformer_layer_offset(config, **place), get_num_layers_to_build(config, **place)
         formats = [emulated_format(fp8, layer, model.num_layers) for layer in range(first, first + count)]
@@ -181,8 +181,8 @@ def _trunk(
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(model, config.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel.is_first_stage and vp_stage in (None, 0),
-        post_process=parallel.is_last_stage and vp_stage in (None, last_chunk),
+        pre_process=parallel.is_first_pipeline_stage and vp_stage in (None, 0),
+        post_process=parallel.is_last_pipeline_stage and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=head == "policy" and not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,

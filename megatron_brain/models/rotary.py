@@ -14,7 +14,7 @@ from megatron_brain.config.model import ModelConfig
 def scale_frequencies(frequencies: Tensor, model: ModelConfig) -> Tensor:
     """Frequencies `[r/2]` with Llama 3.1's scaling, as transformers computes it (`rope_type` llama3).
 
-    megatron-core has it with a factor to choose and the other three numbers fixed.
+    megatron-core's own scaling lets us set the factor only and fixes the other three numbers.
     """
     factor, original = model.rope_scaling_factor, model.rope_original_max_position_embeddings
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
@@ -29,11 +29,11 @@ def scale_frequencies(frequencies: Tensor, model: ModelConfig) -> Tensor:
 
 @dataclass
 class Rotated(PackedSeqParams):
-    """A layout, and the rotation of queries and keys by their positions that comes before its attention.
+    """A layout, with the rotation of queries and keys by their positions that is done before its attention.
 
-    megatron-core would rotate too, in about three times as many passes over memory, and take cosine and sine anew in
-    every layer. cos: `[T, 1, dim]`, 1 for the channels that are not rotated; sin: `[T, 1, r]`, of the first r
-    channels, which are. In the dtype of queries and keys they are kept for the backward pass once, not in every layer.
+    megatron-core could rotate too, but it takes about three times as many passes over memory, and computes cosine and
+    sine again in every layer. cos: `[T, 1, dim]`, 1 for channels that are not rotated. sin: `[T, 1, r]`, for the first
+    r channels, which are rotated. In the dtype of queries and keys, one copy serves the backward pass of all layers.
     """
 
     layout: PackedSeqParams = field(kw_only=True)
@@ -50,9 +50,9 @@ class Rotated(PackedSeqParams):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> "Rotated":
-        """The layout with the rotation of each token by its own position `[T]`, at frequencies `[r/2]`, before it.
+        """The layout, with a rotation of each token by its own position `[T]` at the frequencies `[r/2]`.
 
-        `dtype` is that of queries and keys; angles are computed in float32.
+        `dtype` is the dtype of queries and keys; angles are computed in float32.
         """
         angles = positions[:, None, None].float() * frequencies
         angles = torch.cat([angles, angles], dim=-1)
@@ -60,7 +60,7 @@ class Rotated(PackedSeqParams):
         return cls(layout=layout, cos=cos.to(dtype), sin=angles.sin().to(dtype))
 
     def rotate(self, tensor: Tensor) -> Tensor:
-        """Queries or keys `[T, heads, dim]`, rotated: channel i of the first half of r with channel i of the second."""
+        """Rotate queries or keys `[T, heads, dim]`: channel i with channel i + r/2, for i < r/2."""
         return _Rotate.apply(tensor, self.cos.to(tensor.dtype), self.sin.to(tensor.dtype))
 
 
@@ -78,7 +78,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    # Rounded after each operation, as transformers does: in bfloat16 its models come out bit-equal.
+    # Each operation rounds, as in transformers, so that in bfloat16 the results have the same bits as there.
     rotated = sin.size(-1)
     half = rotated // 2
     out = tensor * cos

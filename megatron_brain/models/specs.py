@@ -1,4 +1,4 @@
-"""Layer specs: megatron-core modules (`local`) or Transformer Engine ones, with the parts that we bring ourselves."""
+"""Layer specs: modules of megatron-core (`local`) or of Transformer Engine, with those that we bring ourselves."""
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -20,16 +20,16 @@ from megatron_brain.runtime import transformer_engine
 from megatron_brain.runtime.megatron_versions import mlp_submodules
 
 _LEAST_CAPABILITY = (8, 0)
-"""Of a device that Transformer Engine has kernels for (Ampere)."""
+"""The lowest compute capability that Transformer Engine has kernels for (Ampere)."""
 
 
 def requested_impl(model: ModelConfig, fp8: Fp8Config | None) -> str:
-    """--transformer-impl, of which `auto` leaves no choice where FP8 is emulated."""
+    """--transformer-impl, or `local` where FP8 is emulated, because only those layers can emulate it."""
     return "local" if fp8 is not None and fp8.fp8_emulate else model.transformer_impl
 
 
 def choose_transformer_impl(requested: str, device: torch.device) -> tuple[str, str]:
-    """Resolve `auto`. Returns the implementation and why it was taken.
+    """Resolve `auto`. It returns the implementation and the reason for the choice.
 
     Raises:
         ConfigError: Transformer Engine was asked for and cannot run here.
@@ -54,10 +54,10 @@ def _problem_of_device(device: torch.device) -> str | None:
 
 
 def layer_spec(transformer_impl: str, model: ModelConfig, *, emulated_format: str | None = None) -> ModuleSpec:
-    """Spec of one decoder layer. The transformer_engine one has not been run on a GPU.
+    """Spec of one decoder layer. The transformer_engine spec has not been run on a GPU.
 
     Args:
-        emulated_format: FP8 format that the linear maps of a `local` layer emulate; None: none.
+        emulated_format: FP8 format that the linear maps of a `local` layer emulate, or None.
     """
     if transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)

@@ -1,9 +1,9 @@
-"""Core attention over packed sequences on Transformer Engine. Not run on a GPU.
+"""Core attention over packed sequences on Transformer Engine. It has not been run on a GPU.
 
-What is relied on is documented at `transformer_engine.pytorch.DotProductAttention`: sequences of different lengths
-end to end (`qkv_format="thd"`), their bounds in cumulative lengths, and the masks `padding_causal` (of a sequence to
-itself) and `padding_causal_bottom_right` (the last query sees the last key: rows that stand at the end of their
-keys). Its fused kernels take float16 and bfloat16 only; float32 gets its unfused ones, which hold all scores.
+It relies on what `transformer_engine.pytorch.DotProductAttention` documents: sequences of different lengths laid end to
+end (`qkv_format="thd"`), their bounds as cumulative lengths, and the masks `padding_causal` (a sequence attends to
+itself) and `padding_causal_bottom_right` (the last query sees the last key: the queries are the last rows of their
+keys). Its fused kernels take float16 and bfloat16 only; float32 gets its unfused kernels, which hold all scores.
 """
 
 import functools
@@ -20,8 +20,9 @@ from megatron_brain.models.attention import CoreAttention, PackedLayout
 
 
 class TransformerEngineAttention(CoreAttention):
-    """Attention of packed sequences in two calls, whatever the number of groups: segments without a prefix to
-    themselves, responses to their prompt and themselves. Sampling's decoding steps are attended to as elsewhere.
+    """Attention of packed sequences in two calls, whatever the number of groups: in one, segments without a prefix
+    attend to themselves; in the other, responses attend to their prompt and themselves. The sampler's decoding steps
+    do not use Transformer Engine.
 
     Raises:
         ImportError: Transformer Engine is not installed.
@@ -46,17 +47,17 @@ class TransformerEngineAttention(CoreAttention):
             "softmax_scale": self.scale,
         }
         self.to_self = DotProductAttention(attn_mask_type="padding_causal", attention_type="self", **settings)
-        # "cross": with "self" the unfused kernels take the lengths of the queries for those of the keys.
+        # It must be "cross": with "self" the unfused kernels take the queries' lengths for the keys' lengths.
         self.after_prefix = DotProductAttention(
             attn_mask_type="padding_causal_bottom_right", attention_type="cross", **settings
         )
 
     def options(self, layout: PackedLayout) -> dict:
-        """As `CoreAttention.options`."""
+        """Keyword arguments for the layout's `attend`, see `CoreAttention.options`."""
         return {"attention": self.attend} if isinstance(layout, PackedLayout) else {}
 
     def attend(self, segments: tuple[Segment, ...], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of `segments`, as `PackedLayout.attend`."""
+        """Attention of `segments`, as `PackedLayout.attend` describes it."""
         plan = _plan(segments, query.device)
         if plan.after_prefix is None:
             return self.to_self(query, key, value, **plan.to_self.arguments).view_as(query)
@@ -72,14 +73,14 @@ class TransformerEngineAttention(CoreAttention):
         return torch.cat(out).index_select(0, plan.in_order).view_as(query)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Nothing: a checkpoint is the same whichever attention wrote it."""
+        """Nothing, so that checkpoints are the same whichever attention wrote them."""
         return {}
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call. queries, keys: its rows in the packed sequence, int64; a prompt's keys once for each response.
-    arguments: of DotProductAttention."""
+    """One call of DotProductAttention. queries, keys: their rows in the packed sequence, int64; a prompt's keys come
+    once for each of its responses. arguments: the call's keyword arguments."""
 
     queries: Tensor
     keys: Tensor
@@ -88,7 +89,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The calls for a sequence. in_order: their rows' places in the order of the sequence, `[T]` int64."""
+    """The calls for a sequence. in_order: for each row of the sequence, its place in the calls' output; `[T]` int64."""
 
     to_self: _Call
     after_prefix: _Call | None
@@ -97,7 +98,7 @@ class _Plan:
 
 @functools.lru_cache(maxsize=8)
 def _plan(segments: tuple[Segment, ...], device: torch.device) -> _Plan:
-    """Worked out once for all layers."""
+    """The plan for a sequence. The cache lets all layers share it."""
     responses = [segment for segment in segments if segment.prefix_length]
     to_self = _call([segment for segment in segments if not segment.prefix_length], device)
     after_prefix = _call(responses, device) if responses else None
@@ -114,7 +115,7 @@ def _call(segments: list[Segment], device: torch.device) -> _Call:
         "attn_mask_type": "padding_causal_bottom_right" if segments[0].prefix_length else "padding_causal",
         "cu_seqlens_q": _cumulative_lengths(own).to(device),
         "cu_seqlens_kv": _cumulative_lengths(keys).to(device),
-        # Left out, they would be read back from the device.
+        # Without these two, Transformer Engine would read the lengths back from the device.
         "max_seqlen_q": max(map(len, own)),
         "max_seqlen_kv": max(map(len, keys)),
     }
@@ -122,12 +123,12 @@ def _call(segments: list[Segment], device: torch.device) -> _Call:
 
 
 def _cumulative_lengths(sequences: list[Tensor]) -> Tensor:
-    """`[sequences + 1]` int32."""
+    """Cumulative lengths `[sequences + 1]` int32, from 0."""
     return torch.tensor([0, *map(len, sequences)]).cumsum(0).to(torch.int32)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of a tensor, their gradients summed in float32: a prompt's key has one from each of its responses."""
+    """Rows of a tensor. Their gradients are summed in float32: a prompt's key gets one from each response."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, rows: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What a run will need before it is started: memory, time, and which layouts are worth trying. Needs no torch."""
+"""Estimates before a run is started: its memory, its time, and which layouts are worth trying. Needs no torch."""

@@ -1,8 +1,8 @@
 """Tensors of one micro-batch on one rank: what each part of the model keeps for the backward pass, and the most that it
 holds for a moment. All figures are bytes.
 
-The backward pass frees what was kept, part by part, so its peaks are near its start. Each is written out as a point:
-what is there by then, less what is freed already. docs/planner.md has the same formulas in words.
+The backward pass frees part by part what was kept, so its peaks are near its start. The code computes each peak as a
+point: what exists by then, less what is already freed. docs/planner.md has the same formulas in words.
 """
 
 import math
@@ -30,22 +30,22 @@ class Shapes:
     """Bytes of an entry of an activation."""
     impl: TransformerImpl
     tokens: int
-    """T, of the whole sequence: attention and feed-forward layer see all of it."""
+    """T, the tokens of the whole sequence, which attention and feed-forward layer see."""
     shard: int
-    """Tokens of the residual stream, fewer than T with sequence parallelism."""
+    """Tokens of the residual stream on this rank: fewer than T with sequence parallelism."""
     targets: int
-    """N, positions whose next token's log-probability is computed."""
+    """N, the positions whose next token's log-probability is computed."""
     key_tokens: int
-    """Keys that the attention of Transformer Engine reads, a prompt's once for each of its responses; T without shared
+    """Keys that the attention of Transformer Engine reads: those of a prompt once for each response. T without shared
     prefix."""
     tensor: int
     """Tensor-parallel size."""
 
     @classmethod
     def of(cls, workload: Workload, layout: Layout, model: ResolvedModel, impl: TransformerImpl) -> "Shapes":
-        """Of a training micro-batch of a workload."""
+        """The sizes of a training micro-batch of a workload."""
         tokens = workload.micro_batch_tokens(layout)
-        # Less than 1 where a token budget cuts a sample.
+        # The share is less than 1 where a token budget cuts a sample.
         share = min(1.0, tokens / (workload.sample_tokens * layout.micro_batch_size))
         targets = math.ceil(workload.sample_targets * layout.micro_batch_size * share)
         keys = sum(segment.prefix + segment.length for segment in workload.segments)
@@ -63,7 +63,7 @@ class Shapes:
 
     @property
     def hidden(self) -> int:
-        """The residual stream."""
+        """The residual stream on this rank."""
         return self.shard * self.model.hidden_size * self.element
 
     @property
@@ -73,17 +73,17 @@ class Shapes:
 
     @property
     def gathered(self) -> int:
-        """What sequence parallelism gathers of the residual stream; 0 where it is whole."""
+        """The residual stream that sequence parallelism gathers; 0 where it is already whole."""
         return self.whole_hidden if self.shard != self.tokens else 0
 
     @property
     def query(self) -> int:
-        """Queries of this rank's heads, or the attention's output."""
+        """Queries of this rank's attention heads; their output is as large."""
         return self.tokens * self.model.num_attention_heads * self.model.kv_channels // self.tensor * self.element
 
     @property
     def key(self) -> int:
-        """Keys of this rank's heads, or values."""
+        """Keys of this rank's attention heads; their values are as large."""
         heads = max(1, self.model.num_query_groups // self.tensor)
         return self.tokens * heads * self.model.kv_channels * self.element
 
@@ -94,22 +94,22 @@ class Shapes:
 
     @property
     def fc1(self) -> int:
-        """The feed-forward layer's first product, the gate included."""
+        """The feed-forward layer's first product, gate included."""
         return self.ffn * (2 if self.model.gated_linear_unit else 1)
 
     @property
     def rows(self) -> int:
-        """Rows of the output layer on this rank."""
+        """Number of rows of the output layer on this rank."""
         return padded_vocab_size(self.model, self.tensor) // self.tensor
 
     @property
     def head_weight(self) -> int:
-        """Entries of the output layer, or of the token embedding, on this rank."""
+        """Number of entries of the output layer on this rank; the token embedding has as many."""
         return self.rows * self.model.hidden_size
 
     @property
     def rotation(self) -> int:
-        """Cosine and sine of every position."""
+        """Cosine and sine for every position."""
         if self.model.position_embedding_type != "rope":
             return 0
         dim = self.model.kv_channels
@@ -117,26 +117,26 @@ class Shapes:
 
     @property
     def batch(self) -> int:
-        """A packed batch: tokens and positions; places, targets, mask and response of each target."""
+        """A packed batch: tokens and their positions; for each target its place, id, mask and response."""
         return self.tokens * 2 * _INT64 + self.targets * (3 * _INT64 + 1)
 
     def added(self, size: int) -> int:
-        """What adding a weight gradient of `size` bytes to a float32 buffer takes: the gradient, and on a CPU, where
+        """What it takes to add a weight gradient of `size` bytes to a float32 buffer: the gradient, and on a CPU, where
         PyTorch casts operands whole, its float32 copy."""
         copied = self.impl == "local" and self.element != FLOAT32
         return size + (size // self.element * FLOAT32 if copied else 0)
 
     def linear_input(self, size: int, *, fp8: bool) -> int:
-        """What a linear map keeps of an input of `size` bytes."""
+        """What a linear map keeps of its input of `size` bytes."""
         return size // self.element if fp8 else size
 
 
 def norm_kept(shapes: Shapes, *, with_input: bool = True) -> int:
     """What a norm over the residual stream keeps besides its output.
 
-    Fused kernels and LayerNorm keep their input and one or two numbers for each token. RMSNorm on a CPU is made of
-    single operations: it keeps its input in float32, which is the input itself where that is float32, and the
-    normalised input before the weight.
+    Fused kernels and LayerNorm keep their input and one or two numbers for each token. RMSNorm on a CPU consists of
+    single operations: it keeps its input in float32 (a copy unless it already is float32) and the normalised input
+    before the weight.
     """
     numbers = shapes.shard * FLOAT32
     if shapes.impl == "local" and shapes.model.normalization == "RMSNorm":
@@ -147,33 +147,33 @@ def norm_kept(shapes: Shapes, *, with_input: bool = True) -> int:
 
 
 def norm_keeps_input(shapes: Shapes) -> bool:
-    """Whether the residual stream itself stays where a norm reads it; nothing else needs it."""
+    """Whether a norm keeps the residual stream that it reads; nothing else needs it."""
     return shapes.impl != "local" or shapes.model.normalization != "RMSNorm" or shapes.element == FLOAT32
 
 
 def norm_backward(shapes: Shapes) -> int:
-    """The most that a norm's backward pass holds besides what was kept, the gradient that comes in included."""
+    """The most that a norm's backward pass holds besides what was kept, incoming gradient included."""
     if shapes.impl == "local" and shapes.model.normalization == "RMSNorm":
-        # Five float32 temporaries of single operations; the normalised input is freed by then.
+        # There are five float32 temporaries of single operations; the normalised input is freed by then.
         return 4 * shapes.shard * shapes.model.hidden_size * FLOAT32
     return 2 * shapes.hidden
 
 
 def attention_kept(shapes: Shapes, *, recomputed: bool, fp8: bool) -> int:
-    """What core attention and its projection keep: from the product of queries, keys and values to the projection's
-    input, which is the attention's output."""
+    """What core attention and its projection keep: everything from the product of queries, keys and values to the
+    projection's input, which is the attention's output."""
     query, key = shapes.query, shapes.key
-    # Values are a part of the product, all of which stays with them.
+    # Values are a view of the product, so all of the product stays.
     product = query + 2 * key
     log_sums = shapes.tokens * shapes.model.num_attention_heads // shapes.tensor * FLOAT32
     projected = shapes.linear_input(query, fp8=True) if fp8 else 0
-    # The product holds the heads that share a key side by side: queries are copied out where there are several.
+    # The product holds the attention heads that share a key side by side; where there are several, queries are copied.
     copied = query if shapes.model.num_query_groups != shapes.model.num_attention_heads else 0
     rotated = query + key if shapes.model.position_embedding_type == "rope" else copied
     if recomputed:
         return product + copied + query + projected
     if shapes.impl == "transformer_engine" and shapes.key_tokens != shapes.tokens:
-        # Rows are gathered for two calls, outputs put back in order; product and rotated queries are not needed then.
+        # Two calls gather their rows and put outputs back in order; they need neither product nor rotated queries.
         gathered = 2 * key * shapes.key_tokens // shapes.tokens
         return query + gathered + log_sums + 2 * query + projected
     return product + rotated + log_sums + query + projected
@@ -184,7 +184,7 @@ def mlp_kept(shapes: Shapes, *, fp8: bool) -> int:
     inputs = shapes.linear_input(shapes.hidden, fp8=fp8)
     parts = 0
     if shapes.model.gated_linear_unit and shapes.model.hidden_act != "silu":
-        parts = shapes.ffn  # the activation before the gate; only silu has a kernel of ours
+        parts = shapes.ffn  # the activation before the gate: our fused kernel is for silu only
     return inputs + shapes.fc1 + parts + shapes.linear_input(shapes.ffn, fp8=fp8)
 
 
@@ -192,14 +192,14 @@ def layer_kept(shapes: Shapes, *, selective: bool = False, fp8: bool = False, wi
     """What a layer keeps for its backward pass.
 
     Args:
-        selective: the core attention is computed again.
-        fp8: its linear maps keep their inputs in FP8.
-        with_input: count the layer's input, which a recomputed layer shares with what is kept to recompute from.
+        selective: whether the core attention is computed again.
+        fp8: whether its linear maps keep their inputs in FP8.
+        with_input: whether to count the layer's input; the kept input of a recomputed layer is counted elsewhere.
     """
     norms = norm_kept(shapes, with_input=with_input) + norm_kept(shapes)
     heads = 0
     if shapes.model.qk_layernorm:
-        # Norms over heads: their inputs are the product and the copied queries.
+        # The inputs of the norms over attention heads are the product and the copied queries.
         heads = (shapes.query + shapes.key) // shapes.element * FLOAT32 * (1 if shapes.element == FLOAT32 else 2)
         if shapes.impl != "local":
             heads = shapes.query
@@ -208,30 +208,30 @@ def layer_kept(shapes: Shapes, *, selective: bool = False, fp8: bool = False, wi
 
 
 def layer_backward(shapes: Shapes, *, fp8: bool = False) -> int:
-    """The most that a layer's backward pass adds to what was kept before it, by points, the gradient that comes in
-    (`hidden`) included. Weight gradients exist for a moment, until they are added to the float32 buffers."""
+    """The most that a layer's backward pass adds to what was kept before it, incoming gradient (`hidden`) included: the
+    largest of several points. A weight gradient exists until it is added to its float32 buffer."""
     model, ffn, fc1, hidden = shapes.model, shapes.ffn, shapes.fc1, shapes.hidden
     weight = model.hidden_size * model.ffn_hidden_size // shapes.tensor * shapes.element
     activation = shapes.linear_input(ffn, fp8=fp8)
     inputs = shapes.linear_input(hidden, fp8=fp8)
     scattered = hidden if shapes.gathered else 0
     points = (
-        # Second map: gradients of its input and weight.
+        # The second map makes gradients of its input and weight.
         hidden + shapes.gathered + ffn + weight,
         hidden + ffn + shapes.added(weight),
-        # Activation: its gradient, the first product's, and a temporary of the activation's size.
+        # The activation has its gradient, that of the first product, and a temporary of the activation's size.
         -activation + hidden + ffn + fc1 + (ffn if model.gated_linear_unit else 0),
-        # First map: the gradient of the product, of the input, and of the weight.
+        # The first map has the gradients of the product, of the input, and of the weight.
         -activation - fc1 + hidden + fc1 + shapes.whole_hidden + scattered + weight * fc1 // ffn,
         -activation - fc1 + hidden + shapes.whole_hidden + shapes.added(weight * fc1 // ffn),
-        # Norm, beside the gradient that passes it by.
+        # The norm works beside the gradient of the residual branch.
         -activation - fc1 - inputs + hidden + norm_backward(shapes),
     )
     return max(0, *points)
 
 
 def layer_forward(shapes: Shapes) -> int:
-    """The most that a layer holds, its input included, where nothing is kept."""
+    """The most that a layer holds in a forward pass that keeps nothing, its input included."""
     query, key, hidden = shapes.query, shapes.key, shapes.hidden
     rotated = query + key if shapes.model.position_embedding_type == "rope" else 0
     copied = query if shapes.model.num_query_groups != shapes.model.num_attention_heads else 0
@@ -241,26 +241,26 @@ def layer_forward(shapes: Shapes) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadMemory:
-    """What final norm and head hold, besides what the layers keep."""
+    """What final norm and head hold besides what the layers keep."""
 
     kept: int
-    """Between forward and backward pass."""
+    """What stays between forward and backward pass."""
     forward: int
     """The most in the forward pass, `kept` included."""
     backward: int
     """The most in the backward pass, `kept` included."""
     tied_gradient: int
-    """The part that stays until the end of the backward pass: a tied weight's gradient waits for the embedding's."""
+    """The gradient of a tied weight, which waits for the embedding's until the end of the backward pass; else 0."""
     workspace: int
-    """Of `forward` or `backward`, whichever is more: logits and gradients of the log-probabilities."""
+    """Logits and gradients of the log-probabilities, in `forward` or `backward`, whichever has more."""
 
 
 def head_memory(shapes: Shapes, head: Head, *, known_gradient: bool, tied: bool) -> HeadMemory:
-    """Final norm and head in training."""
+    """Memory of final norm and head in training."""
     norm = norm_kept(shapes)
-    # The norm's output, and of the whole sequence where it was split.
+    # This is the norm's output, and its gathered copy where sequence parallelism had split it.
     states = shapes.hidden + shapes.gathered
-    # Of rows that were selected the gradient is as large as what they were selected from.
+    # The gradient of selected rows is as large as the states that they were selected from.
     back = norm + max(states, norm_backward(shapes))
     if head == "reward":
         return HeadMemory(kept=norm, forward=norm + states, backward=back, tied_gradient=0, workspace=0)
@@ -275,8 +275,8 @@ def head_memory(shapes: Shapes, head: Head, *, known_gradient: bool, tied: bool)
 
 
 def _logprob_workspace(shapes: Shapes, *, known_gradient: bool) -> tuple[int, int, int]:
-    """Log-probabilities with their gradients (`logprobs.py`): the most in the forward pass, what stays, and the most in
-    the backward pass."""
+    """Memory of log-probabilities with their gradients (`logprobs.py`): the most in the forward pass, what stays, and
+    the most in the backward pass."""
     element, entry = shapes.element, FLOAT32 + _lower(shapes)
     selected = shapes.targets * shapes.model.hidden_size * element
     weight = shapes.head_weight * element
@@ -300,19 +300,19 @@ def _logprob_workspace(shapes: Shapes, *, known_gradient: bool) -> tuple[int, in
 
 
 def scoring_workspace(shapes: Shapes) -> int:
-    """Log-probabilities without gradients: the selected states and the buffer of logits."""
+    """Memory of log-probabilities without gradients: the selected states and the buffer of logits."""
     positions, ids = block_shape(shapes.targets, shapes.rows, shapes.model.logprob_chunk_size)
     selected = shapes.targets * shapes.model.hidden_size * shapes.element
     return selected + positions * ids * (FLOAT32 + _lower(shapes))
 
 
 def _lower(shapes: Shapes) -> int:
-    """Bytes of an entry of logits before they are made float32; 0 where they are float32 from the start."""
+    """Bytes of a logit before it is cast to float32; 0 where logits are float32 from the start."""
     return 0 if shapes.element == FLOAT32 else shapes.element
 
 
 def embedding_backward(shapes: Shapes, *, tied: bool) -> int:
-    """The embedding's gradient beside the gradient that comes in, and a tied output layer's that waited for it."""
+    """The embedding's gradient beside the incoming gradient, and that of a tied output layer, which waited for it."""
     weight = shapes.head_weight * shapes.element
-    # Two gradients of a tied weight are one when they are added to the buffer.
+    # The two gradients of a tied weight are summed before they are added to the buffer.
     return shapes.hidden + shapes.gathered + max(2 * weight if tied else 0, shapes.added(weight))

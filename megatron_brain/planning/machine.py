@@ -1,4 +1,4 @@
-"""What a GPU and its links can do by their data sheets, and the share of it that is reached."""
+"""The rates of a GPU and its links by their data sheets, and the share of them that a run reaches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ class Machine:
     name: str
 
     fp8_flops: float
-    """Dense FP8 matrix products."""
+    """Rate of dense FP8 matrix products."""
 
     bf16_flops: float
-    """Dense bf16 matrix products and attention."""
+    """Rate of dense bf16 matrix products and attention."""
 
     fp32_flops: float
-    """float32 without tensor cores, which is PyTorch's default for matrix products."""
+    """Rate of float32 matrix products without tensor cores, which is PyTorch's default."""
 
     memory_bytes: int
     """Memory that PyTorch sees."""
@@ -29,47 +29,47 @@ class Machine:
     memory_bandwidth: float
 
     node_bandwidth: float
-    """NVLink, to all GPUs of the node together."""
+    """NVLink: bandwidth to all GPUs of the node together."""
 
     network_bandwidth: float
-    """Network adapter of the GPU."""
+    """Bandwidth of the GPU's network adapter."""
 
     host_bandwidth: float
-    """PCIe, between GPU and host memory."""
+    """PCIe: bandwidth between GPU and host memory."""
 
     gpus_per_node: int = 8
 
     efficiency: float
-    """Share that is reached of every rate above, in (0, 1]: the only fitted number of the time model. `fit.py` makes it
-    from published results, docs/planner.md shows how well it predicts others."""
+    """Share of every rate above that a run reaches, in (0, 1]: the only fitted number of the time model. `fit.py` fits
+    it to published results, docs/planner.md shows how well it predicts others."""
 
     def compute_seconds(self, flops: float, precision: Precision) -> float:
-        """Matrix products or attention."""
+        """Seconds of `flops` operations of matrix products or attention."""
         peak = {"fp8": self.fp8_flops, "bf16": self.bf16_flops, "fp32": self.fp32_flops}[precision]
         return flops / (peak * self.efficiency)
 
     def memory_seconds(self, size: float) -> float:
-        """`size` bytes to or from memory."""
+        """Seconds to read or write `size` bytes of memory."""
         return size / (self.memory_bandwidth * self.efficiency)
 
     def host_seconds(self, size: float) -> float:
-        """`size` bytes to or from host memory."""
+        """Seconds to move `size` bytes to or from host memory."""
         return size / (self.host_bandwidth * self.efficiency)
 
     def link_seconds(self, volume: float, *, size: int, stride: int) -> float:
-        """A GPU of a ring over `size` ranks that are `stride` apart sends `volume` bytes."""
+        """Seconds in which a GPU of a ring over `size` ranks that are `stride` apart sends `volume` bytes."""
         return volume / (self.group_bandwidth(size, stride) * self.efficiency)
 
     def hop_seconds(self, volume: float, *, world_size: int) -> float:
-        """A GPU sends `volume` bytes to the next pipeline stage. In a world of several nodes some stage is on another
-        one than the next, and all keep its pace."""
+        """Seconds in which a GPU sends `volume` bytes to the next pipeline stage. In a world of several nodes some hop
+        leaves its node, and all the others keep its pace."""
         bandwidth = self.node_bandwidth if world_size <= self.gpus_per_node else self.network_bandwidth
         return volume / (bandwidth * self.efficiency)
 
     def group_bandwidth(self, size: int, stride: int) -> float:
         """Bandwidth of a GPU in a ring over `size` ranks that are `stride` apart.
 
-        A ring leaves a node as often as nodes are in it, not as often as GPUs: with g members in a node, each member's
+        A ring leaves a node once for each node in it, not once for each GPU: with g members in a node, each member's
         adapter carries 1/g of the ring's traffic.
         """
         if size * stride <= self.gpus_per_node:
@@ -85,13 +85,13 @@ _H100: dict[str, Any] = {
     "node_bandwidth": 450e9,
     "network_bandwidth": 50e9,
     "host_bandwidth": 64e9,
-    "efficiency": 0.6205,  # what fit.py makes of published.FITTED
+    "efficiency": 0.6205,  # fitted by fit.py to published.FITTED
 }
 
 MACHINES = {
     "h100": Machine(name="h100", memory_bytes=79 * GIB, memory_bandwidth=3.35e12, **_H100),
-    # The H100's chip beside more and faster memory, so its efficiency is taken over.
+    # It has the H100's chip with more and faster memory, so the H100's efficiency is used.
     "h200": Machine(name="h200", memory_bytes=139 * GIB, memory_bandwidth=4.8e12, **_H100),
 }
-"""By --gpu. Sources: NVIDIA's H100 (SXM5) and H200 data sheets; NVLink 900 GB/s and PCIe 128 GB/s are both directions
-together; one 400 Gb/s adapter for each GPU, as in a DGX H100."""
+"""The machines by the name for --gpu. Sources: NVIDIA's H100 (SXM5) and H200 data sheets, which give NVLink (900 GB/s)
+and PCIe (128 GB/s) for both directions together. Each GPU has one 400 Gb/s adapter, as in a DGX H100."""

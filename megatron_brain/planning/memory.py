@@ -1,8 +1,8 @@
-"""Memory of the busiest rank, by part: an estimate from sizes alone, made of what our code and megatron-core allocate.
+"""Memory of the busiest rank by part, estimated from sizes alone: what our code and megatron-core allocate.
 
 A step is a sequence of phases that do not coexist: sampling, scoring, forward and backward pass, update. Weights,
-gradient buffers and optimizer state are there in all of them. The estimate is of tensors: not of the CUDA context,
-communication buffers of NCCL, and fragmentation. docs/planner.md says how it was measured, and what was not.
+gradient buffers and optimizer state exist in all of them. The estimate counts tensors only, not the CUDA context,
+communication buffers of NCCL, or fragmentation. docs/planner.md says how it was measured, and what was not measured.
 """
 
 import functools
@@ -30,8 +30,8 @@ from megatron_brain.planning.sizes import (
     linear_layers,
     linear_weights,
     output_parameters,
-    stage_layers,
-    stage_parameters,
+    pipeline_stage_layers,
+    pipeline_stage_parameters,
 )
 from megatron_brain.planning.workload import Layout, ScoringWork, Workload
 
@@ -42,65 +42,69 @@ class Memory:
 
     phase: str
     """`training`, `update`, `sampling` or `scoring`."""
-    stage: int
+    pipeline_stage: int
     """The pipeline stage of the rank."""
     weights: int = 0
-    """Of the model that trains (or generates), FP8 copies included."""
+    """Weights of the model that trains (or generates), FP8 copies included."""
     gradients: int = 0
-    """float32 buffers."""
+    """The float32 buffers of the gradients."""
     optimizer: int = 0
     """Both moments and, where weights are not float32, their float32 copies."""
     frozen_models: int = 0
     """Weights of prior and reward model that are on the device in this phase."""
     activations: int = 0
-    """Kept for backward passes, and what the pass under way holds for a moment."""
+    """What is kept for backward passes, and what the pass under way holds for a moment."""
     logprob_workspace: int = 0
-    """Logits, and gradients that log-probabilities are computed with."""
+    """Logits, and the gradients that are computed together with log-probabilities."""
     kv_cache: int = 0
     """Keys and values of sampled responses."""
     temporaries: int = 0
-    """What an update needs for a moment."""
+    """What an update holds for a moment."""
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """The sum of all parts."""
         return sum(getattr(self, part) for part in PARTS)
 
     def as_dict(self) -> dict[str, int | str]:
-        """Parts, total, phase and stage, for JSON."""
+        """Parts, total, phase and pipeline stage, for JSON."""
         parts = {part: getattr(self, part) for part in PARTS}
-        return {"phase": self.phase, "stage": self.stage, **parts, "total": self.total}
+        return {"phase": self.phase, "pipeline_stage": self.pipeline_stage, **parts, "total": self.total}
 
 
-PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("phase", "stage"))
+PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("phase", "pipeline_stage"))
 """Names of the parts, in the order that tables show."""
 
 
 def estimate_memory(workload: Workload, layout: Layout, *, impl: TransformerImpl = "transformer_engine") -> Memory:
-    """The rank and phase that need most.
+    """Memory of the rank and phase that need most.
 
     Args:
-        impl: layers whose tensors are counted: `local` as measured on CPUs, or `transformer_engine` on a GPU, which
-            follows from reading its code and has not been measured.
+        impl: implementation of the layers: `local`, as measured on CPUs, or `transformer_engine` on a GPU, which was
+            derived from its code and has not been measured.
     """
-    phases = (m for stage in range(layout.pipeline) for m in stage_memory(workload, layout, stage, impl=impl))
+    phases = (
+        m
+        for pipeline_stage in range(layout.pipeline)
+        for m in pipeline_stage_memory(workload, layout, pipeline_stage, impl=impl)
+    )
     return max(phases, key=lambda memory: memory.total)
 
 
-def stage_memory(
-    workload: Workload, layout: Layout, stage: int, *, impl: TransformerImpl = "transformer_engine"
+def pipeline_stage_memory(
+    workload: Workload, layout: Layout, pipeline_stage: int, *, impl: TransformerImpl = "transformer_engine"
 ) -> list[Memory]:
     """Memory of the ranks of one pipeline stage, phase by phase."""
     ours = layout.context == 1 and not layout.sharded_weights and not layout.account_for_ends
     assert ours, f"memory of layouts that our runs cannot have is not known: {layout}"
-    return _Stage(workload, layout, stage, impl).phases()
+    return _PipelineStage(workload, layout, pipeline_stage, impl).phases()
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _PipelineStage:
     workload: Workload
     layout: Layout
-    stage: int
+    pipeline_stage: int
     impl: TransformerImpl
 
     @property
@@ -109,15 +113,15 @@ class _Stage:
 
     @property
     def is_first(self) -> bool:
-        return self.stage == 0
+        return self.pipeline_stage == 0
 
     @property
     def is_last(self) -> bool:
-        return self.stage == self.layout.pipeline - 1
+        return self.pipeline_stage == self.layout.pipeline - 1
 
     @property
     def tied(self) -> bool:
-        """Whether one weight on this rank is embedding and output layer."""
+        """Whether embedding and output layer are one weight on this rank."""
         return self.workload.head == "policy" and self.layout.pipeline == 1 and self._ties_weights
 
     @property
@@ -126,15 +130,15 @@ class _Stage:
 
     @functools.cached_property
     def parameters(self) -> int:
-        """Parameters on this rank."""
-        return stage_parameters(self.model, self.layout, self.stage, self.workload.head)
+        """Number of parameters on this rank."""
+        return pipeline_stage_parameters(self.model, self.layout, self.pipeline_stage, self.workload.head)
 
     @functools.cached_property
     def shapes(self) -> Shapes:
         return Shapes.of(self.workload, self.layout, self.model, self.impl)
 
     def phases(self) -> list[Memory]:
-        """All phases of a step."""
+        """Memory in all phases of a step."""
         found = []
         if self.workload.spec.trains:
             found += [self._training(), self._update()]
@@ -145,12 +149,12 @@ class _Stage:
     # Weights and what belongs to them
 
     def _memory(self, phase: str, using: ScoringWork | None = None, **parts: int) -> Memory:
-        """What is there in all phases, and `parts`."""
+        """Memory of one phase: what exists in all phases, and `parts`."""
         frozen = (m for m in self.workload.frozen_models if m is using or not m.offloaded)
         trains = self.workload.spec.trains
         return Memory(
             phase=phase,
-            stage=self.stage,
+            pipeline_stage=self.pipeline_stage,
             weights=self._weights(self.model, self.workload.head, trained=True),
             gradients=self.parameters * FLOAT32 if trains else 0,
             optimizer=self._optimizer() if trains else 0,
@@ -159,25 +163,25 @@ class _Stage:
         )
 
     def _weights(self, model: ResolvedModel, head: Head, *, trained: bool) -> int:
-        """Weights in the dtype of the activations. In FP8 linear maps have a copy, and one transposed where there are
-        gradients to compute; with --fp8-param-gather these are all there is."""
+        """Weights in the dtype of the activations. In FP8 each linear map also has a copy, and a transposed one where
+        there are gradients to compute; with --fp8-param-gather only these exist."""
         element = self.shapes.element
-        weights = stage_parameters(model, self.layout, self.stage, head) * element
+        weights = pipeline_stage_parameters(model, self.layout, self.pipeline_stage, head) * element
         if self.workload.precision != "fp8" or self.impl != "transformer_engine":
             return weights
         maps = linear_weights(model) // self.layout.tensor
-        in_fp8 = maps * self._fp8_layers(range(stage_layers(model, self.layout, self.stage)))
+        in_fp8 = maps * self._fp8_layers(range(pipeline_stage_layers(model, self.layout, self.pipeline_stage)))
         copies = in_fp8 * (2 if trained else 1)
         return weights + copies - (in_fp8 * element if trained and self.workload.fp8_param_gather else 0)
 
     def _optimizer(self) -> int:
-        """Two moments, and a float32 copy of weights that are not float32 themselves."""
+        """Two moments, and a float32 copy of the weights unless they are float32 themselves."""
         copies = 0 if self.workload.precision == "fp32" else FLOAT32
         shards = self.layout.data if self.layout.distributed_optimizer else 1
         return -(-self.parameters // shards) * (2 * FLOAT32 + copies)
 
     def _update(self) -> Memory:
-        """Clipping without Transformer Engine or Apex makes a scaled copy of one gradient at a time."""
+        """Memory of the update. Without Transformer Engine or Apex, clipping makes scaled copies, one at a time."""
         largest = max(
             [linear.weights // self.layout.tensor for linear in linear_layers(self.model)]
             + [embedding_parameters(self.model, self.layout.tensor)] * self.is_first
@@ -191,13 +195,13 @@ class _Stage:
     # Forward and backward pass
 
     def _training(self) -> Memory:
-        """The most over the schedule: what waits for its backward pass, and the pass under way."""
+        """The most over the schedule: what waits for its backward pass, and what the pass under way holds."""
         layout, chunks = self.layout, self.layout.virtual_pipeline
         passes = [self._pass(chunk) for chunk in range(chunks)]
         waiting, peak = 0, (0, 0)
-        # Later rounds of the pipeline repeat the second and third.
+        # Four times as many micro-batches as pipeline stages reach the peak; later ones only repeat it.
         micro_batches = min(layout.num_micro_batches, 4 * layout.pipeline)
-        steps = pipeline_steps(self.stage, layout.pipeline, chunks, micro_batches)
+        steps = pipeline_steps(self.pipeline_stage, layout.pipeline, chunks, micro_batches)
         for direction, chunk in steps:
             kept, highest, workspace = passes[chunk]
             if direction == "backward":
@@ -207,7 +211,7 @@ class _Stage:
                 waiting += kept
         inputs = self.shapes.batch * layout.num_micro_batches
         gathered = self.shapes.gathered  # megatron-core's buffer for gathered inputs, made once
-        # Interleaved stages communicate meanwhile: the next input and gradient arrive, the last gradient leaves.
+        # Interleaved chunks communicate meanwhile: the next input and gradient arrive, the last gradient leaves.
         under_way = 3 * self.shapes.hidden if chunks > 1 else 0
         total, workspace = peak
         return self._memory(
@@ -215,14 +219,14 @@ class _Stage:
         )
 
     def _pass(self, chunk: int) -> tuple[int, int, int]:
-        """Of one micro-batch in a chunk: what is kept, the most it holds, and the log-probabilities' share of that."""
+        """For one micro-batch in a chunk: what is kept, the most it holds, and the log-probabilities' share of that."""
         shapes, layout = self.shapes, self.layout
         layers, whole = self._layers_kept(chunk)
         outer = shapes.rotation
         has_head = self.is_last and chunk == layout.virtual_pipeline - 1
         has_embedding = self.is_first and chunk == 0
         if not has_embedding and not norm_keeps_input(shapes) and layout.recompute != "full":
-            outer += shapes.hidden  # held by the schedule alone
+            outer += shapes.hidden  # only the schedule holds the input
         if not has_head:
             outer += shapes.hidden  # the output, which the schedule holds until its gradient comes
         head = HeadMemory(kept=0, forward=0, backward=0, tied_gradient=0, workspace=0)
@@ -240,7 +244,7 @@ class _Stage:
         return outer + layers + head.kept, *max(points)
 
     def _layers_kept(self, chunk: int) -> tuple[int, int]:
-        """What the layers of a chunk keep after a forward pass, and when their backward pass is at its peak."""
+        """What the layers of a chunk keep after a forward pass, and at the peak of their backward pass."""
         shapes, layout = self.shapes, self.layout
         places = self._places(chunk)
         count, first = len(places), places.start
@@ -250,28 +254,28 @@ class _Stage:
         again = min(layout.recompute_num_layers, count)
         if layout.recompute_method == "uniform":
             inputs = -(-count // again) * shapes.hidden
-            # The last chunk of layers is computed again, and its output is there too.
+            # The last layers are computed again, and their output exists too.
             layers = [self._layer(first + i, with_input=i > 0) for i in range(again)]
             return inputs, inputs + sum(layers) + shapes.hidden
         kept = again * shapes.hidden + sum(self._layer(first + i) for i in range(again, count))
         return kept, max(kept, again * shapes.hidden + self._layer(first, with_input=False) + shapes.hidden)
 
     def _places(self, chunk: int) -> range:
-        """Places of a chunk's layers among those of this stage."""
-        each = stage_layers(self.model, self.layout, self.stage) // self.layout.virtual_pipeline
+        """Places of a chunk's layers among those of this pipeline stage."""
+        each = pipeline_stage_layers(self.model, self.layout, self.pipeline_stage) // self.layout.virtual_pipeline
         return range(chunk * each, (chunk + 1) * each)
 
     def _layer(self, place: int, *, with_input: bool = True) -> int:
-        """What the layer at a place of this stage keeps."""
+        """What the layer at a place of this pipeline stage keeps."""
         selective = self.layout.recompute == "selective"
         fp8 = self._fp8_layers([place]) > 0
         return layer_kept(self.shapes, selective=selective, fp8=fp8, with_input=with_input)
 
     def _fp8_layers(self, places: range | list[int]) -> int:
-        """How many of the layers at places of this stage compute in FP8."""
+        """How many of the layers at these places of this pipeline stage compute in FP8."""
         if self.workload.precision != "fp8" or self.impl != "transformer_engine":
             return 0
-        count = stage_layers(self.model, self.layout, self.stage)
+        count = pipeline_stage_layers(self.model, self.layout, self.pipeline_stage)
         start, end = self.workload.bf16_layers
         start = start if self.is_first else 0
         end = end if self.is_last else 0
@@ -280,7 +284,7 @@ class _Stage:
     # Sampling and scoring
 
     def _scoring(self, frozen: ScoringWork) -> Memory:
-        """A frozen model scores micro-batches of training, nothing kept."""
+        """Memory while a frozen model scores micro-batches of training and keeps nothing."""
         shapes = Shapes.of(self.workload, self.layout, frozen.model, self.impl)
         norm_and_head = 2 * shapes.hidden + shapes.gathered
         workspace = scoring_workspace(shapes) if self.is_last and frozen.head == "policy" else 0
@@ -291,7 +295,7 @@ class _Stage:
         return self._memory("scoring", frozen, activations=norm_and_head + inputs, logprob_workspace=workspace)
 
     def _sampling(self) -> Memory:
-        """A batch of prompts and their responses: the cache is full when the last token is drawn."""
+        """Memory of a batch of prompts and their responses when the last token is drawn and the cache is full."""
         workload, model, layout = self.workload, self.model, self.layout
         prompts = max(1, workload.sampling_batch_size // workload.drawn_per_prompt)
         prompts = min(prompts, -(-workload.prompts_per_round // layout.data)) if workload.spec.rounds else prompts
@@ -301,7 +305,7 @@ class _Stage:
         # The last token of a response is never fed back.
         places = prompts * workload.prompt_length + rows * (workload.response_length - 1)
         layer_cache = 2 * places * heads * model.kv_channels * entry
-        cache = layer_cache * stage_layers(model, layout, self.stage)
+        cache = layer_cache * pipeline_stage_layers(model, layout, self.pipeline_stage)
         prefill = self._prefill(prompts)
         scores = rows * (model.num_attention_heads // layout.tensor) * FLOAT32
         scores *= workload.prompt_length + workload.response_length
@@ -313,7 +317,7 @@ class _Stage:
         return self._memory("sampling", kv_cache=cache, activations=max(prefill, decode))
 
     def _prefill(self, prompts: int) -> int:
-        """The pass over the prompts of a batch."""
+        """What the pass over the prompts of a batch holds."""
         tokens = prompts * self.workload.prompt_length
         shard = -(-tokens // self.layout.sequence_shards)
         shapes = Shapes(
@@ -329,7 +333,7 @@ class _Stage:
         return shapes.rotation + layer_forward(shapes) + shapes.gathered
 
     def _sampling_logits(self, rows: int) -> int:
-        """float32 logits of every row: this rank's, and over tensor-parallel ranks gathered and laid side by side."""
+        """float32 logits of every row: this rank's, and those gathered over tensor-parallel ranks and joined."""
         whole = rows * padded_vocab_size(self.model, self.layout.tensor)
         mine = whole // self.layout.tensor * (FLOAT32 + (self.shapes.element if self.shapes.element < FLOAT32 else 0))
         return (

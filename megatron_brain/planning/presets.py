@@ -1,4 +1,4 @@
-"""Architectures of published models by name, as their config.json has them."""
+"""Architectures of published models by name, as in their config.json."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hf_model_type": "llama",
     },
 }
-"""Sizes by name, keys of ARCHITECTURE_FIELDS; what is left out is the default."""
+"""Sizes of each model, with the keys of ARCHITECTURE_FIELDS; a missing key has its default."""
 
 
 def preset(name: str) -> ResolvedModel:

@@ -1,4 +1,4 @@
-"""What `search` found, as tables, as JSON and as flags of a run."""
+"""What `search` found, as tables, as JSON and as the flags of a run."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from megatron_brain.planning.search import Plan, Question, Rejection, Settings
 from megatron_brain.planning.time import StepTime
 from megatron_brain.planning.workload import Layout
 
-FORMAT = 1
-"""Version of the JSON report; it grows when a key changes its meaning or goes."""
+FORMAT = 2
+"""Version of the JSON report. It is raised when a key changes its meaning or is removed."""
 
 TIMES = tuple(field.name for field in fields(StepTime))
 _LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "data", "micro_batch_size", "num_micro_batches", "recompute")
@@ -30,7 +30,8 @@ _HEADINGS = {
 
 
 def memory_table(plans: Sequence[Plan], question: Question) -> Table:
-    """GiB on the busiest GPU. Parts are each at its largest; not all coexist, so the total is no sum."""
+    """GiB on the busiest GPU. Each part is shown at its largest; not all exist at one time, so the total is not their
+    sum."""
     there = (question.machine.memory_bytes - question.reserved_bytes) / GIB
     names = [name for name in PARTS if any(_largest(plan)[name] for plan in plans)]
     table = Table(title=f"Memory of the busiest GPU, GiB of {there:.0f}; parts at their largest, total of one phase")
@@ -60,7 +61,7 @@ def time_table(plans: Sequence[Plan]) -> Table:
 
 
 def rejection_table(rejections: Sequence[Rejection]) -> Table:
-    """How many layouts were rejected for what, with an example each."""
+    """The reasons of rejections: how many layouts each has, and an example."""
     kinds = defaultdict(list)
     for rejection in rejections:
         kinds[rejection.kind].append(rejection)
@@ -73,7 +74,7 @@ def rejection_table(rejections: Sequence[Rejection]) -> Table:
 
 
 def flags(settings: Settings) -> list[str]:
-    """The settings as flags of `python -m megatron_brain`, those at their defaults left out."""
+    """The settings as flags of `python -m megatron_brain`, without those that have their defaults."""
     found = []
     for name, value in settings.items():
         spec = all_fields()[name]
@@ -94,11 +95,11 @@ def as_json(
     *,
     reward_model: str | None = None,
 ) -> dict[str, Any]:
-    """The whole answer: every plan and every rejection. Sizes are bytes, times seconds.
+    """The whole answer: every plan and every rejection. Sizes are in bytes, times in seconds.
 
     Args:
-        name: of the model, as it was asked for.
-        reward_model: the name of the reward model; None: the policy's sizes.
+        name: name of the model, as it was asked for.
+        reward_model: name of the reward model; None: it has the policy's sizes.
     """
     asked = {key: value for key, value in vars(question).items() if key not in ("model", "machine", "reward_model")}
     return {
@@ -132,7 +133,7 @@ def layout_name(layout: Layout) -> str:
 
 
 def _largest(plan: Plan) -> dict[str, int]:
-    """Each part in the phase and stage where it is largest."""
+    """Each part in the phase and on the pipeline stage where it is largest."""
     return {name: max(getattr(memory, name) for memory in plan.phases) for name in PARTS}
 
 

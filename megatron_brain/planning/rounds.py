@@ -1,4 +1,4 @@
-"""Seconds of a step of any stage: training, and for brain a step's share of sampling and scoring its round."""
+"""Seconds of a step of any stage: training, and in brain also a step's share of sampling and scoring a round."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 from megatron_brain.models.architecture import padded_vocab_size
 from megatron_brain.planning.communication import pipeline_seconds, ring_share, tensor_seconds
 from megatron_brain.planning.machine import Machine
-from megatron_brain.planning.sizes import stage_parameters
+from megatron_brain.planning.sizes import pipeline_stage_parameters
 from megatron_brain.planning.time import PassTimer, StepTime, forward_seconds, linear_seconds, training_time
 from megatron_brain.planning.traffic import (
     CHOICE_BYTES,
@@ -20,7 +20,7 @@ from megatron_brain.planning.workload import Layout, Precision, ScoringWork, Wor
 
 
 def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
-    """Seconds of one optimizer step with all that belongs to it."""
+    """Seconds of one optimizer step with its share of a round."""
     step = training_time(workload, layout, machine)
     if not workload.spec.rounds:
         return step
@@ -33,20 +33,20 @@ def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
 
 
 def sampling_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
-    """Drawing the responses of a round: batches one after another, each through all stages, none overlapped. A model
-    that trains in FP8 samples in bf16."""
+    """Seconds to draw the responses of a round: batches go one after another through all pipeline stages, without
+    overlap. A model that trains in FP8 samples in bf16."""
     if workload.precision == "fp8":
         workload = dataclasses.replace(workload, precision="bf16")
     batches, prompts = sampling_batches(workload, layout)
     one = _prefill_seconds(workload, layout, machine, prompts)
-    # Each response is drawn to its end; the last token is never fed back.
+    # Each response is drawn to its end; its last token is never fed back.
     one += (workload.response_length - 1) * token_seconds(workload, layout, machine, prompts)
     one += workload.response_length * _choice_seconds(workload, layout, machine, prompts)
     return batches * one
 
 
 def sampling_batches(workload: Workload, layout: Layout) -> tuple[int, int]:
-    """Batches of a round on one replica, and prompts in each."""
+    """Number of batches of a round on one replica, and of prompts in each."""
     mine = math.ceil(workload.prompts_per_round / layout.data)
     at_once = max(1, workload.sampling_batch_size // workload.drawn_per_prompt)
     batches = math.ceil(mine / at_once)
@@ -54,18 +54,18 @@ def sampling_batches(workload: Workload, layout: Layout) -> tuple[int, int]:
 
 
 def token_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
-    """One token of every response of a batch through all layers, halfway through the responses."""
+    """Seconds of one token of every response of a batch through all layers, halfway through the responses."""
     rows = prompts * workload.drawn_per_prompt
     linear = linear_seconds(workload, layout, machine, rows, workload.precision)
     traffic = machine.memory_seconds(rows * layer_forward_bytes(workload, layout))
     communication = 4 * tensor_seconds(workload, layout, machine, rows)
     layer = linear + traffic + communication + _cached_attention_seconds(workload, layout, machine, prompts)
-    return workload.model.num_layers * layer + _round_the_stages(workload, layout, machine, rows)
+    return workload.model.num_layers * layer + _between_pipeline_stages(workload, layout, machine, rows)
 
 
 def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
-    """One layer's attention of a token to the cache: a prompt's keys and values are read once for all its responses.
-    Scores and products are float32."""
+    """Seconds of one layer's attention of a token to the cache. Keys and values of a prompt are read once for all its
+    responses; scores and products are float32."""
     model, rows = workload.model, prompts * workload.drawn_per_prompt
     own = workload.response_length / 2
     stored = prompts * workload.prompt_length + rows * own
@@ -76,7 +76,8 @@ def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machi
 
 
 def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
-    """Logits of a batch's next tokens, gathered over tensor-parallel ranks, and the choice, which each rank makes."""
+    """Seconds of the logits of a batch's next tokens, of gathering them over tensor-parallel ranks, and of the choice,
+    which each rank makes."""
     rows, vocabulary = prompts * workload.drawn_per_prompt, padded_vocab_size(workload.model, layout.tensor)
     weights = vocabulary / layout.tensor * workload.model.hidden_size
     precision: Precision = "fp32" if workload.precision == "fp32" else "bf16"
@@ -89,25 +90,25 @@ def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompt
 
 
 def _prefill_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
-    """A forward pass of a batch's prompts, without the head."""
+    """Seconds of a forward pass of a batch's prompts, without the head."""
     alone = dataclasses.replace(workload, response_length=0, samples_per_prompt=1, seq_length=None)
     batch = dataclasses.replace(layout, micro_batch_size=prompts, max_tokens_per_micro_batch=None)
     timer = PassTimer(alone, batch, machine)
     tokens = alone.micro_batch_tokens(batch)
-    passes = sum(timer.forward(stage).total for stage in range(layout.pipeline))
-    return passes + _round_the_stages(workload, layout, machine, tokens)
+    passes = sum(timer.forward(pipeline_stage).total for pipeline_stage in range(layout.pipeline))
+    return passes + _between_pipeline_stages(workload, layout, machine, tokens)
 
 
-def _round_the_stages(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
-    """Hidden states of `tokens` from chunk to chunk."""
+def _between_pipeline_stages(workload: Workload, layout: Layout, machine: Machine, tokens: float) -> float:
+    """Seconds to send hidden states of `tokens` from chunk to chunk, through all of them."""
     hops = layout.pipeline * layout.virtual_pipeline - 1
     return hops * pipeline_seconds(workload, layout, machine, tokens)
 
 
 def scoring_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
-    """Forward passes of a round in the micro-batches of training: of the policy where it is the proposal, and of every
-    scoring model, its weights brought from host memory where they live there. Candidates are scored by the reward model
-    alone, before they are chosen."""
+    """Seconds of a round's forward passes, in the micro-batches of training: those of the policy where it is the
+    proposal, and of every scoring model, whose weights may first come from host memory. Only the reward model scores
+    all candidates, before responses are chosen from them."""
     steps = workload.prompts_per_round / workload.global_batch_size
     is_proposal = workload.generates and workload.candidates_per_prompt is None
     policy = forward_seconds(PassTimer(workload, layout, machine)) if is_proposal else 0.0
@@ -127,5 +128,5 @@ def _frozen_pass(frozen: ScoringWork, workload: Workload, layout: Layout, machin
 def _loading(frozen: ScoringWork, workload: Workload, layout: Layout, machine: Machine) -> float:
     if not frozen.offloaded:
         return 0.0
-    most = max(stage_parameters(frozen.model, layout, stage, frozen.head) for stage in range(layout.pipeline))
+    most = max(pipeline_stage_parameters(frozen.model, layout, one, frozen.head) for one in range(layout.pipeline))
     return machine.host_seconds(most * bytes_per_value(workload))

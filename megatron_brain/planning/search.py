@@ -1,4 +1,4 @@
-"""Looks for layouts: every candidate is a run's configuration, refused where a run would refuse it, then estimated."""
+"""Looks for layouts: each candidate is the configuration of a run, checked as a run checks it, and then estimated."""
 
 import dataclasses
 import itertools
@@ -17,13 +17,13 @@ from megatron_brain.config.stage_spec import stage_spec, stages
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, Machine
-from megatron_brain.planning.memory import Memory, stage_memory
+from megatron_brain.planning.memory import Memory, pipeline_stage_memory
 from megatron_brain.planning.rounds import step_time
 from megatron_brain.planning.time import StepTime
 from megatron_brain.planning.workload import Layout, Precision, Recompute, Workload, from_run_config
 
 Settings = dict[str, object]
-"""Flags of a run, by field."""
+"""Flags of a run, by the name of their field."""
 
 _FILES: Settings = {"load": "POLICY", "finetune": True, "train_data": "DATA", "reward_load": "REWARD"}
 """Files that a run needs and a plan does not have."""
@@ -39,7 +39,7 @@ _OF_SOME_STAGES = (
     "offload_reward",
     "two_pass",
 )
-"""What is asked of the stages that have a setting of that name, and of no other."""
+"""Fields of `Question` for those stages only that have a setting of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +47,27 @@ class Question:
     """What is to be run, and on what."""
 
     stage: str
-    """One that trains."""
+    """Name of a stage that trains."""
     model: ResolvedModel
-    """Its sizes resolved."""
+    """The model that trains, its sizes resolved."""
     machine: Machine
     gpus: int
     prompt_length: int
     response_length: int
     samples_per_prompt: int = 8
-    """brain: n."""
+    """brain: responses of a group, n."""
     seq_length: int | None = None
-    """sft: length that records are packed into; None: that of one record, rounded up for FP8."""
+    """sft: length of the sequences that records are packed into; None: that of one record, rounded up for FP8."""
     global_batch_size: int = 128
     prompts_per_round: int | None = None
-    """brain; None: those of one step."""
+    """brain: prompts of a round; None: those of one step."""
     refresh_interval: int | None = None
-    """brain; None: one pass over the round."""
+    """brain: steps of a round; None: one pass over the round."""
     sampling_batch_size: int | None = None
-    """brain; None: as many responses of a round as fit."""
+    """brain: responses decoded at one time; None: as many of a round as fit."""
     precision: Precision = "bf16"
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    """auto: the least that fits."""
+    """auto: the least recomputation that fits."""
     shared_prefix: bool = True
     distributed_optimizer: bool = True
     offload_prior: bool = False
@@ -76,7 +76,7 @@ class Question:
     reward_model: ResolvedModel | None = None
     """brain: sizes of the reward model; None: the policy's."""
     reserved_bytes: int = 6 * GIB
-    """Memory of a GPU that estimates leave to the CUDA context, NCCL and fragmentation."""
+    """Memory of a GPU that is left to the CUDA context, NCCL and fragmentation."""
 
     def __post_init__(self) -> None:
         if self.reserved_bytes < 0:
@@ -109,7 +109,7 @@ class Question:
             )
 
     def _require_setting(self, name: str, *, setting: str) -> None:
-        """Raise ConfigError where something is asked that the stage has no setting for."""
+        """Raise ConfigError where the question sets a field that the stage has no setting for."""
         if getattr(self, name) != getattr(type(self), name) and setting not in stage_fields(self.stage):
             readers = _named(lambda stage: setting in stage_fields(stage))
             raise ConfigError(f"{name}={getattr(self, name)} is for --stage {readers}, not {self.stage}: leave it out")
@@ -124,14 +124,14 @@ class Plan:
     workload: Workload
     layout: Layout
     phases: tuple[Memory, ...]
-    """Of the ranks that can need most, phase by phase."""
+    """Memory of the ranks that can need most, phase by phase."""
     time: StepTime
     tokens_per_second: float
-    """Of one GPU, each prompt counted once."""
+    """Tokens per second of one GPU; each prompt counts once."""
 
     @property
     def memory(self) -> Memory:
-        """The phase that needs most."""
+        """Memory of the phase that needs most."""
         return _peak(self.phases)
 
 
@@ -144,12 +144,12 @@ class Rejection:
 
     @property
     def kind(self) -> str:
-        """The reason without its numbers and its cure: alike for layouts that fail alike."""
+        """The reason without its numbers and its cure: the same for layouts that fail for the same reason."""
         return re.sub(r"\d+(\.\d+)?", "N", self.reason.split(": ")[0])
 
 
 def search(question: Question) -> tuple[list[Plan], list[Rejection]]:
-    """All candidates: those that fit, fastest first, and the others."""
+    """The candidates that fit, fastest first, and those that were rejected."""
     plans, rejections = [], []
     for settings in _candidates(question):
         try:
@@ -202,7 +202,7 @@ def _plan(question: Question, settings: Settings) -> Plan:
 
 
 def _check_nodes(question: Question, tensor: int) -> None:
-    """Tensor-parallel ranks are neighbours: a size that does not divide a node crosses to the next one."""
+    """Raise ConfigError where tensor-parallel ranks, which are neighbours, would not stay on one node."""
     node = question.machine.gpus_per_node
     if question.gpus > node and node % tensor:
         cure = ", ".join(map(str, _divisors(node, at_most=node)))
@@ -232,9 +232,10 @@ def _that_fits(question: Question, workload: Workload, layout: Layout) -> tuple[
 
 
 def _phases(workload: Workload, layout: Layout) -> tuple[Memory, ...]:
-    """Of the stages that can need most: the first has the most micro-batches under way, the last has the head."""
-    stages = sorted({0, layout.pipeline - 1})
-    return tuple(memory for stage in stages for memory in stage_memory(workload, layout, stage))
+    """Memory of the pipeline stages that can need most: the first has most micro-batches under way, the last the
+    head."""
+    ends = sorted({0, layout.pipeline - 1})
+    return tuple(memory for one in ends for memory in pipeline_stage_memory(workload, layout, one))
 
 
 def _peak(phases: tuple[Memory, ...]) -> Memory:
@@ -242,7 +243,7 @@ def _peak(phases: tuple[Memory, ...]) -> Memory:
 
 
 def _variants(question: Question, workload: Workload, layout: Layout) -> Iterator[tuple[Workload, Layout]]:
-    """What may be chosen to fit, fastest first: samples at one time, then recomputation."""
+    """The variants of a candidate, fastest first: first fewer samples at one time, then more recomputation."""
     choices = _RECOMPUTE if question.recompute == "auto" else (question.recompute,)
     for recompute in choices:
         for size in _sampling_batch_sizes(question, workload, layout):
@@ -253,7 +254,7 @@ def _variants(question: Question, workload: Workload, layout: Layout) -> Iterato
 
 
 def _sampling_batch_sizes(question: Question, workload: Workload, layout: Layout) -> Iterator[int]:
-    """All of a replica's responses of a round, and parts of them."""
+    """All responses of a round on one replica, then half of the prompts, a quarter, and so on."""
     if question.sampling_batch_size is not None or not workload.generates:
         yield workload.sampling_batch_size
         return
@@ -266,7 +267,7 @@ def _sampling_batch_sizes(question: Question, workload: Workload, layout: Layout
 
 
 def _chosen(workload: Workload, layout: Layout) -> Settings:
-    """Flags of what `_variants` chose."""
+    """The flags of what was chosen from `_variants`."""
     recompute = {} if layout.recompute == "none" else {"recompute_granularity": layout.recompute}
     return recompute | ({"sampling_batch_size": workload.sampling_batch_size} if workload.generates else {})
 
@@ -276,7 +277,7 @@ def _without_files(settings: Settings) -> Settings:
 
 
 def _candidates(question: Question) -> Iterator[Settings]:
-    """Settings of every layout that fills the GPUs: sizes that cannot be are left in, to be refused with a reason."""
+    """Settings of every layout that fills the GPUs, the impossible ones too: they are rejected with a reason."""
     for tensor in _divisors(question.gpus, at_most=2 * question.machine.gpus_per_node):
         for pipeline in _divisors(question.gpus // tensor, at_most=question.model.num_layers):
             chunks = _chunk_layers(question.model.num_layers, pipeline)
@@ -285,11 +286,11 @@ def _candidates(question: Question) -> Iterator[Settings]:
 
 
 def _chunk_layers(layers: int, pipeline: int) -> list[int | None]:
-    """None: not interleaved; else layers of a chunk."""
+    """Possible numbers of layers of a chunk; None stands for the schedule that is not interleaved."""
     if pipeline == 1 or layers % pipeline:
         return [None]
-    per_stage = layers // pipeline
-    return [None, *_divisors(per_stage, at_most=per_stage - 1)]
+    each = layers // pipeline
+    return [None, *_divisors(each, at_most=each - 1)]
 
 
 def _micro_batches(question: Question) -> list[int]:
@@ -334,7 +335,7 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
 
 
 def _seq_length(question: Question, tensor: int) -> int:
-    """The one asked for, or the longest sequence and so much that FP8 and sequence parallelism can split it."""
+    """The length that was asked for, or the longest record, rounded up for FP8 and sequence parallelism."""
     longest, unit = question.prompt_length + question.response_length, tensor
     if question.precision == "fp8":
         unit *= Fp8Config(**_FP8).sequence_multiple
@@ -342,7 +343,7 @@ def _seq_length(question: Question, tensor: int) -> int:
 
 
 def _settings_of_stage(question: Question) -> Settings:
-    """What is asked of some stages alone, under the names of their settings."""
+    """Fields of the question that only some stages have, under the names of their settings."""
     asked = {name: getattr(question, name) for name in _OF_SOME_STAGES}
     asked["prompts_per_round"] = question.prompts_per_round or question.global_batch_size
     asked["max_new_tokens"] = question.response_length
@@ -356,10 +357,10 @@ def training_stages() -> list[str]:
 
 
 def _packs(stage: str) -> bool:
-    """Whether a stage packs records, unless it is told otherwise."""
+    """Whether a stage packs records by default."""
     return stage_spec(stage).work(config_from_dict(stage, {})).packed
 
 
 def _named(has: Callable[[str], bool]) -> str:
-    """The planned stages of which something is true, in words."""
+    """The names of the stages that can be planned and satisfy `has`, in words."""
     return " or ".join(filter(has, training_stages()))

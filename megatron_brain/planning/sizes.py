@@ -29,7 +29,7 @@ class Linear:
         return self.inputs * self.outputs
 
     def parameters(self, tensor: int) -> int:
-        """Parameters on one tensor-parallel rank; the bias of a row-split map is whole on each."""
+        """Parameters on one tensor-parallel rank. The bias of a map that is split by rows is whole on each rank."""
         bias = self.outputs if self.bias else 0
         return self.weights // tensor + (bias // tensor if self.split == "column" else bias)
 
@@ -50,7 +50,7 @@ def linear_layers(model: ResolvedModel) -> tuple[Linear, ...]:
 
 
 def linear_weights(model: ResolvedModel) -> int:
-    """Entries of all matrices of one layer: what FP8 applies to."""
+    """Entries of all matrices of one layer, which FP8 applies to."""
     return sum(linear.weights for linear in linear_layers(model))
 
 
@@ -66,16 +66,16 @@ def layer_parameters(model: ResolvedModel, tensor: int = 1) -> int:
 
 
 def embedding_parameters(model: ResolvedModel, tensor: int = 1) -> int:
-    """Parameters of token embedding and learned positions on one tensor-parallel rank of the first stage."""
+    """Parameters of token embedding and learned positions on one tensor-parallel rank of the first pipeline stage."""
     learned = model.position_embedding_type == "learned_absolute"
     positions = model.max_position_embeddings * model.hidden_size if learned else 0
     return padded_vocab_size(model, tensor) // tensor * model.hidden_size + positions
 
 
 def output_parameters(model: ResolvedModel, head: Head, tensor: int = 1, pipeline: int = 1) -> int:
-    """Parameters of final norm and head on one tensor-parallel rank of the last stage.
+    """Parameters of final norm and head on one tensor-parallel rank of the last pipeline stage.
 
-    Weights tied to the embedding's are there a second time when the last stage is not the first.
+    Weights tied to the embedding's exist a second time where there is more than one pipeline stage.
     """
     if head == "reward":
         return norm_parameters(model) + model.hidden_size
@@ -84,21 +84,21 @@ def output_parameters(model: ResolvedModel, head: Head, tensor: int = 1, pipelin
     return norm_parameters(model) + rows * model.hidden_size
 
 
-def stage_layers(model: ResolvedModel, layout: Layout, stage: int) -> int:
-    """Layers of one pipeline stage."""
+def pipeline_stage_layers(model: ResolvedModel, layout: Layout, pipeline_stage: int) -> int:
+    """Number of layers of one pipeline stage."""
     ends = 2 if layout.account_for_ends else 0
-    per_stage = (model.num_layers + ends) // layout.pipeline
+    each = (model.num_layers + ends) // layout.pipeline
     if not layout.account_for_ends:
-        return per_stage
-    return per_stage - (stage == 0) - (stage == layout.pipeline - 1)
+        return each
+    return each - (pipeline_stage == 0) - (pipeline_stage == layout.pipeline - 1)
 
 
-def stage_parameters(model: ResolvedModel, layout: Layout, stage: int, head: Head = "policy") -> int:
+def pipeline_stage_parameters(model: ResolvedModel, layout: Layout, pipeline_stage: int, head: Head = "policy") -> int:
     """Parameters of one pipeline stage on one of its tensor-parallel ranks."""
-    total = stage_layers(model, layout, stage) * layer_parameters(model, layout.tensor)
-    if stage == 0:
+    total = pipeline_stage_layers(model, layout, pipeline_stage) * layer_parameters(model, layout.tensor)
+    if pipeline_stage == 0:
         total += embedding_parameters(model, layout.tensor)
-    if stage == layout.pipeline - 1:
+    if pipeline_stage == layout.pipeline - 1:
         total += output_parameters(model, head, layout.tensor, layout.pipeline)
     return total
 
@@ -107,32 +107,32 @@ def total_parameters(model: ResolvedModel, head: Head = "policy") -> int:
     """Parameters of the whole model, without the padding of the vocabulary."""
     padding = padded_vocab_size(model, 1) - model.vocab_size
     matrices = 1 + (head == "policy" and bool(model.untie_embeddings_and_output_weights))
-    return stage_parameters(model, Layout(), 0, head) - padding * model.hidden_size * matrices
+    return pipeline_stage_parameters(model, Layout(), 0, head) - padding * model.hidden_size * matrices
 
 
 def linear_flops(model: ResolvedModel, tokens: float) -> float:
-    """Of one forward pass of `tokens` through the linear maps of one layer: 2 for each weight and token."""
+    """Operations of one forward pass of `tokens` through the linear maps of one layer: 2 for each weight and token."""
     return 2 * tokens * linear_weights(model)
 
 
 def attended_pairs(segments: Iterable[SegmentLength]) -> int:
-    """Pairs of query and key: each token and itself, those before it in its segment, and its prefix."""
+    """Pairs of query and key: each token with itself, with those before it in its segment, and with its prefix."""
     return sum(s.length * (s.length + 1) // 2 + s.length * s.prefix for s in segments)
 
 
 def attention_flops(model: ResolvedModel, segments: Iterable[SegmentLength]) -> int:
-    """Of one forward pass through the core attention of one layer: scores and weighted values, 2 each for every pair
-    and channel of every query head."""
+    """Operations of one forward pass through the core attention of one layer: scores and weighted values take 2 each
+    for every pair and channel of every query head."""
     return 4 * attended_pairs(segments) * model.num_attention_heads * model.kv_channels
 
 
 def head_flops(model: ResolvedModel, targets: int) -> int:
-    """Of one matrix product of hidden states at `targets` positions with the output layer."""
+    """Operations of one matrix product of hidden states at `targets` positions with the output layer."""
     return 2 * targets * model.hidden_size * padded_vocab_size(model, 1)
 
 
 def model_flops(model: ResolvedModel, segments: Iterable[SegmentLength], targets: int) -> float:
-    """Of one forward and backward pass, three times the forward pass, without anything that is computed again."""
+    """Operations of one forward and backward pass, three times the forward pass, without recomputation."""
     segments = tuple(segments)
     tokens = sum(segment.length for segment in segments)
     layer = linear_flops(model, tokens) + attention_flops(model, segments)

@@ -4,11 +4,11 @@ import textwrap
 from collections.abc import Sequence
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.planning.sizes import stage_parameters
+from megatron_brain.planning.sizes import pipeline_stage_parameters
 from megatron_brain.planning.workload import Layout, Workload
 
 Row = tuple[str, str]
-"""A name and a value; without a name an item of a list."""
+"""A name and a value; an empty name makes the value an item of a list."""
 
 _WIDTH = 118
 
@@ -31,17 +31,17 @@ def section(title: str, rows: Sequence[Row]) -> str:
 
 
 def fullest_rank(workload: Workload, layout: Layout) -> int:
-    """Parameters on the rank that has the most."""
-    return max(stage_parameters(workload.model, layout, stage, workload.head) for stage in range(layout.pipeline))
+    """Number of parameters on the rank that has the most."""
+    return max(pipeline_stage_parameters(workload.model, layout, one, workload.head) for one in range(layout.pipeline))
 
 
 def sizes(layout: Layout) -> str:
-    """The sizes that multiply to the number of processes."""
+    """The parallel sizes, whose product is the number of processes, in words."""
     return f"tensor {layout.tensor} x data {layout.data} x pipeline {layout.pipeline}"
 
 
 def global_batch(config: RunConfig, workload: Workload, layout: Layout) -> list[Row]:
-    """How the samples of a step become micro-batches."""
+    """Rows that say how the samples of a step are split into micro-batches."""
     unit, batch = config.spec.work(config).unit, workload.global_batch_size
     if layout.max_tokens_per_micro_batch is None:
         parts = f"micro-batch {layout.micro_batch_size} x data {layout.data} x {layout.num_micro_batches} micro-batches"
@@ -54,6 +54,6 @@ def global_batch(config: RunConfig, workload: Workload, layout: Layout) -> list[
 
 
 def learning_rate(config: RunConfig) -> str:
-    """The peak and the shape of the decay."""
+    """The peak of the learning rate and the shape of its decay, in words."""
     optimizer = config.optimizer
     return f"{optimizer.lr:g}, {optimizer.lr_decay_style} to {optimizer.min_lr:g}"

@@ -4,41 +4,41 @@ from megatron_brain.config.model import ResolvedModel
 from megatron_brain.planning.sizes import layer_parameters, linear_layers, linear_weights
 from megatron_brain.planning.workload import Layout, Precision, Workload
 
-# Bytes of traffic for each logit (logprobs.py): the product is written in bf16 (2), copied to float32 (6), read for the
-# maximum (4), the maximum subtracted (8), exponentiated (8) and summed (4).
+# Bytes of traffic of each logit (logprobs.py): it is written in bf16 (2), copied to float32 (6) and read for the
+# maximum (4), which is subtracted from it (8); then it is exponentiated (8) and summed (4).
 LOGIT_FORWARD_BYTES = 32
 # The exponentials become gradients in place (8), are lowered to bf16 (6) and read by two products (4).
 LOGIT_GRADIENT_BYTES = 18
-# Computing a block again for the backward pass: product, copy, subtraction, exponential.
+# The backward pass computes a block again: product, copy, subtraction, exponential.
 LOGIT_AGAIN_BYTES = 24
-# Adding an entry of a product to a sum in float32; one of low precision is written and read before.
+# An entry of a product is added to a sum in float32; one of low precision is first written and read.
 SUM_BYTES = 8
 PRODUCT_BYTES = 4
-# One choice of a token from a logit (generation/choose.py): gathered and put in order (12), read for the maximum (4),
-# which is subtracted, scaled and exponentiated in place (24), summed in blocks (4).
+# In the choice of a token (generation/choose.py) each logit is gathered and put in order (12) and read for the maximum
+# (4), which is subtracted; it is scaled and exponentiated in place (24 with that), and summed in blocks (4).
 CHOICE_BYTES = 44
-# One score of a query head in a token round (generation/cache.py): written (4), joined with the others (8), read and
-# written by the softmax (8), read by the product with the values (4).
+# Each score of a query head in a token round (generation/cache.py) is written (4), joined with the others (8), read and
+# written by the softmax (8), and read by the product with the values (4).
 SCORE_BYTES = 24
 
-# One parameter in AdamW's update: gradient read for the norm, clipped and read again (4 + 8 + 4), weight and two
-# moments read and written in float32 (24).
+# For each parameter AdamW's update reads the gradient for the norm, clips it and reads it again (4 + 8 + 4), and reads
+# and writes weight and two moments in float32 (24).
 UPDATE_BYTES = 40
-# Of the gradient buffer, whole on every rank: set to zero.
+# The gradient buffer, whole on every rank, is set to zero.
 GRADIENT_ZERO_BYTES = 4
 
 
 def bytes_per_value(workload: Workload) -> int:
-    """Of activations and of weights that compute."""
+    """Bytes of an entry of activations, and of the weights that the passes compute with."""
     return 4 if workload.precision == "fp32" else 2
 
 
 def layer_forward_bytes(workload: Workload, layout: Layout) -> float:
     """Elementwise traffic of one layer on one rank for one token of the micro-batch (`context` left out).
 
-    Two norms read and write the residual stream (4 h), two additions read both and write one (6 h), the rotation reads
-    and writes queries and keys, the activation reads what fc1 gives and writes what fc2 takes. FP8 reads each input of
-    a linear map once more and writes it twice, as it is and transposed, a byte each.
+    Two norms read and write the residual stream (4 h), two additions read both terms and write one (6 h), the rotation
+    reads and writes queries and keys, the activation reads the output of fc1 and writes the input of fc2. FP8 reads
+    each input of a linear map once more and writes it twice, as it is and transposed, with a byte for each entry.
     """
     model, tensor = workload.model, layout.tensor
     qkv, proj, fc1, fc2 = linear_layers(model)
@@ -52,8 +52,8 @@ def layer_forward_bytes(workload: Workload, layout: Layout) -> float:
 
 def layer_backward_bytes(workload: Workload, layout: Layout) -> float:
     """As `layer_forward_bytes`, for the backward pass: norms read input and gradient and write one (6 h), gradients are
-    added where the residual branches (6 h), the activation reads both its inputs' values and its gradient and writes
-    two. FP8 casts the gradients of all outputs."""
+    added where the residual stream branches (6 h), the activation reads both its inputs and its gradient and writes
+    two gradients. FP8 casts the gradients of all outputs."""
     model, tensor = workload.model, layout.tensor
     qkv, proj, fc1, fc2 = linear_layers(model)
     stream = 12 * model.hidden_size / (tensor if layout.sequence_parallel else 1)
@@ -65,7 +65,7 @@ def layer_backward_bytes(workload: Workload, layout: Layout) -> float:
 
 
 def linear_operand_bytes(workload: Workload, layout: Layout, tokens: float, precision: Precision) -> float:
-    """Reading weights and inputs of a layer's linear maps on one rank, a byte each in FP8, and writing the results."""
+    """Traffic of a layer's linear maps on one rank: reading weights and inputs (FP8: a byte each), writing results."""
     qkv, proj, fc1, fc2 = linear_layers(workload.model)
     size = {"fp32": 4, "bf16": 2, "fp8": 1}[precision]
     inputs = qkv.inputs + fc1.inputs + (proj.inputs + fc2.inputs) / layout.tensor
@@ -75,25 +75,25 @@ def linear_operand_bytes(workload: Workload, layout: Layout, tokens: float, prec
 
 
 def gradient_bytes(workload: Workload, layout: Layout) -> float:
-    """Adding one layer's weight gradients of one micro-batch to the float32 buffer: read and written (8), and without
-    fusion written and read on the way."""
+    """Traffic of adding one layer's weight gradients of one micro-batch to the float32 buffer: it is read and written
+    (8), and without fusion the gradients are first written and read."""
     way = 0 if layout.gradient_accumulation_fusion else 2 * bytes_per_value(workload)
     return layer_parameters(workload.model, layout.tensor) * (8 + way)
 
 
 def update_bytes(workload: Workload, parameters: float, shard: float) -> float:
-    """AdamW over `shard` of a rank's `parameters`: the update, and the weights written that compute."""
+    """Traffic of AdamW over `shard` of a rank's `parameters`: the update, and writing the weights to compute with."""
     written = bytes_per_value(workload) if workload.precision != "fp32" else 0
     return parameters * GRADIENT_ZERO_BYTES + shard * (UPDATE_BYTES + written)
 
 
 def cache_bytes_per_value(workload: Workload) -> int:
-    """One number of the key/value cache read in one token round: bf16 is copied to float32 before its product
+    """Traffic of one number of the key/value cache in one token round: bf16 is copied to float32 before its product
     (generation/cache.py), so it is read, written and read."""
     return 4 if workload.precision == "fp32" else 2 + 4 + 4
 
 
 def key_value_width(model: ResolvedModel, tensor: int) -> float:
-    """Numbers of keys and values of one token in one layer on one rank. Heads are never cut, so ranks beyond their
-    number hold copies."""
+    """Numbers in the keys and values of one token in one layer on one rank. Attention heads are never cut, so ranks
+    hold copies where there are more ranks than key/value heads."""
     return 2 * model.kv_channels * max(1, model.num_query_groups / tensor)

@@ -1,4 +1,4 @@
-"""What is computed (`Workload`) and how it is laid out over GPUs (`Layout`): what every estimate is a function of."""
+"""What a run computes (`Workload`) and how it is laid out over GPUs (`Layout`): the inputs of every estimate."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the pieces of the model and of a batch are, and what is kept of a forward pass."""
+    """How model and batch are split over ranks, and what a forward pass keeps."""
 
     tensor: int = 1
     """Tensor-parallel size."""
@@ -27,13 +27,13 @@ class Layout:
     """Pipeline stages."""
 
     virtual_pipeline: int = 1
-    """Model chunks of a pipeline stage; 1: not interleaved."""
+    """Chunks of a pipeline stage; 1: not interleaved."""
 
     data: int = 1
     """Data-parallel replicas."""
 
     context: int = 1
-    """Context-parallel size. Our runs have none: only published results are computed with it."""
+    """Context-parallel size. Our runs do not have it; only published results are computed with it."""
 
     sequence_parallel: bool = False
     """Whether norms and the residual stream are split along the sequence over the tensor-parallel ranks."""
@@ -45,16 +45,16 @@ class Layout:
     """Micro-batches of one replica in one optimizer step."""
 
     max_tokens_per_micro_batch: int | None = None
-    """Token budget that sizes micro-batches instead of a number of samples."""
+    """Token budget of a micro-batch; None: `micro_batch_size` decides."""
 
     packed_multiple: int = 1
     """Micro-batches are padded to a multiple of this many tokens, besides the tensor-parallel size."""
 
     recompute: Recompute = "none"
-    """What the backward pass computes again: nothing, the core attention, whole layers."""
+    """What the backward pass computes again: nothing, the core attention, or whole layers."""
 
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """How `full` chooses layers, as --recompute-method."""
+    """How `full` chooses layers, see --recompute-method."""
 
     recompute_num_layers: int = 1
     """Layers that are recomputed together (uniform), or recomputed layers of a model chunk (block)."""
@@ -69,18 +69,18 @@ class Layout:
     """Whether updated weights are gathered during the forward pass."""
 
     gradient_accumulation_fusion: bool = False
-    """Whether weight gradients are added to the float32 buffer by the matrix product that makes them."""
+    """Whether the matrix product that makes a weight gradient also adds it to the float32 buffer."""
 
     overlap_tensor_comm: bool = False
     """Whether tensor-parallel communication is overlapped with matrix products (Megatron-LM's --tp-comm-overlap). Our
-    runs have none: only published results are computed with it."""
+    runs do not have it; only published results are computed with it."""
 
     sharded_weights: bool = False
-    """Fully sharded data parallelism. Our runs have none: only published results are computed with it."""
+    """Fully sharded data parallelism. Our runs do not have it; only published results are computed with it."""
 
     account_for_ends: bool = False
-    """Whether embedding and output layer count as one layer each when layers are dealt out to stages (Megatron-LM's
-    --account-for-embedding-in-pipeline-split, --account-for-loss-in-pipeline-split). Only in published results."""
+    """Whether embedding and output layer count as one layer each when layers are split over pipeline stages. Only
+    published results have it (--account-for-{embedding,loss}-in-pipeline-split of Megatron-LM)."""
 
     @property
     def world_size(self) -> int:
@@ -89,7 +89,7 @@ class Layout:
 
     @property
     def sequence_shards(self) -> int:
-        """Ranks that the residual stream of a micro-batch is split over."""
+        """Number of ranks over which the residual stream of a micro-batch is split."""
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
@@ -103,7 +103,7 @@ class SegmentLength:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringWork:
-    """A model that scores but is not trained, on the policy's layout."""
+    """A model that scores but does not train, on the policy's layout."""
 
     name: str
     """`prior`, `reward` or `baseline`."""
@@ -111,12 +111,12 @@ class ScoringWork:
     model: ResolvedModel
     head: Head
     offloaded: bool = False
-    """In host memory while it does not score."""
+    """Whether its weights are in host memory while it does not score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One stage over one model, with lengths as they are taken for the estimate: all prompts and responses alike."""
+    """What one stage computes with one model. All prompts have one length in the estimate, and all responses."""
 
     stage: str
     """Name of a registered stage."""
@@ -143,16 +143,16 @@ class Workload:
     """Whether a prompt is computed once for all its responses."""
 
     precision: Precision = "bf16"
-    """Of the linear maps of the layers; `fp8` is `bf16` everywhere else."""
+    """Precision of the linear maps of the layers; with `fp8` everything else is `bf16`."""
 
     fp8_param_gather: bool = False
-    """Weights of linear maps are kept and gathered in FP8 alone."""
+    """Whether weights of linear maps are kept and gathered in FP8 alone."""
 
     bf16_layers: tuple[int, int] = (0, 0)
-    """Layers at the start and at the end that FP8 leaves out."""
+    """Numbers of layers at the start and at the end that are not in FP8."""
 
     two_pass: bool = False
-    """brain: a forward pass of its own for beta, then gradients known beforehand."""
+    """brain: whether a separate forward pass gives beta, so that gradients are known beforehand."""
 
     prompts_per_round: int = 1
     """brain: prompts sampled and scored before the policy trains on them."""
@@ -161,10 +161,10 @@ class Workload:
     """brain: optimizer steps between refreshes of the proposal."""
 
     samples_responses: bool = True
-    """brain: responses are drawn, not given or read from files."""
+    """brain: whether responses are drawn, not given or read from files."""
 
     candidates_per_prompt: int | None = None
-    """brain: responses drawn of a prompt, where only some of them are trained on."""
+    """brain: responses drawn for a prompt, where the policy trains on some of them only; None: on all."""
 
     sampling_batch_size: int = 64
     """Responses decoded at one time on one replica."""
@@ -184,12 +184,12 @@ class Workload:
 
     @property
     def drawn_per_prompt(self) -> int:
-        """Responses drawn of a prompt."""
+        """Responses drawn for a prompt."""
         return self.candidates_per_prompt or self.samples_per_prompt
 
     @property
     def head(self) -> Head:
-        """Head of the model that trains, or answers."""
+        """Head of the model that trains, or that generates."""
         return self.spec.head
 
     @property
@@ -199,7 +199,7 @@ class Workload:
 
     @property
     def records_per_sample(self) -> int:
-        """Groups of a sample: more than one where records are packed."""
+        """Groups in a sample: more than one where records are packed."""
         if self.seq_length is None:
             return 1
         return max(1, self.seq_length // (self.prompt_length + self.response_length))
@@ -216,7 +216,7 @@ class Workload:
 
     @functools.cached_property
     def sample_tokens(self) -> int:
-        """Tokens of one sample as it is computed, padding to `seq_length` included."""
+        """Tokens that are computed for one sample, padding to `seq_length` included."""
         if self.seq_length is not None:
             return self.seq_length
         return sum(segment.length for segment in self.segments)
@@ -233,7 +233,7 @@ class Workload:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of the global batch that throughput counts: each prompt once, however it is computed, no padding."""
+        """Tokens of the global batch for the throughput: each prompt counts once in any case; no padding."""
         group = self.prompt_length + self.samples_per_prompt * self.response_length
         return self.global_batch_size * self.records_per_sample * group
 
@@ -249,12 +249,12 @@ class Workload:
 def from_run_config(
     config: RunConfig, world_size: int, scoring: Mapping[str, ResolvedModel] | None = None
 ) -> tuple[Workload, Layout]:
-    """What a run computes, and its layout, from its configuration. Unknown lengths are the longest that are allowed.
+    """What a run computes, and its layout, from its configuration. Unknown lengths are the longest possible.
 
     Args:
         config: with the model's sizes resolved, checked by `validate_layout`.
         world_size: number of processes.
-        scoring: sizes of scoring models by name; those of others are taken to be the policy's.
+        scoring: sizes of scoring models by name; the others are taken to have the policy's sizes.
     """
     assert isinstance(config.model, ResolvedModel)
     prompt, response = _lengths(config)
@@ -299,11 +299,11 @@ def _lengths(config: RunConfig) -> tuple[int, int]:
 def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
     parallel, training, optimizer, model = config.parallel, config.training, config.optimizer, workload.model
     data = data_parallel_size(config, world_size)
-    chunk, stages = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    chunk, pipeline = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
     layout = Layout(
         tensor=parallel.tensor_model_parallel_size,
-        pipeline=stages,
-        virtual_pipeline=1 if chunk is None else model.num_layers // stages // chunk,
+        pipeline=pipeline,
+        virtual_pipeline=1 if chunk is None else model.num_layers // pipeline // chunk,
         data=data,
         sequence_parallel=parallel.sequence_parallel,
         micro_batch_size=training.micro_batch_size,
@@ -319,9 +319,9 @@ def _layout(config: RunConfig, workload: Workload, world_size: int) -> Layout:
     budget = training.max_tokens_per_micro_batch
     if budget is None:
         return layout
-    # As many groups as the budget holds; a group that is larger takes several micro-batches.
+    # A micro-batch has as many groups as the budget holds; a larger group takes several micro-batches.
     mine = training.global_batch_size / data
-    unit = stages if layout.virtual_pipeline > 1 else 1
+    unit = pipeline if layout.virtual_pipeline > 1 else 1
     per_batch = max(1, budget // workload.sample_tokens)
     cuts = max(1, -(-workload.sample_tokens // budget))
     count = -int(-mine * cuts // per_batch)

@@ -1,8 +1,8 @@
 """Lets megatron-core, which is written for CUDA, run on a machine without it.
 
 Megatron-core asks `torch.cuda` for the current device, streams, events and random states, and writes the literal
-device "cuda" in places. `install` answers those calls with the CPU. Nothing is replaced where CUDA is present, and
-no arithmetic is: the layers, schedules, optimizers and checkpoints that run are megatron-core's own.
+device "cuda" in places. `install` answers those calls with the CPU. Where CUDA is present, it replaces nothing. It
+never replaces arithmetic: the layers, schedules, optimizers and checkpoints that run are megatron-core's own.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    # Its torch.compile decorators make torch list what torch.cuda holds: that must still be torch's own.
+    # This import's torch.compile decorators make torch list the functions of torch.cuda, which must still be torch's.
     import megatron.core.models.gpt  # noqa: F401
 
     _redirect_torch_cuda()
@@ -41,7 +41,7 @@ def install() -> None:
 
 
 class _Stream:
-    """A stream or an event where all work is done in order: every wait is over at once."""
+    """A stream or an event of a device that does all work in order, so that no wait takes time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -93,8 +93,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _redirect_device_literals() -> None:
-    # `with torch.device(...)` looks factories up in a set made at its first use: it must hold torch's own, or models
-    # that transformers builds on the meta device would come out uninitialised.
+    # `with torch.device(...)` looks factories up in a set that torch makes at the first use. We have it made here, so
+    # that it holds torch's own factories: models that transformers builds on the meta device need those.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -128,7 +128,7 @@ def _redirect_random_states() -> None:
     for module in modules:
         module.get_rng_state = get_state
         module.set_rng_state = set_state
-        # Not torch.manual_seed: that seeds CUDA as well and would come back here.
+        # torch.manual_seed would not do: it seeds CUDA as well and would come back here.
         module.manual_seed = module.manual_seed_all = torch.default_generator.manual_seed
 
     import megatron.core.tensor_parallel.random as mcore_random

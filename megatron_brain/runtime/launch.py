@@ -1,8 +1,8 @@
-"""Who started this process, and its place among the others, known before torch is imported.
+"""Finds out who started this process, and its place among the others, before torch is imported.
 
-torchrun says so in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun, mpirun and mpiexec have variables
-of their own; where those tell rank, number and address of the processes, they are taken. Where they tell only some of
-it, the start is refused: processes that each believed to be rank 0 of one would train side by side into one --save.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun, mpirun and mpiexec have variables of
+their own, which are used where they tell rank, number and address of the processes. Where they tell only some of that,
+the start is refused: otherwise each process would take itself for rank 0 of 1, and all would write into one --save.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_brain.errors import ConfigError, OwnError
 
 _FIRST_PORT, _PORTS, _LAST_PORT = 20_000, 10_000, 65_535
 _DEFAULT_PORT = 29_500
-"""torchrun's, where no name of the job is known."""
+"""torchrun's port, for jobs whose launcher gives them no name."""
 _CURE = "Start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT on every process"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """This process among those that were started together."""
+    """The place of this process among those that were started together."""
 
     rank: int = 0
     world_size: int = 1
@@ -33,15 +33,15 @@ class Launch:
     """Host of rank 0; None where there is no other process to find."""
     port: int | None = None
     launcher: str | None = field(default=None, compare=False)
-    """What started it, where that was not torchrun."""
+    """Name of the launcher that started this process, if it was not torchrun."""
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no address to meet others at, and none is needed."""
+        """Whether this process needs no other, and so has no address to meet others at."""
         return self.address is None
 
     def export(self, environment: MutableMapping[str, str]) -> None:
-        """Say it as torchrun does, for torch and megatron-core."""
+        """Set torchrun's variables, which torch and megatron-core read."""
         if self.address is None:
             return
         environment.update(RANK=str(self.rank), WORLD_SIZE=str(self.world_size))
@@ -61,9 +61,9 @@ class _Launcher:
     local_size: str | None = None
     """Processes on this node."""
     job: tuple[str, ...] = ()
-    """Variables that are the same on all processes, and others in another job."""
+    """Variables that have the same value on all processes of a job, and another value in another job."""
     needs: str | None = None
-    """A variable without which the others do not count."""
+    """A variable that must be set too, or the others are ignored."""
 
 
 _SLURM = _Launcher(
@@ -72,7 +72,7 @@ _SLURM = _Launcher(
     size=("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
     local_rank="SLURM_LOCALID",
     job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
-    needs="SLURM_STEP_ID",  # A batch script has the others too, and is one process.
+    needs="SLURM_STEP_ID",  # A batch script, which is one process, has the other variables too.
 )
 _PMI = _Launcher(
     name="mpiexec (PMI)",
@@ -81,7 +81,8 @@ _PMI = _Launcher(
     local_rank="MPI_LOCALRANKID",
     local_size="MPI_LOCALNRANKS",
 )
-# In the order of trust: mpirun in a Slurm job starts its own daemons by srun, whose variables its processes inherit.
+# The first one found is believed. In a Slurm job, mpirun starts its daemons by srun: its processes have srun's
+# variables too.
 _LAUNCHERS = (
     _Launcher(
         name="mpirun (Open MPI)",
@@ -120,10 +121,10 @@ _LAUNCHERS = (
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """This process among the others, by the environment's variables.
+    """The place of this process among the others, as the environment's variables tell it.
 
     Raises:
-        ConfigError: they say too little, or contradict each other.
+        ConfigError: the variables tell too little, or contradict each other.
     """
     environment = os.environ if environment is None else environment
     if "RANK" in environment:
@@ -138,10 +139,10 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def pretended_world_size(environment: Mapping[str, str] | None = None) -> int:
-    """Number of processes that a dry run pretends there are: WORLD_SIZE, which needs no RANK there.
+    """Number of processes that a dry run pretends there are: WORLD_SIZE, which a dry run reads without RANK.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: WORLD_SIZE is not a number.
     """
     environment = os.environ if environment is None else environment
     if "WORLD_SIZE" in environment:
@@ -150,10 +151,10 @@ def pretended_world_size(environment: Mapping[str, str] | None = None) -> int:
 
 
 def processes_of_node(default: int, environment: Mapping[str, str] | None = None) -> int:
-    """Processes that torchrun says it has started on this node; without its word, the default.
+    """Number of processes that torchrun started on this node (LOCAL_WORLD_SIZE); the default where that is not set.
 
     Raises:
-        ConfigError: it is no number.
+        ConfigError: LOCAL_WORLD_SIZE is not a number.
     """
     environment = os.environ if environment is None else environment
     return _number(environment, "LOCAL_WORLD_SIZE", least=1) if "LOCAL_WORLD_SIZE" in environment else default
@@ -168,10 +169,10 @@ def is_reporting_rank(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a list as Slurm writes it, such as ``n[01-04,7],login``.
+    """The first host of a list that Slurm wrote, such as ``n[01-04,7],login``.
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: the text is not such a list.
     """
     match = re.match(r"([^,\[\]]*)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?(?:,|$)", nodes)
     if match is None or not match[0].strip(","):
@@ -212,12 +213,12 @@ def _launcher_of(environment: Mapping[str, str]) -> _Launcher | None:
     if not found:
         return None
     if found[0] is _PMI and _SLURM in found and _same_place(_PMI, _SLURM, environment):
-        return _SLURM  # srun --mpi=pmi2, and Slurm knows the hosts too.
+        return _SLURM  # srun --mpi=pmi2 started it; Slurm's variables tell the hosts too, those of PMI do not.
     return found[0]
 
 
 def _same_place(one: _Launcher, other: _Launcher, environment: Mapping[str, str]) -> bool:
-    """Whether two launchers give this process the same rank among as many."""
+    """Whether two launchers give this process the same rank among the same number of processes."""
     places = [
         (environment[launcher.rank], next((environment[name] for name in launcher.size if name in environment), None))
         for launcher in (one, other)
@@ -251,7 +252,7 @@ def _by_launcher(launcher: _Launcher, environment: Mapping[str, str]) -> Launch:
 
 
 def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> str | None:
-    """Host of rank 0, as far as a launcher says it."""
+    """Host of rank 0; None where the launcher does not tell it."""
     if launcher.local_size is not None and environment.get(launcher.local_size) == str(size):
         return "127.0.0.1"
     if launcher.rank != "SLURM_PROCID":
@@ -268,7 +269,7 @@ def _address(launcher: _Launcher, environment: Mapping[str, str], size: int) -> 
 
 
 def _port(launcher: _Launcher, environment: Mapping[str, str]) -> int:
-    """A port that all processes of a job come to; those of another job come to another where the job has a name."""
+    """A port that all processes of a job compute alike. Jobs that have a name mostly get different ports."""
     job = [environment[name] for name in launcher.job if name in environment]
     return _FIRST_PORT + zlib.crc32(" ".join(job).encode()) % _PORTS if job else _DEFAULT_PORT
 
@@ -286,7 +287,7 @@ def _number(environment: Mapping[str, str], name: str, *, least: int = 0, most: 
 
 
 def _own_number(environment: Mapping[str, str], name: str) -> int:
-    """A number that is another one on every process, or on every process of a node."""
+    """A number that differs between processes, or between the processes of a node."""
     try:
         return _number(environment, name)
     except ConfigError as error:

@@ -14,18 +14,18 @@ _MEETING = ("init_process_group", "rendezvous")
 
 
 class LostPeerError(RuntimeError):
-    """Another rank ended, or cannot be reached; the cause is the library's own error."""
+    """Another rank ended or cannot be reached. `__cause__` is the library's own error."""
 
 
 @contextlib.contextmanager
 def explained(timeout_minutes: int) -> Iterator[None]:
-    """Raise a failed collective again as one that names the operation and the cure.
+    """Turn the error of a failed collective into one that names the operation and the cure.
 
     Args:
         timeout_minutes: --distributed-timeout-minutes of the run.
 
     Raises:
-        LostPeerError: from the library's error; other errors pass.
+        LostPeerError: a collective failed because of another rank. Other errors pass unchanged.
     """
     try:
         yield
@@ -48,14 +48,14 @@ def explained(timeout_minutes: int) -> Iterator[None]:
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    """torch.distributed's own errors; gloo raises plain RuntimeErrors that begin with the file they come from."""
+    """Whether torch.distributed or gloo raised it: gloo raises plain RuntimeErrors that name gloo's source file."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def _operation(error: RuntimeError) -> str:
-    """`all_reduce, called in any_rank (megatron_brain/runtime/parallel.py:73)`."""
+    """The failed call in words: `all_reduce, called in any_rank (megatron_brain/runtime/parallel.py:73)`."""
     frames = traceback.extract_tb(error.__traceback__)
     caller = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents][-1]
-    # The innermost public function: a collective's name, or the library's function that waited for a transfer.
+    # The innermost public function is the collective, or the library's function that waited for a transfer.
     name = [frame.name for frame in frames if not frame.name.startswith("_")][-1]
     return f"{name}, called in {caller.name} ({Path(caller.filename).relative_to(_PACKAGE.parent)}:{caller.lineno})"

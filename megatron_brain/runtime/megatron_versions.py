@@ -1,6 +1,6 @@
-"""Where the versions of megatron-core that we support, 0.16 to 0.19, differ for us.
+"""The differences, as far as they concern us, between the versions of megatron-core that we support: 0.16 to 0.19.
 
-What the older ones lack goes when support for them does: look for users of this module.
+When support for an old version ends, look for users of this module: they can be simplified.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def mlp_submodules(layer: ModuleSpec) -> MLPSubmodules:
-    """Submodules of the feed-forward layer in the spec of a layer, to change them in place."""
+    """Submodules of the feed-forward layer in a layer's spec. The caller may change them in place."""
     submodules: Any = layer.submodules
     # The feed-forward layer is a ModuleSpec in 0.16, a partial in 0.19.
     mlp = submodules.mlp
@@ -22,7 +22,7 @@ def mlp_submodules(layer: ModuleSpec) -> MLPSubmodules:
 
 
 def grads_for_norm(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """This rank's gradients, each of which counts on one rank alone. The optimizer is none of several chained ones."""
+    """Gradients that this rank adds to the norm: each counts on one rank. The optimizer is not a chain of several."""
     newer, in_0_16 = "get_grads_for_grad_norm", "get_main_grads_for_grad_norm"
     grads: list[Tensor] = getattr(optimizer, newer if hasattr(optimizer, newer) else in_0_16)()
     return grads

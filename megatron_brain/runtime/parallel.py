@@ -1,4 +1,4 @@
-"""Start-up among the processes of a launcher or alone, and the one object that holds all process groups."""
+"""Starts this process, alone or among those of a launcher, and gives the one object that holds all process groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.runtime import cpu_backend
 from megatron_brain.runtime.launch import read_launch
 
-if TYPE_CHECKING:  # It is not imported before the CPU backend is installed.
+if TYPE_CHECKING:  # megatron-core must not be imported before the CPU backend is installed.
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _host_group: dist.ProcessGroup | None = None
 class Parallel:
     """This process's place in the layout.
 
-    Ranks and sizes are read off `groups` once. The first and last pipeline stage are those of the physical pipeline.
+    Ranks and sizes are read from `groups` once. The first and last pipeline stages are those of the physical pipeline.
     """
 
     groups: ProcessGroupCollection
@@ -48,11 +48,11 @@ class Parallel:
     timeout: datetime.timedelta
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_first_pipeline_stage(self) -> bool:
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_last_pipeline_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -65,22 +65,22 @@ class Parallel:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
-    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor of the last pipeline stage, in place, to all stages of this replica."""
+    def broadcast_from_last_pipeline_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor of the last pipeline stage, in place, to all pipeline stages of this replica."""
         if self.pp_size > 1:
             dist.broadcast(tensor, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
         return tensor
 
     def gather_over_data_parallel(self, item: T) -> list[T]:
-        """Collect one picklable object from every data-parallel replica, in replica order, on all of them."""
+        """Collect one picklable object from every data-parallel replica. Every replica gets all, in replica order."""
         items = [item] * self.dp_size
         dist.all_gather_object(items, item, group=self.groups.dp)
         return items
 
     @property
     def leads_replica(self) -> bool:
-        """Whether this rank speaks for its data-parallel replica where all ranks of it have the same."""
-        return self.tp_rank == 0 and self.is_first_stage
+        """Whether this rank acts for its data-parallel replica where all ranks of the replica hold the same."""
+        return self.tp_rank == 0 and self.is_first_pipeline_stage
 
     @property
     def layout(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class Parallel:
         return {"pipeline": self.pp_size, "tensor": self.tp_size, "data": self.dp_size}
 
     def host_group(self) -> dist.ProcessGroup:
-        """A gloo group of all ranks for what goes on beside training, made once. All ranks must call it."""
+        """A gloo group of all ranks, for communication beside training. It is made once; all ranks must call this."""
         global _host_group
         if _host_group is None:
             group = dist.new_group(backend="gloo", timeout=self.timeout)
@@ -103,35 +103,35 @@ class Parallel:
         return tuple(flag != 0 for flag in seen.tolist())
 
     def gather_over_world(self, item: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Collect one picklable object from every rank, in rank order, on all of them; `group` may be `host_group`."""
+        """Collect one picklable object from every rank, in rank order, on all ranks; `group` may be `host_group`."""
         items = [item] * self.world_size
         dist.all_gather_object(items, item, group=group)
         return items
 
     def claim_device(self) -> None:
-        """Make this rank's device the current one of the calling thread, which starts on the first of the machine."""
+        """Make this rank's device the current one of the calling thread: a new thread has the machine's first one."""
         torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:
-        """Wait until this rank's device has done what it was given."""
+        """Wait until this rank's device has done all work that it was given."""
         torch.cuda.synchronize()
 
 
 def launched_world_size() -> int:
-    """Processes that were started together, known before any process group exists; 1 when run alone.
+    """Number of processes that were started together; 1 for a process alone. It needs no process group.
 
     Raises:
-        ConfigError: the environment does not say.
+        ConfigError: the environment does not tell.
     """
     return read_launch().world_size
 
 
 def launched_device() -> torch.device:
-    """The device of this process, known before any process group exists."""
+    """The device of this process. It needs no process group."""
     if cpu_backend.needs_cpu_backend():
         return torch.device("cpu")
     launch = read_launch()
-    if torch.cuda.device_count() == 1:  # A launcher may show each process its own GPU alone.
+    if torch.cuda.device_count() == 1:  # Some launchers show each process only its own GPU.
         return torch.device("cuda", 0)
     if launch.local_rank is None and launch.world_size > 1:
         raise ConfigError(
@@ -143,8 +143,8 @@ def launched_device() -> torch.device:
 def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -> Parallel:
     """Join the world, make the process groups of the layout and seed every generator.
 
-    Under a launcher the world is the one it made; alone it is this process. NCCL on CUDA, gloo elsewhere. May be
-    called again in the same process with another layout over the same world.
+    The world is all processes that the launcher started, or this process alone. They communicate by NCCL on CUDA, by
+    gloo elsewhere. A process may call this again, with another layout of the same world.
     """
     if cpu_backend.needs_cpu_backend():
         cpu_backend.install()
@@ -156,7 +156,7 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
 
     _make_groups(config, virtual_pipeline_size(config, num_layers))
     if device.type == "cpu":
-        # Fused kernels compiled at first use would make a CPU run wait for a C++ compiler.
+        # megatron-core's fused kernels are compiled at first use: a CPU run would wait for a C++ compiler.
         from megatron.core.jit import disable_jit_fuser
 
         disable_jit_fuser()
@@ -182,10 +182,10 @@ def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -
 
 
 def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | None) -> None:
-    """Make megatron-core's process groups, or keep those there are where the layout is the same.
+    """Make megatron-core's process groups. Groups that are there already are kept if they are of the same layout.
 
-    A gloo group costs threads in every process that wake up a hundred times a second, so those of another layout are
-    destroyed rather than left behind.
+    Groups of another layout are destroyed: the threads of a gloo group wake up a hundred times a second in every
+    process.
     """
     from megatron.core import parallel_state
 
@@ -203,7 +203,7 @@ def _make_groups(config: ParallelConfig, virtual_pipeline_parallel_size: int | N
         if present == layout:
             return
         old = {group: name for name, group in vars(parallel_state).items() if isinstance(group, dist.ProcessGroup)}
-        parallel_state.destroy_model_parallel()  # which destroys those that it calls _GLOO, and no others
+        parallel_state.destroy_model_parallel()  # It destroys only the groups whose names end in _GLOO.
         for group, name in old.items():
             if not name.endswith("_GLOO"):
                 dist.destroy_process_group(group)
@@ -224,7 +224,7 @@ def stop() -> None:
 
 
 def virtual_pipeline_size(config: ParallelConfig, num_layers: int | None) -> int | None:
-    """Model chunks per pipeline stage; None where the schedule is not interleaved."""
+    """Number of model chunks of a pipeline stage; None where the schedule is not interleaved."""
     per_chunk = config.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
         return None
@@ -255,8 +255,8 @@ def _join_world(timeout: datetime.timedelta) -> torch.device:
     if launch.is_alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # Restarted by torchrun: its store still has the addresses of the processes before, which gloo would connect to.
-        # The agents of several nodes count restarts separately; docs/clusters.md has what helps there.
+        # After a restart torchrun's store still has the addresses of the old processes, and gloo would connect to them.
+        # The agents of several nodes count restarts separately; docs/clusters.md says what helps there.
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """States of Python's, NumPy's and torch's generators, CUDA's and megatron-core's tensor-parallel ones included.
+    """States of the generators of Python, NumPy, torch and CUDA, and of megatron-core's tensor-parallel ones.
 
     Returns:
-        one-dimensional CPU tensors by name, of lengths that are the same on all ranks.
+        One-dimensional CPU tensors by name. Their lengths are the same on all ranks.
     """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -32,7 +32,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Set what `random_state` returned."""
+    """Set the generators to the states that `random_state` returned."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     has_gauss, gauss = state["python_gauss"].tolist()

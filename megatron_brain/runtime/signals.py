@@ -1,7 +1,7 @@
-"""Signals and the time limit that end a run early, with its work saved.
+"""Signals and the time limit, which end a run early after its work is saved.
 
-SIGTERM (a job preempted or cancelled) and SIGUSR1 (Slurm's usual warning before the time limit) only leave a note. The
-training loop reads it after every step, where all ranks can agree to save and stop: `Trainer._asked_to_stop`.
+SIGTERM (the job is preempted or cancelled) and SIGUSR1 (Slurm's usual warning before the time limit) are only noted.
+`Trainer._asked_to_stop` reads the note after every step, where all ranks can agree to save and stop.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-# A process has one set of handlers and one start: so does this module. `__main__` imports it before anything slow.
+# A process has one set of handlers and one start, so they are globals. `__main__` imports this before anything slow.
 _started = time.monotonic()
 _received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Within the context a stop signal is noted, however often it comes, and does nothing else.
+    """Inside the context a stop signal is noted, however often it comes, and does nothing else.
 
-    Main thread only. The handlers of before are put back at the end.
+    Only the main thread may use it. The earlier handlers are put back at the end.
     """
     global _received
     before = {number: signal.signal(number, _note) for number in STOP_SIGNALS}
@@ -37,7 +37,7 @@ def noted() -> Iterator[None]:
 
 
 def received() -> signal.Signals | None:
-    """The first stop signal this process got within `noted`, None outside."""
+    """The first stop signal that this process got inside of `noted`; None if there was none, and outside of it."""
     return _received
 
 

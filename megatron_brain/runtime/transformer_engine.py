@@ -1,4 +1,4 @@
-"""Whether Transformer Engine can be used in this process, and what the device and CUDA are for FP8."""
+"""Whether Transformer Engine can be used in this process, and what the device and CUDA can do in FP8."""
 
 import functools
 import importlib
@@ -10,27 +10,29 @@ from typing import Any
 import torch
 
 OLDEST = (2, 9)
-"""What megatron-core 0.16, the oldest we support, is developed with; it has all recipes of FP8, custom ones too."""
+"""The version that megatron-core 0.16, our oldest, is developed with. It has all recipes of FP8, custom ones too."""
 
 CURE = "use --transformer-impl local, or pip install '.[gpu]' beside a torch for CUDA"
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why Transformer Engine cannot be used here, or None. Looked at once.
+    """Why Transformer Engine cannot be used here, or None. The first call's answer is kept.
 
-    To be called before megatron-core is imported, which takes an ImportError for "not installed" and falls over
-    whatever else a half installation raises: such a one is hidden from it.
+    Call this before megatron-core is imported. megatron-core understands an ImportError as "not installed" and fails
+    at any other error; an installation that raises one is hidden from it.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "transformer_engine is not installed"
     try:
         with warnings.catch_warnings():
-            # That it found no extension; the import of its modules then says so.
+            # It warns that it found no extension; the import of its modules below fails then.
             warnings.simplefilter("ignore")
             module = importlib.import_module("transformer_engine")
             importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # The bare metapackage raises a RuntimeError, a missing library an OSError, ...
+    except (
+        Exception
+    ) as error:  # Any type is possible: a bare metapackage raises RuntimeError, a missing library OSError.
         _hide()
         return f"transformer_engine is installed but cannot be imported ({type(error).__name__}: {_first_line(error)})"
     if _major_minor(module.__version__) < OLDEST:
@@ -39,13 +41,13 @@ def problem() -> str | None:
 
 
 def version() -> str:
-    """Of the Transformer Engine that can be imported."""
+    """Version of the Transformer Engine that is installed."""
     found: str = importlib.import_module("transformer_engine").__version__
     return found
 
 
 def _hide() -> None:
-    """Have `import transformer_engine` raise the ImportError of a package that is not there."""
+    """Make `import transformer_engine` raise the ImportError of a package that is not there."""
     modules: dict[str, Any] = sys.modules
     for name in [name for name in modules if name.partition(".")[0] == "transformer_engine"]:
         del modules[name]
@@ -57,12 +59,12 @@ def _first_line(error: Exception) -> str:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of the device; None: it is no GPU."""
+    """Compute capability of the device; None if it is not a GPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """Version of CUDA that torch was built for; None: for none."""
+    """Version of CUDA that torch was built for; None if it was built without CUDA."""
     return None if torch.version.cuda is None else _major_minor(torch.version.cuda)
 
 

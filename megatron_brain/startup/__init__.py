@@ -1,1 +1,1 @@
-"""From the settings and what is on disk to one resolved run, before any process group is made."""
+"""Makes one resolved run from the settings and from what is on disk, before any process group is made."""

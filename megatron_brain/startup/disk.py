@@ -1,4 +1,4 @@
-"""What a run finds on disk before it starts: the weights to start from, and the models that only score."""
+"""What a run reads on disk before it starts: the weights to start from, and the frozen models."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatron_brain.models.architecture import ARCHITECTURE_FIELDS, resolve
 
 @dataclass
 class Search:
-    """What is looked for on this machine, and what of it was found.
+    """What is looked for on this machine, and what was found.
 
-    A start needs everything: what is missing is then refused where it is read. A dry run may be made on a machine that
-    lacks weights and data: it notes what is elsewhere, and goes on without.
+    A start needs everything: the code that reads a missing file refuses it. A dry run may be made on a machine that
+    lacks weights and data: it notes what is elsewhere, and goes on without it.
     """
 
     may_be_elsewhere: bool = False
@@ -32,7 +32,7 @@ class Search:
     """What is not on this machine and was not looked at, in words."""
 
     def finds(self, flag: str, place: str, what: str) -> bool:
-        """Whether to look at a place. One that may be elsewhere, and is, is noted with what it would have told."""
+        """Whether to look at a place. A missing place that may be elsewhere is noted with `what` it would tell."""
         here = not self.may_be_elsewhere or Path(place).exists()
         if not here:
             self.absent.append(f"{flag} {place}: {what}")
@@ -45,16 +45,16 @@ class Start:
 
     checkpoint: CheckpointInfo | None = None
     resuming: bool = False
-    """Whether optimizer and position come from the checkpoint too."""
+    """Whether optimizer state and position also come from the checkpoint."""
     hf_model: str | None = None
-    """The Hugging Face folder that the weights come from, where it is on this machine."""
+    """The Hugging Face folder that the weights come from, if it is on this machine."""
     generation_config: dict = field(default_factory=dict)
-    """generation_config.json of the Hugging Face model that the weights come from, for the checkpoints."""
+    """generation_config.json of the Hugging Face model that the weights come from; checkpoints keep it."""
     elsewhere: bool = False
     """Whether the weights are not on this machine."""
 
     def sizes(self) -> tuple[dict | None, str]:
-        """The architecture that the weights have, and where it was read; None: the settings alone say it."""
+        """The architecture of the weights, and the place where it was read; None: only the settings give it."""
         if self.checkpoint is not None:
             return self.checkpoint.architecture, str(self.checkpoint.path)
         if self.hf_model is not None:
@@ -66,7 +66,7 @@ def find_start(config: RunConfig, search: Search) -> Start:
     """The weights to start from.
 
     Raises:
-        ConfigError: --load names no checkpoint of ours, or one to resume that another stage wrote.
+        ConfigError: --load has no checkpoint of ours, or the one to resume is from another stage.
     """
     checkpoint, hf_model = config.checkpoint, config.model.hf_model
     what = "weights, their sizes and tokenizer"
@@ -98,15 +98,15 @@ def _of_checkpoint(config: RunConfig, info: CheckpointInfo, *, resuming: bool) -
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenCheckpoint:
-    """A checkpoint of a model that only scores."""
+    """The checkpoint of a frozen model."""
 
     info: CheckpointInfo
     model: ResolvedModel
-    """Its sizes, with the run's other settings."""
+    """The model's sizes, with the run's other settings."""
 
 
 def find_frozen(config: RunConfig, name: str, directory: str, head: Head, world_size: int) -> FrozenCheckpoint:
-    """The checkpoint of --NAME-load, for a run whose own sizes are resolved.
+    """The checkpoint of --NAME-load, for a run whose sizes are resolved.
 
     Raises:
         ConfigError: there is none, it holds another kind of model or has another vocabulary, or the run's layout does

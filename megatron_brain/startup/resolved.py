@@ -1,4 +1,4 @@
-"""One resolved run: what is settled before processes connect, for a start, a dry run and the planner alike."""
+"""One resolved run: everything that is decided before processes connect, for a start, a dry run and the planner."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from megatron_brain.startup.disk import FrozenCheckpoint, Search, Start, find_fr
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A run that can be started. Nothing in it is decided again."""
+    """A run that can be started. Nothing in it is decided again later."""
 
     config: RunConfig
-    """With the model's sizes known, the layout checked and the tokenizer's kind settled."""
+    """The settings, with the model's sizes known, the layout checked and the tokenizer's kind decided."""
     world_size: int
     start: Start
     tokenizer: Tokenizer | None
-    """Loaded; None: a dry run without it."""
+    """The loaded tokenizer; None: a dry run without it."""
     layers: Layers | None
-    """How the layers are computed; None: a dry run, which looks at no device."""
+    """The implementation of the layers; None: a dry run, which looks at no device."""
     scoring: Mapping[str, FrozenCheckpoint] = field(default_factory=dict)
-    """The scoring models that were found, by the name in --NAME-load."""
+    """The frozen models that were found, by the name in --NAME-load."""
 
     @property
     def data_parallel_size(self) -> int:
-        """Replicas of the model."""
+        """Number of replicas of the model."""
         return data_parallel_size(self.config, self.world_size)
 
 
 def resolve_run(
     config: RunConfig, world_size: int, *, device: Callable[[], torch.device] | None, search: Search | None = None
 ) -> ResolvedRun:
-    """Settle all of a run that can be settled before processes connect.
+    """Decide everything about a run that can be decided before processes connect.
 
     Args:
         config: the run's settings.
         world_size: number of processes.
-        device: gives this process's device, and is asked last; None: no device is looked at.
-        search: what is looked for on this machine; None: everything has to be there.
+        device: returns this process's device and is called last; None: no device is looked at.
+        search: notes what is on this machine; None: everything has to be there.
 
     Raises:
-        ConfigError: anything the user asked for that cannot be.
+        ConfigError: the user asked for something that is impossible.
     """
     search = search or Search()
     start = find_start(config, search)
@@ -71,7 +71,7 @@ def resolve_run(
 
 
 def _with_sizes(config: RunConfig, start: Start, world_size: int, search: Search) -> RunConfig:
-    """The run with its model's sizes known and its layout checked."""
+    """The settings with the model's sizes known and the layout checked."""
     missing = [name for name in REQUIRED_SIZES if getattr(config.model, name) is None]
     if start.elsewhere and missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
@@ -88,10 +88,10 @@ def _with_sizes(config: RunConfig, start: Start, world_size: int, search: Search
 
 
 def _with_tokenizer(config: RunConfig, start: Start, search: Search) -> tuple[RunConfig, Tokenizer | None]:
-    """The run with the kind of its tokenizer settled, and the tokenizer, if it is on this machine.
+    """The settings with the tokenizer's kind decided, and the tokenizer if it is on this machine.
 
     Raises:
-        ConfigError: it cannot be read, or the model has too few rows for it.
+        ConfigError: the tokenizer cannot be read, or the model's vocabulary is too small for it.
     """
     place = config.tokenizer.tokenizer_model
     if place is None and start.elsewhere:
@@ -99,7 +99,7 @@ def _with_tokenizer(config: RunConfig, start: Start, search: Search) -> tuple[Ru
     if place is not None and not search.finds("--tokenizer-model", place, "whether the vocabulary holds its ids"):
         return config, None
     kind, place = locate_tokenizer(config.tokenizer, start.checkpoint, config.model.hf_model)
-    # A place that was not given is left unsaid in the settings that are written: the checkpoint there may be removed.
+    # The settings keep a place only if the user gave it: the checkpoint that holds another one may be removed.
     config = dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, tokenizer_type=kind))
     tokenizer = ReadingSettings.of(config, kind, place).open_tokenizer()
     check_fits(tokenizer, config.model.vocab_size)

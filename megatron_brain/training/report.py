@@ -52,7 +52,7 @@ def reduce_reports(
     sums, peaks = sums.to(parallel.device), peaks.to(parallel.device)
     dist.all_reduce(sums, group=parallel.groups.dp)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=parallel.groups.dp)
-    parallel.broadcast_from_last_stage(sums)
-    parallel.broadcast_from_last_stage(peaks)
+    parallel.broadcast_from_last_pipeline_stage(sums)
+    parallel.broadcast_from_last_pipeline_stage(peaks)
     metrics = {name: (total / count).item() for name, (total, count) in zip(("loss", *mean_names), sums, strict=True)}
     return metrics | {name: peak.item() for name, peak in zip(max_names, peaks, strict=True)}

@@ -60,7 +60,7 @@ def run_alone(
     value = torch.zeros(1, dtype=torch.float64, device=parallel.device)
     if reports:
         value += reports[0].loss_sum.detach() / max(reports[0].count, 1)
-    loss = parallel.broadcast_from_last_stage(value).item()
+    loss = parallel.broadcast_from_last_pipeline_stage(value).item()
     parameters = global_parameters([chunk.module for chunk in wrapped])
     nonfinite = tuple(name for name, p in parameters if p.requires_grad and not torch.isfinite(p.main_grad).all())
     zero_gradients(wrapped)

@@ -114,9 +114,9 @@ def forward(chunks: Sequence[Chunk], batches: Sequence[PackedBatch], parallel: P
         chunk.train(was_training)
     if parallel.pp_size > 1:
         size = torch.tensor([output.numel() for output in outputs] or [0] * len(batches), device=parallel.device)
-        sizes = parallel.broadcast_from_last_stage(size).tolist()
+        sizes = parallel.broadcast_from_last_pipeline_stage(size).tolist()
         flat = torch.cat(outputs) if outputs else torch.empty(sum(sizes), device=parallel.device)
-        outputs = list(parallel.broadcast_from_last_stage(flat).split(sizes))
+        outputs = list(parallel.broadcast_from_last_pipeline_stage(flat).split(sizes))
     return outputs
 
 

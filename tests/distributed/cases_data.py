@@ -16,7 +16,7 @@ _DATED = (
     "{{ strftime_now('%d %b %H:%M') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-_NOW = "megatron_brain.training.run.now"
+_NOW = "megatron_brain.training.start.now"
 
 
 def _chats(changed: int | None = None) -> list[dict]:

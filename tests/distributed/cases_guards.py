@@ -190,6 +190,6 @@ def _held_twice(trainer) -> tuple[str, torch.nn.Parameter | None]:
     parameters, parallel = dict(global_parameters(trainer.gathered_chunks())), trainer.parallel
     if parallel.dp_size > 1 or parallel.tp_size > 1:
         return next((name, p) for name, p in parameters.items() if name.endswith("layernorm.weight"))
-    if parallel.is_last_stage:
+    if parallel.is_last_pipeline_stage:
         return "embedding.word_embeddings.weight", parameters.get("output_layer.weight")
     return "", None

@@ -26,7 +26,7 @@ def case_peak_of_a_training_step(layout: Layout, context: Context) -> None:
     from megatron_brain.config.model import ModelConfig
     from megatron_brain.models.architecture import resolve
     from megatron_brain.planning import workload as planning
-    from megatron_brain.planning.memory import stage_memory
+    from megatron_brain.planning.memory import pipeline_stage_memory
     from megatron_brain.runtime import parallel as runtime
 
     model = resolve(ModelConfig(**_SIZES), None, "the test")
@@ -44,5 +44,5 @@ def case_peak_of_a_training_step(layout: Layout, context: Context) -> None:
         sys.path.remove(str(_TOOLS))
     with allocations.recorded() as found:
         train_steps(workload, plan, parallel)
-    estimate = max(memory.total for memory in stage_memory(workload, plan, parallel.pp_rank, impl="local"))
+    estimate = max(memory.total for memory in pipeline_stage_memory(workload, plan, parallel.pp_rank, impl="local"))
     assert found.peak == pytest.approx(estimate, rel=0.05)

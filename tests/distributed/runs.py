@@ -23,7 +23,7 @@ def open_trainer(stage: str, flags: Sequence[str]) -> "Trainer":
     from megatron_brain.stages.brain import stage as brain
     from megatron_brain.stages.reward import stage as reward
     from megatron_brain.stages.sft import stage as sft
-    from megatron_brain.training.run import open_run
+    from megatron_brain.training.start import open_run
     from megatron_brain.training.trainer import Trainer
 
     run = open_run(load_config(stage, flags))

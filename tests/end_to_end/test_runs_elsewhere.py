@@ -39,7 +39,8 @@ from megatron_brain.generation.sampler import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.startup.disk import find_frozen
-from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.run import Run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import train as training_loop
 from megatron_brain.training.validation import score_groups
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a CUDA device: copies in pinned memory, Adam's state there. Not run on a GPU yet."""
+"""Checkpoints of a CUDA device, with copies in pinned memory and Adam's state on the device. Not run on a GPU yet."""
 
 import pytest
 import torch

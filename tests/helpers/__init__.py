@@ -1,1 +1,1 @@
-"""What tests share: tiny assets and the runner of distributed cases."""
+"""Code that tests share, such as tiny assets and the runner of distributed cases."""

@@ -1,4 +1,4 @@
-"""Architectures that between them have every option of a layer, as settings beside the sizes."""
+"""Architectures that together have every option of a layer, as settings without the sizes."""
 
 ARCHITECTURES: dict[str, dict[str, object]] = {
     "gpt2": {
@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "untie_embeddings_and_output_weights": True,
     },
 }
-"""By the family they resemble. The second has Qwen2's biases and Llama 3.1's frequencies too, the third a gate."""
+"""By the family they resemble. The second also has Qwen2's biases and Llama 3.1's frequencies, the third has a gate."""
 
 
 def flags(settings: dict[str, object]) -> list[str]:

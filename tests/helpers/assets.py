@@ -20,7 +20,7 @@ SIZES = {
     "vocab_size": 320,
     "max_position_embeddings": 128,
 }
-"""A Llama every layout of up to four ranks divides."""
+"""Sizes of a Llama that every layout of up to four ranks divides."""
 
 
 def write_assets(directory: Path) -> None:

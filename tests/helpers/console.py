@@ -1,4 +1,4 @@
-"""What a stage prints, by the kinds of its lines."""
+"""The kinds of lines that a stage prints."""
 
 import re
 
@@ -14,5 +14,5 @@ _KINDS = (
 
 
 def strange_lines(output: str) -> list[str]:
-    """Lines that are of no kind that we print."""
+    """The lines of the output that are of none of these kinds."""
     return [line for line in output.splitlines() if not any(re.fullmatch(kind, line) for kind in _KINDS)]

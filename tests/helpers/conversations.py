@@ -1,4 +1,4 @@
-"""Conversations of every shape that people bring, drawn by hypothesis."""
+"""Conversations of all shapes that occur in records, drawn by hypothesis."""
 
 from hypothesis import strategies as st
 
@@ -10,7 +10,7 @@ _NAMES = st.sampled_from(["get_time", "search", "add_item"])
 _KEYS = st.sampled_from(["city", "item", "count", "when"])
 _SCALARS = st.none() | st.booleans() | st.integers(-3, 99) | TEXTS
 ARGUMENTS = st.dictionaries(_KEYS, _SCALARS | st.dictionaries(_KEYS, _SCALARS, max_size=2), max_size=3)
-"""Arguments of a call; nulls at any depth count as not there."""
+"""Arguments of a call. Nulls at any depth count as missing."""
 
 
 def _call(name, arguments):
@@ -35,7 +35,7 @@ TOOLS = st.lists(
 
 @st.composite
 def assistants(draw, *, thinks=True, calls=True, weighs=True):
-    """A message of the assistant: a text, calls, or both; perhaps with thoughts and a weight."""
+    """A message of the assistant: a text, calls, or both, and perhaps thoughts and a weight."""
     message = {"role": "assistant"}
     called = calls and draw(st.booleans())
     if called:
@@ -51,7 +51,7 @@ def assistants(draw, *, thinks=True, calls=True, weighs=True):
 
 @st.composite
 def conversations(draw, *, thinks=True, calls=True, weighs=True):
-    """A record with messages, the last of them the assistant's, and perhaps tools."""
+    """A record with messages, the last of which is the assistant's, and perhaps tools."""
     messages = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(TEXTS)})
@@ -76,11 +76,11 @@ THINKING = (
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML that writes tools, thoughts and calls of every turn, and marks what the assistant writes."""
+"""A ChatML template that writes tools, and thoughts and calls of every turn, and marks what the assistant writes."""
 
 
 def without_marks(template):
-    """The same template without its generation blocks, white space control kept."""
+    """The same template without its generation blocks. Control of white space stays."""
     import re
 
     def plain(match):

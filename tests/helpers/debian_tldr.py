@@ -1,4 +1,4 @@
-"""Made-up packages, and scripts of the example to run on them."""
+"""Invented packages, and functions that run the example's scripts on them."""
 
 import json
 import random
@@ -9,7 +9,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "debian_tldr"
 
 
 def words(count: int, seed: object) -> str:
-    """Nonsense text of `count` different-looking words, fixed by `seed`."""
+    """A nonsense text of `count` words, the same for the same `seed`."""
     rng = random.Random(str(seed))
     return " ".join("".join(rng.choices("abcdefghijklmnop", k=rng.randint(3, 8))) for _ in range(count))
 

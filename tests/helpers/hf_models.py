@@ -1,4 +1,4 @@
-"""Tiny random models of every Hugging Face family, with weights so large that nothing agrees by being near zero."""
+"""Tiny random models of every Hugging Face family. Their weights are large, so no results agree only by being small."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ HF_MODELS: dict[str, dict] = {
         "hidden_act": "gelu_new",
     },
 }
-"""What of config.json makes a tiny model of each; EOS is 1, padding 0. Layouts of up to 4 ranks divide it."""
+"""Values of config.json for a tiny model of each family. EOS is 1, padding 0. Layouts of up to 4 ranks divide it."""
 
 
 def build_hf_model(
@@ -72,7 +72,7 @@ def build_hf_model(
 
     Args:
         head: `policy` (causal language model) or `reward` (classifier with one label).
-        std: standard deviation of the weights and biases, norms' weights aside.
+        std: standard deviation of the weights and biases, except the weights of norms.
         changes: other values of config.json.
     """
     torch.manual_seed(seed)
@@ -91,6 +91,6 @@ def build_hf_model(
 
 
 def write_hf_model(directory: Path, name: str, head: str = "policy", **options: object) -> Path:
-    """Save `build_hf_model`'s; returns the directory."""
+    """Save the model of `build_hf_model`; returns the directory."""
     build_hf_model(name, head, **options).save_pretrained(directory)
     return directory

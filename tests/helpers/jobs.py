@@ -1,4 +1,4 @@
-"""A training run in the background: watch it, signal its processes, read what it left."""
+"""A training run in the background. Tests can watch it, signal its processes and read its files."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = 120
 
 
 def sft_flags(assets: Path, save: Path, train_iters: int, *flags: str) -> list[str]:
-    """`-m megatron_brain sft` on the tiny assets, going on from `save` where it holds a checkpoint."""
+    """Flags of `-m megatron_brain sft` on the tiny assets. The run resumes from `save` where it holds a checkpoint."""
     return [
         *("-m", "megatron_brain", "sft", "--no-progress", *size_flags(num_layers=2), "--seq-length", "32"),
         *("--tokenizer-model", str(assets / "tokenizer"), "--train-data", str(assets / "sft.jsonl")),
@@ -29,16 +29,16 @@ def sft_flags(assets: Path, save: Path, train_iters: int, *flags: str) -> list[s
 
 
 def trajectory(save: Path) -> list[tuple[float, ...]]:
-    """Iteration, loss, gradient norm and learning rate of every step logged in a run's folder."""
+    """Iteration, loss, gradient norm and learning rate of every step that is logged in a run's folder."""
     names = ("iteration", "loss", "grad_norm", "lr")
     text = (save / "metrics.jsonl").read_text() if (save / "metrics.jsonl").exists() else ""
-    # A line being written has no end yet.
+    # A line that is still being written has no line break yet.
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [tuple(line[name] for name in names) for line in lines if "loss" in line]
 
 
 def last_iteration(save: Path) -> int:
-    """The last step logged in a run's folder, 0 where there is none."""
+    """The last step that is logged in a run's folder; 0 where there is none."""
     steps = trajectory(save)
     return int(steps[-1][0]) if steps else 0
 
@@ -49,7 +49,7 @@ def saved_iteration(save: Path) -> int:
 
 
 class Job:
-    """A command with all the processes it starts; they are gone when the context ends.
+    """A command with all the processes that it starts. The end of the context kills those that still run.
 
     Args:
         command: what to run, in the checkout.
@@ -105,7 +105,7 @@ class Job:
         if self._process.poll() is None:
             processes = psutil.Process(self._process.pid).children(recursive=True)
             for process in [*processes, self._process]:
-                # It may end by itself between the listing and here.
+                # A listed process may have ended by itself before this line.
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             self._process.wait()

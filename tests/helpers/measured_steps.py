@@ -1,4 +1,4 @@
-"""Training steps of the workload that a memory estimate is of."""
+"""Runs training steps of the workload of a memory estimate."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from megatron_brain.runtime.parallel import Parallel
 
 
 def train_steps(workload: Workload, layout: Layout, parallel: Parallel, *, steps: int = 2) -> None:
-    """Build the model and its optimizer, and train: in the second step there is optimizer state in the forward pass."""
+    """Build the model and its optimizer, and train. From the second step on, the forward pass has optimizer state."""
     recompute = {
         "recompute_granularity": None if layout.recompute == "none" else layout.recompute,
         "recompute_method": layout.recompute_method if layout.recompute == "full" else None,
@@ -31,7 +31,7 @@ def train_steps(workload: Workload, layout: Layout, parallel: Parallel, *, steps
 
 
 def parallel_config(layout: Layout, num_layers: int) -> ParallelConfig:
-    """The layout as a run is told it."""
+    """The layout as the configuration of a run."""
     chunk = num_layers // layout.pipeline // layout.virtual_pipeline if layout.virtual_pipeline > 1 else None
     return ParallelConfig(
         tensor_model_parallel_size=layout.tensor,

@@ -1,4 +1,4 @@
-"""Packed sequences to test attention on, and the attention they should get, by definition."""
+"""Packed sequences to test attention on, and their attention by its definition."""
 
 import math
 
@@ -12,7 +12,7 @@ DIM = 4
 
 @st.composite
 def random_segments(draw):
-    """Segments of groups of every kind: lone ones, copies of a prompt, shared prefixes, padding."""
+    """Segments of groups of every kind: single segments, copies of a prompt, shared prefixes, padding."""
     groups, shared = [], draw(st.booleans())
     for _ in range(draw(st.integers(1, 3))):
         lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -24,7 +24,7 @@ def random_segments(draw):
 
 
 def allowed_pairs(segments):
-    """`[T, T]` bool: whether the row's token attends to the column's, straight from the definition."""
+    """`[T, T]` bool: whether the row's token attends to the column's token, by the definition."""
     total = sum(segment.length for segment in segments)
     allowed = torch.zeros(total, total, dtype=torch.bool)
     for segment in segments:
@@ -50,7 +50,7 @@ def dense_attention(segments, query, key, value, scale):
 
 
 def values_and_gradients(attention, inputs, upstream):
-    """Output, and gradients of the inputs, in float64."""
+    """The output and the gradients of the inputs, in float64."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     out = attention(*leaves)
     out.backward(upstream.to(out.dtype))

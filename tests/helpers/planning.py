@@ -1,4 +1,4 @@
-"""Machines and models small enough to count by hand."""
+"""Machines and models that are small enough to calculate by hand."""
 
 import math
 
@@ -18,13 +18,13 @@ RATES = (
 
 
 def ideal_machine(**limits: float) -> Machine:
-    """A machine on which nothing takes time but what `limits` names: a rate of 1 makes seconds of counts."""
+    """A machine on which only what `limits` names takes time. At a rate of 1, a count is a number of seconds."""
     rates = dict.fromkeys(RATES, math.inf) | {"efficiency": 1.0, "memory_bytes": 2**40} | limits
     return Machine(name="ideal", **rates)
 
 
 def small_model(**changes: object) -> ModelConfig:
-    """2 heads of 4 channels, one of them for keys and values; no padding of the vocabulary."""
+    """A model with 2 attention heads of 4 channels, 1 key-value head and no padding of the vocabulary."""
     sizes = {
         "num_layers": 4,
         "hidden_size": 8,

@@ -1,4 +1,4 @@
-"""What an installed transformers makes of exported directories. Runs under the Python of an environment of its own.
+"""Reads exported directories with an installed transformers. It runs under the Python of a separate environment.
 
     python read_with_transformers.py QUESTIONS.json ANSWERS.json
 

@@ -1,4 +1,4 @@
-"""Reading settings of a stage, as the data tools make them from their flags."""
+"""Makes reading settings of a stage in the way of the data tools, which take them from their flags."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_brain.data.reading_settings import ReadingSettings
 def reading_settings(
     *, stage: str, tokenizer_type: str, tokenizer_model: str, limits: DataConfig, **settings: Any
 ) -> ReadingSettings:
-    """Settings of other sections by name; those that the stage does not read are left out."""
+    """`settings` are those of other sections, by name. Those that the stage does not read are left out."""
     reads = ("chat_template", "template_date", *(name for name in settings if name in stage_spec(stage).reads))
     given = {name: settings[name] for name in reads if name in settings}
     config = dataclasses.replace(config_from_dict(stage, given), data=limits)

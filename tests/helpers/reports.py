@@ -1,12 +1,12 @@
-"""The report of --dry-run, read back."""
+"""Reads the report of --dry-run."""
 
 import re
 
 
 def read_report(text: str) -> dict[str, dict[str, str] | str]:
-    """{section: {name: value}}; a section that is a list is one text."""
+    """Returns {section: {name: value}}. A section that is a list becomes one text."""
     sections: dict[str, dict[str, str] | str] = {}
-    for block in re.sub(r"\n {3,}", " ", text).strip().split("\n\n"):  # Long values go on in further lines.
+    for block in re.sub(r"\n {3,}", " ", text).strip().split("\n\n"):  # Long values take several lines.
         title, *lines = block.splitlines()
         if any(line.startswith("  - ") for line in lines):
             sections[title] = " ".join(line.strip() for line in lines)

@@ -1,4 +1,4 @@
-"""Scripts of tests/te, each a process of its own in which Transformer Engine's Python runs on a CPU (te/fake_te.py)."""
+"""Runs scripts of tests/te in separate processes, where Transformer Engine's Python runs on a CPU (te/fake_te.py)."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ needs_te = pytest.mark.skipif(
 
 
 def run_with_te(script: str, *arguments: object, processes: int = 1, timeout: int = 300, **options: object):
-    """Run tests/te/`script`, under torchrun on several processes; `options` are subprocess.run's."""
+    """Run tests/te/`script`, with several processes under torchrun. `options` go to subprocess.run."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join([os.environ["TE_ON_CPU"], str(_TESTS), str(_TESTS.parent)])
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Tiny real tokenizers, trained in the test run."""
+"""Tiny real tokenizers. The tests train them."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ CHATML_MARKED = (
 
 
 def write_hf_tokenizer(directory: Path, *, add_bos: bool = False, special: list[str] = SPECIAL, **settings) -> str:
-    """A byte-level BPE tokenizer of about 330 ids as a transformers directory."""
+    """Write a byte-level BPE tokenizer of about 330 ids as a transformers directory."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -44,7 +44,7 @@ def write_hf_tokenizer(directory: Path, *, add_bos: bool = False, special: list[
 
 
 def write_qwen2_tokenizer(directory: Path) -> None:
-    """transformers reads every tokenizer beside a qwen2 model as this class, which has its own way to split text."""
+    """Write a tokenizer of the class that transformers uses beside every qwen2 model. It splits text in its own way."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         LINES, 330, new_special_tokens=["<|im_end|>"], show_progress=False
     )

@@ -1,4 +1,4 @@
-"""A tiny model in training, without a stage or data."""
+"""Trains a tiny model without a stage or data."""
 
 import torch
 

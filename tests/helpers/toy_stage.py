@@ -1,4 +1,4 @@
-"""A stage of its own in one file: supervised fine-tuning whose loss has a weight, on completions with a suffix.
+"""A new stage in one file: supervised fine-tuning on completions with a suffix. Its loss has a weight.
 
     torchrun --nproc-per-node 2 tests/helpers/toy_stage.py toy --train-data FILE ...
 
@@ -37,17 +37,17 @@ from megatron_brain.training.run import Run
 
 @dataclass(kw_only=True)
 class ToyConfig:
-    """A toy."""
+    """Settings of the toy stage."""
 
     toy_weight: float = 1.0
     """Factor of the loss."""
 
     toy_suffix: str | None = None
-    """Text that is added to every completion."""
+    """Text that is added to the end of every completion."""
 
 
 class ToyReader(SFTReader):
-    """Completions with the suffix."""
+    """Reads records as `sft` does, and adds the suffix to every completion."""
 
     stage = "toy"
 

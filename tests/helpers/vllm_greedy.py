@@ -1,4 +1,4 @@
-"""Greedy answers of vLLM, offline. Runs under the Python of vLLM's own environment and knows nothing of ours.
+"""Makes greedy answers with vLLM, offline. It runs under the Python of vLLM's environment and imports none of our code.
 
     python vllm_greedy.py MODEL_DIR QUESTIONS.json ANSWERS.json
 
@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-# In this process, so that the engine ends with it; small, for a machine that others use too.
+# The engine runs in this process, so that it ends with it. Its cache is small, as others may use the machine too.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 import torch
-from vllm import LLM, SamplingParams, __version__  # it reads the environment
+from vllm import LLM, SamplingParams, __version__  # It reads the environment.
 
 _LONGEST = 512
 
@@ -27,7 +27,7 @@ def main(model: str, questions: Path, answers: Path) -> None:
     greedy = engine.generate(
         [{"prompt_token_ids": ids} for ids in asked["ids"]], SamplingParams(temperature=0, max_tokens=new)
     )
-    # Only what the engine makes of these is wanted.
+    # Only the token ids that the engine makes of these are wanted.
     one_token = SamplingParams(temperature=0, max_tokens=1)
     texts = engine.generate(asked["texts"], one_token)
     conversations = engine.chat(asked["conversations"], one_token) if asked["conversations"] else []

@@ -1,7 +1,8 @@
-"""Compares the emulated FP8 layers with Transformer Engine's reference, on a CPU: `emulate_fp8.py`. Prints JSON.
+"""Compares the emulated FP8 layers with Transformer Engine's reference on a CPU. `emulate_fp8.py` prints JSON.
 
-products: how many of the random cases differ in a bit, by what was compared. model: log-probabilities and gradients of
-a model with Transformer Engine's layers in FP8, with the emulated ones, and with plain ones, on the same weights.
+products: for everything that is compared, the number of random cases that differ in a bit. model: log-probabilities and
+gradients of a model with Transformer Engine's FP8 layers, with emulated layers and with plain ones, all of the same
+weights.
 """
 
 import itertools
@@ -9,7 +10,7 @@ import json
 
 import fake_te
 
-# Before megatron-core looks for it.
+# This comes before megatron-core looks for Transformer Engine.
 fake_te.import_without_extension()
 
 # ruff: noqa: E402
@@ -30,18 +31,18 @@ from megatron_brain.runtime import parallel
 
 FACTORY = "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"
 CASES = 120
-"""Of random shapes and contents, for each type of the gradient and of the operands."""
+"""Number of cases, of random shapes and contents, for each type of the gradient and of the operands."""
 
 
 def main() -> None:
-    # oneDNN has another FP8 product for some processors, which adds up in another order and takes minutes.
+    # For some processors oneDNN has another FP8 product, which adds up in another order and takes minutes.
     with torch.backends.mkldnn.flags(enabled=False):
         products = compare_products()
     print(json.dumps({"products": products, "model": compare_models()}))
 
 
 def compare_products() -> dict[str, int]:
-    """Differing cases of everything a linear map rounds and computes."""
+    """Number of differing cases, for everything that a linear map rounds and computes."""
     generator = torch.Generator().manual_seed(1)
     wrong = dict.fromkeys(("cases", "codes", "scale", "output", "grad_input", "grad_weight"), 0)
     for gradient_type, dtype in itertools.product((E5M2, E4M3), (torch.float32, torch.bfloat16)):
@@ -68,7 +69,7 @@ def compare_products() -> dict[str, int]:
 
 
 def contents(number: int, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Random numbers; some of them of extreme sizes, all zero, or partly not finite."""
+    """Random numbers. In some cases they are of extreme sizes, all zero, or partly not finite."""
     scale = 10 ** torch.empty(()).uniform_(-8, 8, generator=generator).item()
     values = torch.randn(shape, generator=generator) * scale
     kind = number % 12
@@ -79,7 +80,7 @@ def contents(number: int, shape: tuple[int, int], dtype: torch.dtype, generator:
     elif kind == 3:
         values = torch.randn(shape, generator=generator).clamp(-1, 1) * 3e38
     elif kind == 4:
-        values[0, 0] = 1e4 * scale  # All others are rounded to little or nothing.
+        values[0, 0] = 1e4 * scale  # All others then round to very few different values, or to zero.
     elif kind == 5:
         values *= 10 ** torch.empty(shape).uniform_(-12, 0, generator=generator)
     elif kind == 6:
@@ -92,7 +93,7 @@ def contents(number: int, shape: tuple[int, int], dtype: torch.dtype, generator:
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """In any bit; every NaN is the same."""
+    """Whether the tensors differ in any bit. All NaNs count as equal."""
     return not torch.equal(one.isnan(), other.isnan()) or not torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
@@ -108,7 +109,7 @@ def by_emulation(
 def by_reference(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, gradient_type: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As Transformer Engine's linear layer calls its products."""
+    """The three products, called as Transformer Engine's linear layer calls them."""
     forward, backward = (CurrentScalingQuantizerRef(dtype=kind) for kind in (E4M3, gradient_type))
     rounded, rounded_weight, rounded_grad = forward.quantize(inputs), forward.quantize(weight), backward.quantize(grad)
     settings = {"out_dtype": inputs.dtype, "use_split_accumulator": True}
@@ -122,7 +123,7 @@ def by_reference(
 def compare_models() -> dict[str, dict]:
     world = parallel.start(ParallelConfig(), seed=1)
     fake_te.claim_cuda()
-    # It refuses Transformer Engine on the CPU.
+    # The function refuses Transformer Engine on the CPU.
     provider.choose_transformer_impl = lambda requested, device: (requested, "asked for")
     kinds = {
         "reference": ("transformer_engine", custom()),

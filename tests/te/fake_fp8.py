@@ -1,7 +1,8 @@
-"""Kernels of Transformer Engine's own FP8 tensors in plain torch, beside `fake_te`: recipes `delayed` and `tensorwise`.
+"""Adds kernels of Transformer Engine's own FP8 tensors, in plain torch, to `fake_te`: for `delayed` and `tensorwise`.
 
-A tensor is rounded to FP8 as `(x * scale).clamp(-max, max).to(fp8)`, which is Transformer Engine's reference quantizer
-bit for bit; products are taken in float32 of what was rounded. When scales move is Transformer Engine's own Python.
+A tensor is rounded to FP8 as `(x * scale).clamp(-max, max).to(fp8)`, which equals Transformer Engine's reference
+quantizer bit for bit. Products of rounded operands are in float32. Transformer Engine's own Python decides when scales
+move.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ _OUT_DTYPES = {4: torch.float32, 6: torch.bfloat16}
 
 
 def install() -> None:
-    """Add the kernels to the extension that `fake_te.import_without_extension` is going to put in place."""
+    """Add the kernels to the extension that `fake_te.import_without_extension` puts in place later."""
     extension = fake_te._Extension
     plain_gemm, plain_norm = extension.generic_gemm, extension.rmsnorm_fwd
 
@@ -40,7 +41,7 @@ def _in_full(operand: Tensor) -> Tensor:
 
 
 def quantize(tensor: Tensor, quantizer: object, out: object = None, noop: Tensor | None = None) -> object:
-    """As the kernel: into `out` or a new tensor. The maximum of delayed scaling is the largest since it was last 0."""
+    """Round into `out` or a new tensor, as the kernel does. Delayed scaling keeps the maximum since it was last 0."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
@@ -72,7 +73,7 @@ def quantize(tensor: Tensor, quantizer: object, out: object = None, noop: Tensor
 def make_empty(
     quantizer: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
 ) -> object:
-    """A tensor to be filled, as the gathering of sequence parallelism needs one."""
+    """A tensor to be filled, which the gathering of sequence parallelism needs."""
     data = torch.empty(shape, dtype=torch.uint8)
     return quantizer.create_tensor_from_data(data, fake_dtype=dtype, internal=quantizer.internal)
 
@@ -105,7 +106,7 @@ def compute_scales(
 def move_scales(
     maxima: Tensor, histories: Sequence[Tensor], scales: Sequence[Tensor], algorithm: str, dtype: int, margin: int
 ) -> None:
-    """New scales from the latest maxima, which become the last of their history while the first is emptied."""
+    """Compute new scales with the latest maxima. These become the last entry of the history; the first becomes 0."""
     from transformer_engine.pytorch.constants import TE_DType_To_Torch
 
     largest = torch.finfo(TE_DType_To_Torch[dtype]).max

@@ -1,8 +1,8 @@
-"""Lets Transformer Engine's own Python run on a CPU, in a process of its own: `install` patches torch globally.
+"""Lets Transformer Engine's own Python run on a CPU. Use a separate process: `claim_cuda` patches torch globally.
 
-Transformer Engine is Python modules over a compiled extension. The extension is replaced by the few functions that a
-training step in float32 or bfloat16 calls, in plain torch, and torch.cuda says there is a device. So parameters, their
-names, layer construction, autograd functions, recipes of FP8 and the fused Adam are Transformer Engine's own; kernels
+Transformer Engine is Python modules over a compiled extension. Plain torch replaces the few functions of the extension
+that a training step in float32 or bfloat16 calls, and torch.cuda says that there is a device. So parameters, their
+names, layer construction, autograd functions, recipes of FP8 and the fused Adam are Transformer Engine's own. Kernels
 are not tested.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# The enumerations whose members Transformer Engine compares with its own, or takes for places in a list.
+# Transformer Engine compares the members of these enumerations with its own, or uses them as places in a list.
 _DTYPES = {
     "kByte": 0,
     "kInt32": 2,
@@ -41,20 +41,20 @@ _FP8_BACKWARD = [f"GRAD_{tensor}{i}" for i in (1, 2, 3) for tensor in ("OUTPUT",
 def import_without_extension() -> None:
     """Import Transformer Engine with the fake in place of its extension, before megatron-core looks for it."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
-    # Softmax in plain torch; its kernels are for longer sequences than ours mostly are.
+    # Softmax is in plain torch: the fused kernels are for longer sequences than most of ours.
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     extension = _Extension("transformer_engine_torch")
     sys.modules["transformer_engine_torch"] = extension
     with warnings.catch_warnings():
-        # That it found no compiled extension.
+        # It warns that it found no compiled extension.
         warnings.simplefilter("ignore", RuntimeWarning)
         import transformer_engine.common
     transformer_engine.common.load_framework_extension = lambda framework: None
     from transformer_engine.pytorch import cpp_extensions, distributed
 
-    # It takes over the extension's names with a star, which finds none.
+    # This module imports the extension's names with a star, which finds none in the fake.
     cpp_extensions.__getattr__ = functools.partial(getattr, extension)
-    # Recomputation of activations keeps the state of the device's generator.
+    # Recomputation of activations saves the state of the device's generator, which is here the CPU's.
     distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     for name in ("convert_thd_to_bshd", "convert_bshd_to_thd"):
@@ -62,7 +62,7 @@ def import_without_extension() -> None:
 
 
 def claim_cuda() -> None:
-    """Have torch say that there is an H100. Call when the process has chosen the CPU to work on."""
+    """Make torch say that there is an H100. Call this after the process has chosen to work on the CPU."""
     properties = types.SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda *args: properties
@@ -71,7 +71,7 @@ def claim_cuda() -> None:
 
 
 class _NotThere(type):
-    """A name of the extension that must exist, be it a class, an enumeration or a function, and is not called."""
+    """A class, an enumeration or a function of the extension that must exist and is not called."""
 
     _numbers = itertools.count()
 
@@ -111,7 +111,7 @@ class _Extension(types.ModuleType):
 
     @classmethod
     def get_fused_attn_backend(cls, *args: object, **kwargs: object) -> tuple[enum.IntEnum, str]:
-        """None: the attention in plain torch is left."""
+        """Say that there is none, so that the attention in plain torch is used."""
         return cls.NVTE_Fused_Attn_Backend.NVTE_No_Backend, "not faked"
 
     @staticmethod
@@ -134,8 +134,8 @@ class _Extension(types.ModuleType):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None, None, None]:
-        """Column-major: `out = b @ a`, `a` and `b` transposed where it is said. The bias is added, or, with `grad`, its
-        gradient is the second result: `b` is that of the output."""
+        """`out = b @ a`, because the kernel is column-major; `a` and `b` may be transposed. The bias is added. With
+        `grad`, `b` is the gradient of the output, and the gradient of the bias is the second result instead."""
         assert quantizer is None and not gelu
         rows = b.reshape(-1, b.shape[-1])
         a = a.reshape(-1, a.shape[-1])
@@ -198,12 +198,12 @@ class _Extension(types.ModuleType):
 
     @staticmethod
     def bgrad_quantize(grad: Tensor, quantizer: Callable[[Tensor], object]) -> tuple[Tensor, object]:
-        """Gradient of the bias, and that of the output in the quantizer's format."""
+        """Gradient of the bias, and gradient of the output in the quantizer's format."""
         return grad.reshape(-1, grad.shape[-1]).sum(0), quantizer(grad)
 
     @staticmethod
     def convert_thd_to_bshd(tensor: Tensor, cu_seqlens: Tensor, batch: int, max_length: int) -> Tensor:
-        """Sequences laid end to end, `[t, h, d]`, to padded ones, `[b, s, h, d]`."""
+        """Turn sequences laid end to end, `[t, h, d]`, into padded ones, `[b, s, h, d]`."""
         padded = tensor.new_zeros(batch, max_length, *tensor.shape[1:])
         for row, sequence in zip(padded, tensor.split(cu_seqlens.diff().tolist()), strict=True):
             row[: len(sequence)] = sequence

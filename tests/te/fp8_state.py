@@ -1,8 +1,8 @@
-"""Cases of what FP8 remembers: `fp8_state.py FOLDER`, alone or under torchrun. Every function `case_*` is one.
+"""Tests what FP8 remembers: `fp8_state.py FOLDER`, alone or under torchrun. Every function `case_*` is a case.
 
-In FOLDER, `failures_<rank>.json` has the traceback of every case that failed. The processes of a world share FOLDER
-with those of the world before: one process alone comes first. Under torchrun the layers are split over all processes,
-with sequence parallelism.
+It writes to FOLDER `failures_<rank>.json`, with the traceback of every case that failed. Run it first as one process
+alone, then under torchrun with the same FOLDER: the second run reads what the first has saved. Under torchrun the
+layers are split over all processes, with sequence parallelism.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import fake_fp8
 import fake_te
 
 fake_fp8.install()
-# Before megatron-core looks for it.
+# This comes before megatron-core looks for Transformer Engine.
 fake_te.import_without_extension()
 
 # ruff: noqa: E402
@@ -49,9 +49,8 @@ from megatron_brain.training.trainer import Trainer
 
 SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 LAYOUT = ParallelConfig(tensor_model_parallel_size=SIZE, sequence_parallel=SIZE > 1)
-REFERENCE = (
-    "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"  # of tensorwise
-)
+REFERENCE = "transformer_engine.pytorch.custom_recipes.reference_current_scaling.current_scaling_ref_factory"
+"""Transformer Engine's reference of the recipe `tensorwise`."""
 MICRO_BATCHES = [
     [Group(prompt=(1, 2, 3), responses=((4, 5), (6, 7, 8)))],
     [Group(prompt=(9, 2), responses=((4, 61, 5), (6,))), Group(prompt=(11,), responses=((300, 301),))],
@@ -60,8 +59,8 @@ MICRO_BATCHES = [
 
 
 def training(recipe: str = "tensorwise", *, param_gather: bool = False, **options: object) -> Training:
-    """A tiny model in bf16 and FP8, on the micro-batches above. Scales of those made before stand still from now on."""
-    # Transformer Engine moves the scales of all models at once, and a run has no two that keep any.
+    """A tiny model in bf16 and FP8, on the micro-batches above. Scales of models made earlier no longer move."""
+    # Transformer Engine moves the scales of all models at once, but in a run only one model keeps scales.
     FP8GlobalStateManager.reset()
     factory = REFERENCE if recipe == "custom" else None
     fp8 = Fp8Config(
@@ -105,7 +104,7 @@ def warnings_noted() -> Iterator[list[str]]:
 def case_samples_after_an_update_are_those_of_the_new_weights(folder: Path) -> None:
     for recipe in ("tensorwise", "delayed"):
         model, plain = training(recipe), training(fp8=None, seed=99)
-        outputs(model)  # Makes the copies of the weights in FP8.
+        outputs(model)  # This makes the FP8 copies of the weights.
         model.step()
         path = model.save(folder / f"sampled_{recipe}", 1)
         load_weights(read_info(path), plain.chunks, head="policy")
@@ -250,7 +249,7 @@ def case_weights_in_fp8_alone_train_and_are_stored_as_those_beside_a_copy(folder
     for name, options in {"beside": {}, "alone": {"param_gather": True}}.items():
         model = training(distributed_optimizer=True, **options)
         for part in (model.optimizer, *model.optimizer.chained_optimizers):
-            # The gradients' norm is added up in another order.
+            # Clipping is off, because the two add up the gradient norm in different orders.
             part.config.clip_grad = 0.0
         results.append([outputs(model), model.step(), outputs(model), model.step(), outputs(model)])
         stored.append(read_tensors(model.save(folder / f"{name}_{SIZE}", 2)))
@@ -292,12 +291,12 @@ def case_beta_is_1_over_n_at_every_refresh(folder: Path) -> None:
         trainer = open_trainer("brain", [*common, *data["brain"], *brain, "--fp8-format", "hybrid", *extra])
         errors = [beta_error(trainer) for _ in range(4)][::2]
         assert errors[0] == 0.0, (extra, errors)
-        # A policy that never moves would have none either: against a proposal that stays, it has one.
+        # The error would also be 0 if the policy never moved. Against a proposal that stays, it is not 0.
         assert (errors[1] == 0.0) != ("--no-refresh-proposal" in extra), (extra, errors)
 
 
 def beta_error(trainer: Trainer) -> float | None:
-    """Of a step of the loop, if it is the first of its round."""
+    """Run a step of the loop. It returns the error of beta if the step is the first of its round, else None."""
     metrics = trainer.step(trainer.stage.micro_batches(trainer))
     return trainer.stage.after_step(trainer, metrics).get("beta_error_at_refresh")
 
@@ -318,14 +317,14 @@ def main(folder: Path) -> None:
 
 @contextlib.contextmanager
 def one_by_one(*args: object, **options: object) -> Iterator[types.SimpleNamespace]:
-    """Collectives as they are called. Joined into one, gloo takes buffers of FP8 and of bf16 for one type."""
+    """Run each collective when it is called. Gloo would join buffers of FP8 and of bf16 as if they had one type."""
     yield types.SimpleNamespace(wait=lambda: None)
 
 
 if __name__ == "__main__":
     WORLD = parallel.start(LAYOUT, seed=1)
     fake_te.claim_cuda()
-    # It refuses Transformer Engine on the CPU.
+    # The function refuses Transformer Engine on the CPU.
     provider.choose_transformer_impl = lambda asked, device: (asked, "asked for")
     opening.runtime.start = lambda *args, **options: WORLD
     param_and_grad_buffer._coalescing_manager = one_by_one

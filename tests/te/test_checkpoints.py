@@ -1,7 +1,7 @@
 """Checkpoints of the `local` and the `transformer_engine` layers are the same, and each loads the other's.
 
-Transformer Engine's own Python runs in processes of its own, on the CPU, over a fake of its compiled extension (see
-fake_te.py); this process runs without it. The tests are left out unless TE_ON_CPU names a folder made by
+Transformer Engine's own Python runs in separate processes, on the CPU, over a fake of its compiled extension (see
+fake_te.py); this process runs without it. The tests are skipped unless TE_ON_CPU names a folder made by
 
     pip install --no-deps --target FOLDER transformer-engine==2.20.2 triton onnx onnxscript onnx-ir ml_dtypes protobuf
     pip install --no-deps --target FOLDER pydantic pydantic-core annotated-types typing-inspection einops
@@ -25,20 +25,20 @@ CASES = {
     "policy_bf16": {"bf16": True, "untie_embeddings_and_output_weights": True},
     "policy_distributed_optimizer": {"distributed_optimizer": True},
     "reward": {"head": "reward"},
-    # The gradient of a bias of keys is nothing but rounding where they are not rotated: with the usual 1e-8, Adam would
-    # make whole steps of it.
+    # Where keys are not rotated, the gradient of their bias is only rounding: with the usual 1e-8, Adam would turn it
+    # into full steps.
     **{name: {"adam_eps": 1e-5, **settings} for name, settings in ARCHITECTURES.items()},
 }
 LAYOUTS = {"one_process": 1, "tp2_sp": 2}
-"""Processes that Transformer Engine's layers run on; the local ones run on this."""
+"""Number of processes that run Transformer Engine's layers. The local layers run in this process."""
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def trained(single, tmp_path_factory, request):
     """Folder with the checkpoints of iterations 2 and 3 of every case.
 
-    te, local: trained with the one layers or the others, from the same seed. from_local: iteration 2 of `local`,
-    loaded, saved and trained on with Transformer Engine's; from_te: the other way round.
+    te, local: trained from the same seed with Transformer Engine's layers or the local ones. from_local: iteration 2 of
+    `local`, loaded, saved and trained further with Transformer Engine's layers. from_te: the other way round.
     """
     root = tmp_path_factory.mktemp("te")
     straight = {name: Training(single, transformer_impl="local", **options) for name, options in CASES.items()}
@@ -80,7 +80,7 @@ def test_both_store_the_same_names_shapes_and_types(case):
         for folder in ("te", "local")
     )
     assert te == local
-    # Where Transformer Engine has the norm; the local layers have it on its own.
+    # Transformer Engine has the norm inside of the linear layer; the local layers have it separately.
     norm = "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
     assert te.keys() >= {norm, f"optimizer.exp_avg.{norm}", f"optimizer.exp_avg_sq.{norm}"}
 
@@ -98,7 +98,7 @@ def outputs(folder):
 
 @pytest.mark.parametrize("origin", ["te", "local"])
 def test_both_make_the_same_of_the_same_weights(case, origin):
-    """A weight is not only as it was read, but where it belongs."""
+    """Every weight is not only read unchanged, but also put in the right place."""
     tolerance = 2e-2 if read_info(case / origin).bf16 else 1e-5
     torch.testing.assert_close(outputs(case / f"from_{origin}"), outputs(case / origin), rtol=tolerance, atol=tolerance)
 
@@ -110,9 +110,9 @@ def test_both_train_alike_from_the_same_seed(case):
 
 @pytest.mark.parametrize("origin", ["te", "local"])
 def test_each_trains_on_as_the_other_would_have(case, origin):
-    """Had a moment or the count of steps been lost, the next update would be another one, not nearly the same."""
+    """If a moment or the count of steps were lost, the next update would be quite different."""
     before, expected, actual = stored(case / origin, 2), stored(case / origin, 3), stored(case / f"from_{origin}", 3)
-    # A weight of bfloat16 near 1 moves by one rounding step in such an update or not at all.
+    # In such an update a bfloat16 weight near 1 moves by one rounding step or not at all.
     tolerance = 0.25 if read_info(case / origin).bf16 else 1e-4
     for name in expected:
         update = (expected[name] - before[name]).float().norm()

@@ -1,6 +1,6 @@
-"""The emulated FP8 layers compute what Transformer Engine's own reference of the recipe does.
+"""The emulated FP8 layers compute what Transformer Engine's own reference of the recipe computes.
 
-Left out unless TE_ON_CPU names a folder with Transformer Engine's Python, see test_checkpoints.py.
+The tests are skipped unless TE_ON_CPU names a folder with Transformer Engine's Python, see test_checkpoints.py.
 """
 
 import json
@@ -26,8 +26,8 @@ def test_codes_scales_and_all_three_products_equal_the_reference_bit_for_bit(mea
 
 
 def test_a_model_computes_what_transformer_engines_layers_do_with_the_reference(measured):
-    """Norms and attention add up in another order: a value at the edge between two FP8 numbers may round to the other
-    one. That is far less than what FP8 itself changes."""
+    """Norms and attention add up in another order, so a value in the middle between two FP8 numbers may round to the
+    other one. This changes far less than FP8 itself."""
     reference, emulation, plain = (measured["model"][name] for name in ("reference", "emulation", "plain"))
     assert reference["gradients"].keys() == emulation["gradients"].keys()
     for name, values in [("logprobs", reference["logprobs"]), *reference["gradients"].items()]:
@@ -36,7 +36,7 @@ def test_a_model_computes_what_transformer_engines_layers_do_with_the_reference(
             torch.tensor(each["logprobs"] if name == "logprobs" else each["gradients"][name])
             for each in (emulation, plain)
         )
-        # Of the embedding, most is the output layer's, which is never in FP8.
+        # Most of the embedding's gradient comes from the output layer, which is never in FP8.
         least = 1e-4 if name == "logprobs" else 1e-2
         assert (without - theirs).norm() > least * theirs.norm(), name
         assert (ours - theirs).norm() < 1e-2 * (without - theirs).norm(), name

@@ -1,7 +1,7 @@
 """What FP8 remembers from one pass to the next, with Transformer Engine's own layers and recipes on a CPU.
 
-Its Python runs in processes of its own over a fake of the compiled extension, as for test_checkpoints.py, which says
-what TE_ON_CPU has to be. The properties are the functions `case_*` of fp8_state.py.
+Its Python runs in separate processes over a fake of the compiled extension, as for test_checkpoints.py, which says
+what TE_ON_CPU must be. The properties are the functions `case_*` of fp8_state.py.
 """
 
 import json
@@ -19,7 +19,7 @@ LAYOUTS = {"one_process": 1, "tp2_sp": 2}
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """Tracebacks by layout, rank and case: the second world reads what the first has written."""
+    """Tracebacks by layout, rank and case. The second layout reads what the first has written."""
     folder, found = tmp_path_factory.mktemp("fp8_state"), {}
     for layout, processes in LAYOUTS.items():
         run_with_te("fp8_state.py", folder, processes=processes, timeout=900)

@@ -1,7 +1,7 @@
 """Training in FP8 with Transformer Engine's own layers, autograd functions and recipes, on a CPU.
 
-Its Python runs in processes of its own over a fake of the compiled extension, as for test_checkpoints.py, which says
-what TE_ON_CPU has to be. FP8 is that of Transformer Engine's reference quantizer: right numbers, other kernels.
+Its Python runs in separate processes over a fake of the compiled extension, as for test_checkpoints.py, which says
+what TE_ON_CPU must be. FP8 is that of Transformer Engine's reference quantizer: right numbers, without its kernels.
 """
 
 import json
@@ -34,7 +34,7 @@ LAYOUTS = {"one_process": 1, "tp2_sp": 2}
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def found(tmp_path_factory, request):
-    """What train_fp8.py has written."""
+    """The results that train_fp8.py has written."""
     processes, file = LAYOUTS[request.param], tmp_path_factory.mktemp("fp8") / "found.json"
     run_with_te("train_fp8.py", file, json.dumps(CASES), processes=processes)
     return json.loads(file.read_text())
@@ -51,7 +51,7 @@ def test_the_loss_falls(found, case):
 
 
 def test_fp8_is_near_bfloat16_and_not_the_same(found):
-    """The formats have 3 and 2 bits of mantissa, bfloat16 has 7."""
+    """The FP8 formats have 3 and 2 bits of mantissa, bfloat16 has 7."""
     plain = found["cases"]["bf16"]["losses"]
     for case in ("policy", "tensorwise"):
         losses = found["cases"][case]["losses"]
@@ -60,7 +60,7 @@ def test_fp8_is_near_bfloat16_and_not_the_same(found):
 
 @pytest.mark.parametrize("case", [name for name in IN_FP8 if name not in ("tensorwise", "first_last")])
 def test_every_linear_map_of_every_layer_is_in_fp8_and_nothing_else(found, case):
-    """Neither the output layer nor the reward head: 4 maps a layer, 2 layers, each multiplied once each way."""
+    """The output layer and reward head are not: 2 layers have 4 maps each, and a map has one product of each kind."""
     found = found["cases"][case]
     assert found["fp8"] == linear_maps(0, 1) and found["plain"] == []
     assert found["products"] == {
@@ -82,7 +82,7 @@ def test_recomputed_activations_change_nothing(found):
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention_of_a_shared_prefix_takes_two_calls_that_transformer_engine_understands(found, case):
-    """Their arguments were bound to the signature of its `DotProductAttention.forward`. The rest is padding."""
+    """train_fp8.py has bound their arguments to the signature of `DotProductAttention.forward`. The rest is padding."""
     first, second = found["cases"][case]["attention"][:2]
     assert first["attn_mask_type"] == "padding_causal" and first["cu_seqlens_q"] == first["cu_seqlens_kv"]
     assert first["cu_seqlens_q"][0] == 3 and sum(first["cu_seqlens_q"]) % 16 == 16 - 2 - 3

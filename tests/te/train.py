@@ -1,8 +1,9 @@
 """Trains with the `transformer_engine` layers on a CPU: `train.py FOLDER CASES`, alone or under torchrun.
 
-CASES is JSON, the options of `Training` by name. In FOLDER/<name>, `local` holds a checkpoint written with the other
-layers. Written there: `te`, checkpoints after two and three steps, and `from_local`, what `local` was loaded as and
-one step later. Next to each, `outputs.json` has what the model of iteration 2 makes of a batch.
+CASES is JSON, the options of `Training` by name. In FOLDER/<name>, `local` holds a checkpoint written with the local
+layers. This script writes `te`, with checkpoints after two and three steps, and `from_local`, with a checkpoint of the
+model loaded from `local` and one after another step. In each, `outputs.json` has the outputs of the model of iteration
+2 for a batch.
 
 Under torchrun the layers are split over all processes, with sequence parallelism.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import fake_te
 
-# Before megatron-core looks for it.
+# This comes before megatron-core looks for Transformer Engine.
 fake_te.import_without_extension()
 
 # ruff: noqa: E402
@@ -36,7 +37,7 @@ def save(training: Training, folder: Path) -> None:
 
 
 def train(case: Path, **options: object) -> None:
-    """What the module's docstring says, of one case."""
+    """Do what the module's docstring says, for one case."""
     straight = Training(**options)
     assert isinstance(straight.chunks[0].decoder.layers[0].self_attention.core_attention, TransformerEngineAttention)
     for _ in range(2):
@@ -55,7 +56,7 @@ def main(folder: Path, cases: dict[str, dict]) -> None:
     layout = ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=size > 1)
     world = parallel.start(layout, seed=1)
     fake_te.claim_cuda()
-    # It refuses Transformer Engine on the CPU.
+    # The function refuses Transformer Engine on the CPU.
     provider.choose_transformer_impl = lambda requested, device: (requested, "asked for")
     for name, options in cases.items():
         train(folder / name, parallel=world, layout=layout, transformer_impl="transformer_engine", **options)

@@ -1,8 +1,9 @@
 """Trains with Transformer Engine's layers in FP8 on a CPU: `train_fp8.py FILE CASES`, alone or under torchrun.
 
-CASES is JSON, the options of `Training` by name, with FP8's own as "fp8". Written to FILE, as JSON, by rank 0: for each
-case the losses of its steps, which products the last step computed in FP8 and of which formats, which linear maps were
-in FP8 and which were not, and the calls of attention; and the recipes that megatron-core makes of our settings.
+CASES is JSON, the options of `Training` by name, with the options of FP8 as "fp8". Rank 0 writes JSON to FILE: for each
+case the losses of its steps, the products that the last step computed in FP8 with their formats, the linear maps that
+were in FP8 and those that were not, and the calls of attention; and the recipes that megatron-core makes of our
+settings.
 
 Under torchrun the layers are split over all processes, with sequence parallelism.
 """
@@ -20,7 +21,7 @@ import fake_fp8
 import fake_te
 
 fake_fp8.install()
-# Before megatron-core looks for it.
+# This comes before megatron-core looks for Transformer Engine.
 fake_te.import_without_extension()
 
 # ruff: noqa: E402
@@ -48,7 +49,7 @@ RECIPES = {
 
 @contextmanager
 def products_counted() -> Iterator[Counter]:
-    """Products of the reference quantizer by kind and operands' formats."""
+    """Count the products of the reference quantizer by kind and by the formats of the operands."""
     counts, multiply = Counter(), CurrentScalingQuantizerRef.qgemm
 
     def counting(self, x, w, *arguments, gemm_type, **options):
@@ -62,7 +63,7 @@ def products_counted() -> Iterator[Counter]:
 
 
 def record_attention(model: PolicyModel) -> list[dict]:
-    """Where the calls of attention will be found: their arguments by the names that Transformer Engine has for them."""
+    """A list that future calls of attention are added to: their arguments by Transformer Engine's names."""
     calls, signature = [], inspect.signature(DotProductAttention.forward)
 
     def record(module, arguments, options):
@@ -77,7 +78,7 @@ def record_attention(model: PolicyModel) -> list[dict]:
 
 
 def train(fp8: dict | None, **options: object) -> dict:
-    """What the module's docstring says, of one case; None: without FP8."""
+    """Do what the module's docstring says, for one case. With `fp8` None it trains without FP8."""
     length = 16 * options["parallel"].tp_size
     group = Group(prompt=(1, 2, 3), responses=((4, 5), (6, 7, 8)))
     batches = [pack_groups([group], shared_prefix=True, length=length)]
@@ -100,7 +101,7 @@ def train(fp8: dict | None, **options: object) -> dict:
 
 
 def recipe(name: str, **settings: object) -> dict:
-    """Fields of the recipe of our settings."""
+    """Fields of the recipe that megatron-core makes of our settings."""
     fp8 = Fp8Config(**{"fp8_format": "hybrid", "fp8_recipe": name} | settings)
     training = Training(_world, bf16=True, transformer_impl="transformer_engine", layout=_layout, fp8=fp8)
     made = get_fp8_recipe(training.chunks[0].config)
@@ -114,7 +115,7 @@ if __name__ == "__main__":
     _layout = ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=size > 1)
     _world = parallel.start(_layout, seed=1)
     fake_te.claim_cuda()
-    # It refuses Transformer Engine on the CPU.
+    # The function refuses Transformer Engine on the CPU.
     provider.choose_transformer_impl = lambda requested, device: (requested, "asked for")
     common = {"parallel": _world, "layout": _layout, "transformer_impl": "transformer_engine"}
     found = {

@@ -14,7 +14,7 @@ from megatron_brain.config.loader import load_config
 from megatron_brain.planning.memory import Memory
 from megatron_brain.stages.reward.stage import RewardStage
 from megatron_brain.stages.sft.stage import SFTStage
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_batch_arithmetic_and_bubble_are_those_of_the_schedule(dry_run):
     layout = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
     batch = ["--global-batch-size", "48", "--micro-batch-size", "2", "--seq-length", "64"]
     shown = dry_run(8, *sized("sft", *layout, *batch))["Batch"]
-    # 8 processes / 2 stages = 4 replicas; 48 / (2 x 4) = 6 micro-batches; 1 slot of waiting beside 6 x 2 chunks.
+    # 8 processes / 2 pipeline stages = 4 replicas; 48 / (2 x 4) = 6 micro-batches; 1 slot waits beside 6 x 2 chunks.
     assert shown["global batch"] == "48 sequences = micro-batch 2 x data 4 x 6 micro-batches"
     assert shown["per replica and step"] == "12 sequences"
     assert shown["tokens of a step"].startswith("at most 3,072:")
@@ -194,7 +194,7 @@ def test_memory_counts_a_reward_model_of_its_own_size(dry_run, assets, monkeypat
 
     def estimate(workload, layout, *, impl):
         seen.append({model.name: model.model.num_layers for model in workload.frozen_models})
-        return Memory(phase="training", stage=0)
+        return Memory(phase="training", pipeline_stage=0)
 
     monkeypatch.setattr("megatron_brain.dry_run.report.estimate_memory", estimate)
     argv = ["--load", f"{assets}/policy", "--finetune", "--reward-load", f"{assets}/small", "--seq-length", "128"]

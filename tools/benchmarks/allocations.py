@@ -1,7 +1,7 @@
-"""Bytes of tensors that exist, over time: what PyTorch's profiler sees of the CPU allocator.
+"""Bytes of tensors that exist, over time, as PyTorch's profiler sees the CPU allocator.
 
-Not resident memory: it holds the interpreter, libraries, and what the C library keeps of memory that was freed, and
-leaves out what was never written to. On a GPU the caching allocator counts the same bytes.
+Resident memory would not do: it includes the interpreter, libraries, and freed memory that the C library keeps, and
+excludes memory that was never written to. On a GPU the caching allocator counts the same bytes.
 """
 
 import functools
@@ -24,21 +24,21 @@ _SETTLE_SECONDS = 5.0
 
 @dataclass
 class Allocations:
-    """Filled in when `recorded` ends; bytes."""
+    """Figures in bytes; they are filled in when `recorded` ends."""
 
     peak: int = 0
-    """The most that existed."""
+    """The most bytes that existed at one time."""
     phase_peaks: dict[str, int] = field(default_factory=dict)
-    """The most while a phase ran, by its name, over all of its runs."""
+    """The most bytes during a phase, over all its runs, by its name."""
     phase_ends: dict[str, int] = field(default_factory=dict)
-    """What existed when a phase ended for the last time."""
+    """The bytes that existed at the last end of a phase, by its name."""
 
 
 @contextmanager
 def recorded() -> Iterator[Allocations]:
-    """Record all tensors that are allocated in the context, by this thread and the backward passes it starts."""
+    """Record all tensors that this thread, and the backward passes that it starts, allocate in the context."""
     found = Allocations()
-    gc.collect()  # What is freed within must be of within.
+    gc.collect()  # Otherwise the context could free tensors that it did not allocate.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield found
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def recorded() -> Iterator[Allocations]:
 def _read(events: list[dict], found: Allocations) -> None:
     changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
     changes.sort(key=lambda change: change[0])
-    # Not the profiler's own total, which begins where an earlier recording ended.
+    # The profiler's own total does not serve: it begins where an earlier recording ended.
     totals = list(
         zip((moment for moment, _ in changes), itertools.accumulate(size for _, size in changes), strict=True)
     )
@@ -64,7 +64,7 @@ def _read(events: list[dict], found: Allocations) -> None:
 
 
 def mark(name: str, function: Callable) -> Callable:
-    """The function, its calls marked as a phase of the recording."""
+    """The function with its calls marked as a phase of the recording."""
 
     @functools.wraps(function)
     def marked(*args, **kwargs):
@@ -75,10 +75,10 @@ def mark(name: str, function: Callable) -> Callable:
 
 
 def settle_collectives() -> None:
-    """Have collectives free what they hold in the thread that calls them: what gloo's threads free, the profiler does
-    not see. To be called before megatron-core is imported, which keeps references to these functions.
+    """Make collectives free their tensors in the thread that calls them: the profiler does not see what gloo's threads
+    free. Call this before megatron-core is imported, because it keeps references to these functions.
 
-    The two of sequence parallelism are made of others in place, as NCCL does them, where gloo makes copies.
+    The two of sequence parallelism are built from others that work in place, as NCCL's do; gloo's make copies.
     """
     from_group = dist.get_global_rank
     all_reduce, broadcast = _settled(dist.all_reduce), _settled(dist.broadcast)
@@ -105,12 +105,12 @@ def settle_collectives() -> None:
 
 
 def _is_coalesced(group: dist.ProcessGroup) -> bool:
-    """Whether calls are collected, as those on gradient and parameter buffers are, to be made together later."""
+    """Whether calls are collected to be made together later, as for gradient and parameter buffers."""
     return group in dist.distributed_c10d._world.pg_coalesce_state
 
 
 class _Done:
-    """What stands for a collective that is over."""
+    """The handle of a collective that is already complete."""
 
     def wait(self, *args) -> bool:
         return True
@@ -120,7 +120,7 @@ class _Done:
 
 
 def _settled(collective: Callable) -> Callable:
-    """The collective, returning only when the thread that ran it has let go of its tensor."""
+    """The collective, which returns only after the thread that ran it has released its tensor."""
 
     @functools.wraps(collective)
     def settled(tensor, *args, group=None, async_op=False, **kwargs):

@@ -1,15 +1,15 @@
-"""How long a save keeps training waiting, in the background and not.
+"""How long training waits for a save, in the background and in the foreground.
 
     python tools/benchmark.py checkpoint --megabytes 500
 
-Trains a model of the size that makes such a checkpoint (float32 weights and two moments of Adam, 12 bytes a parameter)
-and saves it in turns: a synchronous save, then one in the background with training steps until it is done, pair after
-pair in alternating order. Files are synced to the disk either way. Two figures:
+Trains a model whose checkpoint has the size asked for (float32 weights and two moments of Adam, 12 bytes a parameter)
+and saves it in turns: a synchronous save, and one in the background with training steps until it is done, pair after
+pair in alternating order. Files are synced to the disk either way. It gives two figures:
 
-- blocked: what the calls of the saver take from the loop, of one save in the background / of one synchronous save;
-- lost: the same with what the steps beside it take longer than steps of their own.
+- blocked: seconds that the saver's calls take from the loop, for a save in the background / for a synchronous save;
+- lost: the same, plus the time by which steps beside the save are slower than steps without one.
 
-Every save is read back and compared with the weights and moments at the moment it was asked for.
+Every save is read back and compared with the weights and moments at the moment of the call.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _BYTES_PER_PARAMETER = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megabytes", type=int, default=500, help="size of the checkpoint")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=512, help="of a training step")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a training step")
     parser.add_argument("--directory", type=Path, help="folder to write in [a temporary one]")
     parser.add_argument("--threads", type=int, default=2)
 
@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> dict:
 
     Returns:
         blocked_ratio, lost_ratio: medians of the pairs' ratios. sync_seconds, blocked_seconds, lost_seconds,
-        background_seconds, step_seconds: medians. failures: saves that do not hold what was asked for.
+        background_seconds, step_seconds: medians. failures: saves that do not hold what they should.
     """
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         training = _Training(args.megabytes * 10**6 // _BYTES_PER_PARAMETER, args.tokens)
         savers = {kind: training.saver(Path(folder) / kind, in_background=kind == "background") for kind in _KINDS}
-        for kind in _KINDS:  # allocates copies, fills caches
+        for kind in _KINDS:  # this allocates copies and fills caches
             _measure(training, savers[kind], kind, 0, [])
         failures: list[str] = []
         pairs = []
@@ -89,7 +89,7 @@ _KINDS = ("sync", "background")
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """Seconds: of the saver's calls, of those and slower steps, until it was complete, of a step of its own."""
+    """Seconds of the saver's calls; of these plus the slower steps; until the save was complete; of a step alone."""
 
     blocked: float
     lost: float
@@ -98,7 +98,7 @@ class _Save:
 
 
 class _Training:
-    """A model in training on random tokens."""
+    """A model that trains on random tokens."""
 
     def __init__(self, parameters: int, tokens: int) -> None:
         self.config = RunConfig(stage="sft", model=_model(parameters))
@@ -113,7 +113,7 @@ class _Training:
         self.step()
 
     def step(self) -> float:
-        """Make a step; returns its seconds."""
+        """Make a step and return its seconds."""
         start = time.perf_counter()
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -144,7 +144,7 @@ def _loss(output: torch.Tensor, batch: PackedBatch) -> LossOutput:
 
 
 def _model(parameters: int) -> ModelConfig:
-    """A Llama of 8 layers with about so many parameters, as wide as that takes."""
+    """A Llama of 8 layers whose width gives about so many parameters."""
     width = 64
     while _count(width) < parameters:
         width += 64

@@ -1,14 +1,14 @@
-"""Conversion of a large model in and out, against a plain copy of the same files.
+"""Conversion of a large model in both directions, against a plain copy of the same files.
 
     python tools/benchmark.py convert --gigabytes 8 --processes 1
 
-Writes a random Llama in bfloat16 in shards, as Hugging Face would hold it. Each direction is then timed in turns with
+Writes a random Llama in bfloat16 in shards, in Hugging Face's format. Each direction is then timed in turns with
 `shutil.copyfile` and `fsync` of the files that it reads, pair after pair in alternating order, without the comparison
-with transformers; once more with it, for its time and the peak of memory. What comes out is compared with what went in,
-file by file. Everything is written under one temporary folder and removed.
+with transformers; then once with the comparison, for its time and the peak of memory. The files that come out are
+compared with those that went in. Everything is written under one temporary folder and removed.
 
-A conversion's seconds are those that the tool reports, from the first byte read to the rename; those of the whole
-process, with starting Python and importing torch and transformers, are given too.
+The tool reports the seconds of a conversion, from the first byte read to the rename. The seconds of the whole process,
+which also starts Python and imports torch and transformers, are given too.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import resolve
 
 REQUIRED = 0.6
-"""Of the speed of a copy."""
+"""Least speed that is required, relative to a copy."""
 
 _TOOLS = Path(__file__).parents[1]
 _WEIGHTS = "*.safetensors"
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> dict:
 
     Returns:
         to_checkpoint, to_hf: `ratio`, the median over pairs of the copy's seconds / the conversion's, and the same for
-        the whole process; medians of seconds; `peak_bytes` of each process with the comparison. peak_limit_bytes: what
-        they may be. failures: files that did not come back equal, a peak beyond the limit.
+        the whole process; medians of seconds; `peak_bytes` of each process with the comparison. peak_limit_bytes: their
+        limit. failures: files that did not come back equal, and peaks beyond the limit.
     """
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
         root = Path(folder)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """A tool, what it reads and what it writes."""
+    """A tool, the files that it reads and the folder that it writes."""
 
     name: str
     tool: str
@@ -100,7 +100,7 @@ class _Conversion:
     flags: tuple[str, ...]
 
     def measure(self, args: argparse.Namespace) -> dict:
-        """Time it in turns with a copy, then run it once with the comparison; leaves what that wrote."""
+        """Time it in turns with a copy, then run it once with the comparison and keep what that wrote."""
         copies, conversions = [], []
         for number in range(1, args.pairs + 1):
             steps = [
@@ -126,7 +126,7 @@ class _Conversion:
         }
 
     def _copy(self) -> float:
-        """Seconds to copy the files of weights that are read, and sync the copies."""
+        """Seconds to copy the files of weights that the tool reads, and to sync the copies."""
         target = self.target.with_name("copy")
         target.mkdir()
         started = time.perf_counter()
@@ -164,7 +164,7 @@ class _Conversion:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of a tool took. The comparison's figures are None where there was none."""
+    """Time and memory of a run of a tool. The figures of the comparison are None where there was none."""
 
     seconds: float
     process_seconds: float
@@ -174,7 +174,7 @@ class Run:
 
     @classmethod
     def of(cls, said: str, seconds: float, peak_bytes: list[int]) -> "Run":
-        """From the tool's last line."""
+        """Read the figures from the tool's last line."""
         compared = _COMPARED.search(said)
         return cls(
             seconds=float(_SECONDS.search(said)[1]),
@@ -186,7 +186,7 @@ class Run:
 
 
 def _write_model(directory: Path, args: argparse.Namespace) -> dict:
-    """Write a random Llama, a shard in memory at a time. Returns its sizes."""
+    """Write a random Llama with one shard in memory at a time, and return its sizes."""
     model = _sizes(args.gigabytes * 1e9)
     family = family_for_export(model)
     directory.mkdir()
@@ -208,7 +208,7 @@ def _write_model(directory: Path, args: argparse.Namespace) -> dict:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index))
-    # Their writing to the disk is not to disturb what is timed.
+    # Otherwise the disk would still write them while conversions are timed.
     os.sync()
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
     files = {"bytes": split.metadata["total_size"], "shards": len(split.filename_to_tensors)}
@@ -216,7 +216,7 @@ def _write_model(directory: Path, args: argparse.Namespace) -> dict:
 
 
 def _random(shape: torch.Size, noise: torch.Tensor, offsets: random.Random) -> torch.Tensor:
-    """Pieces of `noise` from anywhere, which is faster than drawing anew; the weights of norms are around 1."""
+    """A random piece of `noise`, which is faster than new random numbers; the weights of norms are around 1."""
     tensor = torch.empty(shape, dtype=torch.bfloat16)
     for piece in tensor.view(-1).split(len(noise) // 2):
         start = offsets.randrange(len(noise) // 2)
@@ -225,7 +225,7 @@ def _random(shape: torch.Size, noise: torch.Tensor, offsets: random.Random) -> t
 
 
 def _sizes(nbytes: float) -> ModelConfig:
-    """A Llama of at least so many bytes in bfloat16: of Llama 3 8B's width, or a quarter of it."""
+    """Sizes of a Llama of at least so many bytes in bfloat16, with the width of Llama 3 8B or a quarter of it."""
     width = 4096 if nbytes >= 4e9 else 1024
     of_layer = 2 * (2 * width**2 + 2 * width * width // 4 + 3 * width * 7 * width // 2)
     return resolve(
@@ -244,7 +244,7 @@ def _sizes(nbytes: float) -> ModelConfig:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """Files of weights that are not equal byte for byte, by name, and an index that differs."""
+    """Names of the files of weights that differ in any byte, and of an index that differs."""
     names = {file.name for folder in (before, after) for file in folder.glob(_WEIGHTS)}
     _, wrong, missing = filecmp.cmpfiles(before, after, names, shallow=False)
     failures = [f"{name} did not come back as it was" for name in sorted(wrong + missing)]

@@ -1,4 +1,4 @@
-"""Whether time grows as tokens do: a straight line through the times of groups of different sizes, and its picture."""
+"""Whether time is proportional to tokens: a line through the times of groups of different sizes, and its picture."""
 
 import importlib.util
 import statistics
@@ -8,15 +8,15 @@ from pathlib import Path
 from megatron_brain.errors import ConfigError
 
 TOLERANCE = 0.15
-"""How far the line's slope may lie from proportionality, and a size's time per token from the others'."""
+"""Largest relative deviation of the line's slope from proportionality, and of a size's time per token."""
 
 
 def cost_line(samples: Sequence[int], tokens: Sequence[int], seconds: Sequence[float]) -> dict:
     """Fit `seconds = intercept + slope * tokens` and compare with plain proportionality.
 
     Returns:
-        `slope_ratio`: slope over the median time per token, 1 where time is proportional to tokens; per size its time
-        per token over the median.
+        `slope_ratio`: slope / median time per token, which is 1 where time is proportional to tokens; and for each size
+        its time per token / the median.
     """
     per_token = [time / count for time, count in zip(seconds, tokens, strict=True)]
     typical = statistics.median(per_token)

@@ -2,19 +2,19 @@
 
     python tools/benchmark.py fp8 --prior-load SFT --load POLICY --prompts FILE [--reward-load REWARD]
 
-Of a run in the middle: `p` is the prior, `q'` the proposal (--load), and the policy has moved on from it, by --moved of
-the way from prior to proposal. All weights are rounded to bfloat16, so that precisions differ in what they compute
-alone. The proposal draws responses of the greatest length in bf16, on past their end, and shorter ones are their
-beginnings. Every precision scores the same groups, FP8 in emulation (docs/fp8_numerics.md). Errors are differences from
+This is the middle of a run: `p` is the prior, `q'` the proposal (--load), and the policy has moved on from it by the
+share --moved of the way from prior to proposal. All weights are rounded to bfloat16, so that precisions differ only in
+computation. The proposal draws responses of the greatest length in bf16, on past their end, and shorter ones are their
+beginnings. All precisions score the same groups, FP8 in emulation (docs/fp8_numerics.md). Errors are differences from
 float32, in nats of whole sequences:
 
-- logprob_mean, logprob_std: of log q'. group_std: less the group's mean, which cancels in alpha and beta.
-- of log q - log q', for each distance moved: ratio_std, the error less the group's mean, true_ratio_std what the ratio
-  itself varies by; max_ratio; ess_beta, and beta_tv, half the sum of |beta - beta of float32|.
-- mixed: log q' of the precision - log q' of bf16, for which the truth is 0: a policy in FP8 on a proposal in bf16.
+- logprob_mean, logprob_std: error of log q'. group_std: less the group's mean, which cancels in alpha and beta.
+- For log q - log q', at each distance moved: ratio_std, the error less the group's mean; true_ratio_std, the standard
+  deviation of the ratio itself; max_ratio; ess_beta; and beta_tv, half the sum of |beta - beta of float32|.
+- mixed: log q' of the precision - log q' of bf16, as of a policy in FP8 with a proposal in bf16. The truth is 0.
 - alpha_tv, ess_alpha, and reward_std, the error of rewards.
 - gradient, at the last distance moved: cosine with float32's and ratio of the norms, with weights alpha - beta of the
-  precision itself (`whole`) and of float32 (`backward`: what the backward pass adds).
+  precision itself (`whole`), or of float32 (`backward`: the error that the backward pass adds).
 """
 
 import argparse
@@ -34,28 +34,29 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.objectives.brain import brain_loss_gradient, posterior_log_weights
 from megatron_brain.objectives.importance import effective_sample_size, policy_log_weights
 from megatron_brain.stages.answers import read_prompts
-from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.run import Run
+from megatron_brain.training.start import open_run
 
 Scores = dict[str, dict[str, Tensor]]
-"""By precision and by what is scored (prior, proposal, reward, a distance moved): `[groups, n]`."""
+"""Scores `[groups, n]` by precision, and then by model (prior, proposal, reward, or a distance moved)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the subject."""
+    """Add the flags of the subject."""
     models = parser.add_argument_group("models")
     models.add_argument("--load", type=Path, required=True, help="checkpoint of the proposal")
     models.add_argument("--prior-load", type=Path, required=True, help="checkpoint of the prior")
     models.add_argument("--reward-load", type=Path, help="checkpoint of the reward model [every reward is 0]")
     models.add_argument("--reward-temperature", type=float, default=0.2, help="tau [%(default)s]")
-    models.add_argument("--moved", default="0.01,0.25", help="of the way from prior to proposal [%(default)s]")
+    models.add_argument("--moved", default="0.01,0.25", help="shares of the way from prior to proposal [%(default)s]")
     data = parser.add_argument_group("data")
     data.add_argument("--prompts", type=Path, required=True, help="records with a prompt each")
     data.add_argument("--max-prompt-length", type=int, default=104, help="longer prompts are left out [%(default)s]")
-    data.add_argument("--lengths", default="16,32,64,128,256,512", help="of the responses, in tokens [%(default)s]")
+    data.add_argument("--lengths", default="16,32,64,128,256,512", help="tokens of a response [%(default)s]")
     data.add_argument("--samples", type=int, default=8, help="responses n of a prompt [%(default)s]")
-    data.add_argument("--groups", type=int, default=8, help="prompts at most [%(default)s]")
-    data.add_argument("--tokens", type=int, default=8192, help="response tokens at most at a length [%(default)s]")
-    data.add_argument("--gradient-lengths", help="those of them with gradients [of 16, 64 and 256 those that are]")
+    data.add_argument("--groups", type=int, default=8, help="largest number of prompts [%(default)s]")
+    data.add_argument("--tokens", type=int, default=8192, help="most response tokens at a length [%(default)s]")
+    data.add_argument("--gradient-lengths", help="lengths with gradients [16, 64 and 256, if they are lengths]")
     data.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=2, help="[%(default)s]")
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict:
     """Measure.
 
     Returns:
-        lengths: per length what the module's docstring names, by precision; growth: exponents of length.
+        lengths: for each length the figures of the module's docstring, by precision; growth: exponents of length.
     """
     torch.set_num_threads(args.threads)
     lengths, moved = _numbers(args.lengths, int, "--lengths"), _numbers(args.moved, float, "--moved")
@@ -142,7 +143,7 @@ def _open(args: argparse.Namespace, longest: int) -> Run:
 
 
 class _Study:
-    """The models in every precision, all of them there until the end."""
+    """The models in every precision; all of them stay in memory."""
 
     def __init__(self, run: Run, args: argparse.Namespace, moved: Sequence[float]) -> None:
         self._run, self._args = run, args
@@ -222,7 +223,7 @@ def _log_alpha(scores: dict[str, Tensor], temperature: float) -> Tensor:
 
 
 def compare(scores: Scores, moved: Sequence[float], temperature: float) -> dict:
-    """What the module's docstring names besides gradients, by precision; float32 as well, where it is no error."""
+    """The figures of the module's docstring except gradients, by precision; for float32 those that are no errors."""
     exact = scores["fp32"]
     exact_alpha = _log_alpha(exact, temperature)
     report = {}
@@ -249,7 +250,7 @@ def compare(scores: Scores, moved: Sequence[float], temperature: float) -> dict:
 
 
 def _weights(log_ratio: Tensor, truth: Tensor) -> dict[str, float]:
-    """Of beta, from log-ratios `[groups, n]`."""
+    """Figures of beta from log-ratios `[groups, n]`."""
     log_beta, exact = (torch.stack([policy_log_weights(row, row * 0) for row in each]) for each in (log_ratio, truth))
     return {
         "beta_tv": _total_variation(log_beta, exact),
@@ -259,7 +260,7 @@ def _weights(log_ratio: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def _std_in_groups(values: Tensor) -> float:
-    """Of `[groups, n]`, each less its group's mean."""
+    """Standard deviation of values `[groups, n]`, each less its group's mean."""
     return values.var(dim=1).mean().sqrt().item()
 
 
@@ -272,7 +273,7 @@ def _mean_ess(log_weights: Tensor) -> float:
 
 
 def growth(lengths: dict[int, dict]) -> dict[str, dict[str, float]]:
-    """Exponents k of `error ~ length^k`, least squares in logarithms: 0.5 of independent errors, 1 of equal ones."""
+    """Exponents k of `error ~ length^k` by least squares in logarithms: 0.5 if errors are independent, 1 if equal."""
     if len(lengths) < 2:
         return {}
     logs = [math.log(length) for length in lengths]

@@ -1,12 +1,12 @@
-"""Time and peak memory of log-probabilities without whole logits, relative to the standard way with whole logits.
+"""Time and peak memory of log-probabilities without whole logits, relative to the usual way with whole logits.
 
     python tools/benchmark.py logprobs --positions 4096 --vocab-size 131072 --hidden-size 512
 
-Forward and backward pass on the CPU, three ways: whole logits (float32 log_softmax, gather, autograd), recomputed,
-known gradient. Time: the ways run in turn, in both orders; a ratio is the median over repeats of ratios to the whole
-logits of the same repeat, in wall time and, which other work on the machine disturbs less, in CPU time of the process.
-Memory: one fresh process for each way; what its peak exceeds that of a process which only holds inputs, parameters and
-gradients.
+It runs forward and backward pass on the CPU in three ways: whole logits (float32 log_softmax, gather, autograd),
+recomputed, and known gradient. Time: the ways run in turn, in both orders. A ratio is the median over repeats of the
+ratio to whole logits in the same repeat, in wall time and in CPU time of the process, which other work on the machine
+disturbs less. Memory: each way runs in a fresh process; its figure is the process's peak minus the peak of a process
+that only holds inputs, parameters and gradients.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> dict:
 
     Returns:
         time_ratio, cpu_time_ratio, memory_ratio: by way.
-        seconds, cpu_seconds: medians by way. memory_mib: by way, beyond inputs, parameters and gradients.
-        differences: by way, the largest of a log-probability or gradient, relative to the largest of its kind.
+        seconds, cpu_seconds: medians by way. memory_mib: by way, without inputs, parameters and gradients.
+        differences: by way, the largest difference of a log-probability or gradient, relative to the largest value.
         failures: ways whose differences are beyond rounding.
     """
     memory = _memory_mib(args)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 class Problem:
-    """Random inputs, and forward plus backward in each way; gradients start from None, as after zero_grad."""
+    """Random inputs, and forward and backward pass in each way. Gradients start as None, as after zero_grad."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
@@ -79,7 +79,7 @@ class Problem:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, args.dtype)
-        # Filled in place: a temporary would count as memory needed anyway.
+        # It is filled in place: a temporary would raise the peak of the process that only holds inputs.
         self.hidden = torch.empty(args.positions, args.hidden_size, dtype=dtype).normal_(generator=generator)
         self.weight = torch.empty(args.vocab_size, args.hidden_size, dtype=dtype)
         self.weight.normal_(std=args.hidden_size**-0.5, generator=generator)
@@ -92,7 +92,7 @@ class Problem:
     def full_logits(self) -> Tensor:
         logits = (self.hidden @ self.weight.t()).float()
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, self.targets[:, None]).squeeze(1)
-        del logits  # autograd needs log_softmax's result only
+        del logits  # autograd needs only the result of log_softmax
         return self._backward(logprobs)
 
     def recompute(self) -> Tensor:
@@ -103,7 +103,7 @@ class Problem:
         return self._backward(vocab_parallel_logprobs(self.hidden, self.weight, self.targets, **options))
 
     def inputs_and_gradients(self) -> None:
-        """What every way needs: the floor of the memory measurement."""
+        """Hold what every way needs: this is the floor of the memory measurement."""
         self.hidden.grad = torch.full_like(self.hidden, 1.0)
         self.weight.grad = torch.full_like(self.weight, 1.0)
 
@@ -113,7 +113,7 @@ class Problem:
         return logprobs.detach()
 
     def differences(self) -> dict[str, float]:
-        """By way, the largest of a log-probability or gradient, relative to the largest of its kind."""
+        """By way, the largest difference of a log-probability or gradient, relative to the largest of its kind."""
         expected = self.full_logits(), self.hidden.grad, self.weight.grad
         found = {}
         for way in OURS:
@@ -143,7 +143,7 @@ def _peak_in_fresh_process(way: str, args: argparse.Namespace) -> float:
 
 
 def _peak_mib() -> float:
-    # Not ru_maxrss: through exec a process inherits the peak of the one that started it. VmHWM begins anew.
+    # VmHWM starts anew with a process; ru_maxrss does not: through exec a process inherits the peak of its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 

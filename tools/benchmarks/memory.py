@@ -2,10 +2,10 @@
 
     python tools/benchmark.py memory [--only 'NAME;NAME']
 
-Each case is a run of a stage as its command makes it, over as many processes as its layout takes (gloo), for two steps:
-in the second, optimizer state exists during forward and backward pass. What is compared is the most bytes of tensors
-that exist on each rank (benchmarks/allocations.py says why not resident memory, which is shown beside it), in all and
-by phase.
+Each case is a run of a stage by its command, over as many processes as its layout takes (gloo), for two steps: in the
+second step, optimizer state exists during forward and backward pass. It compares the most bytes of tensors that exist
+on each rank, in all and by phase. benchmarks/allocations.py says why it does not compare resident memory, which the
+report also has.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from benchmarks import allocations
 from megatron_brain.config.loader import load_config
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import resolve
-from megatron_brain.planning.memory import Memory, stage_memory
+from megatron_brain.planning.memory import Memory, pipeline_stage_memory
 from megatron_brain.planning.workload import from_run_config
 
 TOLERANCE = 0.1
-"""Relative error of the total peak that is allowed."""
+"""Largest relative error of the total peak that is allowed."""
 
 _VOCAB, _PROMPT, _RESPONSE = 8192, 384, 128
 _STEPS = 2
@@ -48,7 +48,7 @@ _SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run: its stage, its processes, and the flags it has beyond those of all cases."""
+    """A run: its stage, its processes, and its flags besides those of all cases."""
 
     name: str
     stage: str = "sft"
@@ -71,7 +71,7 @@ CASES = (
         processes=2,
         flags="--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
-    # gloo makes a copy of the gradients that it reduces, which NCCL does not: the activations are to be larger.
+    # gloo copies the gradients that it reduces, and NCCL does not: the activations have to be larger than that copy.
     Case(
         name="sft, DP2, distributed optimizer, bf16",
         processes=2,
@@ -86,7 +86,7 @@ CASES = (
         flags="--tensor-model-parallel-size 2 --sequence-parallel --bf16",
     ),
 )
-"""What is measured unless --only names some of them."""
+"""The cases; --only chooses some of them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> dict:
     """Measure the cases.
 
     Returns:
-        cases: of each its processes and flags, and `ranks` with what `compare` returns.
-        failures: cases whose estimate is further off than `TOLERANCE`.
+        cases: for each one its processes and flags, and in `ranks` what `compare` returns.
+        failures: cases whose estimate has a larger error than `TOLERANCE`.
     """
     cases = _chosen(args.only)
     reports, failures = [], []
@@ -165,17 +165,17 @@ def case_flags(case: Case, folder: Path) -> list[str]:
 
 
 def compare(case: Case, flags: list[str], measured: list[dict]) -> list[dict]:
-    """Of each rank what was measured and estimated, in bytes, and the estimate's relative error: of the peak, and by
+    """For each rank the measured and estimated bytes, and the relative error of the estimate: for the peak, and by
     phase."""
     config = load_config(case.stage, flags)
     config = dataclasses.replace(config, model=resolve(config.model, None, "the benchmark"))
     workload, layout = from_run_config(config, case.processes)
     ranks = []
     for rank, found in enumerate(measured):
-        # Tensor-parallel ranks are neighbours, then replicas, then stages.
-        stage = rank // (layout.tensor * layout.data)
+        # Tensor-parallel ranks are neighbours, then replicas, then pipeline stages.
+        pipeline_stage = rank // (layout.tensor * layout.data)
         phases: dict[str, Memory] = {}
-        for memory in stage_memory(workload, layout, stage, impl="local"):
+        for memory in pipeline_stage_memory(workload, layout, pipeline_stage, impl="local"):
             if memory.phase not in phases or memory.total > phases[memory.phase].total:
                 phases[memory.phase] = memory
         peak = max(phases.values(), key=lambda memory: memory.total)
@@ -195,7 +195,7 @@ def compare(case: Case, flags: list[str], measured: list[dict]) -> list[dict]:
 
 
 def _measure(case: Case, flags: list[str], folder: Path) -> list[dict]:
-    """Run a case; what each rank reports."""
+    """Run a case and return what each rank reports."""
     if case.stage == "brain":
         for stage, name in (("sft", "prior"), ("reward", "reward")):
             if not (folder / name).exists():
@@ -210,7 +210,7 @@ _PROGRAM = [sys.executable, "-m", "megatron_brain"]
 
 
 def _start(command: list[str]) -> None:
-    # Processes of one machine share its cores.
+    # The processes of a case share the cores of one machine.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=env, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
     if result.returncode:
@@ -218,11 +218,11 @@ def _start(command: list[str]) -> None:
 
 
 def measure_steps(stage: str, flags: list[str], *, steps: int = _STEPS) -> dict:
-    """Train for some steps as the stage's command does.
+    """Train for some steps, as the stage's command does.
 
     Returns:
-        `peak` bytes of tensors that existed, `phases`: the same by phase, `after_update`: what exists between steps,
-        `resident_peak`: of the process, everything in it included.
+        `peak`: the most bytes of tensors that existed; `phases`: the same by phase; `after_update`: bytes that exist
+        between steps; `resident_peak`: peak of the resident memory of the whole process.
     """
     with allocations.recorded() as found:
         _train(stage, flags, steps)
@@ -242,7 +242,7 @@ def _train(stage: str, flags: list[str], steps: int) -> None:
     from megatron_brain.stages.reward import stage as reward
     from megatron_brain.stages.sft import stage as sft
     from megatron_brain.training import trainer
-    from megatron_brain.training.run import open_run
+    from megatron_brain.training.start import open_run
 
     mark = allocations.mark
     trainer.forward_backward = mark("training", trainer.forward_backward)
@@ -257,7 +257,7 @@ def _train(stage: str, flags: list[str], steps: int) -> None:
 
 
 def _report_peaks(stage: str, output: str, *flags: str) -> None:
-    """What one process of a case runs."""
+    """The program of one process of a case."""
     allocations.settle_collectives()
     peaks = measure_steps(stage, list(flags))
     Path(f"{output}_{os.environ['RANK']}.json").write_text(json.dumps(peaks))

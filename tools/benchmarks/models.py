@@ -1,7 +1,7 @@
-"""One random Llama twice: as transformers computes a BRAIn update on padded rows, and as this package does.
+"""A BRAIn update of one random Llama in two ways: with transformers on padded rows, and with this package.
 
-Both start from the same Hugging Face directory, which ours reads through its own conversion. The loss is the package's
-own (`objectives.brain`) on both sides; everything before it is not.
+Both start from the same Hugging Face directory, which this package reads through its conversion. Both sides use the
+package's loss (`objectives.brain`); they share nothing before it.
 """
 
 import argparse
@@ -27,23 +27,24 @@ from megatron_brain.objectives.brain import brain_loss, posterior_log_weights
 from megatron_brain.stages.brain.rollouts import Response, Rollout, write_rollouts
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.startup.disk import Start
-from megatron_brain.training.run import Run, open_run
+from megatron_brain.training.run import Run
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import score_groups
 
 PAD, EOS = 0, 1
-"""Token ids that no random text holds."""
+"""Token ids that random texts never have."""
 
 _ADAMW = {"lr": 1e-6, "weight_decay": 0.0, "eps": 1e-8, "betas": (0.9, 0.95)}
 _CLIP = 1.0
 _STEPS = 1_000_000
-"""More than are ever taken: one round, one learning rate."""
+"""More steps than are ever taken, so that there is one round and one learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A group: one prompt and its responses, in tokens. Responses are `response_spread` longer or shorter at most."""
+    """Sizes of a group in tokens: one prompt and its responses, at most `response_spread` longer or shorter."""
 
     prompt_length: int
     samples: int
@@ -56,7 +57,7 @@ class Shape:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes of the model. The defaults have 33.0M parameters."""
+    """Add flags for the sizes of the model. The defaults make 33.0M parameters."""
     group = parser.add_argument_group("model")
     group.add_argument("--layers", type=int, default=8)
     group.add_argument("--hidden-size", type=int, default=512)
@@ -64,16 +65,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heads", type=int, default=8)
     group.add_argument("--key-value-heads", type=int, default=8)
     group.add_argument("--vocab-size", type=int, default=8192)
-    group.add_argument("--untied", action="store_true", help="an output layer of its own instead of the embedding")
+    group.add_argument("--untied", action="store_true", help="give the output layer its own weights")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     group.add_argument("--seed", type=int, default=1234)
 
 
 def write_hf_model(directory: Path, args: argparse.Namespace, *, head: Head, positions: int) -> int:
-    """Write a random model with a two-word tokenizer; the weights are large enough for attention to choose.
+    """Write a random model with a two-word tokenizer. The weights are so large that attention is far from uniform.
 
     Returns:
-        the number of its parameters.
+        The number of its parameters.
     """
     torch.manual_seed(args.seed + (head == "reward"))
     config = LlamaConfig(
@@ -102,7 +103,7 @@ def write_hf_model(directory: Path, args: argparse.Namespace, *, head: Head, pos
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer of PAD, EOS and a word: one without any word is taken for one whose vocabulary is lost."""
+    """Write a tokenizer of PAD, EOS and one word: without any word its vocabulary would be taken for lost."""
     words = tokenizers.models.WordLevel({"<pad>": PAD, "</s>": EOS, "word": EOS + 1}, unk_token="<pad>")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="</s>"
@@ -111,7 +112,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def random_rollout(shape: Shape, *, vocab_size: int, seed: int) -> Rollout:
-    """A group of random tokens, its log-probabilities and rewards still unknown.
+    """A group of random tokens without log-probabilities and rewards.
 
     Lengths alternate between the shortest and the longest and lie evenly between them, so that their mean is
     `response_length` and one is the longest.
@@ -134,7 +135,7 @@ def random_rollout(shape: Shape, *, vocab_size: int, seed: int) -> Rollout:
 
 
 def set_numbers(rollout: Rollout, logprobs: Tensor, *, seed: int) -> None:
-    """Fill in rewards, and proposal and prior near the policy's `logprobs` `[n]`: neither alpha nor beta is even."""
+    """Fill in rewards, and proposal and prior near the policy's `logprobs` `[n]`, such that alpha and beta vary."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(3, len(rollout.responses), generator=generator)
     rows = zip(rollout.responses, logprobs.tolist(), *noise.tolist(), strict=True)
@@ -148,7 +149,7 @@ def set_numbers(rollout: Rollout, logprobs: Tensor, *, seed: int) -> None:
 class PaddedBatch:
     """A group as rows `[n, prompt + longest response]` padded on the right; `mask` is 1 at tokens.
 
-    targets, counts: `[n, longest response]`, the response tokens and whether there is one.
+    targets, counts: `[n, longest response]`, the response tokens, and whether a position has one.
     """
 
     tokens: Tensor
@@ -162,7 +163,7 @@ class PaddedBatch:
 
 
 def pad_rollout(rollout: Rollout, device: torch.device) -> PaddedBatch:
-    """Every response after a prompt of its own."""
+    """The group as padded rows: every response follows its own copy of the prompt."""
     rows = [torch.tensor((*rollout.prompt_tokens, *response.tokens)) for response in rollout.responses]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD).to(device)
     mask = (tokens != PAD).long()
@@ -173,10 +174,10 @@ def pad_rollout(rollout: Rollout, device: torch.device) -> PaddedBatch:
 
 
 class HFPolicy:
-    """transformers' model and torch's AdamW, and the update one writes with them.
+    """transformers' model and torch's AdamW, with the usual update.
 
-    Logits are made everywhere with `all_logits`, else at the positions that predict a response token alone. In bfloat16
-    AdamW works on the bfloat16 weights: less than ours does, which keeps float32 ones.
+    With `all_logits` it makes logits at every position, else only where a response token is predicted. In bfloat16 its
+    AdamW works on bfloat16 weights, which is less work than ours, which keeps float32 weights.
     """
 
     def __init__(self, directory: Path, *, dtype: torch.dtype, device: torch.device, all_logits: bool = True) -> None:
@@ -194,7 +195,7 @@ class HFPolicy:
         return torch.where(batch.counts, by_token, 0.0).sum(1)
 
     def forward_backward(self, batch: PaddedBatch) -> float:
-        """Leave the gradient of the loss in `.grad`; returns the loss."""
+        """Leave the gradient of the loss in `.grad` and return the loss."""
         self.model.train()
         self.optimizer.zero_grad()
         log_proposal = batch.values("log_proposal")
@@ -206,7 +207,7 @@ class HFPolicy:
         return loss.item()
 
     def update(self, batch: PaddedBatch) -> float:
-        """One optimizer step; returns the loss before it."""
+        """Take one optimizer step and return the loss before it."""
         loss = self.forward_backward(batch)
         nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
         self.optimizer.step()
@@ -231,7 +232,7 @@ class HFReward:
 
 
 def open_brain_run(directory: Path, rollouts: Path, args: argparse.Namespace, *, seq_length: int) -> Run:
-    """A brain run on a Hugging Face directory and a file of rollouts, that saves nothing."""
+    """A brain run on a Hugging Face directory and a file of rollouts; it saves nothing."""
     settings = {
         "hf_model": str(directory),
         "bf16": args.dtype == "bfloat16",
@@ -282,13 +283,13 @@ class OurPolicy:
         return sum(group.num_tokens(shared_prefix=self.trainer.stage.shared_prefix) for group in groups)
 
     def update(self, stage: BrainStage | None = None) -> float:
-        """A step of training, on the group of another stage from now on if one is given; returns the loss before it."""
+        """Take a training step and return the loss before it. A given stage replaces the trainer's, with its group."""
         if stage is not None:
             self.trainer.stage = stage
         return self.trainer.step(self.micro_batches)["loss"]
 
     def forward_backward(self) -> float:
-        """A step of training up to the gradients; returns the loss."""
+        """Take a training step up to the gradients and return the loss."""
         trainer, stage = self.trainer, self.trainer.stage
         batches = pack_micro_batches(self.micro_batches, trainer.parallel, shared_prefix=stage.shared_prefix)
         batches = stage.prepare(trainer, batches)
@@ -299,7 +300,7 @@ class OurPolicy:
         return report.loss_sum.item() / report.count
 
     def gradients(self) -> dict[str, Tensor]:
-        """What `forward_backward` left, by the names and in the shapes of transformers."""
+        """The gradients that `forward_backward` left, with the names and shapes of transformers."""
         (chunk,) = self.trainer.gathered_chunks()
         with _gradients_as_weights(chunk):
             model = self.run.config.model
@@ -309,7 +310,7 @@ class OurPolicy:
 
 @contextmanager
 def _gradients_as_weights(chunk: Chunk) -> Iterator[None]:
-    """Lets the code that exports weights export gradients: the fusions of both are the same."""
+    """Lets the code that exports weights export gradients, which are fused in the same way."""
     weights = {parameter: parameter.data for parameter in chunk.parameters()}
     try:
         for parameter in weights:
@@ -321,7 +322,7 @@ def _gradients_as_weights(chunk: Chunk) -> Iterator[None]:
 
 
 class OurScorer:
-    """Frozen chunks that score groups as a round does."""
+    """A frozen model that scores groups as a round does."""
 
     def __init__(self, run: Run, directory: Path, *, head: Head) -> None:
         resolved = dataclasses.replace(run.resolved, start=Start(hf_model=str(directory)))
@@ -332,7 +333,7 @@ class OurScorer:
             chunk.eval().requires_grad_(False)
 
     def score(self, micro_batches: Sequence[Sequence[Group]]) -> Tensor:
-        """Sequence log-probabilities or rewards of all responses, end to end, float32."""
+        """Sequence log-probabilities or rewards of all responses in one float32 tensor."""
         shared_prefix = self.run.config.training.shared_prefix
         scored = score_groups(
             self.chunks, micro_batches, self.run.parallel, head=self.head, shared_prefix=shared_prefix

@@ -1,4 +1,4 @@
-"""Runs a script and writes the peak of this process's memory, pages of mapped files included, to a file.
+"""Run a script and write the peak of this process's memory, pages of mapped files included, to a file.
 
 python peak_memory.py FOLDER SCRIPT [ARGUMENT ...]
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 
 def main(folder: str, script: str, *arguments: str) -> None:
     sys.argv = [script, *arguments]
-    # What `python SCRIPT` puts there.
+    # `python SCRIPT` puts this folder there.
     sys.path[0] = str(Path(script).parent)
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
-        # Of this program alone: what getrusage says may be the process's that started it.
+        # This is the peak of this program only; getrusage may give that of the process that started it.
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak = int(status["VmHWM"].split()[0]) * 1024
         (Path(folder) / os.environ.get("RANK", "0")).write_text(str(peak))

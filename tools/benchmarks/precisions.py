@@ -1,4 +1,4 @@
-"""The same weights in several precisions: scores, samples and gradients of each."""
+"""One set of weights in several precisions: scores, samples and gradients of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,24 +29,24 @@ PRECISIONS: dict[str, tuple[bool, Fp8Config]] = {
     "e4m3": (True, _fp8("e4m3", ends=False)),
     "e4m3_ends_bf16": (True, _fp8("e4m3", ends=True)),
 }
-"""Whether --bf16 is on, and the FP8 settings."""
+"""For each precision whether --bf16 is on, and the FP8 settings."""
 
 SCORED = ("fp32", "bf16", "hybrid", "hybrid_ends_bf16")
-"""Forward, e4m3 is what hybrid is."""
+"""The precisions of scores; e4m3 is left out, because its forward pass is that of hybrid."""
 
 NO_TOKEN = -1
-"""An EOS that is never drawn: responses go on to the greatest length."""
+"""An EOS that is never drawn, so that responses have the greatest length."""
 
 
 def run_in(run: Run, precision: str) -> Run:
-    """The run, computing in another precision."""
+    """The run in another precision."""
     bf16, fp8 = PRECISIONS[precision]
     model = dataclasses.replace(run.config.model, bf16=bf16)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model, fp8=fp8))
 
 
 class Model:
-    """The checkpoint of --NAME-load in one precision, its weights rounded to bfloat16; they can be replaced by others.
+    """The model of --NAME-load in one precision, its weights rounded to bfloat16. Other weights can replace them.
 
     Raises:
         ConfigError: there is none, or it holds another kind of model.
@@ -60,23 +60,23 @@ class Model:
         self.take(self.weights())
 
     def weights(self) -> list[Tensor]:
-        """Copies, in bfloat16: every precision starts from the same numbers."""
+        """Copies of the weights in bfloat16, so that every precision starts from the same numbers."""
         return [parameter.detach().bfloat16().clone() for parameter in self.chunk.parameters()]
 
     @torch.no_grad()
     def take(self, weights: Sequence[Tensor]) -> None:
-        """Have these weights from now on."""
+        """Replace the weights by these."""
         for parameter, weight in zip(self.chunk.parameters(), weights, strict=True):
             parameter.copy_(weight)
 
     def scores(self, groups: Sequence[Group]) -> Tensor:
-        """Sequence log-probabilities or rewards `[groups, n]` float32, each group computed on its own."""
+        """Sequence log-probabilities or rewards `[groups, n]` float32; each group is computed alone."""
         micro_batches = [[group] for group in groups]
         scored = score_groups([self.chunk], micro_batches, self._run.parallel, head=self._head, shared_prefix=True)
         return torch.stack([values for (values,) in scored])
 
     def gradient(self, groups: Sequence[Group], slopes: Tensor) -> list[Tensor]:
-        """Gradient of `sum slopes * log-probabilities` `[groups, n]` in all weights, added up in float32."""
+        """Gradient of `sum slopes * log-probabilities` (both `[groups, n]`) for all weights, summed in float32."""
         self.chunk.train().requires_grad_(True)
         totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.chunk.parameters()]
         for group, each in zip(groups, slopes, strict=True):
@@ -105,7 +105,7 @@ def draw(run: Run, chunk: Chunk, prompts: Sequence[tuple[int, ...]]) -> list[Gro
 
 
 def beginnings(groups: Sequence[Group], length: int) -> list[Group]:
-    """The groups with the first tokens of each response alone."""
+    """The groups with only the first tokens of each response."""
     return [
         dataclasses.replace(group, responses=tuple(response[:length] for response in group.responses))
         for group in groups

@@ -1,4 +1,4 @@
-"""Times of two ways to do the same, taken in turns, so that a busy machine disturbs both alike."""
+"""Times of two ways to do the same. They are timed in turns, so that a busy machine disturbs both alike."""
 
 import gc
 import statistics
@@ -12,14 +12,14 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call: on the clock, and of all threads of this process on a processor."""
+    """Seconds of one call: by the clock, and processor time of all threads of this process."""
 
     wall: float
     cpu: float
 
 
 def measure(function: Callable[[], object]) -> Times:
-    """Time one call, garbage of earlier ones collected before it and work on an accelerator finished."""
+    """Time one call, after collecting the garbage of earlier ones and finishing work on an accelerator."""
     gc.collect()
     _synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -34,7 +34,7 @@ def compare(
     """Time two functions in pairs of alternating order: A B, B A, A B, ...
 
     Returns:
-        medians of both, and of the pairs' ratios baseline / ours (above 1: ours is faster) with their extremes, by the
+        Medians of both, and of the pairs' ratios baseline / ours (above 1: ours is faster) with their extremes, by the
         clock and by processor time.
     """
     samples = in_turns({"ours": ours, "baseline": baseline}, rounds=pairs, warm_up=warm_up, label=label)
@@ -59,9 +59,9 @@ def in_turns(
 
     Args:
         functions: what to time, by name.
-        rounds: timed calls of each.
-        warm_up: untimed rounds first.
-        label: what progress lines start with.
+        rounds: number of timed calls of each.
+        warm_up: number of untimed rounds before them.
+        label: start of the progress lines.
     """
     for _ in range(warm_up):
         for function in functions.values():

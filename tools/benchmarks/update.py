@@ -1,9 +1,9 @@
 """A BRAIn update and scoring, against the same loss on transformers' model with padded rows.
 
 Parts: `update` times whole updates (pack, forward, backward, clip, AdamW) and compares loss and gradient; `scoring`
-times rewards and prior of the same group; `line` times our update for growing n. The baseline of an update is a plain
-call of transformers' model, which makes logits at every position; `update_response_logits` is the same against one that
-was told to make them where the loss needs them (`logits_to_keep`), as ours does.
+times rewards and prior of the same group; `line` times our update for growing n. The other side of an update is a plain
+call of transformers' model, which makes logits at every position. In `update_response_logits` that model makes them
+only where the loss needs them (`logits_to_keep`), as ours does.
 """
 
 import argparse
@@ -42,23 +42,23 @@ LARGE = Shape(prompt_length=512, samples=32, response_length=48)
 """The second group of the default set."""
 
 REQUIRED = {(384, 16, 48): 5.5, (512, 32, 48): 7.5}
-"""Least ratio of the times of an update, by prompt length, samples and response length."""
+"""Least ratio of the times of an update that is required, by prompt length, samples and response length."""
 
 REQUIRED_OF_SCORING = {(384, 16, 48): 5.0}
 
 GRADIENT_LIMIT = 1e-4
-"""Relative difference allowed in float32."""
+"""Relative difference of gradients that is allowed in float32."""
 
 LOSS_LIMIT = 1e-4
-"""Difference allowed in float32, in nats: a random response has a log-probability of hundreds of nats, and the loss
-inherits the rounding of that, however small it is itself."""
+"""Difference of losses that is allowed in float32, in nats. A random response has a log-probability of hundreds of
+nats, and even a small loss inherits their rounding."""
 
 SCORE_LIMIT = 1e-5
-"""Difference allowed in float32, relative to the largest score."""
+"""Difference of scores that is allowed in float32, relative to the largest score."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the subject."""
+    """Add the flags of the subject."""
     parser.add_argument("--only", default=",".join(PARTS), help="parts to measure, with commas [%(default)s]")
     group = parser.add_argument_group("group")
     group.add_argument("--prompt-length", type=int, help="tokens of the prompt [384]")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measure. `failures` in the result names what was not computed alike."""
+    """Measure. `failures` in the result names what the two sides did not compute alike."""
     parts = _parts(args)
     shapes = _shapes(args)
     torch.set_num_threads(args.threads)
@@ -120,7 +120,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _shapes(args: argparse.Namespace) -> list[Shape]:
-    """The group asked for; without any of its sizes, the two whose ratios are required."""
+    """The group that the flags describe; without flags, the two groups whose ratios are required."""
     sizes = {"prompt_length": 384, "samples": 16, "response_length": 48}
     asked = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     shape = Shape(**sizes | asked, response_spread=args.response_spread)
@@ -147,8 +147,8 @@ def _rollout(shape: Shape, args: argparse.Namespace) -> Rollout:
 
 
 def _update(directory: Path, shape: Shape, args: argparse.Namespace, failures: list[str], *, with_passes: bool) -> dict:
-    """Times of an update on one group, both sides compared before and after; with `with_passes` also of its forward
-    and backward pass alone."""
+    """Times of an update on one group, with both sides compared before and after. `with_passes` also times forward and
+    backward pass alone."""
     sides = _Sides(directory, shape, args)
     exact = args.dtype == "float32"
     ours, hf, padded = sides.ours, sides.hf, sides.padded
@@ -191,13 +191,13 @@ def _sizes(shape: Shape, padded: PaddedBatch, packed_tokens: int) -> dict:
 
 
 def _required(table: dict[tuple[int, int, int], float], shape: Shape, timed: dict) -> dict:
-    """What is required of this shape, if anything is."""
+    """The ratio that is required for this shape, if there is one."""
     least = table.get((shape.prompt_length, shape.samples, shape.response_length))
     return {} if least is None else {"required_ratio": least, "reached": timed["wall"]["ratio"] >= least}
 
 
 def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict:
-    """Relative L2 differences of our gradients from the baseline's: of all together, and of the worst tensor."""
+    """Relative L2 differences of our gradients from those of transformers: of all together, and of the worst tensor."""
     assert ours.keys() == theirs.keys(), f"gradients of different tensors: {sorted(ours.keys() ^ theirs.keys())}"
     squares = {
         name: ((ours[name].double() - right.double()).square().sum().item(), right.double().square().sum().item())
@@ -205,7 +205,7 @@ def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> d
     }
     smallest = torch.finfo(torch.float32).tiny
     by_tensor = {name: (error / max(norm, smallest)) ** 0.5 for name, (error, norm) in squares.items()}
-    # Not a number counts as the worst.
+    # NaN counts as the worst.
     worst = max(by_tensor, key=lambda name: float("inf") if by_tensor[name] != by_tensor[name] else by_tensor[name])
     errors, norms = zip(*squares.values(), strict=True)
     return {
@@ -218,7 +218,7 @@ def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> d
 
 
 def check_update(report: dict, label: str) -> list[str]:
-    """What in a float32 report says that the two sides do not compute the same."""
+    """The figures of a float32 report that show that the two sides do not compute the same, in words."""
     wrong = []
     if not _differ_little(**report["loss"]):
         wrong.append(f"{label}: the losses are {report['loss']}")
@@ -263,7 +263,7 @@ def _scoring(policy: Path, reward: Path, shape: Shape, args: argparse.Namespace,
 
 
 def _line(policy: Path, base: Shape, ns: list[int], args: argparse.Namespace) -> dict:
-    """Times of our update for every n, by the clock and by processor time."""
+    """Times of our update for each n, by the clock and by processor time."""
     ours = _Sides(policy, base, args).ours
     stages, tokens = {}, []
     for n in ns:

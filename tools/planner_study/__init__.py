@@ -1,1 +1,1 @@
-"""How the planner's time model was fitted to published results, and the projections of docs/scaling.md made with it."""
+"""The fit of the planner's time model to published results, and the projections of docs/scaling.md."""

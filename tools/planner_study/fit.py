@@ -1,8 +1,8 @@
-"""Fits the efficiency of a machine to published throughput, and predicts what it was not fitted to.
+"""Fits the efficiency of a machine to some published results, and predicts the others.
 
     PYTHONPATH=tools python -m planner_study.fit
 
-prints the residuals of every choice of results to fit, as docs/planner.md has them.
+prints the residuals for every choice of fitted results, as in docs/planner.md.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from planner_study.published import FITTED, PUBLISHED, Published
 
 
 def predicted(result: Published, machine: Machine) -> float:
-    """Tokens per second and GPU of the time model."""
+    """Tokens per second and GPU that the time model predicts."""
     seconds = training_time(result.workload, result.layout, machine).total
     return result.workload.step_tokens / seconds / result.layout.world_size
 
 
 def fit(results: Sequence[Published], machine: Machine) -> float:
-    """The efficiency that minimises the squared logarithms of predicted / published.
+    """The efficiency that minimises the sum of squared logarithms of predicted / published.
 
-    It scales every rate, so the prediction is proportional to it, and the best one is the geometric mean of
+    It scales every rate, so predictions are proportional to it, and the best efficiency is the geometric mean of
     published / predicted at efficiency 1.
     """
     ideal = dataclasses.replace(machine, efficiency=1.0)
@@ -35,7 +35,7 @@ def fit(results: Sequence[Published], machine: Machine) -> float:
 
 
 def residuals(results: Sequence[Published], machine: Machine) -> dict[str, float]:
-    """Predicted / published - 1 of each result."""
+    """Predicted / published - 1 for each result."""
     return {result.name: predicted(result, machine) / result.tokens_per_second - 1 for result in results}
 
 
@@ -47,7 +47,7 @@ def model_tflops(result: Published) -> float:
 
 
 def residual_table(machine: Machine) -> str:
-    """Markdown: predicted / published - 1 of every result for every choice of what is fitted, which is marked *."""
+    """A Markdown table of predicted / published - 1 for every result and every choice of fitted ones, marked *."""
     results = tuple(PUBLISHED.values())
     lines = [f"| efficiency | {' | '.join(result.name for result in results)} |", "|---" * (1 + len(results)) + "|"]
     for count in range(1, len(results) + 1):

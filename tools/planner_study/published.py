@@ -1,12 +1,12 @@
-"""Published throughput that the time model is fitted to and tested on: DGX H100, FP8 with scales of each tensor itself.
+"""Published throughput to fit and to test the time model: DGX H100, FP8 with a scale for each tensor.
 
 Source: NVIDIA NeMo Framework performance summary, tables of the DGX H100 system,
 https://docs.nvidia.com/nemo-framework/user-guide/latest/performance/performance-summary.html.
 
-The tables give sizes, layout and throughput. Assumed beyond them, alike for all: tensor-parallel communication is
+The tables give sizes, layout and throughput. We assume beyond them, for all results: tensor-parallel communication is
 overlapped with matrix products (the public recipes name configurations for it), weight gradients are added in the
-product that makes them, nothing is computed again, logits are whole, every token is predicted and attends to its whole
-sequence. The 126 layers of llama3.1-405b fill 64 chunks only if embedding and output layer count as one layer each.
+product that makes them, nothing is computed again, logits are whole, every token is predicted, and attention goes over
+the whole sequence. The 126 layers of llama3.1-405b fill 64 chunks only if embedding and output layer count as one each.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ class Published:
     workload: Workload
     layout: Layout
     tokens_per_second: float
-    """Of one GPU."""
+    """Tokens per second of one GPU."""
 
 
 def _result(
     name: str, model: str, *, gpus: int, batch: int, length: int, tokens_per_second: float, **layout: int | bool
 ) -> Published:
-    """A result from its row of the table; micro-batches are of one sequence."""
+    """A result from its row of the table; micro-batches have one sequence."""
     replica = layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1)
     data = gpus // replica
     return Published(
@@ -104,7 +104,7 @@ PUBLISHED = {
         ),
     )
 }
-"""By name."""
+"""The results by name."""
 
 FITTED = ("llama3-70b", "llama3.1-405b")
-"""What the efficiency of the H100 is fitted to, the pretraining runs on many GPUs; the others are predicted."""
+"""The results that the H100's efficiency is fitted to, pretraining on many GPUs; the others are predicted."""

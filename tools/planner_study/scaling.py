@@ -2,7 +2,7 @@
 
     PYTHONPATH=tools python -m planner_study.scaling docs/scaling.md
 
-rewrites the parts of the file between markers. A test compares one of them with the planner.
+rewrites the tables between the markers of the file. A test compares one of them with the planner.
 """
 
 import functools
@@ -23,10 +23,10 @@ _STRONG_GROUPS = 512
 
 @functools.cache
 def fastest(model: str, gpus: int, groups: int, **question: object) -> Plan:
-    """The fastest layout of a BRAIn step of `groups` groups on so many H100.
+    """The fastest layout of a BRAIn step of `groups` groups on `gpus` H100.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: no layout fits.
     """
     lengths = {"prompt_length": _PROMPT, "response_length": _RESPONSE, "samples_per_prompt": _SAMPLES}
     plans, rejections = search(
@@ -45,14 +45,14 @@ def fastest(model: str, gpus: int, groups: int, **question: object) -> Plan:
 
 
 def weak_scaling() -> str:
-    """Cost at a step that grows with the cluster: two groups a GPU."""
+    """Table of the cost of a step that grows with the cluster: two groups for each GPU."""
     runs = [("llama3-8b", gpus) for gpus in (8, 64, 512, 4096)] + [("llama3-70b", gpus) for gpus in (64, 512, 4096)]
     rows = [_cost_row(f"{model} on {gpus:,}", fastest(model, gpus, 2 * gpus)) for model, gpus in runs]
     return _table(("model, GPUs", *_COST_COLUMNS), rows)
 
 
 def strong_scaling() -> str:
-    """Cost at a step of the same groups on ever more GPUs."""
+    """Table of the cost of a step with the same number of groups on more and more GPUs."""
     rows = []
     for gpus in (8, 64, 512, 1024, 2048, 4096):
         plan = fastest("llama3-8b", gpus, _STRONG_GROUPS)
@@ -62,7 +62,7 @@ def strong_scaling() -> str:
 
 
 def samples_per_prompt() -> str:
-    """Cost of a group as n grows, with the prompt computed once and with a copy for every response."""
+    """Table of the cost of a group for growing n, with the prompt computed once, and computed for every response."""
     rows = []
     for n in (2, 4, 8, 16, 32, 64):
         shared = fastest("llama3-8b", 64, 128, samples_per_prompt=n)
@@ -83,7 +83,7 @@ def samples_per_prompt() -> str:
 
 
 def shared_prefix() -> str:
-    """How much longer scoring and update take with a copy of the prompt for every response."""
+    """Table of how much longer scoring and update take where the prompt is computed for every response."""
     lengths = [(64, 512), (128, 128), (512, 128), (2048, 128)]
     rows = []
     for prompt, response in lengths:
@@ -104,11 +104,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "samples": samples_per_prompt,
     "prefix": shared_prefix,
 }
-"""By the name in the page's markers."""
+"""The tables by the name in the page's markers."""
 
 
 def replace_tables(text: str) -> str:
-    """The page with its tables replaced.
+    """The text of the page with its tables replaced.
 
     Raises:
         ConfigError: the page lacks a marker.
@@ -140,7 +140,7 @@ def _cost_row(name: str, plan: Plan) -> list[str]:
 
 
 def _gpu_seconds(plan: Plan) -> float:
-    """Of one group, from its samples to its update."""
+    """GPU seconds of one group, from its sampling to its update."""
     return plan.time.total * plan.layout.world_size / plan.workload.global_batch_size
 
 

@@ -1,4 +1,4 @@
-"""Items as documents and back."""
+"""Turns items into documents and back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from megatron_brain.data.records import Item, ItemKind, PreferencePair, Prompt
 
 
 class Codec(ABC, Generic[Item]):
-    """Items of one kind as documents and back."""
+    """Turns items of one kind into documents and back."""
 
     @abstractmethod
     def encode(self, item: Item, row: int) -> Document:
-        """The item of record `row` of its source, counted from 0."""
+        """The document of an item, made from record `row` of its source, counted from 0."""
 
     @abstractmethod
     def decode(self, document: Document) -> Item: ...
@@ -67,11 +67,11 @@ class _PromptCodec(Codec[Prompt]):
 
 
 CODECS: dict[ItemKind, Codec[Any]] = {"group": _GroupCodec(), "pair": _PairCodec(), "prompt": _PromptCodec()}
-"""By the `RecordReader.item_kind`."""
+"""The codecs, by `RecordReader.item_kind`."""
 
 
 def _run_lengths(mask: Sequence[bool]) -> list[int]:
-    """Lengths of the runs of equal values, those of True first (which may have none)."""
+    """Lengths of the runs of equal values. The first run is of True and may have length 0."""
     runs = [len(list(run)) for _, run in groupby(mask)]
     return runs if mask[0] else [0, *runs]
 

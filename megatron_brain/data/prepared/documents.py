@@ -1,11 +1,11 @@
-"""Items of a stage as documents on disk, in megatron-core's indexed format or in Arrow.
+"""Writes and reads items as documents on disk, in megatron-core's indexed format or in Arrow.
 
-A document is the token sequences of an item, the prompt first and then its responses, and a few named fields (place of
-the record, margin, ...). Both formats are memory-mapped, and give the lengths of all sequences without reading one.
+A document holds the token sequences of an item, the prompt first and then its responses, and a few named fields (place
+of the record, margin, ...). Both formats are memory-mapped, and give the lengths of all sequences without reading one.
 
-- indexed: `PREFIX.bin` and `PREFIX.idx` of megatron-core's `IndexedDataset`. A document is its sequences and one more
-  with the fields, JSON in UTF-8 laid over the type of the tokens.
-- arrow: `PREFIX.arrow`, one row a document, as `datasets.Dataset.from_file` reads it.
+- indexed: `PREFIX.bin` and `PREFIX.idx` of megatron-core's `IndexedDataset`. A document has its sequences and one more
+  sequence for the fields: their JSON in UTF-8, whose bytes are stored as tokens.
+- arrow: `PREFIX.arrow`, one row for each document, as `datasets.Dataset.from_file` reads it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ FILES: dict[Format, tuple[str, ...]] = {"indexed": (".bin", ".idx"), "arrow": ("
 """Endings of the files of each format."""
 
 _MAGIC = b"MMIDIDX\x00\x00"
-"""How an index of megatron-core begins."""
+"""The first bytes of an index of megatron-core."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token sequences of one item, at least one token each, and what else is known of it."""
+    """Token sequences of one item, at least one token each, and its other fields."""
 
     sequences: Sequence[Sequence[int]]
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def with_checksum(self) -> Document:
-        """The same with a checksum among its fields."""
+        """The same document with a checksum among its fields."""
         return Document(self.sequences, {**self.fields, "checksum": self._checksum()})
 
     def is_whole(self) -> bool:
-        """Whether the document is the one that its checksum was made of."""
+        """Whether the document matches its checksum."""
         return self.fields.get("checksum") == self._checksum()
 
     def _checksum(self) -> str:
-        """XXH3 of 64 bits over the sequences and all other fields that are not null."""
+        """XXH3 of 64 bits over the sequences and all other fields but null ones."""
         digest = xxhash.xxh3_64()
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
@@ -69,20 +69,20 @@ class DocumentReader(ABC):
 
     @abstractmethod
     def lengths(self) -> numpy.ndarray:
-        """Tokens of the sequences of all documents, `[documents, sequences]` integers, from the index alone."""
+        """Lengths in tokens of all sequences, `[documents, sequences]` integers, from the index alone."""
 
 
 def open_documents(prefix: str | Path, form: Format, num_sequences: int) -> DocumentReader:
     """The documents at a prefix, of `num_sequences` sequences each.
 
     Raises:
-        ConfigError: a file is damaged, as far as that shows.
+        ConfigError: a file is damaged, as far as opening it shows.
     """
     return {"indexed": _IndexedReader, "arrow": _ArrowReader}[form](str(prefix), num_sequences)
 
 
 def write_documents(prefix: str | Path, form: Format, documents: Sequence[Document], vocab_size: int) -> None:
-    """Write documents as the files of a prefix; there may be none."""
+    """Write documents into the files of a prefix; there may be no documents."""
     {"indexed": _write_indexed, "arrow": _write_arrow}[form](str(prefix), documents, vocab_size)
 
 
@@ -122,7 +122,7 @@ class _IndexedReader(DocumentReader):
         return Document([sequence.tolist() for sequence in sequences], named)
 
     def lengths(self) -> numpy.ndarray:
-        # A copy: the index is unmapped with its reader, whoever still looks at it.
+        # This must be a copy: the index is unmapped with its reader, even if somebody still uses a view of it.
         lengths: numpy.ndarray = self._data.sequence_lengths.reshape(len(self), self._stride)[:, :-1].copy()
         return lengths
 
@@ -147,12 +147,12 @@ def _write_indexed(prefix: str, documents: Sequence[Document], vocab_size: int) 
         sequences = [numpy.asarray(sequence, dtype=dtype) for sequence in document.sequences]
         sequences.append(_as_tokens(document.fields, dtype))
         tokens, lengths = numpy.concatenate(sequences), [len(sequence) for sequence in sequences]
-        builder.add_document(tokens, lengths)  # type: ignore[arg-type]  # it takes arrays, its annotation tensors
+        builder.add_document(tokens, lengths)  # type: ignore[arg-type]  # It takes arrays; its annotation says tensors.
     builder.finalize(f"{prefix}.idx")
 
 
 def _as_tokens(fields: Mapping[str, Any], dtype: type[numpy.number]) -> numpy.ndarray:
-    """JSON in UTF-8 as an array of tokens, filled up with spaces, which mean nothing there."""
+    """Fields as JSON in UTF-8, its bytes as an array of tokens. Spaces, which JSON ignores, fill the last token."""
     text = json.dumps(dict(fields), ensure_ascii=False, separators=(",", ":")).encode()
     size = numpy.dtype(dtype).itemsize
     return numpy.frombuffer(text.ljust(-(-len(text) // size) * size), dtype=dtype)
@@ -173,7 +173,7 @@ class _ArrowReader(DocumentReader):
 
         try:
             self._data = datasets.Dataset.from_file(f"{prefix}.arrow")
-        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError.
             raise _damaged(f"{prefix}.arrow", error) from error
         self._num_responses = num_sequences - 1
 

@@ -1,4 +1,4 @@
-"""`PREFIX.json`: what prepared data are, and that they are complete."""
+"""`PREFIX.json`, which describes prepared data and shows that they are complete."""
 
 import json
 import re
@@ -25,14 +25,14 @@ class PreparedInfo:
 
     format_version: int
     stage: str
-    """Whose records they are: sft, reward or brain."""
+    """The stage that the data are for: sft, reward or brain."""
     format: Format
     tokenizer: dict[str, Any]
     """`tokenizer_type`, `vocab_size` and `fingerprint`."""
     settings: dict[str, Any]
-    """`RecordReader.settings`: limits and rules the items were made with."""
+    """`RecordReader.settings`: the limits and rules that the items were made with."""
     source: dict[str, Any]
-    """`input`, `split` and the `files` with their sizes and times of change."""
+    """`input`, `split` and the `files` with their sizes and modification times."""
     counts: dict[str, int]
     """`ReadReport` of the whole source."""
     statistics: dict[str, Any]
@@ -40,17 +40,17 @@ class PreparedInfo:
     contents: dict[str, Any]
     """`Contents` of the items."""
     files: dict[str, int]
-    """Sizes of the data files in bytes, by their ending."""
+    """Sizes of the data files in bytes, by the endings of their names."""
 
     def write(self, prefix: str) -> None:
         """Write `PREFIX.json`, which makes the result complete."""
         write_whole(Path(f"{prefix}.json"), json.dumps(asdict(self), indent=1) + "\n")
 
     def require_whole(self) -> None:
-        """Look into what later is taken to be there.
+        """Check that everything is there that later code uses without checking.
 
         Raises:
-            TypeError, KeyError, AttributeError: it is not.
+            TypeError, KeyError, AttributeError: something is missing or of another type.
         """
         ReadReport(**self.counts)
         Contents.from_dict(self.contents)
@@ -60,10 +60,10 @@ class PreparedInfo:
 
 
 def prepared_prefix(source: str) -> str | None:
-    """The prefix where `source` names prepared data, as PREFIX or one of its files, or else None.
+    """The prefix of the prepared data that `source` names, as PREFIX or as one of its files; None where it names none.
 
     Raises:
-        ConfigError: a preparation that has not finished, or one whose PREFIX.json is missing.
+        ConfigError: the preparation has not finished, or its PREFIX.json is missing.
     """
     path = Path(source)
     for prefix in (source, source.removesuffix(path.suffix) if path.suffix in _ENDINGS else source):
@@ -89,7 +89,7 @@ def refuse_prepared(source: str) -> None:
 
 
 def _is_info(path: Path) -> bool:
-    """Whether a file is a PREFIX.json, and not records under such a name."""
+    """Whether a file is a PREFIX.json, and not a file of records with such a name."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -97,10 +97,10 @@ def _is_info(path: Path) -> bool:
 
 
 def read_info(prefix: str) -> PreparedInfo:
-    """What prepared data is, all its files being whole.
+    """The description of prepared data, after a check that all files have their sizes.
 
     Raises:
-        ConfigError: the files are of another version or damaged.
+        ConfigError: the files are of another version, or damaged.
     """
     path = Path(f"{prefix}.json")
     try:
@@ -123,7 +123,7 @@ def read_info(prefix: str) -> PreparedInfo:
         if found != size:
             state = "is missing" if found is None else f"has {found:,} bytes"
             raise ConfigError(f"{file} {state}, {path.name} says {size:,} bytes; copy it again or prepare it again")
-        file.open("rb").close()  # what maps it into memory is not as clear where it may not be read
+        file.open("rb").close()  # If reading is not permitted, this error is clearer than that of memory-mapping.
     return info
 
 

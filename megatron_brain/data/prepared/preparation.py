@@ -1,8 +1,8 @@
-"""Prepares a corpus: records are tokenised once, by several processes, and kept in a memory-mapped format.
+"""Prepares a corpus: several processes tokenise the records once, and write them in a memory-mapped format.
 
-The records are cut into numbered parts. A worker writes a part into a folder of its own under `PREFIX.parts`, which
-gets its name when it is whole. A start after a kill keeps the parts that are there. At the end they become one result,
-whose `PREFIX.json` is written last. The result depends on records, tokenizer and settings alone, not on the workers.
+The records are cut into numbered parts. A worker writes each part into its own folder under `PREFIX.parts`, and the
+folder gets its final name when it is complete. A run after a kill keeps the complete parts. At the end all parts become
+one result, whose `PREFIX.json` is written last. The result depends on records, tokenizer and settings, not on workers.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Preparation:
     """What to prepare, and where to."""
 
     input: str
-    """Source of the records, as --train-data."""
+    """Source of the records, as --train-data takes it."""
     split: str | None
     """Split of a saved or hub data set."""
     prefix: str
-    """Path of the result without its endings."""
+    """Path of the result without the endings of its files."""
     format: Format
     reading: ReadingSettings
     workers: int = 1
@@ -65,7 +65,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of records: its number, the row of its first record and the records."""
+    """Consecutive records: the part's number, the row of its first record and the records."""
 
     number: int
     first_row: int
@@ -73,11 +73,11 @@ class _Part:
 
 
 def prepare(job: Preparation) -> PreparedInfo:
-    """Prepare a corpus, or go on with a preparation that was stopped.
+    """Prepare a corpus, or continue a preparation that was stopped.
 
     Raises:
-        RecordError: a record no stage would take, with its place.
-        ConfigError: leftovers of another preparation, or a place or tokenizer that does not serve.
+        RecordError: the stage would not take a record; names its place.
+        ConfigError: there are leftovers of another preparation, or the place or the tokenizer cannot be used.
     """
     refuse_prepared(job.input)
     _require_place(job)
@@ -112,19 +112,19 @@ def _require_place(job: Preparation) -> None:
 
 
 def _dated(job: Preparation) -> Preparation:
-    """The job with what chat templates take for now: for all its processes and all its days the same."""
+    """The job with the date that chat templates take for today's. It stays the same if the job is continued later."""
     if job.reading.template_date is not None:
         return job
     before = next((path for path in (Path(f"{job.prefix}.json"), _parts_folder(job) / _PLAN) if path.is_file()), None)
     date = None
     if before is not None:
-        with contextlib.suppress(ValueError, AttributeError):  # What is wrong with it is told where it is read.
+        with contextlib.suppress(ValueError, AttributeError):  # The code that reads it reports what is wrong.
             date = json.loads(before.read_bytes()).get("settings", {}).get("template_date")
     return dataclasses.replace(job, reading=job.reading.at(date or now()))
 
 
 def _plan(job: Preparation, reader: RecordReader[Any]) -> dict[str, Any]:
-    """What the result is made of and how, as `PREFIX.json` says it."""
+    """What the result is made from, and how, in the form of `PREFIX.json`."""
     files = [{"path": str(path), **_stamp(path)} for path in source_files(job.input)]
     return {
         "format_version": FORMAT_VERSION,
@@ -157,7 +157,7 @@ def _already_done(job: Preparation, plan: dict[str, Any]) -> PreparedInfo:
 
 
 def _take_up(folder: Path, plan: dict[str, Any]) -> None:
-    """Begin in an empty folder, or go on where a preparation of the same plan was stopped."""
+    """Begin in an empty folder, or continue a preparation of the same plan that was stopped."""
     path = folder / _PLAN
     has_parts = any(part.is_dir() and not part.suffix for part in folder.iterdir())
     if has_parts:
@@ -179,7 +179,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, leftovers: str) -> None:
-    """Raise ConfigError that says what differs."""
+    """Raise ConfigError where two plans differ; it says in what."""
     before, now = (_flat(json.loads(json.dumps(plan))) for plan in (before, now))
     changed = [
         f"{name} was {before.get(name)}, is now {now.get(name)}"
@@ -195,7 +195,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], where: str, lefto
 
 
 def _flat(plan: dict[str, Any] | list[Any], above: str = "") -> dict[str, Any]:
-    """Values by their path, such as "source.files.0.bytes"."""
+    """The values of a plan by their paths, such as "source.files.0.bytes"."""
     flat: dict[str, Any] = {}
     for name, value in plan.items() if isinstance(plan, dict) else enumerate(plan):
         flat |= _flat(value, f"{above}{name}.") if isinstance(value, (dict, list)) else {f"{above}{name}": value}
@@ -204,7 +204,7 @@ def _flat(plan: dict[str, Any] | list[Any], above: str = "") -> dict[str, Any]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """The folder of parts, for this process alone."""
+    """Lock the folder of parts for this process, and yield it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
@@ -221,7 +221,7 @@ def _locked(folder: Path) -> Iterator[Path]:
 
 
 def _write_parts(job: Preparation, records: Iterable[RawRecord], folder: Path) -> list[Path]:
-    """Write the parts that are not there yet; all parts in order."""
+    """Write the parts that do not exist yet. Returns all parts in order."""
     parts: list[Path] = []
 
     def missing() -> Iterator[_Part]:
@@ -247,14 +247,14 @@ def _cut(records: Iterable[RawRecord]) -> Iterator[_Part]:
 
 
 class _Worker:
-    """What a process needs to write parts."""
+    """The state of a process that writes parts."""
 
     def __init__(self, reading: ReadingSettings, form: Format, folder: Path) -> None:
         self.reader, self.format, self.folder = reading.build(), form, folder
 
 
 def _write_part(worker: _Worker, part: _Part) -> int:
-    """Write a part: its documents, the hashes of its items, its counts."""
+    """Write the documents of a part, the hashes of its items and its counts."""
     reader, codec = worker.reader, CODECS[worker.reader.item_kind]
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter(text_bytes=0, text_tokens=0)
@@ -289,7 +289,7 @@ def _hash(ids: Iterable[tuple[int, ...]]) -> bytes:
 
 
 def _text_bytes(tokenised: Tokenised, reader: RecordReader[Any]) -> int:
-    """UTF-8 bytes of the texts behind the ids; of conversations tokenised as one text, without special tokens."""
+    """UTF-8 bytes of the texts that the ids were made from. Special tokens do not count where the draft holds ids."""
     draft = tokenised.draft
     if draft.kind == "ids":
         return len(reader.tokenizer.decode([*tokenised.prompt, *tokenised.responses[0]]).encode())
@@ -331,7 +331,7 @@ def _merge(job: Preparation, plan: dict[str, Any], reader: RecordReader[Any], pa
 
 
 def _read(part: Path, name: str) -> Any:
-    """What a small file of a part holds."""
+    """The content of a small JSON file of a part."""
     path = part / name
     try:
         return json.loads(path.read_text()) if path.suffix == ".json" else numpy.load(path)

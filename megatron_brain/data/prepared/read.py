@@ -1,4 +1,4 @@
-"""Prepared data for a stage whose settings they fit."""
+"""Opens prepared data for a stage and checks that they fit its settings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PreparedItems(OnDemand[Item]):
     """Items of prepared data, each made when it is asked for.
 
     Args:
-        documents: the first `count` of which are the items.
-        prefix: of the files, for what is damaged.
+        documents: the documents; the first `count` of them are the items.
+        prefix: prefix of the files, for error messages about damage.
     """
 
     def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int, *, prefix: str) -> None:
@@ -38,7 +38,7 @@ class PreparedItems(OnDemand[Item]):
         return self._codec.decode(document)
 
     def num_tokens(self) -> list[int]:
-        """Tokens of each item, its prompt counted once, without reading the items."""
+        """Number of tokens of each item, its prompt counted once. Reads the index, not the items."""
         lengths: list[int] = self._documents.lengths()[: len(self)].sum(axis=1).tolist()
         return lengths
 
@@ -46,18 +46,18 @@ class PreparedItems(OnDemand[Item]):
 def open_prepared(
     prefix: str, reader: RecordReader[Item], *, limit: int | None = None
 ) -> tuple[PreparedItems[Item], ReadReport, Contents]:
-    """The items of prepared data, where they are what `reader` would make of the records.
+    """The items of prepared data, if they equal what `reader` would make of the raw records.
 
     Args:
-        prefix: of the files.
-        reader: how the stage would read the raw records.
-        limit: only what the first so many records of the source gave.
+        prefix: prefix of the files.
+        reader: the stage's reader of raw records.
+        limit: use only the items of the first so many records of the source.
 
     Returns:
-        the items, what became of the records of the whole source, and the fingerprint of the items.
+        the items, the counts of what was done with the records of the whole source, and the fingerprint of the items.
 
     Raises:
-        ConfigError: prepared for another stage, tokenizer or rule, or for longer sequences, with the cure.
+        ConfigError: they were prepared for another stage, tokenizer or rule, or for longer sequences; says the cure.
     """
     info = read_info(prefix)
     _check_stage(info, reader, prefix)
@@ -95,7 +95,7 @@ def _check_tokenizer(info: PreparedInfo, reader: RecordReader[Any], prefix: str)
 
 
 def _check_settings(info: PreparedInfo, reader: RecordReader[Any], prefix: str) -> None:
-    """Rules must be the same; items may be shorter than the run allows, but not longer."""
+    """Raise ConfigError where rules differ, or where items may be longer than the run allows."""
     mine, prepared = reader.settings(), info.settings
     if missing := sorted(mine.keys() - prepared.keys() - {"template_date"}):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Numbers about a prepared corpus: lengths, truncations, duplicates, and their table."""
+"""Computes numbers about a prepared corpus, such as lengths and duplicates, and makes a table of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ def length_statistics(lengths: numpy.ndarray) -> dict[str, dict[str, float]]:
     """Mean, percentiles and maximum of the lengths, in tokens.
 
     Args:
-        lengths: `[items, sequences]`, the prompt first and then the responses, of which there may be none.
+        lengths: `[items, sequences]`, the prompt first and then the responses, if there are any.
 
     Returns:
-        by "prompt", and where there are responses "response" (each by itself) and "total" (prompt and the longest
-        response, which is what --seq-length limits).
+        the numbers by "prompt" and, where there are responses, by "response" (each response by itself) and "total"
+        (prompt and longest response, which --seq-length limits).
     """
     columns = {"prompt": lengths[:, 0]}
     if lengths.shape[1] > 1:
@@ -31,13 +31,13 @@ def length_statistics(lengths: numpy.ndarray) -> dict[str, dict[str, float]]:
 
 
 def count_duplicates(hashes: Sequence[numpy.ndarray]) -> int:
-    """Items equal to an earlier one, by their hashes `[items, 2]` uint64 of each part."""
+    """Number of items that equal an earlier one, from their hashes: `[items, 2]` uint64 for each part."""
     everything = numpy.concatenate(hashes)
     return len(everything) - len(numpy.unique(everything, axis=0))
 
 
 def statistics_table(title: str, counts: dict[str, int], statistics: dict[str, Any]) -> Lines:
-    """What became of the records and how long they are, to print."""
+    """A table to print of what was done with the records, and of their lengths."""
     records = Table(show_header=False)
     for name, value in dataclasses.asdict(ReadReport(**counts)).items():
         records.add_row("records " + name if name in ("read", "kept") else name.replace("_", " "), f"{value:,}")

@@ -1,10 +1,10 @@
 """Tokenizers: Hugging Face directories and SentencePiece model files behind one class.
 
-`base.py` what all do, and the one rule of BOS and EOS; `huggingface.py` and `sentencepiece.py` the two kinds;
-`chat_template.py` renders chats; `own_file.py` takes the tokenizer of tokenizer.json; `word_mark.py` texts that go on
-after others; `export.py` and `sentencepiece_fast.py` what `AutoTokenizer` reads; `fingerprint.py` whether two are the
-same; `kinds.py` which tokens are out of the ordinary; `awkward_texts.py` texts to compare two with; `training.py` a new
-one.
+`base.py` has the common class and the one rule for BOS and EOS; `huggingface.py` and `sentencepiece.py` have the two
+kinds; `chat_template.py` renders chats; `own_file.py` takes the tokenizer of tokenizer.json; `word_mark.py` handles
+texts that continue others; `export.py` and `sentencepiece_fast.py` write what `AutoTokenizer` reads; `fingerprint.py`
+tells whether two tokenizers are the same; `kinds.py` tells which tokens are not ordinary; `awkward_texts.py` has texts
+to compare two tokenizers with; `training.py` trains a new one.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def build_tokenizer(
         tokenizer_type: a key of ``TOKENIZER_TYPES`` (Megatron-LM's names).
         tokenizer_model: directory or hub name (HuggingFaceTokenizer), or ``.model`` file (SentencePieceTokenizer);
             or a directory that :meth:`Tokenizer.save` wrote.
-        chat_template: file of a Jinja template in place of the tokenizer's own ones.
+        chat_template: file of a Jinja template that replaces the tokenizer's own ones.
 
     Raises:
-        ConfigError: unknown type, unreadable model or template, a tokenizer without EOS, or one that renders no chats
-            where a template is given.
+        ConfigError: the type is unknown, the model or the template cannot be read, the tokenizer has no EOS, or it
+            renders no chats although a template is given.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise ConfigError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
@@ -59,7 +59,7 @@ def check_fits(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
     Args:
         tokenizer: any tokenizer.
-        model_vocab_size: embedding rows of the model, padding for tensor parallelism included or not.
+        model_vocab_size: embedding rows of the model, with or without padding for tensor parallelism.
     """
     if tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(

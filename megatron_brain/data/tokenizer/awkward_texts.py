@@ -1,4 +1,4 @@
-"""Texts that tokenizers differ on, and how a difference of ids is told."""
+"""Texts on which tokenizers differ, and a function that shows a difference of ids."""
 
 from collections.abc import Sequence
 
@@ -35,12 +35,12 @@ AWKWARD_TEXTS = [
     "a" * 5_000,
     " ".join(f"word{i} some more text, {i * 7};" for i in range(500)),
 ]
-"""Spaces, line breaks, digits, code, scripts, emoji, control characters, long texts: where two tokenizers differ in
-their rules, at least one of them shows it."""
+"""Texts with spaces, line breaks, digits, code, scripts, emoji and control characters, and long texts: if the rules of
+two tokenizers differ, at least one of the texts shows it."""
 
 
 def where_differing(ids: Sequence[int], other: Sequence[int]) -> str:
-    """The ids, of many those from where they differ."""
+    """The text of the ids; where there are many, only of those from the first difference on."""
     if max(len(ids), len(other)) <= 20:
         return str(ids)
     shorter = min(len(ids), len(other))

@@ -1,13 +1,13 @@
-"""What every tokenizer does, and the one rule of BOS and EOS.
+"""The class of all tokenizers, and the one rule for BOS and EOS.
 
-The rule lives here and nowhere else:
+Only this module has the rule:
 
-- a prompt is ``[BOS] + encode(text)``, BOS only where the tokenizer adds one by itself;
+- a prompt is ``[BOS] + encode(text)``, with BOS only where the tokenizer adds one by itself;
 - a response is ``encode(text) + [EOS]``;
-- prompt and response are tokenised apart and then joined, so that SFT, reward model, sampling and
-  scoring see the same ids on both sides of the boundary (a merge across it would be an id sequence
-  that sampling after that prompt can never continue);
-- a response goes on in the text: a tokenizer that puts a word mark before every text puts none before a
+- prompt and response are tokenised separately and then joined, so that SFT, reward model, sampling and
+  scoring see the same ids on both sides of the boundary (with a token across it, the ids would differ
+  from every continuation that sampling can make of that prompt);
+- a response continues a text: a tokenizer that puts a word mark before every text puts none before a
   response, unless the joined text would have one there too.
 
 A text that a chat template has rendered (``chat=True``) already holds its special tokens.
@@ -30,30 +30,30 @@ Tools = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Before:
-    """What precedes a text that goes on: its text and its last id."""
+    """What precedes a text: the text before it, and the last id of that text."""
 
     text: str
     last_id: int | None
 
 
 PLAIN_TEXT = Before("a", None)
-"""Some text that ends in a letter."""
+"""A text before that ends in a letter."""
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        tokenizer_type: name that :func:`build_tokenizer` takes.
+        tokenizer_type: the name that :func:`build_tokenizer` takes.
         vocab_size: number of embedding rows that a model needs: the largest id + 1, added tokens included.
         bos_id: id of the begin-of-sequence token, or None.
         adds_bos: True where every plain prompt starts with ``bos_id``.
         eos_id: id that ends every complete response.
         pad_id: a valid id other than ``eos_id``. No mask may be derived from it.
         special_ids: ids of special tokens, which only a chat template writes into a text.
-        special_texts: their texts.
-        chat_templates: the Jinja templates of chat records by name; "default" is that of records without tools.
-        template_time: what templates that write a date take for now, the same for a whole run.
+        special_texts: texts of these tokens.
+        chat_templates: the Jinja templates of chat records by name; records without tools use "default".
+        template_time: the time that templates take for now where they write a date; the same for a whole run.
     """
 
     tokenizer_type: str
@@ -74,12 +74,12 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """Token ids of each text, no BOS or EOS added.
+        """Token ids of each text, without BOS or EOS.
 
         Args:
             texts: any number of texts.
-            parse_special: False takes the text literally (``"</s>"`` becomes ordinary tokens); True turns
-                the names of special tokens into their ids, as the output of a chat template needs.
+            parse_special: False takes the text literally (``"</s>"`` becomes ordinary tokens). True turns
+                the names of special tokens into their ids, which the output of a chat template needs.
         """
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Tokenizer(ABC):
     def encode_continuations(
         self, texts: Sequence[str], before: Sequence[Before], *, parse_special: bool = False
     ) -> list[list[int]]:
-        """Token ids of texts that each go on after another one, without the word mark of a beginning.
+        """Token ids of texts that each continue another text, without the word mark of a beginning.
 
         Args:
             texts: as `encode_batch` takes them.
@@ -100,11 +100,11 @@ class Tokenizer(ABC):
 
     @property
     def marks_words(self) -> bool:
-        """Whether a word mark is put before every text, which a response that follows a prompt must not have."""
+        """Whether the tokenizer puts a word mark before every text. A response after a prompt must not have one."""
         return False
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Text of a response: what follows the text of its prompt, a space at its beginning included."""
+        """Text of a response that follows a prompt, including a space at its beginning."""
         if not self.marks_words:
             return self.decode(ids)
         letter = self.encode("a")
@@ -118,13 +118,13 @@ class Tokenizer(ABC):
     def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
         """Write the tokenizer so that ``AutoTokenizer.from_pretrained(directory)`` encodes and decodes as this one.
 
-        A text is encoded as a prompt: BOS where ``adds_bos``, never EOS. The names of special tokens in a text become
-        their ids, which is how a response gets its EOS there; ``split_special_tokens=True`` takes them literally.
+        `AutoTokenizer` encodes a text as a prompt: with BOS where ``adds_bos``, never with EOS. It turns the names of
+        special tokens into their ids (so a response can get its EOS); ``split_special_tokens=True`` prevents that.
 
         Args:
             directory: made if missing; other files in it stay.
-            head: of the model beside it. A reward model is read at the end of text: its tokenizer pads on the right
-                and cuts on the left.
+            head: head of the model beside it. A reward is read at the last token: the tokenizer of a reward model pads
+                on the right and cuts on the left.
 
         Raises:
             ConfigError: `transformers` cannot do what this tokenizer does; names the setting or the text, and the cure.
@@ -143,7 +143,7 @@ class Tokenizer(ABC):
         return self.encode_responses([text], [before], chat=chat)[0]
 
     def encode_prompts(self, texts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
-        """Token ids of prompts. A plain one starts with BOS where ``adds_bos``; a chat template writes its own."""
+        """Token ids of prompts. A plain one starts with BOS where ``adds_bos``; a chat template writes its own BOS."""
         batch = self.encode_batch(texts, parse_special=chat)
         if self.adds_bos and not chat:
             assert self.bos_id is not None
@@ -155,12 +155,12 @@ class Tokenizer(ABC):
     ) -> list[list[int]]:
         """Token ids of complete responses, each ending in exactly one EOS.
 
-        A rendered assistant turn (``chat=True``) often ends in EOS and a line break: the line break is cut,
-        since sampling stops at EOS. Where the template ends a turn with another special token, EOS follows that.
+        A rendered assistant turn (``chat=True``) often ends in EOS and a line break. The line break is cut, because
+        sampling stops at EOS. Where the template ends a turn with another special token, EOS follows that token.
 
         Args:
             texts: the responses.
-            before: the prompt of each; without, prompts that end in plain text.
+            before: the prompt of each response. Without `before`, all prompts are taken to end in a letter.
         """
         before = [PLAIN_TEXT] * len(texts) if before is None else before
         batch = self.encode_continuations(texts, before, parse_special=chat)
@@ -169,7 +169,7 @@ class Tokenizer(ABC):
         return [[*ids, self.eos_id] for ids in batch]
 
     def encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Token ids of consecutive pieces of one rendered chat: no token reaches from one piece into the next."""
+        """Token ids of consecutive pieces of one rendered chat. No token reaches from one piece into the next."""
         if not self.marks_words:
             return self.encode_batch(pieces, parse_special=True)
         first, *rest = pieces
@@ -180,10 +180,10 @@ class Tokenizer(ABC):
         return encoded
 
     def close_turn(self, ids: Sequence[int]) -> list[int]:
-        """A rendered assistant turn with one EOS, whatever closes it.
+        """A rendered assistant turn that ends in exactly one EOS, whatever the template closes it with.
 
-        Of the special tokens and white space at its end, the first EOS ends it; where there is none, EOS follows the
-        last special token. White space before that EOS is left out behind a special token, and is text otherwise.
+        The first EOS among the special tokens and white space at its end ends it. Where there is none, EOS is put after
+        the last special token. White space before that EOS is left out after a special token; otherwise it is text.
         """
         closing = len(ids)
         while closing and (ids[closing - 1] in self.special_ids or self.is_space(ids[closing - 1])):
@@ -196,7 +196,7 @@ class Tokenizer(ABC):
         return [*ids[:end], self.eos_id]
 
     def turn_length(self, ids: Sequence[int]) -> int:
-        """Length of a rendered turn without white space behind the special token that ends it."""
+        """Length of a rendered turn without the white space after the special token that ends it."""
         end = self._without_space(ids)
         return end if end and ids[end - 1] in self.special_ids else len(ids)
 
@@ -208,7 +208,7 @@ class Tokenizer(ABC):
         return end
 
     def is_space(self, token: int) -> bool:
-        """Whether a token writes white space or, as the prefix that SentencePiece puts before a text, nothing."""
+        """Whether a token writes white space or nothing, as the prefix that SentencePiece puts before a text does."""
         return token not in self.special_ids and not self.decode([token]).strip()
 
     def render_chat(
@@ -223,7 +223,7 @@ class Tokenizer(ABC):
 
         Args:
             messages: `{"role", "content", ...}` each; arguments of tool calls are objects.
-            add_generation_prompt: whether the opening of an assistant turn follows.
+            add_generation_prompt: whether the text ends in the opening of an assistant turn.
             tools: JSON schemas of functions.
             template_kwargs: further variables of the template, such as `enable_thinking`.
 
@@ -240,19 +240,19 @@ class Tokenizer(ABC):
         tools: Tools | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The messages as the chat template writes them, and where in that ``{% generation %}`` blocks start and end.
+        """The messages as the chat template writes them, and where ``{% generation %}`` blocks start and end in it.
 
         Raises:
-            as :meth:`render_chat`.
+            the errors of :meth:`render_chat`.
         """
         raise ConfigError(self._no_chat_template())
 
     def opens_behind(self, tools: Tools | None = None) -> str:
-        """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
+        """What the template for these tools writes after every conversation to open another turn; "" if nothing."""
         return ""
 
     def marks_turns(self, tools: Tools | None = None) -> bool:
-        """Whether the template of such records has ``{% generation %}`` blocks."""
+        """Whether the template for these tools has ``{% generation %}`` blocks."""
         return False
 
     def _no_chat_template(self) -> str:

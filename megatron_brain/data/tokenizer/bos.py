@@ -1,7 +1,7 @@
-"""Whether a tokenizer puts BOS before a text, where its files and transformers do not say the same.
+"""Decides whether a tokenizer puts BOS before a text, where its files and transformers disagree.
 
-tokenizer.json has a post-processor for it, and tokenizer_config.json may say `add_bos_token`. Version 4 of transformers
-goes by the latter for the classes of Llama's kind, version 5 by the former.
+tokenizer.json has a post-processor for it, and tokenizer_config.json may say `add_bos_token`. For classes like Llama's,
+version 4 of transformers follows tokenizer_config.json, and version 5 follows tokenizer.json.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 _LETTER = "a"
 _ASKED = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
-"""Beginnings of the classes that go by `add_bos_token` in version 4."""
+"""Beginnings of the names of the classes that follow `add_bos_token` in version 4."""
 
 
 def settle_bos(hf: PreTrainedTokenizerBase, place: str, own: Tokenizer | None) -> bool:
-    """Make a tokenizer put BOS before a text, or not, as its files say, and return which.
+    """Make a tokenizer put BOS before a text if its files say so, and return whether it does.
 
     Args:
-        hf: the tokenizer; its post-processor is replaced where it does otherwise, with a warning.
+        hf: the tokenizer; its post-processor is replaced, with a warning, where it does not do what the files say.
         place: folder or hub name of its files.
         own: the tokenizer that its tokenizer.json describes, if it has one.
 
     Raises:
-        ConfigError: something else than BOS is put before a text.
+        ConfigError: the tokenizer puts something other than BOS before a text.
     """
     there = _front(hf(_LETTER)["input_ids"], hf(_LETTER, add_special_tokens=False)["input_ids"])
     wanted, why = there, ""
@@ -67,7 +67,7 @@ def settle_bos(hf: PreTrainedTokenizerBase, place: str, own: Tokenizer | None) -
 
 
 def _front(whole: list[int], plain: list[int]) -> list[int]:
-    """What stands before the ids of a text."""
+    """The ids that a tokenizer puts before the ids of a text."""
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
@@ -79,7 +79,7 @@ def _in_words(hf: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _settings(place: str) -> dict[str, Any]:
-    """tokenizer_config.json, {} where there is none."""
+    """The content of tokenizer_config.json; {} where there is none."""
     from transformers.utils import cached_file
 
     name = "tokenizer_config.json"

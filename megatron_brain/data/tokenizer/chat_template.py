@@ -1,8 +1,8 @@
-"""Chat templates of Hugging Face tokenizers: which one a record gets, and how messages are handed to it.
+"""Chooses the chat template of a Hugging Face tokenizer for a record, and gives it the messages in the form it expects.
 
-Templates differ in what they expect. Most write `message.content` as a text, those of multimodal models go through its
-parts; most write the arguments of a tool call with `tojson`, a few expect them as JSON text already. What a template
-expects is found by rendering a message of our own, so a record reads the same under any of them.
+Templates differ in what they expect. Most write `message.content` as a text; those of multimodal models read its
+parts. Most write the arguments of a tool call with `tojson`; a few expect JSON text. What a template expects is found
+by rendering a message made for this purpose, so a record has the same meaning under all templates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 Marks = list[tuple[int, int]]
-"""Starts and ends, in characters, of what ``{% generation %}`` blocks have written."""
+"""Starts and ends, in characters, of the texts that ``{% generation %}`` blocks have written."""
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*-?%\}")
 _BOM = "\ufeff"
@@ -38,14 +38,14 @@ _NO_CONTENTS: tuple[_NoContent, ...] = get_args(_NoContent)
 
 
 class TemplateRefusalError(Exception):
-    """A chat template does not take some messages: it raised an error, of its own or for want of what it expected."""
+    """A chat template does not take some messages: it raised its own error, or missed something that it expected."""
 
 
 def read_template(path: str) -> str:
     """The Jinja template in a file.
 
     Raises:
-        ConfigError: there is none, or it is no UTF-8 or no Jinja.
+        ConfigError: there is no such file, or it is not UTF-8 or not Jinja.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -81,12 +81,12 @@ def marks_turns(template: str) -> bool:
 
 @dataclass(frozen=True)
 class _Dialect:
-    """What a template expects."""
+    """The form of messages that a template expects."""
 
     parts: bool = False
-    """Contents as lists of parts instead of texts."""
+    """Whether contents are lists of parts instead of texts."""
     text_arguments: bool = False
-    """Arguments of tool calls as JSON text instead of objects."""
+    """Whether arguments of tool calls are JSON text instead of objects."""
     no_content: _NoContent = "absent"
     """What stands for the content of a message that only calls tools."""
 
@@ -103,11 +103,11 @@ class _Dialect:
 
 
 class ChatRenderer:
-    """Renders chats by the templates of a tokenizer.
+    """Renders chats with the templates of a tokenizer.
 
     Args:
-        hf: the tokenizer; its `chat_template` is looked at now, where a byte order mark is taken off, and its special
-            tokens whenever a chat is rendered.
+        hf: the tokenizer. Its `chat_template` is read once, and loses a byte order mark if it has one. Its special
+            tokens are read whenever a chat is rendered.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase) -> None:
@@ -124,17 +124,17 @@ class ChatRenderer:
                     "tokenizer_config.json, or give --chat-template FILE"
                 )
         if any(template.startswith(_BOM) for template in self.templates.values()):
-            # It would be written before every prompt; here, and by whoever reads what is saved.
+            # The template would write the mark before every prompt, here and wherever the saved tokenizer is used.
             self.templates = {name: template.removeprefix(_BOM) for name, template in self.templates.items()}
             hf.chat_template = self.templates if isinstance(found, dict) else self.templates["default"]
         self._dialect = functools.cache(self._find_dialect)
         self._behind = functools.cache(self._find_behind)
 
     def template_for(self, tools: Tools | None) -> str:
-        """The template of records with or without tools, chosen as transformers does.
+        """The template for records with or without tools, chosen in the way of transformers.
 
         Raises:
-            ConfigError: there is no default among several templates.
+            ConfigError: none of several templates is the default.
         """
         if tools is not None and "tool_use" in self.templates:
             return self.templates["tool_use"]
@@ -154,7 +154,7 @@ class ChatRenderer:
         template_kwargs: Mapping[str, Any] | None = None,
         marked: bool = False,
     ) -> tuple[str, Marks]:
-        """Text of the messages, and where its generation blocks are if it is to be `marked`.
+        """Text of the messages and, if `marked`, the places of its generation blocks.
 
         Raises:
             TemplateRefusalError: the template does not take the messages.
@@ -172,12 +172,11 @@ class ChatRenderer:
         )
 
     def opens_behind(self, tools: Tools | None) -> str:
-        """What the template of such records writes behind every conversation to open another turn; "" if nothing."""
+        """What the template for these tools writes after every conversation to open another turn; "" if nothing."""
         return self._behind(self.template_for(tools))
 
     def header_of_answers(self) -> str:
-        """What the template writes between a question and its answer where a generation prompt is asked for and not
-        written; "" where it is written."""
+        """What a template that writes no generation prompt puts between a question and its answer; "" for others."""
         user, answer = {"role": "user", "content": _WORD}, {"role": "assistant", "content": f"{_WORD}1"}
         try:
             template = self.template_for(None)
@@ -187,12 +186,12 @@ class ChatRenderer:
             )
             both = self._render(template, [spell(user), spell(answer)])[0]
         except (TemplateRefusalError, ConfigError):
-            return ""  # What it does not take is said with the record.
+            return ""  # The record that the template refuses is reported later.
         header = both.removeprefix(closed).partition(answer["content"])[0] if both.startswith(closed) else ""
         return header.strip() if asked == closed else ""
 
     def _find_behind(self, template: str) -> str:
-        """Found by three messages: what follows an answer at the end and not in the middle, and precedes an answer."""
+        """Compare three messages: find the text that follows only the last answer, and also precedes an answer."""
         spell = self._dialect(template).spell
         first, answer, second = (f"{_WORD}{number}" for number in range(3))
         messages = [
@@ -202,7 +201,7 @@ class ChatRenderer:
         try:
             short, long = (self._render(template, messages[:count])[0] for count in (2, 3))
         except TemplateRefusalError:
-            return ""  # What it does not take is said with the record.
+            return ""  # The record that the template refuses is reported later.
         if any(text.count(answer) != 1 or text.count(first) != 1 for text in (short, long)):
             return ""
         end, middle = short.partition(answer)[2], long.partition(answer)[2].partition(second)[0]
@@ -223,9 +222,9 @@ class ChatRenderer:
         from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
-            # Kept by the library, which renders the same object. It takes no function as an argument.
+            # The library caches the compiled template and renders it. The function cannot be given as an argument.
             _compile_jinja_template(template).globals["strftime_now"] = self.time.strftime
-            # Not apply_chat_template, which marks tokens of a text that it has tokenised as a whole.
+            # apply_chat_template does not serve: it tokenises the whole text and marks tokens, not characters.
             written: Any = render_jinja_template(
                 conversations=[list(messages)],
                 tools=None if tools is None else [*tools],
@@ -235,7 +234,7 @@ class ChatRenderer:
                 **{**self._hf.special_tokens_map, **(template_kwargs or {})},
             )
             [text], marks = written
-        except Exception as error:  # whatever the template's expressions raise
+        except Exception as error:  # The template's expressions may raise anything.
             raise TemplateRefusalError(f"{error}" or type(error).__name__) from error
         return text, [(start, end) for start, end in marks[0]] if marked else []
 
@@ -254,14 +253,14 @@ class ChatRenderer:
                 written = json.dumps(arguments) if text_arguments else _CALLED
                 if self._writes(template, calling, tried, wanted=written, but_not=repr(arguments)):
                     return tried
-        # It writes no calls, which is told later: they must not fail before.
+        # The template writes no calls. This is reported later, so rendering them must not fail here.
         takes = (replace(dialect, no_content=no_content) for no_content in _NO_CONTENTS)
         return next((tried for tried in takes if self._writes(template, calling, tried, wanted="")), dialect)
 
     def _writes(
         self, template: str, messages: Messages, dialect: _Dialect, *, wanted: str = _WORD, but_not: str | None = None
     ) -> bool:
-        """Whether the template takes messages in a dialect, and writes some text and not another."""
+        """Whether the template takes messages in a dialect and writes the text `wanted`, but not `but_not`."""
         try:
             text, _ = self._render(template, [dialect.spell(message) for message in messages])
         except TemplateRefusalError:

@@ -1,4 +1,4 @@
-"""An exported tokenizer directory: its settings, and the proof that it encodes and decodes as what it came from."""
+"""Sets up an exported tokenizer directory, and checks that it encodes and decodes as the original tokenizer does."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _JOINS = [
     ("3.1", "4"),
     ("\u6f22", "\u5b57"),
 ]
-"""Prompts and responses, by the kinds of places that they meet in."""
+"""Prompts and responses with different kinds of boundaries between them."""
 
 
 def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
-    """Settings of tokenizer_config.json that ``save_pretrained`` leaves open, as transformers 4 and 5 both read them.
+    """Write the settings of tokenizer_config.json that ``save_pretrained`` leaves open, for transformers 4 and 5.
 
-    A reward model pads on the right, and cuts on the left: a text cut on the right loses the end that a reward is read
-    at. The class is the one that takes tokenizer.json as it is, by the name that transformers 4 knows. So is the name
-    of the list of further special tokens: what version 5 calls it was a dictionary in version 4. That class makes
-    `token_type_ids` in version 4, which no model here takes, unless `model_input_names` says otherwise.
+    A reward model pads on the right and cuts on the left: a cut on the right would remove the last token, at which the
+    reward is read. The class is the one that uses tokenizer.json unchanged, under its name in transformers 4. The list
+    of further special tokens also has its name of version 4, where the name of version 5 means a dictionary. In version
+    4 that class makes `token_type_ids`, which no model here takes, unless `model_input_names` says otherwise.
     """
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -53,13 +53,13 @@ def finish_config(directory: Path, head: Literal["policy", "reward"]) -> None:
 
 
 def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
-    """Compare what `AutoTokenizer` reads from a directory with the tokenizer on awkward texts, both ways.
+    """Compare the tokenizer that `AutoTokenizer` reads from a directory with the original, encoding and decoding texts.
 
-    A config.json in the directory counts: for some of its model types (qwen2, phi3) transformers takes a class of its
-    own, which builds the tokenizer otherwise. Where the files are right and only that class is not, this is warned of.
+    A config.json in the directory matters: for some model types (qwen2, phi3) transformers uses a special class, which
+    builds the tokenizer in another way. Where the files are right and only that class is wrong, this logs a warning.
 
     Raises:
-        ConfigError: ids or decoded text differ; names the text, both results and the cure.
+        ConfigError: the ids or the decoded text differ; names the text, both results and the cure.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -85,9 +85,9 @@ def check_exported(directory: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def warn_of_joins(directory: str | Path, tokenizer: Tokenizer) -> None:
-    """Log where prompt + response + EOS as one text has other ids than prompt and response have here.
+    """Log texts where prompt + response + EOS as one text has other ids than prompt and response have here.
 
-    There a token reaches across the boundary, and a reward of `transformers` on the text is another one.
+    In these a token crosses the boundary, and `transformers` computes another reward for the text.
     """
     exported = _read(directory)
     others = []
@@ -122,7 +122,7 @@ def _first_problem(exported: PreTrainedTokenizerBase, tokenizer: Tokenizer) -> s
 
 
 def warn_of_differences(directory: str | Path, tokenizer: Tokenizer, texts: Iterable[str], cure: str) -> None:
-    """Log the texts that `AutoTokenizer` encodes otherwise, with both results."""
+    """Log the texts that `AutoTokenizer` encodes differently, with both results."""
     for text, ours, theirs in _differences(_read(directory), tokenizer, texts):
         logger.warning(
             "%s: AutoTokenizer turns %r into %s, training and sampling here have %s; %s",

@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary and rules as one number: data prepared with another tokenizer must not be trained on."""
+"""A hash of a tokenizer's vocabulary and rules. No run may train on data that another tokenizer prepared."""
 
 import hashlib
 import json
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from megatron_brain.data.tokenizer import Tokenizer
 
-# What batches look like, and how the tokenizer introduces itself: no rules of text to ids.
+# These describe batches, or name the tokenizer. They are not rules that turn text into ids.
 _OTHER_FILES = {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
 _OTHER_KEYS = {"padding", "truncation"}
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hexadecimal digest, the same for a tokenizer and for what is read back after `Tokenizer.save`."""
+    """Hexadecimal digest, the same for a tokenizer and for the one that is read back after `Tokenizer.save`."""
     digest = hashlib.blake2b(digest_size=16)
     rules = ("tokenizer_type", "vocab_size", "bos_id", "adds_bos", "eos_id", "chat_templates")
     digest.update(repr([getattr(tokenizer, name) for name in rules]).encode())

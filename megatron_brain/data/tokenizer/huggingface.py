@@ -24,7 +24,7 @@ _LETTER = "a"
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A directory or hub name that ``transformers.AutoTokenizer`` reads. Code of the directory is never run.
+    """A tokenizer that ``transformers.AutoTokenizer`` reads. Code in its directory is never run.
 
     Args:
         tokenizer_model: directory or hub name.
@@ -80,14 +80,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._chats.time = time
 
     def _finds_mark_after_added(self) -> bool:
-        """Whether a word mark is put behind added tokens too, not only where a text begins."""
+        """Whether a word mark also follows added tokens, and not only begins a text."""
         [joined], [alone] = (
             self.encode_batch([text], parse_special=True) for text in (self.hf.eos_token + _LETTER, _LETTER)
         )
         return joined[1:] == alone
 
     def _finds_spaces_cut(self) -> bool:
-        """Whether white space at the beginning of a text is left out."""
+        """Whether the tokenizer drops white space at the beginning of a text."""
         assert self._unmarked is not None
         return (
             self._unmarked.encode(" a", add_special_tokens=False).ids
@@ -95,8 +95,8 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def _has_mark(self, text: str, before: Before) -> bool:
-        """Whether a text that goes on has a word mark all the same: behind an added token, or for a space that is cut
-        from its beginning or from the end of what precedes it."""
+        """Whether a text that continues another still gets a word mark: after an added token, or for a space that is
+        cut from its beginning or from the end of the text before it."""
         if self._marks_after_added and before.last_id in self._added_ids:
             return True
         assert self._unmarked is not None
@@ -104,10 +104,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._cuts_spaces and begins_word(self._unmarked.normalizer.normalize_str(f"{_LETTER}{space}{text}"))
 
     def _choose_pad(self) -> int:
-        """The tokenizer's pad id, or another valid id where it is missing or EOS.
+        """The tokenizer's pad id, or another valid id where there is none or it is EOS.
 
-        An id that is special anyway also becomes the pad token of the saved tokenizer, so that a classifier
-        exported beside it finds the last token (EOS) of a right-padded row. An ordinary token stays ordinary.
+        If the other id is a special token, it also becomes the pad token of the saved tokenizer, so that an exported
+        classifier finds the last token (EOS) of a right-padded row. An ordinary token stays ordinary.
         """
         pad_id: int | None = self.hf.pad_token_id
         if pad_id is not None and pad_id != self.eos_id:
@@ -125,8 +125,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return pad_id
 
     def _warn_of_ends_of_turns(self) -> None:
-        """Say where the template writes no generation prompt, and where it ends turns with another token than EOS, the
-        only one that sampling stops at."""
+        """Warn where the template writes no generation prompt, and where it ends turns with another token than EOS:
+        sampling stops at EOS alone."""
         if not self.chat_templates:
             return
         if header := self._chats.header_of_answers():
@@ -139,7 +139,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             rendered = self.render_chat(messages, add_generation_prompt=False)
         except (TemplateRefusalError, ConfigError):
-            return  # It takes other messages than these; what is wrong with a record is said there.
+            return  # The template takes other messages than these. Problems with records are reported later.
         [ids] = self.encode_batch([rendered.rpartition("answer")[2]], parse_special=True)
         end = next((i for i in ids if i in self.special_ids), self.eos_id)
         if end != self.eos_id:

@@ -1,4 +1,4 @@
-"""Which ids and texts of a tokenizer are out of the ordinary, for hints about a data set."""
+"""Tells which ids and texts of a tokenizer are not ordinary, for hints about a data set."""
 
 import re
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenKinds:
-    """Tokens of a vocabulary that are no ordinary pieces of text."""
+    """The tokens of a vocabulary that are not ordinary pieces of text."""
 
     unknown: int | None
-    """Id of what the vocabulary cannot write."""
+    """Id for text that the vocabulary cannot write."""
     byte_fallback: frozenset[int]
-    """Ids of single bytes, where they stand in for characters that the vocabulary lacks."""
+    """Ids of single bytes, if they replace characters that the vocabulary lacks."""
     special: frozenset[str]
     """Texts of the special tokens."""
 

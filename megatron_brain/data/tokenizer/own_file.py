@@ -1,7 +1,7 @@
-"""The tokenizer of a folder is the one its tokenizer.json describes, whatever class transformers takes for it.
+"""Reads the tokenizer that a folder's tokenizer.json describes, whatever class transformers chooses for it.
 
-Since version 5, AutoTokenizer builds some tokenizers from their class or from the model type of config.json, with only
-the vocabulary of the file. Where that gives other ids than the file, the model was not trained with them.
+Since version 5, AutoTokenizer builds some tokenizers from their class or from the model type of config.json, and takes
+only the vocabulary from the file. Where this gives other ids than the file, the model was not trained with them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ _FILE = "tokenizer.json"
 _VOCABULARIES = (_FILE, "*.model", "*.model.v*", "vocab.*", "*.tiktoken", "tekken.json", "*.spm")
 _SPECIAL_TOKENS_TRIED = 64
 _LONGEST = 300
-"""Characters of a text: every start of a run waits for them."""
+"""Limit of a compared text, in characters. It is small because every start of a run waits for the comparison."""
 _LETTER = "a"
 _DIGITS = ("0", "7 1650", "2026-11-30", "12345678901234567890", "3.14159e-05", "a1b22c333")
 
 
 def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | None]:
-    """The tokenizer of a folder or a hub name, and what its tokenizer.json describes, if it has one.
+    """The tokenizer of a folder or a hub name, and the one that its tokenizer.json describes, if it has that file.
 
     Raises:
-        ConfigError: it cannot be read, the folder holds none, or nothing gives the ids of its tokenizer.json.
+        ConfigError: the tokenizer cannot be read, the folder holds none, or no class gives the ids of tokenizer.json.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         chosen = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # the library's readers raise many unrelated types for a bad folder
+    except Exception as error:  # The library's readers raise many unrelated types for a bad folder.
         raise _unreadable(place, error) from error
     own = _read_own(place)
     if not set(chosen.get_vocab().values()) - set(chosen.added_tokens_decoder):
@@ -68,7 +68,7 @@ def read_tokenizer(place: str) -> tuple[PreTrainedTokenizerBase, Tokenizer | Non
 
 
 def _require_known(hf: PreTrainedTokenizerBase, own: Tokenizer, place: str) -> None:
-    """Raise ConfigError where EOS or BOS is no token of the file: transformers would make a new one of it."""
+    """Raise ConfigError where EOS or BOS is not a token of the file: transformers would add it as a new token."""
     for name in ("eos_token", "bos_token"):
         token = getattr(hf, name)
         if token is not None and own.token_to_id(str(token)) is None:
@@ -80,7 +80,7 @@ def _require_known(hf: PreTrainedTokenizerBase, own: Tokenizer, place: str) -> N
 
 
 def _has_no_files(place: str) -> bool:
-    """Whether a folder has nothing that a vocabulary could be in."""
+    """Whether a folder has no file that could hold a vocabulary."""
     folder = Path(place)
     return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
@@ -110,7 +110,7 @@ def _unusable(place: str, problem: str) -> ConfigError:
 
 
 def _read_own(place: str) -> Tokenizer | None:
-    """The tokenizer that the tokenizer.json of a folder or hub name describes, without padding or cutting; None
+    """The tokenizer that the tokenizer.json of a folder or hub name describes, without padding or truncation; None
     where there is no such file."""
     from transformers.utils import cached_file
 
@@ -121,7 +121,7 @@ def _read_own(place: str) -> Tokenizer | None:
         if path is None or not Path(path).is_file():
             return None
         own = Tokenizer.from_file(str(path))
-    except Exception as error:  # as those of the other reader
+    except Exception as error:  # This reader also raises many unrelated types.
         raise _unreadable(place, error) from error
     own.no_padding()
     own.no_truncation()
@@ -129,7 +129,7 @@ def _read_own(place: str) -> Tokenizer | None:
 
 
 def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
-    """In words, the first text that has other ids than in the file."""
+    """A sentence about the first text that has other ids than by the file; None where there is none."""
     texts = list(_probes(own))
     for literal in (False, True):
         own.encode_special_tokens = literal
@@ -148,20 +148,20 @@ def _difference(hf: PreTrainedTokenizerBase, own: Tokenizer) -> str | None:
 
 
 def _ids(hf: PreTrainedTokenizerBase, text: str | list[str], *, literal: bool = True) -> list[Any] | str:
-    """The ids of a text or of several, or why there are none: a class may lack what another's vocabulary needs."""
+    """The ids of one or several texts, or the error as text: a class may fail with a vocabulary made for another."""
     try:
         ids: list[Any] = hf(text, add_special_tokens=False, split_special_tokens=literal, verbose=False)["input_ids"]
         return ids
-    except Exception as error:  # whatever the class raises
+    except Exception as error:  # The class may raise anything.
         return f"{type(error).__name__}: {error}"
 
 
 def _not_encoded(own: Tokenizer) -> str | None:
-    """In words, the first text that the tokenizer of the file has no ids for."""
+    """A sentence about the first text that the file's tokenizer cannot encode; None where there is none."""
     for text in _probes(own):
         try:
             own.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library has no type of its own
+        except Exception as error:  # The library has no error type of its own.
             return f"cannot encode {text[:60]!r} ({error})"
     return None
 

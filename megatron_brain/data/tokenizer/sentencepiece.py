@@ -1,4 +1,4 @@
-"""SentencePiece models, without `transformers`."""
+"""Tokenizers from SentencePiece models, without `transformers`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model`` file, or a directory that holds one as ``tokenizer.model``.
 
-    BOS is added where the model has one, as Llama and Mistral were trained (the file itself has no such
-    setting). Control symbols are never read from text; user-defined symbols are, as their model asks.
+    BOS is added where the model has one, because Llama and Mistral were trained so (the file itself has no such
+    setting). Control symbols are never read from text. User-defined symbols are, because the model says so.
     """
 
     tokenizer_type = "SentencePieceTokenizer"
@@ -87,10 +87,10 @@ class SentencePieceTokenizer(Tokenizer):
         ]
 
     def _begins_word(self, text: str, before: str) -> bool:
-        """Whether a word mark stands before a text in the joined text, where the tokenizer folds white space.
+        """Whether the joined text has a word mark before `text`; only where the tokenizer folds white space.
 
-        Then the mark of a beginning takes the place of the space that was cut from the end of one text or from the
-        beginning of the other.
+        The mark of a beginning then replaces the space that was cut from the end of one text or the beginning of the
+        other.
         """
         if not self._folds_spaces:
             return False
@@ -107,11 +107,11 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         target = Path(directory) / SENTENCEPIECE_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Not copied: the checkpoint that the tokenizer was read from may be gone by now.
+        # The model is written from memory: the checkpoint that it was read from may be gone by now.
         target.write_bytes(self.sp.serialized_model_proto())
 
     def export(self, directory: str | Path, head: Literal["policy", "reward"]) -> None:
-        """As :meth:`Tokenizer.export`; ``tokenizer.model`` is written too, for readers that take it."""
+        """Do the same as :meth:`Tokenizer.export`, and also write ``tokenizer.model`` for readers that use it."""
         from transformers import PreTrainedTokenizerFast
 
         from megatron_brain.data.tokenizer.sentencepiece_fast import CURE, doubtful_texts, fast_tokenizer
@@ -139,7 +139,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _without_word_mark(sp: SentencePieceProcessor) -> tuple[SentencePieceProcessor | None, bool]:
-    """The same model without the mark that it puts before every text, None where it puts none; and whether it folds
+    """The same model without the mark that it puts before every text (None where it puts none), and whether it folds
     white space."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 

@@ -1,16 +1,16 @@
-"""A SentencePiece model as a fast tokenizer of transformers.
+"""Makes a fast tokenizer of transformers from a SentencePiece model.
 
-transformers' own converters each assume one model's settings (Llama's dummy prefix, T5's normaliser), so the parts of
-the `tokenizers` library are put together here from what the `.model` file says:
+Each converter of transformers assumes the settings of one model (Llama's dummy prefix, T5's normaliser). So this module
+puts the components of the `tokenizers` library together from what the `.model` file says:
 
 - normaliser: the character map, removal of extra spaces, the dummy prefix, and a space as U+2581;
 - BPE or unigram over the whole text, as SentencePiece does, with unknown characters fused or as bytes;
-- control pieces are special tokens; user-defined pieces are added tokens that are looked for in normalised text.
+- control pieces are special tokens; user-defined pieces are added tokens that are searched in normalised text.
 
-What stays different (:func:`doubtful_texts` has examples): the library's character maps lose some sequences of
+Some differences stay (:func:`doubtful_texts` has examples): the library's character maps lose some sequences of
 combining marks; with a dummy prefix, a text that is one user-defined symbol and nothing else gets no prefix; a unigram
-model that lacks the characters of a special piece's name reads that name as the piece; and of two unigram segmentations
-with equal scores (the same pieces in another order, as in long runs of spaces) either may be taken.
+model that lacks the characters of a special piece's name reads that name as the piece; and where two unigram
+segmentations have equal scores (the same pieces in another order, as in long runs of spaces), either may result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CURE = (
     "train a bpe model with tools/train_tokenizer.py, or give transformers token ids made with the sentencepiece "
     "library"
 )
-"""What helps where a model cannot be a fast tokenizer exactly."""
+"""What the user can do where no fast tokenizer equals the model."""
 
 _SPACE = "\u2581"
 
@@ -47,7 +47,7 @@ def fast_tokenizer(serialized_model: bytes) -> tokenizers.Tokenizer:
     fast.decoder = _decoder(model)
     piece = type(model).SentencePiece
     added = {piece.CONTROL: True, piece.UNKNOWN: True, piece.USER_DEFINED: False}
-    # User-defined pieces are found after normalisation, as by SentencePiece; one with a space is never found there.
+    # User-defined pieces are found after normalisation, as in SentencePiece, where one with a space is never found.
     fast.add_tokens(
         [
             AddedToken(p.piece, special=added[p.type], normalized=not added[p.type])
@@ -59,7 +59,7 @@ def fast_tokenizer(serialized_model: bytes) -> tokenizers.Tokenizer:
 
 
 def doubtful_texts(serialized_model: bytes) -> list[str]:
-    """Texts of each kind that the module's docstring excepts, where this model may show it."""
+    """Texts for each difference that the module's docstring lists and that this model may show."""
     model = _parse(serialized_model)
     piece = type(model).SentencePiece
     symbols = [p.piece for p in model.pieces if p.type == piece.USER_DEFINED]
@@ -92,7 +92,7 @@ def _check_settings(model: Any) -> None:
         "escape_whitespaces=false": not normalizer.escape_whitespaces,
         "denormalization_rule_tsv": bool(model.denormalizer_spec.precompiled_charsmap),
         "unused pieces": any(p.type == piece.UNUSED for p in model.pieces),
-        # The library would look for the symbols without these spaces, or for nothing at all.
+        # The library would search for the symbols without these spaces, or for an empty text.
         "remove_extra_whitespaces=true and user-defined symbols that begin or end with a space": (
             normalizer.remove_extra_whitespaces and any(symbol != symbol.strip(_SPACE) for symbol in symbols)
         ),
@@ -108,7 +108,7 @@ def _model(model: Any) -> models.Model:
     trainer, normal = model.trainer_spec, type(model).SentencePiece.NORMAL
     scores = {p.piece: p.score for p in model.pieces if p.type == normal}
     if _is_unigram(model):
-        # Only ordinary pieces are found in text. The others must be in the vocabulary: nothing should choose them.
+        # Only ordinary pieces are found in text. The others must be in the vocabulary, with scores too low to choose.
         never = min(scores.values(), default=-1.0) * 100 - 100
         vocab = [(p.piece, scores.get(p.piece, never)) for p in model.pieces]
         return models.Unigram(vocab, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
@@ -126,7 +126,7 @@ def _normalizer(model: Any, serialized_model: bytes) -> normalizers.Normalizer:
     spec = model.normalizer_spec
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
-        # The library takes "\r\n" for one character, which its map does not have.
+        # The library treats "\r\n" as one character, and its map has no such character.
         steps.append(normalizers.Replace("\r\n", _line_break(serialized_model)))
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -139,7 +139,7 @@ def _normalizer(model: Any, serialized_model: bytes) -> normalizers.Normalizer:
 
 
 def _dummy_prefix(model: Any) -> normalizers.Normalizer:
-    """A space before the text, but not in the patterns of user-defined symbols, which are normalised as well."""
+    """Put a space before a text, but not before the patterns of user-defined symbols, which are normalised too."""
     symbols = [re.escape(p.piece) for p in model.pieces if p.type == type(p).USER_DEFINED and " " not in p.piece]
     if not symbols:
         return normalizers.Prepend(_SPACE)
@@ -147,7 +147,7 @@ def _dummy_prefix(model: Any) -> normalizers.Normalizer:
 
 
 def _line_break(serialized_model: bytes) -> str:
-    """What the character map alone makes of "\\r\\n"."""
+    """The result of the character map alone for "\\r\\n"."""
     from sentencepiece import SentencePieceProcessor
 
     model = _parse(serialized_model)

@@ -1,4 +1,4 @@
-"""Training of SentencePiece models on text files and on our records."""
+"""Trains SentencePiece models on text files and on records."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ _HOLD_OUT_EVERY, _HOLD_OUT_MOST = 50, 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTraining:
-    """What to train. Nothing of a text is lost: no normalisation, all spaces kept, unknown characters as bytes.
+    """Settings of the training. The model loses nothing: it normalises nothing and writes unknown characters as bytes.
 
-    Except that SentencePiece itself writes a space as U+2581, and so reads U+2581 as a space.
+    There is one exception: SentencePiece writes a space as U+2581, so it reads U+2581 as a space.
     """
 
     vocab_size: int
-    """Pieces of the model, the 4 special and 256 byte pieces included."""
+    """Number of pieces of the model, including the 4 special and 256 byte pieces."""
 
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Kind of segmentation."""
 
     character_coverage: float = 0.9995
-    """Share of the corpus's characters that get pieces of their own; the rest is written in bytes."""
+    """Share of the corpus's characters that get their own pieces; the others are written in bytes."""
 
     user_defined_symbols: Sequence[str] = ()
     """Texts that are always one token."""
 
     input_sentence_size: int = 0
-    """Train on so many lines drawn at random; 0: on all, which are then held in memory."""
+    """Train on this many lines, drawn at random. 0: train on all lines, which are then held in memory."""
 
     def __post_init__(self) -> None:
         least = len(_SPECIAL) + 256
@@ -70,9 +70,9 @@ class TokenizerTraining:
 
 @dataclass(kw_only=True)
 class Lines:
-    """The lines of a corpus, read once, some of them held out.
+    """The lines of a corpus, read once. Some of them are held out.
 
-    An error of the corpus ends the iteration and is kept in `error`: SentencePiece, which iterates, cannot pass it on.
+    An error of the corpus ends the iteration and is kept in `error`, because SentencePiece, which iterates, drops it.
     """
 
     inputs: Sequence[str]
@@ -99,18 +99,18 @@ class Compression:
     lines: int
     bytes_per_token: float
     tokens_per_word: float
-    """Words are what white space separates."""
+    """White space separates words."""
     byte_tokens: float
-    """Share of the tokens that are single bytes of characters without a piece."""
+    """Share of the tokens that are single bytes, for characters without a piece."""
 
 
 def train(settings: TokenizerTraining, lines: Lines) -> bytes:
     """A serialised SentencePiece model.
 
     Raises:
-        ConfigError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size would.
-        RecordError: a bad record.
-        OSError: a file may not be read.
+        ConfigError: the corpus cannot be read or is empty, or the vocabulary does not fit it; says which size fits.
+        RecordError: a record is bad.
+        OSError: a file cannot be read.
     """
     import sentencepiece
 
@@ -125,20 +125,20 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
             user_defined_symbols=list(settings.user_defined_symbols),
             input_sentence_size=settings.input_sentence_size,
             shuffle_input_sentence=settings.input_sentence_size > 0,
-            # Lossless, and a text means the same alone and behind another one.
+            # With these the model is lossless, and encodes a text the same way alone and after another text.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
             split_digits=True,
             allow_whitespace_only_pieces=True,
-            # A unigram model that cannot spell "</s>" would read it as the special piece in transformers.
+            # In transformers, a unigram model that cannot spell "</s>" would read it as the special piece.
             required_chars=_CHARACTERS,
             unk_id=0,
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            # SentencePiece leaves longer lines out without a word.
+            # SentencePiece silently leaves out longer lines.
             max_sentence_length=2**30,
             num_threads=os.cpu_count(),
             minloglevel=2,
@@ -152,14 +152,14 @@ def train(settings: TokenizerTraining, lines: Lines) -> bytes:
 
 
 def corpus_lines(inputs: Sequence[str]) -> Iterator[str]:
-    """Lines that are not blank of text files and of the text fields of records, without their line breaks.
+    """The lines of text files and of the text fields of records, without blank lines and line breaks.
 
     Args:
-        inputs: text files, sources as `load_records` takes them, or globs of either.
+        inputs: text files, sources that `load_records` takes, or globs of either.
 
     Raises:
-        ConfigError: nothing there, or bad UTF-8; names the place.
-        RecordError: a bad record, or one without text.
+        ConfigError: an input does not exist or is not UTF-8; names the place.
+        RecordError: a record is bad, or has no text.
     """
     for source in inputs:
         is_file = Path(source).is_file()
@@ -171,7 +171,7 @@ def corpus_lines(inputs: Sequence[str]) -> Iterator[str]:
 
 
 def measure(tokenizer: SentencePieceTokenizer, lines: Sequence[str]) -> Compression:
-    """Statistics of the tokens of some lines, at least one."""
+    """Statistics of the tokens of one or more lines."""
     ids = [i for row in tokenizer.encode_batch(lines) for i in row]
     size = sum(len(line.encode()) for line in lines)
     words = sum(len(line.split()) for line in lines)

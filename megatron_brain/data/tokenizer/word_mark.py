@@ -1,8 +1,8 @@
-"""Word marks: what some tokenizers put before every text, and how a text is read that goes on after another one.
+"""Removes the word mark that some tokenizers put before every text, for texts that continue another text.
 
-A tokenizer of Llama 2's kind reads "at nine" as "\u2581at \u2581nine", as if a space stood before it. Behind a prompt
-that is not what the joined text says: there "when?\\n" + "at nine" has no space. So such a tokenizer gets a second one
-beside it that differs in the mark alone.
+A tokenizer like Llama 2's reads "at nine" as "\u2581at \u2581nine", as if a space stood before it. After a prompt this
+is wrong: the joined text of "when?\\n" and "at nine" has no such space. So a second tokenizer is made for these texts
+that differs only in the mark.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+"""The character that SentencePiece writes for a space."""
 
 
 def without_word_mark(backend: Tokenizer) -> Tokenizer | None:
-    """The same tokenizer without the mark, or None where it puts none.
+    """The same tokenizer without the mark; None where it puts no mark.
 
     Args:
-        backend: of a fast tokenizer. Marks are put by a normalizer that prepends a text, by the Metaspace
-            pre-tokenizer, and by a byte-level one that adds a space.
+        backend: the backend of a fast tokenizer. A normalizer that prepends a text, the Metaspace pre-tokenizer and a
+            byte-level pre-tokenizer that adds a space put marks.
     """
     parts = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
     changed = {}
@@ -39,7 +39,7 @@ def without_word_mark(backend: Tokenizer) -> Tokenizer | None:
 
 
 def _unmarked(part: Any) -> Any:
-    """A normalizer or pre-tokenizer, as its JSON describes it, that puts no mark; None where nothing of it is left."""
+    """The JSON of a normalizer or pre-tokenizer without the part that puts marks; None where nothing is left."""
     if not isinstance(part, dict):
         return part
     kind = part.get("type")
@@ -57,11 +57,11 @@ def _unmarked(part: Any) -> Any:
 
 
 def _prepends(replace: dict[str, Any]) -> bool:
-    """Whether a replacement puts a space before the text and replaces nothing, as `sentencepiece_fast` makes one."""
+    """Whether a Replace normalizer only puts a space before the text, as the one of `sentencepiece_fast` does."""
     pattern = replace["pattern"].get("Regex", "")
     return pattern.startswith(("\\A(?", "^(?")) and replace["content"] in (" ", SPACE)
 
 
 def begins_word(joined: str) -> bool:
-    """Whether a normalised text that starts with a letter goes on with a new word."""
+    """Whether a new word follows the letter that a normalised text starts with."""
     return joined.removeprefix(SPACE)[1:2] in (" ", SPACE)

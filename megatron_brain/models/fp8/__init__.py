@@ -1,1 +1,1 @@
-"""FP8: what a model remembers of it, weights kept in it, and its emulation without the hardware."""
+"""FP8: the state that layers keep for it, weights stored in it, and its emulation without the hardware."""

@@ -1,19 +1,19 @@
-"""FP8 linear layers emulated in plain PyTorch: what rounding to FP8 does to a run, on any device and without kernels.
+"""Emulates FP8 linear layers in plain PyTorch, to study on any device what rounding to FP8 does to a run.
 
-The three products of a linear map take operands rounded to FP8, each scaled as a whole by its own largest magnitude
-("current scaling", --fp8-recipe tensorwise; https://arxiv.org/abs/2209.05433 for the formats):
+The operands of a linear map's three products are rounded to FP8. Each operand is scaled as a whole by its own largest
+magnitude ("current scaling", --fp8-recipe tensorwise; https://arxiv.org/abs/2209.05433 describes the formats):
 
     output          = input (e4m3)             x weight (e4m3)
     input gradient  = output gradient (e5m2)   x weight (e4m3)
     weight gradient = output gradient (e5m2)   x input (e4m3)
 
-With --fp8-format e4m3 the output gradient is in e4m3 too. Sums are in float32, results in the type of the operands
-before rounding. Every number is, bit for bit, what Transformer Engine's own reference of this recipe computes on a CPU
-(`CurrentScalingQuantizerRef`, with powers of two off and epsilon 0). Kernels add in another order.
+With --fp8-format e4m3 the output gradient is in e4m3 too. Sums are in float32; results have the type that the operands
+had before rounding. Every number equals, bit for bit, what Transformer Engine's own reference of this recipe computes
+on a CPU (`CurrentScalingQuantizerRef`, with powers of two off and epsilon 0). Real kernels add in another order.
 
-Weights, their names, checkpoints and tensor parallelism are megatron-core's. What a process rounds is its own share of
-a tensor, as with Transformer Engine, and so are the scales: another tensor-parallel size gives other roundings.
-Sequences split by sequence parallelism are gathered before they are rounded, which is one scale for all of their ranks.
+Weights, their names, checkpoints and tensor parallelism are megatron-core's. As with Transformer Engine, each process
+rounds and scales its own share of a tensor, so another tensor-parallel size gives other roundings. Sequences that
+sequence parallelism splits are gathered before they are rounded, so all of their ranks use one scale.
 """
 
 from dataclasses import dataclass
@@ -36,38 +36,38 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in FP8: `codes * inverse_scale` is nearly what it was."""
+    """A matrix in FP8. `codes * inverse_scale` is nearly the original matrix."""
 
     codes: Tensor
     inverse_scale: Tensor
-    """Float32, of one element."""
+    """Float32, with one element."""
 
     def transposed(self) -> "Quantized":
-        """The transposed matrix, laid out anew: sums of few rows depend on the layout in their last bit."""
+        """The transposed matrix, copied to be contiguous: the last bit of sums of few rows depends on the layout."""
         return Quantized(self.codes.t().contiguous(), self.inverse_scale)
 
     def dequantized(self) -> Tensor:
-        """Float32."""
+        """`codes * inverse_scale` in float32."""
         return self.codes.float().mul_(self.inverse_scale)
 
 
 def quantize(matrix: Tensor, dtype: torch.dtype) -> Quantized:
     """Round `[m, k]` to the FP8 type, scaled so that the largest magnitude becomes the type's largest number.
 
-    A matrix of zeros has scale 1. One that holds a NaN becomes NaN, one that holds an infinity becomes NaN once it is
-    multiplied: both reach the loss or the gradient norm, where the guards are.
+    A matrix of zeros gets scale 1. A matrix that holds a NaN becomes NaN here; one that holds an infinity becomes NaN
+    when it is multiplied. Both reach the loss or the gradient norm, where the guards find them.
     """
     values = matrix.float()
     largest = torch.stack(values.aminmax()).abs().max().view(1)
     scale = torch.div(torch.finfo(dtype).max, largest)  # `/` would multiply by the reciprocal.
-    # The magnitudes are too small for a scale in float32.
+    # An infinite scale means that the magnitudes are too small for a scale in float32.
     scale = torch.where(scale.isinf(), torch.finfo(matrix.dtype).max, scale)
     scale = torch.where(largest == 0, 1.0, scale)
     return Quantized((values * scale).to(dtype), scale.reciprocal())
 
 
 def multiply(left: Quantized, right: Quantized, dtype: torch.dtype, *, bias: Tensor | None = None) -> Tensor:
-    """`left [m, k] x right [k, n] + bias [n]`, added up in float32 and rounded to `dtype` at the end."""
+    """`left [m, k] x right [k, n] + bias [n]`, summed in float32 and rounded to `dtype` at the end."""
     product = left.dequantized() @ right.dequantized()
     if bias is not None:
         product += bias
@@ -75,10 +75,10 @@ def multiply(left: Quantized, right: Quantized, dtype: torch.dtype, *, bias: Ten
 
 
 def emulated_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, gradient_type: torch.dtype) -> Tensor:
-    """`inputs [..., k] x weight [n, k]^T + bias [n]`, its operands rounded to FP8 here and in the backward pass.
+    """`inputs [..., k] x weight [n, k]^T + bias [n]`. Here and in the backward pass, operands are rounded to FP8.
 
     Args:
-        gradient_type: what the gradient of the output is rounded to.
+        gradient_type: FP8 type that the gradient of the output is rounded to.
     """
     return _Linear.apply(inputs, weight, bias, gradient_type)
 
@@ -113,7 +113,7 @@ class _Emulated:
 
     gradient_type: torch.dtype
     emulates_fp8 = True
-    """Off where a model in FP8 computes without it, see models/fp8/state.py."""
+    """Whether FP8 is emulated; models/fp8/state.py switches it off for some passes."""
 
     def _forward_impl(
         self,
@@ -126,7 +126,7 @@ class _Emulated:
         tp_group: ProcessGroup | None,
         **others: object,
     ) -> Tensor:
-        """The rank's product, with the communication around it that the replaced function has."""
+        """This rank's product, with the same communication as the function that it replaces."""
         if not self.emulates_fp8:
             others |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
             return super()._forward_impl(input, weight, bias=bias, tp_group=tp_group, **others)
@@ -138,25 +138,25 @@ class _Emulated:
 
 
 class HybridColumnParallelLinear(_Emulated, ColumnParallelLinear):
-    """Output rows split over tensor-parallel ranks; gradients in e5m2."""
+    """Linear layer whose output rows are split over tensor-parallel ranks, with gradients in e5m2."""
 
     gradient_type = E5M2
 
 
 class HybridRowParallelLinear(_Emulated, RowParallelLinear):
-    """Input columns split over tensor-parallel ranks; gradients in e5m2."""
+    """Linear layer whose input columns are split over tensor-parallel ranks, with gradients in e5m2."""
 
     gradient_type = E5M2
 
 
 class E4M3ColumnParallelLinear(_Emulated, ColumnParallelLinear):
-    """Output rows split over tensor-parallel ranks; gradients in e4m3."""
+    """Linear layer whose output rows are split over tensor-parallel ranks, with gradients in e4m3."""
 
     gradient_type = E4M3
 
 
 class E4M3RowParallelLinear(_Emulated, RowParallelLinear):
-    """Input columns split over tensor-parallel ranks; gradients in e4m3."""
+    """Linear layer whose input columns are split over tensor-parallel ranks, with gradients in e4m3."""
 
     gradient_type = E4M3
 
@@ -168,7 +168,7 @@ _LINEARS = {
 
 
 def emulated_format(fp8: Fp8Config | None, layer: int, num_layers: int) -> str | None:
-    """Format that layer `layer`, counted from 0 through the whole model, emulates; None: none."""
+    """FP8 format that a layer emulates, or None. `layer` is its number in the whole model, from 0."""
     if fp8 is None or not fp8.fp8_emulate:
         return None
     start, end = fp8.layers_in_bf16
@@ -176,7 +176,7 @@ def emulated_format(fp8: Fp8Config | None, layer: int, num_layers: int) -> str |
 
 
 def emulate_fp8(spec: ModuleSpec, fp8_format: str) -> None:
-    """Have a `local` layer emulate FP8 in its four linear maps."""
+    """Make a `local` layer emulate FP8 in its four linear maps."""
     column, row = _LINEARS[fp8_format]
     attention, mlp = spec.submodules.self_attention.submodules, mlp_submodules(spec)
     attention.linear_qkv, attention.linear_proj = column, row

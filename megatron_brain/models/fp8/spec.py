@@ -1,4 +1,4 @@
-"""FP8 as megatron-core and Transformer Engine are told of it."""
+"""Tells megatron-core and Transformer Engine our settings of FP8, and checks them there."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron_brain.runtime import transformer_engine
 
 
 def fp8_settings(fp8: Fp8Config | None) -> dict[str, Any]:
-    """The settings under the names of megatron-core's TransformerConfig. An emulation is no FP8 to it."""
+    """The settings under the names of megatron-core's TransformerConfig; none where FP8 is only emulated."""
     if fp8 is None or not fp8.uses_kernels:
         return {}
     start, end = fp8.layers_in_bf16
@@ -32,11 +32,11 @@ def fp8_settings(fp8: Fp8Config | None) -> dict[str, Any]:
 
 
 def check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str, device: torch.device) -> None:
-    """Raise ConfigError where the layers, the device or Transformer Engine cannot do what the recipe asks for.
+    """Raise ConfigError if the layers, the device or Transformer Engine cannot do what the recipe asks for.
 
     Args:
-        config: made with `fp8_settings`.
-        impl, reason: implementation of the layers, and why it was chosen.
+        config: a configuration that contains `fp8_settings`.
+        impl, reason: implementation of the layers, and the reason for this choice.
     """
     if impl != "transformer_engine":
         raise ConfigError(
@@ -46,7 +46,7 @@ def check_fp8(fp8: Fp8Config, config: TransformerConfig, impl: str, reason: str,
     validate_fp8_device(fp8, transformer_engine.capability(device), transformer_engine.cuda_version())
     try:
         get_fp8_recipe(config)
-    except Exception as error:  # The import of the factory, which is the user's code, may fail too.
+    except Exception as error:  # Any type is possible: the factory is the user's code, and its import may fail.
         raise ConfigError(
             f"fp8_recipe={fp8.fp8_recipe}: Transformer Engine {transformer_engine.version()} makes no such recipe "
             f"({type(error).__name__}: {error})"

@@ -1,13 +1,13 @@
-"""What Transformer Engine's linear layers remember from one pass to the next in FP8, and when that must not show.
+"""The state that Transformer Engine's linear layers keep in FP8 from one pass to the next, and control over it.
 
 Two things outlive a pass. Each layer keeps a copy of its weight in FP8, made at the first micro-batch that a schedule
-of megatron-core runs. And with `--fp8-recipe delayed` each layer keeps scales, one for each tensor it rounds, and the
-largest magnitudes they follow from. The other recipes look at the tensor alone.
+of megatron-core runs. With `--fp8-recipe delayed` each layer also keeps scales, one for each tensor that it rounds, and
+the largest magnitudes that they follow from. The other recipes compute a scale from the tensor itself.
 
 Scales follow one rule: **they move once a step, after it, and at no other time.** Every micro-batch of a step and every
-pass without gradients before the next update is rounded with the same scales, so what scores a response and what trains
-on it are the same function, in any order of micro-batches. (Left alone, Transformer Engine moves scales after each
-micro-batch that is trained on, and lets validation and scoring widen the next ones.)
+pass without gradients before the next update is rounded with the same scales. So the pass that scores a response and
+the pass that trains on it compute the same function, in any order of micro-batches. (Transformer Engine by itself moves
+scales after each micro-batch that is trained on, and lets the maxima of validation and scoring affect the next ones.)
 
 Maxima are reduced over tensor- and data-parallel ranks, so all of them hold the same scales.
 """
@@ -27,20 +27,20 @@ from megatron_brain.config.fp8 import Fp8Config
 
 _DIRECTIONS = {"forward": "scaling_fwd", "backward": "scaling_bwd"}
 _WEIGHT = 1
-"""Place of the weight among the tensors of a forward pass: input, weight, output."""
+"""Index of the weight among the tensors of a forward pass: input, weight, output."""
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 Saved = list[tuple[Tensor, Tensor]]
 
 
 def weights_changed(chunks: Sequence[Module]) -> None:
-    """Have the next pass round the weights anew, also one that no schedule runs."""
+    """Make the next pass round the weights again, even if no schedule runs it."""
     for chunk in chunks:
         chunk.set_is_first_microbatch()
 
 
 def forget_weights(modules: Sequence[Module]) -> None:
-    """Free the copies in FP8 of weights; the next pass makes them again."""
+    """Free the FP8 copies of weights; the next pass makes them again."""
     for module in modules:
         for layer in _linear_layers(module).values():
             layer._fp8_workspaces.clear()
@@ -48,7 +48,7 @@ def forget_weights(modules: Sequence[Module]) -> None:
 
 @contextlib.contextmanager
 def switched_off(chunks: Sequence[Module]) -> Iterator[None]:
-    """Compute in the weights' own precision inside of the context, whatever the number of rows."""
+    """Inside of the context the chunks compute in the weights' own precision, and take any number of rows."""
     formats = [chunk.config.fp8 for chunk in chunks]
     emulating = [module for chunk in chunks for module in chunk.modules() if getattr(module, "emulates_fp8", False)]
     for chunk in chunks:
@@ -65,9 +65,9 @@ def switched_off(chunks: Sequence[Module]) -> Iterator[None]:
 
 
 def without_history(fp8: Fp8Config) -> Fp8Config:
-    """The settings for a model that is not trained: scales of each tensor itself where training's remember.
+    """The settings for a model that is not trained: `tensorwise` scales in place of `delayed` ones.
 
-    A model that has never run has no history to take scales from, and one that does not train makes none.
+    A model that has never run has no history to take scales from, and a model that does not train makes none.
     """
     plain = dataclasses.replace(fp8, fp8_param_gather=False)
     if fp8.fp8_recipe != "delayed":
@@ -78,7 +78,7 @@ def without_history(fp8: Fp8Config) -> Fp8Config:
 
 
 def summary(chunks: Sequence[Module]) -> str:
-    """Which FP8 the chunks compute in, in words."""
+    """The FP8 that the chunks compute in, in words."""
     config = chunks[0].config
     if any(getattr(module, "emulates_fp8", False) for chunk in chunks for module in chunk.modules()):
         return "emulated FP8"
@@ -86,22 +86,22 @@ def summary(chunks: Sequence[Module]) -> str:
 
 
 def keeps_scales(chunks: Sequence[Module]) -> bool:
-    """Whether the layers keep scales: with --fp8-recipe delayed."""
+    """Whether the layers keep scales, which is so with --fp8-recipe delayed."""
     config = chunks[0].config
     return bool(config.fp8) and config.fp8_recipe == Fp8Recipe.delayed
 
 
 @torch.no_grad()
 def scales(chunks: Sequence[Module]) -> dict[str, Tensor]:
-    """Every scale and every history of maxima by global name, written through; empty where none are kept.
+    """Every scale and every history of maxima, by global name; {} where none are kept. Writing to them has effect.
 
-    For each linear layer and direction, `scale` `[tensors]` and `amax_history` `[length, tensors]` in float32: three
+    Each linear layer and direction has `scale` `[tensors]` and `amax_history` `[length, tensors]` in float32: three
     tensors forward (input, weight, output), two backward (gradients of output and input).
     """
     if not keeps_scales(chunks):
         return {}
     layers = {name: layer for chunk in chunks for name, layer in _linear_layers(chunk).items()}
-    # A layer makes them when it is first called. With gradients, the context's end would move them.
+    # A layer makes them at its first call, so they are made here. With gradients, the context's end would move them.
     with get_fp8_context(chunks[0].config):
         for layer in layers.values():
             layer.init_fp8_metadata()
@@ -115,10 +115,10 @@ def scales(chunks: Sequence[Module]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scale_weights(chunks: Sequence[Module], tensor_parallel_group: dist.ProcessGroup) -> None:
-    """Set the scales of weights by the weights there are; those of activations and gradients are left.
+    """Set the scales of weights from the present weights; scales of activations and gradients stay.
 
     A new layer's scales are all 1, which would round weights of the usual size of 0.02 to the nearest 1/512. All
-    tensor-parallel ranks call it, when the weights are there.
+    tensor-parallel ranks call it, after the weights are set.
     """
     found = scales(chunks)
     weights = {
@@ -132,13 +132,13 @@ def scale_weights(chunks: Sequence[Module], tensor_parallel_group: dist.ProcessG
     for name, amax in zip(weights, largest.tolist(), strict=True):
         if amax > 0:
             found[f"{name}.scale"][_WEIGHT] = _E4M3_MAX / amax / margin
-            # The first is the one that the next pass takes, the last the one before.
+            # In the history the next pass writes the first entry; the last entry is that of the pass before.
             found[f"{name}.amax_history"][-1, _WEIGHT] = amax
 
 
 @contextlib.contextmanager
 def one_step(chunks: Sequence[Module]) -> Iterator[None]:
-    """Scales stay inside of the context and move once at its end, by the largest magnitudes of all passes in it.
+    """Scales do not move inside of the context. They move once at its end, by the maxima of all passes in it.
 
     All ranks that share maxima enter and leave it together.
     """
@@ -147,10 +147,10 @@ def one_step(chunks: Sequence[Module]) -> Iterator[None]:
         return
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    # Transformer Engine moves those of forward passes where the outermost of its contexts ends, of which megatron-core
-    # opens one for each pass ...
+    # megatron-core opens a context of Transformer Engine for each pass. Transformer Engine moves the scales of forward
+    # passes where the outermost context ends, so this context delays that.
     with get_fp8_context(chunks[0].config):
-        # ... and those of backward passes after a pass's first layer, of which none is left now.
+        # It moves those of backward passes after the first layer of a context. After this call no layer is the first.
         FP8GlobalStateManager.is_first_fp8_module()
         yield
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
@@ -158,7 +158,7 @@ def one_step(chunks: Sequence[Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved(chunks: Sequence[Module]) -> Iterator[None]:
-    """Scales and maxima are the same after the context as before."""
+    """After the context, scales and maxima are the same as before it."""
     saved = save_scales(chunks)
     try:
         yield
@@ -167,7 +167,7 @@ def preserved(chunks: Sequence[Module]) -> Iterator[None]:
 
 
 def save_scales(chunks: Sequence[Module]) -> Saved:
-    """Scales and maxima as they are now, for `restore_scales`."""
+    """The present scales and maxima, for `restore_scales`."""
     return [(tensor, tensor.clone()) for tensor in scales(chunks).values()]
 
 
@@ -178,7 +178,7 @@ def restore_scales(saved: Saved) -> None:
 
 
 def _linear_layers(module: Module) -> dict[str, Module]:
-    """Transformer Engine's linear layers of a chunk by global name, wrapped for data parallelism or not."""
+    """Transformer Engine's linear layers by global name, of a chunk that may be wrapped for data parallelism."""
     chunk = getattr(module, "module", module)
     decoder = getattr(chunk, "decoder", None)
     return {

@@ -1,7 +1,7 @@
-"""Weights that are in FP8 alone (`--fp8-param-gather`), read and written as what they stand for.
+"""Reads and writes weights that exist only in FP8 (`--fp8-param-gather`) as the values that they represent.
 
-Such a weight is a tensor of Transformer Engine with one scale for many elements. Writing into a slice of it would be
-lost, or would change the scale under the other elements. So plain tensors stand in for them while they are written.
+Such a weight is a tensor of Transformer Engine with one scale for many elements. A write into a slice of it would be
+lost, or would change the scale of the other elements. So plain tensors replace these weights while they are written.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from torch.nn import Module, Parameter
 
 
 def in_full(weight: Tensor) -> Tensor:
-    """What a weight in FP8 stands for; any other weight itself."""
+    """The values that a weight in FP8 represents; any other weight unchanged."""
     return weight.dequantize() if is_float8tensor(weight) else weight
 
 
 @contextlib.contextmanager
 def written(modules: Sequence[Module]) -> Iterator[None]:
-    """Plain weights in place of those in FP8, zeros at first; at the end of the context they are rounded whole.
+    """Plain weights, at first zeros, replace those in FP8. At the end of the context they are rounded as a whole.
 
-    An optimizer that is made afterwards starts from them as they were before they were rounded.
+    An optimizer that is made afterwards starts from the values before rounding.
     """
     with _replaced(modules, lambda weight: torch.zeros_like(weight, dtype=weight.dtype)) as replaced:
         yield
@@ -35,7 +35,7 @@ def written(modules: Sequence[Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def outlined(modules: Sequence[Module]) -> Iterator[dict[int, Parameter]]:
-    """Weights without memory in place of those in FP8; yields which weight each of them, by its id, stands for."""
+    """Weights without memory replace those in FP8. It yields, by the id of each replacement, the weight it replaces."""
     with _replaced(modules, lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device="meta")) as replaced:
         yield {id(outline): weight for outline, weight in replaced}
 

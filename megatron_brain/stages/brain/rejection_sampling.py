@@ -12,7 +12,7 @@ from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
-from megatron_brain.stages.brain.scoring import fill_in
+from megatron_brain.stages.brain.scoring import score_responses
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all
@@ -90,7 +90,8 @@ class RejectionSamples:
         at_once = config.training.micro_batch_size * config.sampling.samples_per_prompt
         steps = [self._placement.alone(rollout, at_once=at_once) for rollout in drawn]
         with self._reward.loaded() as chunks:
-            fill_in(self._run, "reward", steps, chunks, head="reward")
+            for response, value in score_responses(self._run, steps, chunks, head="reward"):
+                response.reward = value
         distinct = torch.tensor([sum(len(rollout.responses) for rollout in drawn), len(drawn)], dtype=torch.float64)
         total, prompts = self._run.parallel.sum_over_data_parallel(distinct.to(self._run.parallel.device)).tolist()
         self.metrics = {"distinct_candidates": total / prompts}

@@ -16,7 +16,7 @@ from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, SampledResponses
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
-from megatron_brain.stages.brain.scoring import fill_in
+from megatron_brain.stages.brain.scoring import score_responses
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -132,16 +132,21 @@ class RoundMaker:
             # The code that trains computes log q', in its micro-batches. So beta is exactly 1/n before the first step.
             loads_prior = is_prior and not self._policy_is_prior(number)
             with self.prior.loaded() if loads_prior else contextlib.nullcontext(trainer.gathered_chunks()) as chunks:
-                fill_in(self._run, "log_proposal", steps, chunks, head="policy", temperature=temperature)
+                for response, value in score_responses(
+                    self._run, steps, chunks, head="policy", temperature=temperature
+                ):
+                    response.log_proposal = value
             if gives_prior:
                 for response in (response for rollout in rollouts for response in rollout.responses):
                     response.log_prior = response.log_proposal
         if "log_prior" in needs and self._is_missing("log_prior", rollouts):
             with self.prior.loaded() as chunks:
-                fill_in(self._run, "log_prior", steps, chunks, head="policy")
+                for response, value in score_responses(self._run, steps, chunks, head="policy"):
+                    response.log_prior = value
         if self._is_missing("reward", rollouts):
             with self._reward.loaded() as chunks:
-                fill_in(self._run, "reward", steps, chunks, head="reward")
+                for response, value in score_responses(self._run, steps, chunks, head="reward"):
+                    response.reward = value
         return rescores
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:

@@ -11,7 +11,7 @@ from megatron_brain.config.loader import load_config
 from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.errors import ConfigError
 from megatron_brain.stages.sft.stage import SFTStage
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 
 SAID = {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}

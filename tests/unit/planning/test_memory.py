@@ -8,7 +8,7 @@ import torch
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.models.architecture import resolve
-from megatron_brain.planning.memory import PARTS, estimate_memory, stage_memory
+from megatron_brain.planning.memory import PARTS, estimate_memory, pipeline_stage_memory
 from megatron_brain.planning.schedule import pipeline_steps
 from megatron_brain.planning.workload import Layout, ScoringWork, Workload
 
@@ -35,9 +35,11 @@ def workload(stage="sft", precision="fp32", **changes):
     return Workload(**{"stage": stage, "model": model, "precision": precision} | lengths | changes)
 
 
-def phases(workload, layout=None, *, stage=0, impl="local"):
+def phases(workload, layout=None, *, pipeline_stage=0, impl="local"):
     """By phase, the one that needs most where there are several."""
-    found = sorted(stage_memory(workload, layout or Layout(), stage, impl=impl), key=lambda memory: memory.total)
+    found = sorted(
+        pipeline_stage_memory(workload, layout or Layout(), pipeline_stage, impl=impl), key=lambda memory: memory.total
+    )
     return {memory.phase: memory for memory in found}
 
 
@@ -118,27 +120,29 @@ def test_sequence_parallelism_divides_the_residual_stream_and_needs_a_buffer_to_
     assert layer() - layer(sequence_parallel=True) == 2 * (3 * TOKENS * HIDDEN * 4 + TOKENS * 4) // 2
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_stage_keeps_a_micro_batch_for_every_stage_behind_it(stage):
+@pytest.mark.parametrize("pipeline_stage", range(4))
+def test_a_pipeline_stage_keeps_a_micro_batch_for_every_one_behind_it(pipeline_stage):
     def activations(micro_batches, **options):
         layout = Layout(pipeline=4, num_micro_batches=micro_batches, **options)
         # What all packed micro-batches of a step hold, whether under way or not.
         batches = micro_batches * (TOKENS * 16 + 64 * 25)
-        return phases(workload(), layout, stage=stage)["training"].activations - batches
+        return phases(workload(), layout, pipeline_stage=pipeline_stage)["training"].activations - batches
 
     one, two, many = activations(1), activations(2), activations(12)
-    under_way = 4 - stage
+    under_way = 4 - pipeline_stage
     assert many - one == (under_way - 1) * (two - one if under_way > 1 else 0)
-    assert two > one or stage == 3
+    assert two > one or pipeline_stage == 3
 
 
-@pytest.mark.parametrize(("stages", "chunks", "micro_batches"), [(1, 1, 3), (4, 1, 6), (2, 4, 4), (4, 2, 8), (4, 3, 4)])
-def test_the_schedule_is_that_of_megatron_core(stages, chunks, micro_batches):
+@pytest.mark.parametrize(
+    ("pipeline_stages", "chunks", "micro_batches"), [(1, 1, 3), (4, 1, 6), (2, 4, 4), (4, 2, 8), (4, 3, 4)]
+)
+def test_the_schedule_is_that_of_megatron_core(pipeline_stages, chunks, micro_batches):
     from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-    table = [chunk for _, chunk in get_schedule_table(micro_batches, chunks, stages)]
-    for stage in range(stages):
-        steps = list(pipeline_steps(stage, stages, chunks, micro_batches))
+    table = [chunk for _, chunk in get_schedule_table(micro_batches, chunks, pipeline_stages)]
+    for pipeline_stage in range(pipeline_stages):
+        steps = list(pipeline_steps(pipeline_stage, pipeline_stages, chunks, micro_batches))
         assert [chunk for direction, chunk in steps if direction == "forward"] == table
         assert [chunk for direction, chunk in steps if direction == "backward"] == [chunks - 1 - c for c in table]
         under_way = 0
@@ -147,7 +151,8 @@ def test_the_schedule_is_that_of_megatron_core(stages, chunks, micro_batches):
             under_way += 1 if direction == "forward" else -1
             most = max(most, under_way)
             assert under_way >= 0
-        warm_up = stages - stage - 1 if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages
+        behind = pipeline_stages - pipeline_stage - 1
+        warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * pipeline_stages
         assert most == min(len(table), warm_up + 1)
 
 
@@ -181,10 +186,10 @@ def test_offloaded_models_are_there_only_while_they_score():
     assert by_phase["scoring"].frozen_models in (prior, reward)
 
 
-def test_the_estimate_is_the_worst_stage_in_its_worst_phase_and_its_parts_add_up():
+def test_the_estimate_is_the_worst_pipeline_stage_in_its_worst_phase_and_its_parts_add_up():
     layout = Layout(tensor=2, pipeline=4, num_micro_batches=8, sequence_parallel=True)
     memory = estimate_memory(brain(precision="bf16"), layout)
-    everything = [m for stage in range(4) for m in stage_memory(brain(precision="bf16"), layout, stage)]
+    everything = [m for rank in range(4) for m in pipeline_stage_memory(brain(precision="bf16"), layout, rank)]
     assert memory.total == max(m.total for m in everything)
     assert memory.total == sum(memory.as_dict()[part] for part in PARTS)
 

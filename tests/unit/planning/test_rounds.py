@@ -8,7 +8,7 @@ from helpers.planning import ideal_machine, small_model
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
 from megatron_brain.planning.rounds import sampling_batches, sampling_seconds, scoring_seconds, step_time, token_seconds
-from megatron_brain.planning.sizes import stage_parameters
+from megatron_brain.planning.sizes import pipeline_stage_parameters
 from megatron_brain.planning.time import training_time
 from megatron_brain.planning.traffic import layer_forward_bytes
 from megatron_brain.planning.workload import Layout, ScoringWork, Workload
@@ -46,7 +46,7 @@ def test_a_prompts_cache_is_read_once_for_all_its_responses():
     assert longer_prompt_costs(16) == longer_prompt_costs(2) == 4 * 3 * 1000 * 8 * 10
 
 
-def test_prompts_are_computed_once_and_tokens_through_all_stages():
+def test_prompts_are_computed_once_and_tokens_through_all_pipeline_stages():
     workload = brain(prompts_per_round=3, sampling_batch_size=6)
     machine = ideal_machine(bf16_flops=1.0)
     prompts = 4 * (2 * 18 * LINEAR + 3 * 4 * 21 * 8)
@@ -98,7 +98,9 @@ def test_offloaded_weights_come_from_host_memory_once_a_round():
     model = small_model()
     workload = brain(frozen_models=(ScoringWork(name="prior", model=model, head="policy", offloaded=True),))
     machine = ideal_machine(host_bandwidth=1.0)
-    assert scoring_seconds(workload, Layout(tensor=2), machine) == 2 * stage_parameters(model, Layout(tensor=2), 0)
+    assert scoring_seconds(workload, Layout(tensor=2), machine) == 2 * pipeline_stage_parameters(
+        model, Layout(tensor=2), 0
+    )
 
 
 def test_a_step_has_its_share_of_the_round():

@@ -189,7 +189,7 @@ def test_sequences_without_prompts_are_of_sft_alone():
 def test_json_report_keeps_its_keys(answer):
     """Changing these breaks who reads the report: raise report.FORMAT with them."""
     report = as_json(question(), "llama3.2-1b", *answer)
-    assert report["format"] == 1
+    assert report["format"] == 2
     assert set(report) == {"format", "question", "machine", "layouts", "rejected"}
     layout = report["layouts"][0]
     assert set(layout) == {
@@ -231,5 +231,6 @@ def test_json_report_keeps_its_keys(answer):
         "kv_cache",
     } <= set(layout["memory"]["largest"])
     assert layout["memory"]["peak"]["total"] == answer[0][0].memory.total
+    assert {"phase", "pipeline_stage", "total"} <= set(layout["memory"]["peak"])
     assert set(report["rejected"][0]) == {"kind", "reason", "settings"}
     assert len(report["layouts"]) + len(report["rejected"]) == sum(map(len, answer))

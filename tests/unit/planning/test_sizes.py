@@ -56,7 +56,7 @@ def test_parameters_are_those_of_the_model_that_is_built(single, architecture, h
     model = tiny(**architecture)
     [chunk] = build_model(model, ParallelConfig(), single, head=head, seed=None)
     built = sum(parameter.numel() for parameter in chunk.parameters())
-    assert sizes.stage_parameters(model, Layout(), 0, head) == built
+    assert sizes.pipeline_stage_parameters(model, Layout(), 0, head) == built
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -65,7 +65,7 @@ def test_shares_of_ranks_add_up_to_the_model(tensor, untied):
     """What is not split, norms and the biases of row-split maps, is counted once; a tied embedding is there twice."""
     model = tiny(**ARCHITECTURES["gpt2"], untie_embeddings_and_output_weights=untied)
     layout = Layout(tensor=tensor, pipeline=4)
-    shares = sum(sizes.stage_parameters(model, layout, stage) for stage in range(4))
+    shares = sum(sizes.pipeline_stage_parameters(model, layout, rank) for rank in range(4))
     hidden, layers = model.hidden_size, model.num_layers
     whole_on_each = layers * (2 * 2 * hidden + 2 * hidden) + 2 * hidden + model.max_position_embeddings * hidden
     padded = padded_vocab_size(model, tensor)

@@ -12,7 +12,7 @@ from megatron_brain.planning.communication import ring_share, tensor_volume
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
 from megatron_brain.planning.schedule import pipeline_steps
-from megatron_brain.planning.sizes import layer_parameters, model_flops, stage_parameters
+from megatron_brain.planning.sizes import layer_parameters, model_flops, pipeline_stage_parameters
 from megatron_brain.planning.time import training_time
 from megatron_brain.planning.traffic import layer_backward_bytes, layer_forward_bytes
 from megatron_brain.planning.workload import Layout, Workload
@@ -157,7 +157,9 @@ def test_pipeline_sends_hidden_states_and_their_gradients_by_hand():
 def test_data_parallel_communication_by_hand(layout, bytes_per_parameter):
     workload = pretraining(global_batch_size=12)
     time = training_time(workload, Layout(data=4, num_micro_batches=3, **layout), ideal_machine(node_bandwidth=1.0))
-    assert time.data_communication == 0.75 * bytes_per_parameter * stage_parameters(workload.model, Layout(), 0)
+    assert time.data_communication == 0.75 * bytes_per_parameter * pipeline_stage_parameters(
+        workload.model, Layout(), 0
+    )
 
 
 @pytest.mark.parametrize(("data", "bandwidth"), [(1, 450), (2, 450), (4, 50)])
@@ -223,7 +225,7 @@ def test_gradients_are_added_to_the_buffer_by_every_micro_batch():
 
 
 def test_optimizer_traffic_is_split_over_replicas():
-    parameters = stage_parameters(small_model(), Layout(), 0)
+    parameters = pipeline_stage_parameters(small_model(), Layout(), 0)
     machine = ideal_machine(memory_bandwidth=1.0)
     whole = training_time(pretraining(), Layout(data=4), machine).optimizer
     split = training_time(pretraining(), Layout(data=4, distributed_optimizer=True), machine).optimizer
@@ -231,39 +233,42 @@ def test_optimizer_traffic_is_split_over_replicas():
     assert split == parameters * (4 + (40 + 2) / 4)
 
 
-def makespan(stages, chunks, count, forward=1.0, backward=2.0):
+def makespan(pipeline_stages, chunks, count, forward=1.0, backward=2.0):
     """Time of a step of passes that wait only for their neighbours, from the schedule that memory is estimated with."""
-    queues = [list(pipeline_steps(stage, stages, chunks, count)) for stage in range(stages)]
-    last = stages * chunks - 1
-    done, clock, seen = {}, [0.0] * stages, [{} for _ in range(stages)]
+    ranks = range(pipeline_stages)
+    queues = [list(pipeline_steps(rank, pipeline_stages, chunks, count)) for rank in ranks]
+    last = pipeline_stages * chunks - 1
+    done, clock, seen = {}, [0.0 for _ in ranks], [{} for _ in ranks]
     while any(queues):
-        for stage, queue in enumerate(queues):
+        for rank, queue in enumerate(queues):
             while queue:
                 direction, chunk = queue[0]
-                number, place = seen[stage].get(queue[0], 0), chunk * stages + stage
+                number, place = seen[rank].get(queue[0], 0), chunk * pipeline_stages + rank
                 if direction == "forward":
                     before = ("forward", place - 1, number) if place else None
                 else:
                     before = ("backward", place + 1, number) if place < last else ("forward", place, number)
                 if before is not None and before not in done:
                     break
-                start = max(clock[stage], done.get(before, 0.0))
-                clock[stage] = start + (forward if direction == "forward" else backward) / chunks
-                done[direction, place, number] = clock[stage]
-                seen[stage][queue.pop(0)] = number + 1
+                start = max(clock[rank], done.get(before, 0.0))
+                clock[rank] = start + (forward if direction == "forward" else backward) / chunks
+                done[direction, place, number] = clock[rank]
+                seen[rank][queue.pop(0)] = number + 1
     return max(clock)
 
 
-@pytest.mark.parametrize(("stages", "chunks", "count"), [(2, 1, 4), (4, 1, 8), (4, 2, 8), (8, 5, 16), (3, 4, 6)])
-def test_the_bubble_is_that_of_the_schedule(stages, chunks, count):
+@pytest.mark.parametrize(
+    ("pipeline_stages", "chunks", "count"), [(2, 1, 4), (4, 1, 8), (4, 2, 8), (8, 5, 16), (3, 4, 6)]
+)
+def test_the_bubble_is_that_of_the_schedule(pipeline_stages, chunks, count):
     """(p - 1) / (v m) of the busy time, as a simulation of the schedule has it."""
-    # A reward model: its head takes no time, so all stages are alike.
-    model = small_model(num_layers=stages * chunks)
+    # A reward model: its head takes no time, so all pipeline stages are alike.
+    model = small_model(num_layers=pipeline_stages * chunks)
     workload = Workload(stage="reward", model=model, prompt_length=6, response_length=4, samples_per_prompt=2)
-    layout = Layout(pipeline=stages, virtual_pipeline=chunks, num_micro_batches=count)
+    layout = Layout(pipeline=pipeline_stages, virtual_pipeline=chunks, num_micro_batches=count)
     time = training_time(workload, layout, ideal_machine(bf16_flops=1.0))
     busy = 3.0 * count
-    assert time.bubble / time.compute == pytest.approx((makespan(stages, chunks, count) - busy) / busy)
+    assert time.bubble / time.compute == pytest.approx((makespan(pipeline_stages, chunks, count) - busy) / busy)
 
 
 LAYOUTS = st.builds(

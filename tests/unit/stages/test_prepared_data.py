@@ -13,7 +13,7 @@ from megatron_brain.data.prepared.read import PreparedItems
 from megatron_brain.stages.answers import read_prompts
 from megatron_brain.stages.reward.stage import RewardStage
 from megatron_brain.stages.sft.stage import SFTStage
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 
 STAGES = {"sft": (SFTStage, "sft"), "reward": (RewardStage, "pairs")}

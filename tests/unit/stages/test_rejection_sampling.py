@@ -140,14 +140,14 @@ def proposal(*, samples=4, number_of_candidates=8, drawn=(), **brain):
 def test_duplicates_are_one_candidate_and_only_distinct_ones_are_scored(monkeypatch):
     scored = []
 
-    def fill_in(run, name, steps, chunks, *, head):
-        assert (name, head) == ("reward", "reward")
+    def score_responses(run, steps, chunks, *, head):
+        assert head == "reward"
         for [part] in itertools.chain(*steps):
             for response in (part.rollout.responses[i] for i in part.responses):
                 scored.append(response.tokens)
-                response.reward = float(response.tokens[0])
+                yield response, float(response.tokens[0])
 
-    monkeypatch.setattr(rejection_sampling, "fill_in", fill_in)
+    monkeypatch.setattr(rejection_sampling, "score_responses", score_responses)
     drawn = candidates(*[None] * 6, tokens=[(1,), (2,), (1,), (3,), (2,), (1, 1)])
     made = proposal(samples=2, number_of_candidates=6, drawn=[drawn], reward_temperature=1e-6)
     [rollout] = made.rollouts(None, 0)

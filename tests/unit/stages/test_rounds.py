@@ -86,14 +86,13 @@ LOG_PRIOR, REWARD = ("log_prior", "prior"), ("reward", "reward")
     ],
 )
 def test_only_what_the_objective_needs_is_scored(objective, temperature, from_prior, number, expected, monkeypatch):
-    scored = []
+    calls = []
 
-    def fill_in(run, name, steps, chunks, *, head, temperature=1.0):
-        scored.append((name, chunks))
-        for response in some.responses:
-            setattr(response, name, -1.0)
+    def score_responses(run, steps, chunks, *, head, temperature=1.0):
+        calls.append(chunks)
+        yield from [(response, -float(10 + len(calls))) for response in some.responses]
 
-    monkeypatch.setattr(rounds, "fill_in", fill_in)
+    monkeypatch.setattr(rounds, "score_responses", score_responses)
     some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,)), Response(tokens=(2,))])
     if temperature is None and objective == "brain":
         for response in some.responses:
@@ -106,5 +105,10 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
         SimpleNamespace(loaded=lambda name=name: contextlib.nullcontext(name)) for name in ("prior", "reward")
     )
     rescored = RoundMaker._score(made, SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
+    names = ("log_proposal", "log_prior", "reward")
+    scored = [
+        (next(name for name in names if some.values(name) == (-float(10 + call),) * 2), chunks)
+        for call, chunks in enumerate(calls, 1)
+    ]
     assert scored == expected and rescored == (expected[0][0] == "log_proposal")
     assert all(None not in some.values(name) for name in OBJECTIVES[objective].needs)

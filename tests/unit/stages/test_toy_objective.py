@@ -17,7 +17,7 @@ from megatron_brain.objectives.registry import OBJECTIVES
 from megatron_brain.stages.brain.objectives import register_objective
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.stages.sft.stage import SFTStage
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 
 COMMON = ["--train-iters", "2", "--seq-length", "64", "--global-batch-size", "4", "--lr", "1e-3", "--no-progress"]

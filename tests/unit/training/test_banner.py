@@ -12,7 +12,7 @@ from megatron_brain.config.loader import load_config
 from megatron_brain.stages.reward.stage import RewardStage
 from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training.banner import banner, show_banner
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 
 

@@ -19,7 +19,7 @@ from megatron_brain.training import guards
 from megatron_brain.training import trainer as trainer_module
 from megatron_brain.training.replicas import bit_sum, check_replicas
 from megatron_brain.training.reproduction import Reproduction, read_reproduction, run_alone, write_reproduction
-from megatron_brain.training.run import open_run
+from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 
 FOUND = Reproduction(

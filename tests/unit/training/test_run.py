@@ -7,7 +7,7 @@ from helpers.assets import size_flags, write_assets
 
 from megatron_brain.config.loader import load_config
 from megatron_brain.errors import AgreedError, ConfigError
-from megatron_brain.training.run import _check_same_layers, open_run
+from megatron_brain.training.start import _check_same_layers, open_run
 
 
 def ranks(*found):
