@@ -78,9 +78,12 @@ def _check_unread(config: RunConfig) -> None:
     if brain.responses == "rso":
         read |= {"reward_temperature", *_RSO_SETTINGS}
     if OBJECTIVE_TRAITS[brain.objective].needs_log_proposal:
-        read.add("max_refresh_error")
+        read |= {"max_refresh_error", "max_sampler_difference"}
+    if not brain.refresh_proposal:
+        # The trainer computes log q' then, because it is log p, which every objective needs.
+        read.add("max_sampler_difference")
     settings = {name for traits in OBJECTIVE_TRAITS.values() for name in traits.settings}
-    for name in sorted(settings | {"max_refresh_error", *_RSO_SETTINGS}):
+    for name in sorted(settings | {"max_refresh_error", "max_sampler_difference", *_RSO_SETTINGS}):
         value = getattr(brain, name)
         if name in read or value == default[name]:
             continue

@@ -105,8 +105,8 @@ class Work:
     draws: bool = False
     """Whether the run draws responses."""
     scoring: tuple[ScoringModel, ...] = ()
-    user_code: str | None = None
-    """The user's function that the run calls, as `path/to/file.py:function`."""
+    user_code: tuple[str, str | None] | None = None
+    """The flag that names a function of the user, and its value `path/to/file.py:function`."""
 
 
 @dataclass(frozen=True, kw_only=True)

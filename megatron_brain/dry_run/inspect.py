@@ -4,7 +4,7 @@ A dry run resolves the run as a start does, so it refuses the same things in the
 and data that are on this machine, and names those that are not. It looks at no device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_brain.config.run import RunConfig
@@ -15,9 +15,9 @@ from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.sources import load_records, source_files
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.runtime.launch import pretended_world_size
-from megatron_brain.stages.brain.proposals import read_round
+from megatron_brain.stages.brain.proposals import groups_per_round, read_round
 from megatron_brain.stages.brain.rollouts import rollout_files
-from megatron_brain.startup.disk import Search
+from megatron_brain.startup.disk import FrozenCheckpoint, Search, find_scoring_models
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
 from megatron_brain.training.start import fix_template_date
 from megatron_brain.training.trainer import metrics_on_console
@@ -30,6 +30,8 @@ class Findings:
     resolved: ResolvedRun
     config: RunConfig
     """The resolved settings, with the date for chat templates."""
+    scoring: Mapping[str, FrozenCheckpoint]
+    """The scoring models that are on this machine, by the name in --NAME-load."""
     search: Search
     """What was looked at, and what is not on this machine."""
     num_samples: int | None
@@ -56,16 +58,20 @@ def inspect(config: RunConfig) -> Findings:
         search.checked.append(
             f"tokenizer: its {tokenizer.vocab_size} ids fit the vocabulary of {config.model.vocab_size}"
         )
-    for found in resolved.scoring.values():
+    scoring = find_scoring_models(config, resolved.world_size, search)
+    for found in scoring.values():
         what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
         search.checked.append(f"{found.info.path}: {what}")
-    if (code := config.spec.work(config).user_code) is not None:
-        search.finds("--judge", code.rpartition(":")[0], "the code of the judge")
+    flag, code = config.spec.work(config).user_code or ("", None)
+    if code is not None:
+        search.finds(flag, code.rpartition(":")[0], "the code that it names")
     num_samples, length = _read_sources(config, tokenizer, search)
     if config.spec.trains and length.train_iters is not None:
         check_warmup(config, length.train_iters)
     search.absent.append("the GPUs: whether Transformer Engine, FP8 and NCCL work there")
-    return Findings(resolved=resolved, config=config, search=search, num_samples=num_samples, length=length)
+    return Findings(
+        resolved=resolved, config=config, search=search, scoring=scoring, num_samples=num_samples, length=length
+    )
 
 
 def _weights(resolved: ResolvedRun) -> str:
@@ -116,6 +122,6 @@ def _read_rollouts(config: RunConfig, source: RecordSource, search: Search) -> R
     if not source_files(pattern):
         search.absent.append(f"{source.flag} {pattern}: rollouts, and how many rounds they are")
         return RunLength(train_iters=config.training.train_iters)
-    groups = [len(read_round(config, file)) for file in rollout_files(pattern)]
-    search.checked.append(f"{source.flag} {pattern}: {len(groups)} rounds, {sum(groups)} groups in all")
-    return length_of_rounds(config, len(groups), groups[0])
+    groups = {file: len(read_round(config, file)) for file in rollout_files(pattern)}
+    search.checked.append(f"{source.flag} {pattern}: {len(groups)} rounds, {sum(groups.values())} groups in all")
+    return length_of_rounds(config, len(groups), groups_per_round(config, groups))

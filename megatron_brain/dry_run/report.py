@@ -31,7 +31,7 @@ _H100 = (9, 0)
 def render(found: Findings) -> str:
     """The whole report."""
     config, world_size = found.config, found.resolved.world_size
-    sizes = {name: scoring.model for name, scoring in found.resolved.scoring.items()}
+    sizes = {name: scoring.model for name, scoring in found.scoring.items()}
     workload, layout = from_run_config(config, world_size, sizes)
     trains = config.spec.trains
     sections: list[tuple[str, Rows]] = [

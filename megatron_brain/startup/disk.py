@@ -105,6 +105,20 @@ class FrozenCheckpoint:
     """The model's sizes, with the run's other settings."""
 
 
+def find_scoring_models(config: RunConfig, world_size: int, search: Search) -> dict[str, FrozenCheckpoint]:
+    """The checkpoints of the models that the run scores with, by the name in --NAME-load, where that is given.
+
+    Raises:
+        ConfigError: as `find_frozen`.
+    """
+    return {
+        asked.name: find_frozen(config, asked.name, asked.load, asked.head, world_size)
+        for asked in config.spec.work(config).scoring
+        if asked.load is not None
+        and search.finds(f"--{asked.name}-load", asked.load, "weights; the estimate takes the policy's sizes")
+    }
+
+
 def find_frozen(config: RunConfig, name: str, directory: str, head: Head, world_size: int) -> FrozenCheckpoint:
     """The checkpoint of --NAME-load, for a run whose sizes are resolved.
 

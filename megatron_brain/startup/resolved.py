@@ -1,10 +1,10 @@
-"""One resolved run: everything that is decided before processes connect, for a start, a dry run and the planner."""
+"""One resolved run: everything that is decided before processes connect, for a start and a dry run alike."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +16,7 @@ from megatron_brain.data.tokenizer import Tokenizer, check_fits
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import REQUIRED_SIZES, resolve
 from megatron_brain.models.provider import Layers, choose_layers
-from megatron_brain.startup.disk import FrozenCheckpoint, Search, Start, find_frozen, find_start
+from megatron_brain.startup.disk import Search, Start, find_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,6 @@ class ResolvedRun:
     """The loaded tokenizer; None: a dry run without it."""
     layers: Layers | None
     """The implementation of the layers; None: a dry run, which looks at no device."""
-    scoring: Mapping[str, FrozenCheckpoint] = field(default_factory=dict)
-    """The frozen models that were found, by the name in --NAME-load."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -58,15 +56,13 @@ def resolve_run(
     start = find_start(config, search)
     config = _with_sizes(config, start, world_size, search)
     config, tokenizer = _with_tokenizer(config, start, search)
-    scoring = {
-        asked.name: find_frozen(config, asked.name, asked.load, asked.head, world_size)
-        for asked in config.spec.work(config).scoring
-        if asked.load is not None
-        and search.finds(f"--{asked.name}-load", asked.load, "weights; the estimate takes the policy's sizes")
-    }
     layers = None if device is None else choose_layers(config.model, config.parallel, config.fp8, device())
     return ResolvedRun(
-        config=config, world_size=world_size, start=start, tokenizer=tokenizer, layers=layers, scoring=scoring
+        config=config,
+        world_size=world_size,
+        start=start,
+        tokenizer=tokenizer,
+        layers=layers,
     )
 
 

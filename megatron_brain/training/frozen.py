@@ -9,6 +9,7 @@ from megatron_brain.models.offload import HostWeights
 from megatron_brain.models.provider import Chunk
 from megatron_brain.startup.disk import FrozenCheckpoint, find_frozen
 from megatron_brain.training.run import Run
+from megatron_brain.training.same_data import read_on_all
 
 
 class FrozenModel:
@@ -24,7 +25,7 @@ class FrozenModel:
         offload: whether the weights stay in host memory between uses.
 
     Raises:
-        ConfigError: the checkpoint holds another kind of model.
+        AgreedError: on all ranks: there is no such checkpoint, it holds another kind of model, or does not fit the run.
     """
 
     def __init__(self, run: Run, name: str, directory: str | None, *, head: Head, offload: bool = False) -> None:
@@ -47,11 +48,10 @@ class FrozenModel:
             self._run.in_use.add(self._found.info.path.resolve())
 
     def _find(self, directory: str) -> FrozenCheckpoint:
-        resolved = self._run.resolved
-        asked = {model.name: model.load for model in resolved.config.spec.work(resolved.config).scoring}
-        if asked.get(self._name) == directory:
-            return resolved.scoring[self._name]
-        return find_frozen(resolved.config, self._name, directory, self._head, resolved.world_size)
+        run = self._run
+        return read_on_all(
+            lambda: find_frozen(run.config, self._name, directory, self._head, run.parallel.world_size), run.parallel
+        )
 
     @contextmanager
     def loaded(self) -> Iterator[list[Chunk]]:

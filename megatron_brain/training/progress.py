@@ -25,7 +25,8 @@ def shown_metrics(asked: str | None, usual: Sequence[str], known: Sequence[str])
     """
     if asked is None:
         return usual
-    names = [name.strip() for name in asked.split(",")]
+    # metrics.jsonl writes the prefix; the console shows a metric of steps and of validations alike.
+    names = [name.strip().removeprefix("validation/") for name in asked.split(",")]
     if names == [_ALL]:
         return known
     for name in names:

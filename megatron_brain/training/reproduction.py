@@ -189,8 +189,10 @@ def _group(values: dict) -> Group:
 
 
 def _known_loss(values: dict) -> KnownLoss:
-    sums, maxima = ({name: float(value) for name, value in values[key].items()} for key in ("mean_sums", "maxima"))
-    return KnownLoss(loss_sum=float(values["loss_sum"]), count=int(values["count"]), mean_sums=sums, maxima=maxima)
+    sums, maxima = ({name: _number(value) for name, value in values[key].items()} for key in ("mean_sums", "maxima"))
+    return KnownLoss(
+        loss_sum=_number(values["loss_sum"]), count=int(_number(values["count"])), mean_sums=sums, maxima=maxima
+    )
 
 
 def _plain(value: object) -> object:

@@ -270,6 +270,9 @@ def test_all_files_of_rollouts_are_read_and_checked(dry_run, assets, tmp_path, c
     shown = dry_run(1, *argv)
     assert shown["Schedule"]["iterations"] == "4: 2 rounds of 2 steps"
     assert "2 rounds, 16 groups in all" in shown["Checked"]
+    (tmp_path / "c.jsonl").write_text((json.dumps(group) + "\n") * 4)
+    assert main([*argv, "--dry-run"]) == 2
+    assert "c.jsonl holds 4 groups and" in capsys.readouterr().err
 
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write(json.dumps(group) + "\n")

@@ -173,14 +173,7 @@ class RolloutFiles:
         self._files = rollout_files(run.config.brain.rollout_data)
         # All files are checked now: an error in the last file must not stop a run after days.
         groups = {path: len(self._read(path)) for path in self._files}
-        self.groups_per_round = groups[self._files[0]]
-        other = next((path for path in self._files if groups[path] != self.groups_per_round), None)
-        if other is not None and run.config.brain.refresh_interval is None:
-            raise ConfigError(
-                f"{other} holds {groups[other]} groups and {self._files[0]} {self.groups_per_round}: a round has as "
-                "many steps as the first file fills. Give files of as many groups, or the steps of a round "
-                "(--refresh-interval)"
-            )
+        self.groups_per_round = groups_per_round(run.config, groups)
 
     def rounds(self, epochs: float) -> int:
         """One round per file, for any `epochs`."""
@@ -195,6 +188,26 @@ class RolloutFiles:
 
     def _read(self, path: str) -> list[Rollout]:
         return read_on_all(lambda: read_round(self._run.config, path), self._run.parallel)
+
+
+def groups_per_round(config: RunConfig, groups: Mapping[str, int]) -> int:
+    """Groups of a round of a run over rollout files.
+
+    Args:
+        config: the run's settings.
+        groups: number of groups by file, in the order of the rounds.
+
+    Raises:
+        ConfigError: the files hold different numbers of groups, and nothing says how many steps a round has.
+    """
+    (first, count), *others = groups.items()
+    for other, of_other in others:
+        if of_other != count and config.brain.refresh_interval is None:
+            raise ConfigError(
+                f"{other} holds {of_other} groups and {first} {count}: a round has as many steps as the first file "
+                "fills. Give files of as many groups, or the steps of a round (--refresh-interval)"
+            )
+    return count
 
 
 def read_round(config: RunConfig, path: str) -> list[Rollout]:

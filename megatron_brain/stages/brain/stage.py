@@ -57,7 +57,8 @@ class BrainStage:
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of the metrics that the stage logs with the run's objective."""
         loss = GroupLoss(objective_of(config.brain))
-        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics)
+        of_proposal = ("distinct_candidates",) if config.brain.responses == "rso" else ()
+        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
 
     def __init__(self, run: Run) -> None:
         config = run.config

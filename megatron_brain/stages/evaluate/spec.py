@@ -23,7 +23,7 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=config.sampling.samples_per_prompt,
         draws=True,
         scoring=models,
-        user_code=config.evaluate.judge,
+        user_code=("--judge", config.evaluate.judge),
     )
 
 

@@ -46,7 +46,9 @@ def main(run: Run) -> None:
     scoring = run.config.scoring
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
     reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
-    baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if settings.baseline_load else prior
+    # A baseline that is the prior is not loaded twice.
+    other = settings.baseline_load not in (None, scoring.prior_load)
+    baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
     models = {"baseline": baseline.path, "prior": prior.path, "reward model": reward.path, "judge": settings.judge}
     show_banner(run, [(name, place) for name, place in models.items() if place is not None])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)

@@ -18,6 +18,7 @@ FILES = "--load c --finetune --rollout-data r"
         (f"{SAMPLED} --objective rloo --policy-strength 0.1", "use --objective brain, dpo, ipo, rso-hinge or rso-sigm"),
         (f"{SAMPLED} --objective ipo --reward-temperature 2", "or use --objective brain$"),
         (f"{SAMPLED} --objective ipo --max-refresh-error 2", "not read by --objective ipo: leave it out$"),
+        (f"{SAMPLED} --objective ipo --max-sampler-difference 2", "not read by --objective ipo: leave it out$"),
         (f"{SAMPLED} --clip-ratio 0.1", "not read by --objective brain: leave it out, or use --objective rloo or grpo"),
         (f"{SAMPLED} --clip-ratio 0 --objective rloo", "clip_ratio=0.0: must be positive"),
         (f"{SAMPLED} --kl-coefficient -1 --objective rloo", "kl_coefficient=-1.0: must not be negative"),
@@ -50,6 +51,7 @@ def test_what_does_not_fit_is_named_with_its_cure(arguments, message):
         f"{RSO} --objective rso-hinge --reward-temperature 0.5 --policy-strength 0.05 --temperature 0.7 --top-k 40",
         f"{SAMPLED} --objective grpo --kl-coefficient 0 --clip-ratio 0.3 --max-refresh-error 1e-3",
         f"{SAMPLED} --objective dpo --no-refresh-proposal --baseline self-normalized",
+        f"{SAMPLED} --objective dpo --no-refresh-proposal --max-sampler-difference 1e-3",
     ],
 )
 def test_what_fits_is_taken(arguments):

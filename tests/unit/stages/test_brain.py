@@ -64,3 +64,13 @@ def test_a_run_does_not_resume_with_another_objective_than_its_round_was_made_fo
     # Checkpoints of before there was a choice are BRAIn's.
     BrainStage.load_state_dict(made, state, [])
     assert made._round is None
+
+
+def test_the_metrics_of_a_run_are_those_of_its_objective_and_its_responses():
+    config = RunConfig(stage="brain")
+    assert "ess_alpha" in BrainStage.metric_names(config) and "distinct_candidates" not in BrainStage.metric_names(
+        config
+    )
+    config.brain.objective, config.brain.responses = "rso-hinge", "rso"
+    names = BrainStage.metric_names(config)
+    assert {"pair_accuracy", "distinct_candidates"} < set(names) and "ess_alpha" not in names

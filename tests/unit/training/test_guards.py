@@ -200,7 +200,9 @@ def test_a_reproduction_file_keeps_every_number_and_the_packed_batch(tmp_path):
 
 def test_another_file_is_refused_by_name(tmp_path):
     path = tmp_path / "other.json"
-    for text in ("{}", "[]", "no json", '{"known_gradient": null}'):
+    write_reproduction(path, FOUND)
+    damaged = path.read_text().replace('"loss_sum": ', '"loss_sum": "much", "was": ')
+    for text in ("{}", "[]", "no json", '{"known_gradient": null}', damaged):
         path.write_text(text)
         with pytest.raises(ConfigError, match=r"other\.json: not a reproduction file"):
             read_reproduction(path)

@@ -208,6 +208,7 @@ def test_log_metrics_chooses_by_name_or_all_and_refuses_what_no_step_has():
     assert shown_metrics(None, usual, known) == ("loss",)
     assert shown_metrics("lr, loss", usual, known) == ["lr", "loss"]
     assert shown_metrics("all", usual, known) == known
+    assert shown_metrics("validation/loss,lr", usual, known) == ["loss", "lr"]
     for wrong, name in {"loss,grad_nrom": "grad_nrom", "loss,": "", "lr,all": "all"}.items():
         with pytest.raises(AgreedError, match=f"no metric '{name}', only loss, grad_norm, lr; 'all' shows all"):
             shown_metrics(wrong, usual, known)
