@@ -60,7 +60,12 @@ class FieldSpec:
 
 def section_types() -> dict[str, type]:
     """The dataclass of each section: first those of `RunConfig` in its order, then those of the stages."""
-    return _sections_of_every_run() | {name: kind for spec in stages().values() for name, kind in spec.settings.items()}
+    common = _sections_of_every_run()
+    own = {name: kind for spec in stages().values() for name, kind in spec.settings.items()}
+    assert not own.keys() & common.keys(), (
+        f"a stage has a section of a name that is taken: {own.keys() & common.keys()}"
+    )
+    return common | own
 
 
 @functools.cache

@@ -138,7 +138,8 @@ class StageSpec:
     """The class of a stage that trains, a `training.trainer.Stage`, or the function of another stage. Both take the
     opened `training.run.Run`. Given as a place, `package.module:name`, it keeps torch out of the descriptor."""
     sections: tuple[str, ...]
-    """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Other sections' keys are errors."""
+    """Sections of the configuration that the stage reads besides `COMMON_SECTIONS`. Other sections' keys are errors. A
+    stage with the section `optimizer` trains."""
     settings: Mapping[str, type] = field(default_factory=dict)
     """Sections that `RunConfig` has no field for: dataclasses by name, which `RunConfig.section` returns."""
     head: Head = "policy"
