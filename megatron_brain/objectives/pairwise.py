@@ -9,6 +9,8 @@ the loss of a group is the mean of a function of delta over its n/2 pairs. A pai
 Its loss is 0, but it counts in the mean, so that all other pairs have the same weight in all groups.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from megatron_brain.errors import UserError
 from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 
-class PairwiseObjective:
+class PairwiseObjective(ABC):
     """A loss of `delta`. It does not use log q', so responses may come from any distribution.
 
     Args:
@@ -33,13 +35,13 @@ class PairwiseObjective:
     def __init__(self, *, policy_strength: float) -> None:
         self.strength = policy_strength
 
+    @abstractmethod
     def pair_losses(self, delta: Tensor) -> Tensor:
         """Loss of every pair `[n/2]`, as if none were a tie."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pair_slopes(self, delta: Tensor) -> Tensor:
         """Derivative of `pair_losses` in delta `[n/2]`."""
-        raise NotImplementedError
 
     def fix(self, numbers: Numbers) -> Tensor:
         """The preference `[n]`: 1 for the winner of a pair, -1 for the loser, 0 for both responses of a tie.

@@ -9,6 +9,8 @@ and the loss of a group is the mean over its n responses. The gradient of a resp
 bound in the direction in which its advantage pushes it.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from megatron_brain.objectives.importance import IMPORTANCE_MAXIMA, IMPORTANCE_M
 from megatron_brain.objectives.objective import Numbers, RefreshCheck
 
 
-class PolicyGradientObjective:
+class PolicyGradientObjective(ABC):
     """The clipped loss. A subclass defines the advantages.
 
     Args:
@@ -38,9 +40,9 @@ class PolicyGradientObjective:
         self.kl_coefficient = kl_coefficient
         self._low, self._high = 1.0 - clip_ratio, 1.0 + clip_ratio
 
+    @abstractmethod
     def advantages(self, numbers: Numbers) -> Tensor:
         """The advantages A `[n]`."""
-        raise NotImplementedError
 
     def fix(self, numbers: Numbers) -> Tensor:
         """The advantages `[n]`.

@@ -140,6 +140,11 @@ def launched_device() -> torch.device:
     return torch.device("cuda", launch.local_rank or 0)
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def start(config: ParallelConfig, *, seed: int, num_layers: int | None = None) -> Parallel:
     """Join the world, make the process groups of the layout and seed every generator.
 

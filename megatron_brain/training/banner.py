@@ -12,6 +12,7 @@ from megatron_brain.planning.sizes import total_parameters
 from megatron_brain.planning.summary import Row, fullest_rank, global_batch, learning_rate, section, sizes
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
 from megatron_brain.runtime import transformer_engine
+from megatron_brain.runtime.parallel import device_name
 from megatron_brain.training.run import Run
 
 
@@ -55,8 +56,7 @@ def _versions() -> str:
 def _device(run: Run) -> list[Row]:
     """The reporting rank's device, and what computes the layers there."""
     layers, device = run.resolved.layers, run.parallel.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    rows = [("device", name), ("layers", f"{layers.impl} ({layers.reason})")]
+    rows = [("device", device_name(device)), ("layers", f"{layers.impl} ({layers.reason})")]
     if run.config.spec.trains:
         fused = "on" if layers.gradient_accumulation_fusion else "off"
         rows.append(("gradient fusion", f"{fused} ({layers.fusion_reason})"))
