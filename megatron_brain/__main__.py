@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_brain import files
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import stages
+from megatron_brain.config.stage_spec import spec_of, stages
 from megatron_brain.errors import AgreedError, OwnError, UserError
 from megatron_brain.runtime import launch, quiet, signals
 
@@ -45,10 +45,10 @@ def _run_stage(config: RunConfig) -> None:
     from megatron_brain.training.trainer import train
 
     with lost_peer.explained(config.parallel.distributed_timeout_minutes):
-        run, stage = open_run(config), config.spec.load()
+        run, stage = open_run(config), spec_of(config).load()
         # Only connected ranks can agree to stop. Before they are connected, a signal ends the process at once.
-        with signals.noted() if config.spec.trains else contextlib.nullcontext():
-            if config.spec.trains:
+        with signals.noted() if spec_of(config).trains else contextlib.nullcontext():
+            if spec_of(config).trains:
                 train(run, stage)
             else:
                 stage(run)

@@ -7,6 +7,7 @@ be in --hf-model or in a checkpoint) and before `init_process_group`, so that an
 from megatron_brain.config.fp8_checks import require_fp8, validate_fp8_sizes
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.errors import ConfigError
 
 _EXPLICIT_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -18,10 +19,10 @@ def require(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the missing flag or the settings that do not fit together.
     """
-    config.spec.require(config)
-    if config.spec.trains:
+    spec_of(config).require(config)
+    if spec_of(config).trains:
         _check_training(config)
-    if config.spec.work(config).draws:
+    if spec_of(config).work(config).draws:
         _check_response_length(config)
     require_fp8(config)
 
@@ -46,7 +47,7 @@ def validate_layout(config: RunConfig, world_size: int, model: ResolvedModel) ->
         raise ConfigError(
             f"seq_length={config.data.seq_length} exceeds the model's {setting}: use --seq-length {limit} or less"
         )
-    if config.spec.trains:
+    if spec_of(config).trains:
         _check_recomputed_chunks(config, model)
         _check_batches(config, world_size)
 

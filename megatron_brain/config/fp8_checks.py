@@ -8,6 +8,7 @@ They refuse what megatron-core and Transformer Engine would ignore in silence or
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.errors import ConfigError
 
 _CAPABILITY = {"mxfp8": (10, 0), "blockwise": (9, 0)}
@@ -43,7 +44,7 @@ def require_fp8(config: RunConfig) -> None:
 
 
 def _require_sharded_weights(config: RunConfig) -> None:
-    if not config.spec.trains:
+    if not spec_of(config).trains:
         raise ConfigError(f"fp8_param_gather=true: the {config.stage} stage updates no weights; drop fp8_param_gather")
     if not config.optimizer.use_distributed_optimizer:
         raise ConfigError(

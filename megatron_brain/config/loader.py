@@ -28,7 +28,7 @@ from megatron_brain.config.fields import (
     stage_fields,
 )
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import stage_spec, stages
+from megatron_brain.config.stage_spec import spec_of, stage_spec, stages
 from megatron_brain.errors import ConfigError, did_you_mean
 
 
@@ -80,7 +80,7 @@ def config_to_yaml(config: RunConfig) -> str:
     values = config_to_dict(config)
     lines = [_yaml_line("stage", config.stage)]
     for section in section_types():
-        if section in config.spec.all_sections:
+        if section in spec_of(config).all_sections:
             lines.append(f"\n# {section}: {section_help(section)}\n")
             lines.extend(_yaml_line(spec.name, values[spec.name]) for spec in section_fields(section))
     return "".join(lines)

@@ -1,10 +1,6 @@
 """What the configuration knows of each objective: `megatron_brain.objectives` has the objectives themselves."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_brain.config.stages import BrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +28,3 @@ OBJECTIVE_TRAITS: dict[str, ObjectiveTraits] = {
     "grpo": _RATIOS,
 }
 """The traits by the name that `--objective` takes."""
-
-
-def objective_settings(brain: "BrainConfig") -> dict[str, object]:
-    """What the constructor of a run's objective takes, by name."""
-    return {name: getattr(brain, name) for name in OBJECTIVE_TRAITS[brain.objective].settings}

@@ -9,7 +9,6 @@ from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
 from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.config.stage_spec import StageSpec, stage_spec
 from megatron_brain.config.stages import (
     BrainConfig,
     EvaluateConfig,
@@ -46,11 +45,6 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     more: dict[str, Any] = field(default_factory=dict)
     """Sections of a stage that is defined elsewhere, by name."""
-
-    @property
-    def spec(self) -> StageSpec:
-        """The stage's descriptor."""
-        return stage_spec(self.stage)
 
     def section(self, name: str) -> Any:
         """The settings of a section."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from megatron_brain.config.run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import RunLength, length_by_epochs
 from megatron_brain.errors import ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from megatron_brain.config.run import RunConfig
 
 Head = Literal["policy", "reward"]
 """Kind of head: log-probabilities of tokens (`policy`), or one number (`reward`)."""
@@ -204,3 +202,8 @@ def stage_spec(name: str) -> StageSpec:
     if name not in _registered:
         raise ConfigError(f"stage={name!r}: expected one of {', '.join(_registered)}{did_you_mean(name, _registered)}")
     return _registered[name]
+
+
+def spec_of(config: RunConfig) -> StageSpec:
+    """The descriptor of the stage that a configuration is for."""
+    return stage_spec(config.stage)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.config.template_date import parse_date
 from megatron_brain.data.records import RecordReader
 from megatron_brain.data.tokenizer import Tokenizer, build_tokenizer
@@ -27,7 +28,7 @@ class ReadingSettings:
     @classmethod
     def of(cls, config: RunConfig, tokenizer_type: str, tokenizer_model: str) -> "ReadingSettings":
         """The settings of the configuration's stage."""
-        reader = config.spec.reader
+        reader = spec_of(config).reader
         return cls(config=config, tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, make_reader=reader)
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import RunLength, check_warmup, length_of_rounds
-from megatron_brain.config.stage_spec import RecordSource
+from megatron_brain.config.stage_spec import RecordSource, spec_of
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.sources import load_records, source_files
@@ -46,8 +46,8 @@ def inspect(config: RunConfig) -> Findings:
     Raises:
         UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
-    if config.spec.trains:
-        metrics_on_console(config, config.spec.load())
+    if spec_of(config).trains:
+        metrics_on_console(config, spec_of(config).load())
     search = Search(may_be_elsewhere=True)
     resolved = resolve_run(config, pretended_world_size(), device=None, search=search)
     config = resolved.config
@@ -62,11 +62,11 @@ def inspect(config: RunConfig) -> Findings:
     for found in scoring.values():
         what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
         search.checked.append(f"{found.info.path}: {what}")
-    flag, code = config.spec.work(config).user_code or ("", None)
+    flag, code = spec_of(config).work(config).user_code or ("", None)
     if code is not None:
         search.finds(flag, code.rpartition(":")[0], "the code that it names")
     num_samples, length = _read_sources(config, tokenizer, search)
-    if config.spec.trains and length.train_iters is not None:
+    if spec_of(config).trains and length.train_iters is not None:
         check_warmup(config, length.train_iters)
     search.absent.append("the GPUs: whether Transformer Engine, FP8 and NCCL work there")
     return Findings(
@@ -87,14 +87,14 @@ def _weights(resolved: ResolvedRun) -> str:
 
 def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search) -> tuple[int | None, RunLength]:
     """Number of samples of the first source, and the length of a run over it. The other sources are read too."""
-    first, *others = config.spec.sources(config)
+    first, *others = spec_of(config).sources(config)
     if first.holds == "rollouts":
         return None, _read_rollouts(config, first, search)
     items = _read(config, first, tokenizer, search)
     for source in others:
         _read(config, source, tokenizer, search)
-    num_samples = None if items is None else config.spec.num_samples(config, items)
-    return num_samples, config.spec.length(config, num_samples)
+    num_samples = None if items is None else spec_of(config).num_samples(config, items)
+    return num_samples, spec_of(config).length(config, num_samples)
 
 
 def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
@@ -111,7 +111,7 @@ def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, 
             load_records(place, split, limit=1)
         search.absent.append(f"{name}: more than its first record, which needs the tokenizer")
         return None
-    corpus = read_corpus(place, config.spec.reader(config, tokenizer), split=split, limit=limit)
+    corpus = read_corpus(place, spec_of(config).reader(config, tokenizer), split=split, limit=limit)
     search.checked.append(f"{source.flag} {corpus.summary}")
     return corpus.items
 

@@ -5,6 +5,7 @@ import math
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.dry_run.inspect import Findings
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
@@ -33,7 +34,7 @@ def render(found: Findings) -> str:
     config, world_size = found.config, found.resolved.world_size
     sizes = {name: scoring.model for name, scoring in found.scoring.items()}
     workload, layout = from_run_config(config, world_size, sizes)
-    trains = config.spec.trains
+    trains = spec_of(config).trains
     sections: list[tuple[str, Rows]] = [
         (f"{config.stage} on {world_size} processes: dry run, nothing was started", []),
         ("Settings that differ from the defaults", _settings(config)),
@@ -109,7 +110,7 @@ def _ranks(ranks: range) -> str:
 
 
 def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
-    unit, batch = config.spec.work(config).unit, workload.global_batch_size
+    unit, batch = spec_of(config).work(config).unit, workload.global_batch_size
     rows = global_batch(config, workload, layout)
     if layout.max_tokens_per_micro_batch is None:
         rows.append(("per replica and step", f"{batch // layout.data} {unit}"))
@@ -119,7 +120,7 @@ def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
         )
     each = workload.sample_tokens
     rows.append(("tokens of a step", f"at most {batch * each:,}: {batch} {unit} of at most {each:,}"))
-    if config.spec.rounds:
+    if spec_of(config).rounds:
         rows += _round(config, workload, layout)
     rows.append(("pipeline bubble", _bubble(layout)))
     return rows
@@ -127,7 +128,7 @@ def _batch(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
 
 def _round(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     n, prompts = workload.samples_per_prompt, workload.prompts_per_round
-    if config.spec.sources(config)[0].holds == "rollouts":
+    if spec_of(config).sources(config)[0].holds == "rollouts":
         return [("round", "one rollout file")]
     rows = [
         ("responses of a group", str(n)),
@@ -189,7 +190,7 @@ def _schedule(found: Findings) -> Rows:
         ("decay", f"over {optimizer.lr_decay_iters or total or 'all'} iterations"),
         ("saves", _every(checkpoint.save_interval, total) if checkpoint.save else "none: --save is not set"),
     ]
-    if not config.spec.rounds:
+    if not spec_of(config).rounds:
         interval = config.training.eval_interval
         rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
     elif total is not None and found.length.steps_per_round is not None:

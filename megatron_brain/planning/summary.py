@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Sequence
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.planning.sizes import pipeline_stage_parameters
 from megatron_brain.planning.workload import Layout, Workload
 
@@ -42,11 +43,11 @@ def sizes(layout: Layout) -> str:
 
 def global_batch(config: RunConfig, workload: Workload, layout: Layout) -> list[Row]:
     """Rows that say how the samples of a step are split into micro-batches."""
-    unit, batch = config.spec.work(config).unit, workload.global_batch_size
+    unit, batch = spec_of(config).work(config).unit, workload.global_batch_size
     if layout.max_tokens_per_micro_batch is None:
         parts = f"micro-batch {layout.micro_batch_size} x data {layout.data} x {layout.num_micro_batches} micro-batches"
         return [("global batch", f"{batch} {unit} = {parts}")]
-    longer = "a longer group is cut in parts" if config.spec.rounds else f"longer {unit} are refused"
+    longer = "a longer group is cut in parts" if spec_of(config).rounds else f"longer {unit} are refused"
     return [
         ("global batch", f"{batch} {unit} over {layout.data} replicas, by length"),
         ("micro-batch", f"at most {layout.max_tokens_per_micro_batch:,} tokens; {longer}"),

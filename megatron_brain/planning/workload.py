@@ -10,7 +10,7 @@ from typing import Literal
 from megatron_brain.config.checks import data_parallel_size
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head, StageSpec, stage_spec
+from megatron_brain.config.stage_spec import Head, StageSpec, spec_of, stage_spec
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
@@ -259,7 +259,7 @@ def from_run_config(
     assert isinstance(config.model, ResolvedModel)
     prompt, response = _lengths(config)
     model, fp8 = config.model, config.fp8
-    work = config.spec.work(config)
+    work = spec_of(config).work(config)
     workload = Workload(
         stage=config.stage,
         model=model,
@@ -274,7 +274,7 @@ def from_run_config(
         bf16_layers=fp8.layers_in_bf16,
         two_pass=config.brain.two_pass,
         prompts_per_round=config.brain.prompts_per_round,
-        steps_per_round=config.spec.length(config, None).steps_per_round or 1,
+        steps_per_round=spec_of(config).length(config, None).steps_per_round or 1,
         samples_responses=work.draws,
         candidates_per_prompt=work.candidates_per_prompt,
         sampling_batch_size=config.sampling.sampling_batch_size,
@@ -289,7 +289,7 @@ def from_run_config(
 def _lengths(config: RunConfig) -> tuple[int, int]:
     """Longest prompt and response that the settings allow together."""
     total, prompt, response = config.data.seq_length, config.data.max_prompt_length, config.data.max_response_length
-    if config.spec.work(config).draws:
+    if spec_of(config).work(config).draws:
         response = config.sampling.max_new_tokens
     if response is None:
         response = total - (prompt or 0)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
@@ -43,14 +44,14 @@ class DatasetStage:
         self.shared_prefix = settings.shared_prefix
         self._train, self._valid = train, valid
         self._order = SampleOrder(len(train), seed=settings.seed)
-        self.train_iters = run.config.spec.length(run.config, len(train)).train_iters
+        self.train_iters = spec_of(run.config).length(run.config, len(train)).train_iters
         self._fixed = {**fixed_settings(run.config), "num_samples": len(train), **(fixed or {})}
         self._config, self._corpora = run.config, run.corpora
 
     def summary(self) -> list[Row]:
         """A row with steps and epochs."""
         epochs = self.train_iters * self._config.training.global_batch_size / len(self._train)
-        unit = self._config.spec.work(self._config).unit
+        unit = spec_of(self._config).work(self._config).unit
         return [("steps", f"{self.train_iters:,}: {epochs:.3g} epochs of {len(self._train):,} {unit}")]
 
     def micro_batches(self, trainer: Trainer) -> list[list[Group]]:

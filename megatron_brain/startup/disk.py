@@ -10,7 +10,7 @@ from megatron_brain.checkpointing import CheckpointInfo, has_checkpoint, read_in
 from megatron_brain.config.checks import validate_layout
 from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head
+from megatron_brain.config.stage_spec import Head, spec_of
 from megatron_brain.conversion import read_hf_architecture
 from megatron_brain.conversion.generation_config import read_generation_config
 from megatron_brain.errors import ConfigError
@@ -78,7 +78,7 @@ def find_start(config: RunConfig, search: Search) -> Start:
     if checkpoint.load is not None:
         if not search.finds("--load", checkpoint.load, what):
             return Start(elsewhere=True)
-        resuming = config.spec.trains and not checkpoint.finetune
+        resuming = spec_of(config).trains and not checkpoint.finetune
         return _of_checkpoint(config, read_info(checkpoint.load), resuming=resuming)
     if hf_model is not None and not search.finds("--hf-model", hf_model, what):
         return Start(elsewhere=True)
@@ -113,7 +113,7 @@ def find_scoring_models(config: RunConfig, world_size: int, search: Search) -> d
     """
     return {
         asked.name: find_frozen(config, asked.name, asked.load, asked.head, world_size)
-        for asked in config.spec.work(config).scoring
+        for asked in spec_of(config).work(config).scoring
         if asked.load is not None
         and search.finds(f"--{asked.name}-load", asked.load, "weights; the estimate takes the policy's sizes")
     }

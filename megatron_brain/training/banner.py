@@ -8,6 +8,7 @@ import torch
 
 import megatron_brain
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.planning.sizes import total_parameters
 from megatron_brain.planning.summary import Row, fullest_rank, global_batch, learning_rate, section, sizes
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
@@ -24,7 +25,7 @@ def show_banner(run: Run, rows: Sequence[Row]) -> None:
 
 def banner(run: Run, rows: Sequence[Row]) -> str:
     """Versions, device, layout, sizes, data, and where files go. Each line has a name and a value."""
-    config = run.config
+    config, spec = run.config, spec_of(run.config)
     workload, layout = from_run_config(config, run.parallel.world_size)
     read = [(flag.replace("_", " "), corpus.summary) for flag, corpus in run.corpora.items()]
     return section(
@@ -36,12 +37,12 @@ def banner(run: Run, rows: Sequence[Row]) -> str:
             ("processes", "; ".join([f"{layout.world_size} = {sizes(layout)}", *_options(layout)])),
             *_model(run, workload, layout),
             *read,
-            *(global_batch(config, workload, layout) if config.spec.trains else []),
+            *(global_batch(config, workload, layout) if spec.trains else []),
             *rows,
-            *([("learning rate", learning_rate(config))] if config.spec.trains else []),
+            *([("learning rate", learning_rate(config))] if spec.trains else []),
             ("seed", str(config.training.seed)),
-            *(_files(config) if config.spec.trains else []),
-            *((output.flag.removeprefix("--"), output.place) for output in config.spec.outputs(config) if output.place),
+            *(_files(config) if spec.trains else []),
+            *((output.flag.removeprefix("--"), output.place) for output in spec.outputs(config) if output.place),
         ],
     )
 
@@ -57,7 +58,7 @@ def _device(run: Run) -> list[Row]:
     """The reporting rank's device, and what computes the layers there."""
     layers, device = run.resolved.layers, run.parallel.device
     rows = [("device", device_name(device)), ("layers", f"{layers.impl} ({layers.reason})")]
-    if run.config.spec.trains:
+    if spec_of(run.config).trains:
         fused = "on" if layers.gradient_accumulation_fusion else "off"
         rows.append(("gradient fusion", f"{fused} ({layers.fusion_reason})"))
     return rows

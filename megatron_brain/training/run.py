@@ -13,7 +13,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_to_yaml, save_config
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Head, RecordSource
+from megatron_brain.config.stage_spec import Head, RecordSource, spec_of
 from megatron_brain.conversion import load_hf_weights
 from megatron_brain.data.corpus import Corpus, read_corpus
 from megatron_brain.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class Run:
         if place is None:
             return []
         split, limit = source.chosen(self.config)
-        reader = self.config.spec.reader(self.config, self.tokenizer)
+        reader = spec_of(self.config).reader(self.config, self.tokenizer)
         corpus = read_on_all(lambda: read_corpus(place, reader, split=split, limit=limit), self.parallel)
         require_same_data(corpus, reader, f"{source.flag} {place}", self.parallel)
         self.corpora[source.name] = corpus
@@ -74,7 +74,7 @@ class Run:
         """Model chunks with the weights of --hf-model, or random weights. A checkpoint replaces them later."""
         model, start = self.config.model, self.resolved.start
         complete = start.checkpoint is not None and start.checkpoint.head == head
-        fp8 = self.config.fp8 if self.config.spec.trains else without_history(self.config.fp8)
+        fp8 = self.config.fp8 if spec_of(self.config).trains else without_history(self.config.fp8)
         seed = None if complete else self.config.training.seed
         chunks = self._build(model, head, seed=seed, fp8=fp8)
         if start.hf_model is not None:

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import Output
+from megatron_brain.config.stage_spec import Output, spec_of
 from megatron_brain.config.template_date import now, parse_date
 from megatron_brain.data.sources import source_files
 from megatron_brain.data.tokenizer import Tokenizer
@@ -48,8 +48,8 @@ def connect(resolved: ResolvedRun) -> Run:
 def _check_places(config: RunConfig, parallel: Parallel) -> None:
     """Raise AgreedError if a rank cannot write to a place of the run. Otherwise this would show only at the end."""
     folders = {"--tensorboard-dir": config.logging.tensorboard_dir, "--save": config.checkpoint.save}
-    problems = [folder_problem(*item) for item in folders.items() if item[1] is not None and config.spec.trains]
-    for output in config.spec.outputs(config):
+    problems = [folder_problem(*item) for item in folders.items() if item[1] is not None and spec_of(config).trains]
+    for output in spec_of(config).outputs(config):
         if output.place is not None:
             problem = folder_problem if output.is_folder else file_problem
             problems += [problem(output.flag, output.place), _lost_records(config, output)]
@@ -62,7 +62,7 @@ def _check_places(config: RunConfig, parallel: Parallel) -> None:
 def _lost_records(config: RunConfig, output: Output) -> str | None:
     """What is wrong, if the run would overwrite a file that it reads records from."""
     written = Path(output.place).resolve()
-    for source in config.spec.sources(config):
+    for source in spec_of(config).sources(config):
         place = source.place(config)
         if place is not None and written in [path.resolve() for path in source_files(place)]:
             return (

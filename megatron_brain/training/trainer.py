@@ -19,6 +19,7 @@ from megatron_brain.checkpointing import (
 )
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
+from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk
@@ -133,13 +134,15 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_warmup(self.config, stage.train_iters)
-        self._chunks = run.build_model(self.config.spec.head)
+        self._chunks = run.build_model(spec_of(self.config).head)
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(run.start_from, self._chunks, head=self.config.spec.head, verify=self.config.checkpoint.verify)
+            load_weights(
+                run.start_from, self._chunks, head=spec_of(self.config).head, verify=self.config.checkpoint.verify
+            )
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
@@ -360,7 +363,7 @@ class Trainer:
             self.config,
             self.parallel,
             self.run.tokenizer,
-            head=self.config.spec.head,
+            head=spec_of(self.config).head,
             generation_config=self.run.resolved.start.generation_config,
             protected=self.run.in_use,
         )

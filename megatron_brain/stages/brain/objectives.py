@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 
-from megatron_brain.config.objectives import OBJECTIVE_TRAITS, ObjectiveTraits, objective_settings
+from megatron_brain.config.objectives import OBJECTIVE_TRAITS, ObjectiveTraits
 from megatron_brain.config.stages import BrainConfig
 from megatron_brain.objectives.objective import Objective
 from megatron_brain.objectives.registry import OBJECTIVES, make_objective
@@ -11,7 +11,8 @@ from megatron_brain.objectives.registry import OBJECTIVES, make_objective
 
 def objective_of(settings: BrainConfig) -> Objective:
     """The objective that a run's settings ask for."""
-    return make_objective(settings.objective, objective_settings(settings))
+    names = OBJECTIVE_TRAITS[settings.objective].settings
+    return make_objective(settings.objective, {name: getattr(settings, name) for name in names})
 
 
 def register_objective(name: str, kind: type[Objective]) -> None:
