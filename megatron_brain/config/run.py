@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_brain.config.data import DataConfig, TokenizerConfig
+from megatron_brain.config.engine import EngineConfig
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.guards import GuardConfig
 from megatron_brain.config.model import ModelConfig
@@ -39,6 +40,7 @@ class RunConfig:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     brain: BrainConfig = field(default_factory=BrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

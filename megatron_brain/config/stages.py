@@ -134,6 +134,12 @@ class BrainConfig:
     rollout_data: str | None = None
     """Train on rollout files of an earlier run (file or glob, one file for a round) instead of sampling."""
 
+    proposal_logprobs: Literal["trainer", "engine"] = "trainer"
+    """Whose log q' makes the weights: the trainer's, or that of the engine that drew; see docs/engines.md."""
+
+    rounds_ahead: int = 0
+    """Rounds (0 or 1) that the engine draws while the policy trains on the one before; 1 needs --engine vllm."""
+
     max_refresh_error: float = 1e-4
     """Largest |beta - 1/n|, or |ratio - 1|, that is allowed right after a refresh; see docs/stages.md."""
 
@@ -152,6 +158,8 @@ class BrainConfig:
             raise ConfigError(f"rso_candidates={self.rso_candidates}: must be at least 2")
         if self.prompts_per_round < 1:
             raise ConfigError(f"prompts_per_round={self.prompts_per_round}: must be at least 1")
+        if self.rounds_ahead not in (0, 1):
+            raise ConfigError(f"rounds_ahead={self.rounds_ahead}: must be 0 or 1")
         if self.refresh_interval is not None and self.refresh_interval < 1:
             raise ConfigError(f"refresh_interval={self.refresh_interval}: must be at least 1")
         if self.rollout_dir and self.rollout_data:

@@ -1,9 +1,7 @@
 """Choosing the next token from logits: greedy, or by temperature, top-k and top-p."""
 
-import hashlib
 import math
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -40,13 +38,6 @@ def choose_tokens(
     chosen = mass.gather(1, tokens[:, None]).squeeze(1)
     tokens = tokens.masked_fill(~largest.squeeze(1).isfinite(), -1)
     return tokens, chosen.double().log() - total.log()
-
-
-def draw_uniforms(seed: int, key: int, sample: int, count: int) -> numpy.ndarray:
-    """`[count]` float64 in [0, 1): the draws of one sample. They depend on the arguments alone, and a larger count
-    begins with the draws of a smaller one."""
-    digest = hashlib.sha256(f"{seed}:{key}:{sample}".encode()).digest()
-    return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest[:16]))).random(count)
 
 
 def _drop_below(mass: Tensor, threshold: Tensor) -> None:

@@ -13,22 +13,22 @@ from megatron_brain.data.groups import Segment
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.batch import Batch, Completion
 from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, PrefillLayout
-from megatron_brain.generation.choose import choose_tokens, draw_uniforms
+from megatron_brain.generation.choose import choose_tokens
+from megatron_brain.generation.engine import Prompt
 from megatron_brain.generation.pipeline import trunk_forward
+from megatron_brain.generation.seeds import draw_uniforms
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.models.logprobs import local_logits
 from megatron_brain.runtime.parallel import Parallel
-
-Prompt = tuple[int, ...]
 
 
 class Sampler:
     """Samples responses to prompts. Each data-parallel replica samples its own.
 
     All ranks of a replica call `generate` with the same arguments and get the same samples. A sample's draws depend
-    only on the seed, the key of its prompt and its number. So (except for rounding) neither the layout nor the other
-    prompts of the batch change it. A model that trains in FP8 samples in bf16: docs/fp8.md says why.
+    only on its seed. So (except for rounding) neither the layout nor the other prompts of the batch change it. A model
+    that trains in FP8 samples in bf16: docs/fp8.md says why.
 
     Args:
         chunks: this rank's policy, as `build_model` returns it (not wrapped for data parallelism).
@@ -54,26 +54,23 @@ class Sampler:
         self._done = self._tokens = 0
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Prompt], *, samples_per_prompt: int, keys: Sequence[int], seed: int
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int]]) -> list[list[Completion]]:
         """Draw responses.
 
         Whole prompts are batched up to `sampling_batch_size` responses; a batch holds at least one prompt.
 
         Args:
             prompts: token ids of each prompt, at least one.
-            samples_per_prompt: n, the number of responses to each prompt.
-            keys: a number for each prompt, which stays the same from call to call; it seeds the prompt's draws.
-            seed: seeds all draws.
+            seeds: for each prompt the seeds of its responses (`seeds.sample_seed`), of all prompts equally many.
 
         Returns:
-            n samples for each prompt, in the order of `prompts`.
+            one response for each seed of each prompt, in their order.
 
         Raises:
             ConfigError: a prompt leaves no room for `max_new_tokens`.
         """
-        self._check(prompts, keys)
+        self._check(prompts, seeds)
+        samples_per_prompt = len(seeds[0])
         self._done = self._tokens = 0
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         at_once = max(1, self.sampling.sampling_batch_size // samples_per_prompt)
@@ -81,15 +78,14 @@ class Sampler:
         with _evaluating(self.chunks), fp8_state.switched_off(self.chunks):
             for start in range(0, len(order), at_once):
                 batch = order[start : start + at_once]
-                samples = self._generate_batch(
-                    [prompts[i] for i in batch], samples_per_prompt, [keys[i] for i in batch], seed
-                )
+                samples = self._generate_batch([prompts[i] for i in batch], [seeds[i] for i in batch])
                 for place, index in enumerate(batch):
                     results[index] = samples[place * samples_per_prompt : (place + 1) * samples_per_prompt]
         return results
 
-    def _check(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> None:
-        assert len(keys) == len(prompts), f"{len(prompts)} prompts need as many keys, not {len(keys)}"
+    def _check(self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> None:
+        assert len(seeds) == len(prompts), f"{len(prompts)} prompts need the seeds of as many, not of {len(seeds)}"
+        assert len({len(of_prompt) for of_prompt in seeds}) == 1, "all prompts need equally many seeds"
         (limit, setting), new = self.chunks[0].longest_sequence, self.sampling.max_new_tokens
         for index, prompt in enumerate(prompts):
             assert prompt, f"prompt {index} has no tokens"
@@ -99,14 +95,12 @@ class Sampler:
                     f"shorten the prompt to {max(0, limit - new)} tokens or lower --max-new-tokens"
                 )
 
-    def _generate_batch(
-        self, prompts: list[Prompt], samples_per_prompt: int, keys: list[int], seed: int
-    ) -> list[Completion]:
+    def _generate_batch(self, prompts: list[Prompt], seeds: list[Sequence[int]]) -> list[Completion]:
         """Samples `[P * n]` of one batch, prompt-major."""
-        longest = self.sampling.max_new_tokens
+        longest, samples_per_prompt = self.sampling.max_new_tokens, len(seeds[0])
         device = self.parallel.device
         batch = Batch(len(prompts), samples_per_prompt, longest, device)
-        draws = [draw_uniforms(seed, key, i, longest) for key in keys for i in range(samples_per_prompt)]
+        draws = [draw_uniforms(seed, longest) for of_prompt in seeds for seed in of_prompt]
         uniforms = torch.from_numpy(numpy.stack(draws)).to(device)
         cache = KeyValueCache(
             [len(prompt) for prompt in prompts],

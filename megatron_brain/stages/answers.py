@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from megatron_brain.config.stage_spec import PROMPTS
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.records import Prompt
-from megatron_brain.generation.sampler import Completion, Sampler
-from megatron_brain.models.provider import Chunk
+from megatron_brain.generation.batch import Completion
+from megatron_brain.generation.engine import Engine
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.run import Run
 
@@ -22,16 +23,11 @@ def my_share(prompts: Sequence[Prompt], parallel: Parallel) -> list[int]:
 
 
 def sample_answers(
-    run: Run, chunks: Sequence[Chunk], prompts: Sequence[Prompt], mine: Sequence[int], sampling: SamplingConfig
+    run: Run, engine: Engine, prompts: Sequence[Prompt], mine: Sequence[int], sampling: SamplingConfig
 ) -> list[list[Completion]]:
     """Samples for this replica's prompts. They depend on the seed and the prompt's index, not on the layout."""
-    sampler = Sampler(chunks, run.parallel, sampling, eos_id=run.tokenizer.eos_id)
-    return sampler.generate(
-        [prompts[i].tokens for i in mine],
-        samples_per_prompt=sampling.samples_per_prompt,
-        keys=list(mine),
-        seed=run.config.training.seed,
-    )
+    seeds = sample_seeds(run.config.training.seed, mine, sampling.samples_per_prompt)
+    return engine.sample([prompts[i].tokens for i in mine], seeds=seeds, sampling=sampling)
 
 
 def gather_rows(rows: Sequence[tuple[int, dict]], parallel: Parallel) -> list[dict]:

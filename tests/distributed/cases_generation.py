@@ -19,6 +19,7 @@ def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
     from megatron_brain.config.parallel import ParallelConfig
     from megatron_brain.config.stages import SamplingConfig
     from megatron_brain.generation.sampler import Sampler
+    from megatron_brain.generation.seeds import sample_seeds
     from megatron_brain.models.architecture import resolve
     from megatron_brain.models.provider import build_model
     from megatron_brain.runtime import parallel as runtime
@@ -36,7 +37,7 @@ def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
     chunks = build_model(model, config, parallel, head="policy", seed=3)
     settings = SamplingConfig(**{"max_new_tokens": 20, "sampling_batch_size": 9} | sampling)
     results = Sampler(chunks, parallel, settings, eos_id=EOS).generate(
-        PROMPTS, samples_per_prompt=3, keys=[11, 12, 13, 14, 15], seed=SEED
+        PROMPTS, seeds=sample_seeds(SEED, [11, 12, 13, 14, 15], 3)
     )
     assert any(s.finished for samples in results for s in samples), "no response ends: choose another EOS"
     return [[[list(s.tokens), s.logprob, s.finished] for s in samples] for samples in results]

@@ -38,6 +38,7 @@ from megatron_brain.data.records import Prompt
 from megatron_brain.generation.sampler import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
+from megatron_brain.stages.engine import open_engine
 from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run
 from megatron_brain.training.start import open_run
@@ -146,7 +147,9 @@ def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
     prompts = read_prompts(run)
     chunks = run.build_model("policy")
     load_weights(run.start_from, chunks, head="policy")
-    drawn = sample_answers(run, chunks, prompts, range(len(prompts)), run.config.sampling)
+    engine = open_engine(run)
+    engine.take_weights(chunks, str(checkpoint))
+    drawn = sample_answers(run, engine, prompts, range(len(prompts)), run.config.sampling)
     return Answers(run=run, chunks=chunks, prompts=prompts, samples=[samples[0] for samples in drawn])
 
 

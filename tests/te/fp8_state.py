@@ -37,6 +37,7 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models import provider
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.fp8 import weights as fp8_weights
@@ -88,7 +89,7 @@ def copied_scales(model: Training) -> dict[str, torch.Tensor]:
 def samples(model: Training) -> list:
     settings = SamplingConfig(max_new_tokens=6, temperature=1.0, samples_per_prompt=3)
     prompts = [(1, 2, 3), (4, 5, 6, 7, 8)]
-    return Sampler(model.chunks, WORLD, settings, eos_id=0).generate(prompts, samples_per_prompt=3, keys=[0, 1], seed=5)
+    return Sampler(model.chunks, WORLD, settings, eos_id=0).generate(prompts, seeds=sample_seeds(5, [0, 1], 3))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.stage_spec import Head
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run
@@ -92,12 +93,8 @@ class Model:
 def draw(run: Run, chunk: Chunk, prompts: Sequence[tuple[int, ...]]) -> list[Group]:
     """Groups of n responses of --max-new-tokens tokens each."""
     sampler = Sampler([chunk], run.parallel, run.config.sampling, eos_id=NO_TOKEN)
-    samples = sampler.generate(
-        prompts,
-        samples_per_prompt=run.config.sampling.samples_per_prompt,
-        keys=range(len(prompts)),
-        seed=run.config.training.seed,
-    )
+    count = run.config.sampling.samples_per_prompt
+    samples = sampler.generate(prompts, seeds=sample_seeds(run.config.training.seed, range(len(prompts)), count))
     return [
         Group(prompt=prompt, responses=tuple(sample.tokens for sample in drawn))
         for prompt, drawn in zip(prompts, samples, strict=True)

@@ -14,11 +14,12 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import TRAIN_DATA
 from megatron_brain.data.order import SampleOrder
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
+from megatron_brain.stages.engine import open_engine
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all, require_same_rollouts
@@ -53,6 +54,7 @@ class SampledResponses:
 
     def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
         self._run, self._placement, self._prior = run, placement, prior
+        self._engine = open_engine(run)
         sampling = run.config.sampling
         self._prompts = run.read(TRAIN_DATA)
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
@@ -77,12 +79,11 @@ class SampledResponses:
         # The place in the endless stream of prompts seeds the samples too: a prompt that comes again gets new ones.
         places = self._placement.deal(range(number * count, (number + 1) * count))
         prompts = [self._prompts[self._order[place]] for place in places]
+        seeds = sample_seeds(run.config.training.seed, places, samples_per_prompt)
         with self._model(trainer) as chunks:
-            samples = Sampler(chunks, run.parallel, run.config.sampling, eos_id=run.tokenizer.eos_id).generate(
-                [prompt.tokens for prompt in prompts],
-                samples_per_prompt=samples_per_prompt,
-                keys=places,
-                seed=run.config.training.seed,
+            self._engine.take_weights(chunks, "the prior" if self.from_prior else f"step {trainer.iteration}")
+            samples = self._engine.sample(
+                [prompt.tokens for prompt in prompts], seeds=seeds, sampling=run.config.sampling
             )
         return [
             Rollout(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.choose import draw_uniforms
+from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
@@ -124,7 +124,7 @@ class RejectionSamples:
             count,
             temperature=settings.reward_temperature,
             uniforms=draw_uniforms(
-                self._run.config.training.seed, key, _SAMPLE_KEY, num_draws(len(responses), count)
+                sample_seed(self._run.config.training.seed, key, _SAMPLE_KEY), num_draws(len(responses), count)
             ).tolist(),
         )
         # A single response makes a pair with itself, which is a tie.

@@ -35,6 +35,7 @@ def _require(config: RunConfig) -> None:
                 "to the proposal means nothing; leave it at 0"
             )
     require_objective(config)
+    _require_engine(config)
     if config.brain.rollout_data:
         _require_rollout_data(config)
         return
@@ -86,6 +87,26 @@ def _require_given_pairs(config: RunConfig) -> None:
         raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
 
 
+def _require_engine(config: RunConfig) -> None:
+    """What only some engines can do, and only for some proposals."""
+    brain, engine = config.brain, config.engine.engine
+    draws = brain.responses != "given" and brain.rollout_data is None
+    if engine != "native" and not draws:
+        raise ConfigError(f"engine={engine}: nothing is drawn with --responses given or --rollout-data; drop it")
+    if brain.rounds_ahead and engine == "native":
+        raise ConfigError(
+            "rounds_ahead=1: the native engine draws on the devices that train, so it cannot draw at the same time; "
+            "add --engine vllm with --engine-url"
+        )
+    if brain.rounds_ahead and (brain.responses != "sampled" or not brain.refresh_proposal):
+        raise ConfigError(
+            "rounds_ahead=1: only samples of the policy are drawn ahead; drop it, or --responses and "
+            "--no-refresh-proposal"
+        )
+    if brain.proposal_logprobs == "engine" and (not draws or brain.responses != "sampled"):
+        raise ConfigError("proposal_logprobs=engine: log q' is known of responses that are drawn and all kept; drop it")
+
+
 def _sources(config: RunConfig) -> tuple[RecordSource]:
     return (TRAIN_DATA if config.brain.rollout_data is None else ROLLOUTS,)
 
@@ -114,7 +135,7 @@ BRAIN = StageSpec(
     name="brain",
     help="BRAIn: match the reward-conditioned posterior",
     code="megatron_brain.stages.brain.stage:BrainStage",
-    sections=(*TRAINING_SECTIONS, "sampling", "scoring", "brain"),
+    sections=(*TRAINING_SECTIONS, "sampling", "engine", "scoring", "brain"),
     rounds=True,
     require=_require,
     sources=_sources,

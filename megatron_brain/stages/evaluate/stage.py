@@ -14,9 +14,10 @@ from megatron_brain.data.records import Prompt
 from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
-from megatron_brain.generation.sampler import Completion
+from megatron_brain.generation.batch import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
+from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.intervals import Estimate, bootstrap, wins
 from megatron_brain.training.banner import show_banner
 from megatron_brain.training.frozen import FrozenModel
@@ -52,14 +53,21 @@ def main(run: Run) -> None:
     models = {"baseline": baseline.path, "prior": prior.path, "reward model": reward.path, "judge": settings.judge}
     show_banner(run, [(name, place) for name, place in models.items() if place is not None])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
-    drawn = {"policy": [samples[0] for samples in sample_answers(run, policy, prompts, mine, one)]}
+    engine = open_engine(run)
+    engine.take_weights(policy, f"--load {run.config.checkpoint.load}")
+    drawn = {"policy": [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]}
+    # These are samples of the policy itself, at temperature 1, for any temperature of the answers.
+    plain = dataclasses.replace(one, temperature=1.0, top_p=1.0, top_k=0)
+    of_policy = [samples[0] for samples in sample_answers(run, engine, prompts, mine, plain)]
     with baseline.loaded() as chunks:
-        drawn["baseline"] = [samples[0] for samples in sample_answers(run, chunks, prompts, mine, one)]
+        engine.take_weights(chunks, f"the baseline {baseline.path}")
+        drawn["baseline"] = [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]
     rows = [_row(run, prompts[i], {name: drawn[name][k] for name in drawn}) for k, i in enumerate(mine)]
-    for row, difference in zip(rows, _log_ratios(run, policy, prior, prompts, mine), strict=True):
+    answered = [prompts[i] for i in mine]
+    for row, difference in zip(rows, _log_ratios(run, policy, prior, answered, of_policy), strict=True):
         row["kl_to_prior"] = difference
     if reward.path is not None:
-        _add_rewards(run, reward, rows, [prompts[i] for i in mine], drawn)
+        _add_rewards(run, reward, rows, answered, drawn)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
     if run.parallel.is_writer:
         if judge is not None:
@@ -77,17 +85,12 @@ def _row(run: Run, prompt: Prompt, drawn: dict[str, Completion]) -> dict:
 
 
 def _log_ratios(
-    run: Run, policy: Sequence[Chunk], prior: FrozenModel, prompts: Sequence[Prompt], mine: Sequence[int]
+    run: Run, policy: Sequence[Chunk], prior: FrozenModel, prompts: Sequence[Prompt], samples: Sequence[Completion]
 ) -> list[float]:
-    """log q(y|x) - log p(y|x) of one sample y ~ q per prompt, whose mean estimates KL(policy || prior) in nats.
-
-    These samples are drawn at temperature 1, for any temperature of the answers: only they are samples of q.
-    """
-    plain = dataclasses.replace(run.config.sampling, samples_per_prompt=1, temperature=1.0, top_p=1.0, top_k=0)
-    samples = sample_answers(run, policy, prompts, mine, plain)
+    """log q(y|x) - log p(y|x) of one sample y ~ q per prompt, whose mean estimates KL(policy || prior) in nats."""
     groups = [
-        [Group(prompt=prompts[i].tokens, responses=(drawn[0].tokens,), record_id=prompts[i].record_id)]
-        for i, drawn in zip(mine, samples, strict=True)
+        [Group(prompt=prompt.tokens, responses=(sample.tokens,), record_id=prompt.record_id)]
+        for prompt, sample in zip(prompts, samples, strict=True)
     ]
     under_policy = score_groups(policy, groups, run.parallel, head="policy", shared_prefix=True)
     with prior.loaded() as chunks:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_brain.checkpointing import load_weights
 from megatron_brain.files import write_whole
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
+from megatron_brain.stages.engine import open_engine
 from megatron_brain.training.banner import show_banner
 from megatron_brain.training.run import Run
 
@@ -21,7 +22,9 @@ def main(run: Run) -> None:
         load_weights(run.start_from, chunks, head="policy", verify=run.config.checkpoint.verify)
     show_banner(run, [("responses", f"{run.config.sampling.samples_per_prompt} of each prompt")])
     mine = my_share(prompts, run.parallel)
-    samples = sample_answers(run, chunks, prompts, mine, run.config.sampling)
+    engine = open_engine(run)
+    engine.take_weights(chunks, str(run.config.checkpoint.load or run.config.model.hf_model))
+    samples = sample_answers(run, engine, prompts, mine, run.config.sampling)
     rows = [
         (
             i,

@@ -27,6 +27,7 @@ REQUIRED = {
 }
 
 RSO = {"responses": "rso", "objective": "rso-hinge", "refresh_proposal": False}
+VLLM = {"engine": "vllm", "engine_url": "http://host:8000", "engine_sync_dir": "sync"}
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 
 # Values other than the default where the generic choice below breaks a check, and what they need beside them.
@@ -55,6 +56,12 @@ SPECIAL = {
     "clip_ratio": (0.5, {"objective": "grpo"}),
     "rso_candidates": (32, RSO),
     "rso_fewer_pairs": (True, RSO),
+    "engine": ("vllm", VLLM),
+    "engine_url": ("http://one:8000,http://other:8000", {**VLLM}),
+    "engine_sync_dir": ("other", {**VLLM}),
+    "engine_request_timeout": (100.0, {}),
+    "engine_timeout": (1000.0, {}),
+    "rounds_ahead": (1, VLLM),
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),

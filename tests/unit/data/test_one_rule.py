@@ -11,8 +11,10 @@ from transformers import AutoTokenizer
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_brain.generation import native
 from megatron_brain.generation.batch import Completion
 from megatron_brain.stages import answers
+from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.evaluate import stage as evaluate
 
 PROMPT, ANSWER, WORSE = " hello \u6f22 world\nTL;DR:", " a short </s> summary\u2603 ", "no"
@@ -53,12 +55,12 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
         seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[-1])
         return [[torch.zeros(len(groups[0][0].responses))]]
 
-    monkeypatch.setattr(answers, "Sampler", Sampler)
+    monkeypatch.setattr(native, "Sampler", Sampler)
     monkeypatch.setattr(evaluate, "score_groups", score_groups)
     settings = types.SimpleNamespace(samples_per_prompt=1, seed=1, shared_prefix=True)
     config = types.SimpleNamespace(training=settings)
     run = types.SimpleNamespace(tokenizer=tokenizer, parallel=None, config=config)
-    [[sample]] = answers.sample_answers(run, [], prompts, [0], settings)
+    [[sample]] = answers.sample_answers(run, open_engine(run), prompts, [0], settings)
     reward = types.SimpleNamespace(loaded=contextlib.nullcontext)
     evaluate._add_rewards(run, reward, [{}], prompts, {"policy": [sample], "baseline": [sample]})
     tokenizer.export(folder / "exported", "policy")

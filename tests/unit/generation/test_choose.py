@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_brain.generation.choose import choose_tokens, draw_uniforms
+from megatron_brain.generation.choose import choose_tokens
+from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 
 
 def _even_uniforms(count):
@@ -87,10 +88,10 @@ def test_greedy_takes_the_likeliest_with_certainty():
 
 
 def test_draws_depend_on_seed_key_and_sample_and_continue():
-    first = draw_uniforms(1, 2, 3, 5)
-    assert (draw_uniforms(1, 2, 3, 9)[:5] == first).all()
+    first = draw_uniforms(sample_seed(1, 2, 3), 5)
+    assert (draw_uniforms(sample_seed(1, 2, 3), 9)[:5] == first).all()
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (12, 3, 3)):
-        assert (draw_uniforms(*other, 5) != first).all()
+        assert (draw_uniforms(sample_seed(*other), 5) != first).all()
 
 
 @pytest.mark.parametrize("settings", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 0.9), (1.0, 3, 1.0)])

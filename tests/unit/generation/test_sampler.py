@@ -11,8 +11,8 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, Segment, pack_groups
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.choose import draw_uniforms
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import draw_uniforms, sample_seed, sample_seeds
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
@@ -50,9 +50,7 @@ def _build(parallel, **changes):
 
 def _generate(model, parallel, prompts=PROMPTS, *, n=4, eos=NO_EOS, keys=None, seed=7, **sampling):
     sampler = Sampler([model], parallel, SamplingConfig(**{"max_new_tokens": 12} | sampling), eos_id=eos)
-    return sampler.generate(
-        prompts, samples_per_prompt=n, keys=list(range(len(prompts))) if keys is None else keys, seed=seed
-    )
+    return sampler.generate(prompts, seeds=sample_seeds(seed, range(len(prompts)) if keys is None else keys, n))
 
 
 @torch.no_grad()
@@ -150,7 +148,7 @@ def test_shared_prompt_equals_separate_prompts(model, single):
     [samples] = _generate(model, single, PROMPTS[1:2], n=3, keys=[42], max_new_tokens=6)
     for index, sample in enumerate(samples):
         sequence = list(PROMPTS[1])
-        for uniform in draw_uniforms(7, 42, index, 6):
+        for uniform in draw_uniforms(sample_seed(7, 42, index), 6):
             cumulative = _next_logits(model, sequence).double().softmax(0).cumsum(0)
             sequence.append(int((cumulative <= uniform).sum()))
         assert sample.tokens == tuple(sequence[len(PROMPTS[1]) :])
@@ -177,7 +175,7 @@ def test_progress_counts_samples_and_tokens(model, single):
         eos_id=NO_EOS,
         progress=lambda samples, tokens: calls.append((samples, tokens)),
     )
-    sampler.generate(PROMPTS, samples_per_prompt=2, keys=range(4), seed=0)
+    sampler.generate(PROMPTS, seeds=sample_seeds(0, range(4), 2))
     assert calls == [(0, 4), (0, 8), (0, 12), (0, 16), (4, 20), (4, 24), (4, 28), (4, 32), (4, 36), (8, 40)]
 
 
@@ -208,10 +206,10 @@ def test_a_prompt_without_room_is_refused_with_its_number_and_the_cure(model, si
         _generate(_build(single, window_size=20), single, [(1,) * 9])
 
 
-def test_empty_prompts_and_missing_keys_are_refused(model, single):
+def test_empty_prompts_and_missing_seeds_are_refused(model, single):
     with pytest.raises(AssertionError, match="prompt 1 has no tokens"):
         _generate(model, single, [(1, 2), ()])
-    with pytest.raises(AssertionError, match="4 prompts need as many keys, not 1"):
+    with pytest.raises(AssertionError, match="4 prompts need the seeds of as many, not of 1"):
         _generate(model, single, keys=[0])
 
 

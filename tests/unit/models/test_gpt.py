@@ -13,6 +13,7 @@ from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, pack_groups
 from megatron_brain.errors import RecordError
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models.architecture import padded_vocab_size, resolve
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
@@ -159,7 +160,7 @@ def test_the_sampler_gives_a_token_the_probability_that_scoring_gives_it(single,
     model = build(single, "policy", **settings)
     sampler = Sampler([model], single, SamplingConfig(max_new_tokens=8, temperature=temperature), eos_id=0)
     prompts = [(1, 2, 3, 4, 5), (6, 7)]
-    drawn = sampler.generate(prompts, samples_per_prompt=3, keys=[0, 1], seed=1)
+    drawn = sampler.generate(prompts, seeds=sample_seeds(1, [0, 1], 3))
     groups = [
         Group(prompt=prompt, responses=tuple(sample.tokens for sample in samples))
         for prompt, samples in zip(prompts, drawn, strict=True)

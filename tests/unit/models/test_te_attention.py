@@ -23,6 +23,7 @@ from megatron_brain.config.parallel import ParallelConfig
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, Segment, pack_groups
 from megatron_brain.generation.sampler import Sampler
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models import specs
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.provider import build_model, transformer_config
@@ -211,7 +212,7 @@ def test_a_model_on_it_computes_the_same_and_has_the_same_checkpoint(models):
 def test_sampling_prefills_by_it_and_decodes_from_the_cache(single, models):
     drawn = [
         Sampler([model], single, SamplingConfig(max_new_tokens=6), eos_id=0).generate(
-            [(1, 2, 3), (4, 5, 6, 7)], samples_per_prompt=2, keys=[0, 1], seed=3
+            [(1, 2, 3), (4, 5, 6, 7)], seeds=sample_seeds(3, [0, 1], 2)
         )
         for model in models
     ]

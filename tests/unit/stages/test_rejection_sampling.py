@@ -11,7 +11,7 @@ import torch
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.choose import draw_uniforms
+from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 from megatron_brain.stages.brain import rejection_sampling
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples, accept, num_draws
@@ -21,7 +21,7 @@ REWARDS = (0.3, -0.4, 1.0, 0.7)
 
 
 def chosen(rewards, count, temperature, *, seed=0, key=0):
-    draws = draw_uniforms(seed, key, -1, num_draws(len(rewards), count)).tolist()
+    draws = draw_uniforms(sample_seed(seed, key, -1), num_draws(len(rewards), count)).tolist()
     return accept(rewards, count, temperature=temperature, uniforms=draws)
 
 

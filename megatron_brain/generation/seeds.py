@@ -1,0 +1,28 @@
+"""Seeds of samples: one number says everything random about a sample, whichever engine draws it."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy
+
+
+def sample_seed(seed: int, key: int, sample: int) -> int:
+    """Seed of one sample, 0 to 2**63 - 1. Neighbouring arguments give unrelated seeds.
+
+    Args:
+        seed: of the run.
+        key: place of the prompt, which stays the same from call to call.
+        sample: number of the sample among those of the prompt.
+    """
+    digest = hashlib.sha256(f"{seed}:{key}:{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sample_seeds(seed: int, keys: Sequence[int], samples: int) -> list[list[int]]:
+    """The seeds of so many samples of each prompt."""
+    return [[sample_seed(seed, key, sample) for sample in range(samples)] for key in keys]
+
+
+def draw_uniforms(seed: int, count: int) -> numpy.ndarray:
+    """`[count]` float64 in [0, 1) from a seed. A larger count begins with the draws of a smaller one."""
+    return numpy.random.Generator(numpy.random.Philox(key=seed)).random(count)
