@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_brain.errors import ConfigError
+from megatron_brain.generation.engine import Engine
 from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import SampledResponses
@@ -67,9 +68,9 @@ class RejectionSamples:
     from_prior = True
     temperature = None
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, reward: FrozenModel) -> None:
+    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, reward: FrozenModel, engine: Engine) -> None:
         self._run, self._placement, self._reward = run, placement, reward
-        self._samples = SampledResponses(run, placement, prior)
+        self._samples = SampledResponses(run, placement, prior, engine)
         self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
         self.metrics: dict[str, float] = {}
 
@@ -94,7 +95,7 @@ class RejectionSamples:
                 response.reward = value
         distinct = torch.tensor([sum(len(rollout.responses) for rollout in drawn), len(drawn)], dtype=torch.float64)
         total, prompts = self._run.parallel.sum_over_data_parallel(distinct.to(self._run.parallel.device)).tolist()
-        self.metrics = {"distinct_candidates": total / prompts}
+        self.metrics = {**self._samples.metrics, "distinct_candidates": total / prompts}
         first = number * self.groups_per_round
         return read_on_all(
             lambda: [self._choose(rollout, key=first + rollout.index) for rollout in drawn], self._run.parallel
