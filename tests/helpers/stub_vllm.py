@@ -2,7 +2,7 @@
 
 Paths, bodies and statuses are those of vLLM 0.32 (tests/end_to_end/test_vllm_stub.py compares them). As a process:
 
-    python -m helpers.stub_vllm --model HF_DIR --port PORT
+    python -m helpers.stub_vllm --model HF_DIR --port PORT      # prints `ready`
 
 `POST /misbehave {"kind": value}` of its own sets one of KINDS.
 """
@@ -10,9 +10,10 @@ Paths, bodies and statuses are those of vLLM 0.32 (tests/end_to_end/test_vllm_st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -22,18 +23,7 @@ from queue import Empty, Queue
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import torch
-
-from megatron_brain.config.model import ModelConfig
-from megatron_brain.config.parallel import ParallelConfig
-from megatron_brain.config.stages import SamplingConfig
-from megatron_brain.conversion import load_hf_weights, read_hf_architecture, read_hf_model
-from megatron_brain.data.groups import Segment
-from megatron_brain.errors import UserError
-from megatron_brain.generation.sampler import Sampler
-from megatron_brain.models.architecture import resolve
-from megatron_brain.models.attention import PackedLayout
-from megatron_brain.models.provider import build_model
+from helpers.stub_models import NumberModel, PolicyOfFolder, StubModel
 
 KINDS = {
     "status": "answer completions with this status, 500 for one",
@@ -49,9 +39,11 @@ KINDS = {
     "raw": "give log-probabilities of before temperature",
     "no_labels": "know no labels of weights, as older versions",
 }
-_DEV = {"/pause", "/resume", "/reset_prefix_cache", "/collective_rpc", "/update_weight_version", "/weight_info"} | {
-    "/is_paused"
+_DEV = {
+    *("/pause", "/resume", "/is_paused", "/reset_prefix_cache", "/collective_rpc"),
+    *("/update_weight_version", "/weight_info"),
 }
+"""The paths that only VLLM_SERVER_DEV_MODE has."""
 
 
 @dataclass
@@ -61,77 +53,30 @@ class _Request:
     answer: dict[str, Any] | Exception | None = None
 
 
-class Model:
-    """The model of a Hugging Face directory, with weights that can be replaced."""
-
-    def __init__(self, folder: Path, parallel: Any) -> None:
-        sizes = read_hf_architecture(folder)
-        told = read_hf_model(folder).config
-        bf16 = "bfloat16" in str(told.get("dtype") or told.get("torch_dtype"))
-        self.parallel, self.folder = parallel, folder
-        self.config = resolve(ModelConfig(bf16=bf16), sizes, str(folder))
-        with torch.random.fork_rng(devices=[]):
-            self.chunks = build_model(self.config, ParallelConfig(), parallel, head="policy", seed=None)
-        self.load(folder)
-
-    def load(self, folder: Path) -> None:
-        load_hf_weights(folder, self.chunks, self.config, "policy")
-        self.chunks[0].eval()
-
-    @torch.no_grad()
-    def hidden(self, sequence: list[int]) -> torch.Tensor:
-        """Hidden states `[tokens, h]`."""
-        tokens, layout = torch.tensor([sequence]), PackedLayout(segments=(Segment(0, len(sequence)),))
-        return self.chunks[0].trunk(tokens, torch.arange(len(sequence))[None], layout)[:, 0]
-
-    @torch.no_grad()
-    def prompt_logprobs(self, sequence: list[int]) -> list[float]:
-        targets = torch.tensor(sequence[1:])
-        return self.chunks[0].token_logprobs(self.hidden(sequence)[:-1], targets).tolist()
-
-    @torch.no_grad()
-    def top(self, sequence: list[int], count: int, temperature: float) -> list[tuple[int, float]]:
-        logits = (self.hidden(sequence)[-1].float() @ self.chunks[0].output_weight.float().t())[: self.vocab_size]
-        found = torch.log_softmax(logits / temperature, dim=0).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-
-    @property
-    def vocab_size(self) -> int:
-        return self.chunks[0].true_vocab_size
-
-
 class StubServer:
     """The server; it serves in threads of this process until `close`.
 
     Args:
-        folder: the model that it starts with.
+        model: what draws.
+        folder: the weights that it starts with.
         dev_mode: whether it has the paths of VLLM_SERVER_DEV_MODE.
+        longest: its --max-model-len.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        parallel: Any,
-        *,
-        port: int = 0,
-        dev_mode: bool = True,
-        longest: int = 64,
+        self, model: StubModel, folder: Path, *, port: int = 0, dev_mode: bool = True, longest: int = 64
     ) -> None:
-        self.folder, self.dev_mode, self.longest, self.name = Path(folder), dev_mode, longest, "stub"
-        self.model = Model(self.folder, parallel)
+        self.model, self.folder, self.dev_mode, self.longest, self.name = model, folder, dev_mode, longest, "stub"
         self.kinds: dict[str, Any] = {}
         self.seen: list[dict[str, Any]] = []
         """The bodies of all completions that were asked for."""
         self.calls: list[str] = []
+        """The paths of all requests."""
         self._queue: Queue[_Request | None] = Queue()
         self._lock = threading.RLock()
         self.running = threading.Event()
         self.begin_anew()
-        handler = type("Handler", (_Handler,), {"stub": self})
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self._listen(port)
         threading.Thread(target=self._draw, daemon=True).start()
 
     def begin_anew(self) -> None:
@@ -143,10 +88,30 @@ class StubServer:
             self.running.set()
             self.answered = 0
 
-    def close(self) -> None:
-        self._queue.put(None)
+    def _listen(self, port: int) -> None:
+        self.connections: set[socket.socket] = set()
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
+        self.http.daemon_threads = True
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def kill(self) -> None:
+        """Be gone, as a killed process is: connections end without an answer, and new ones are refused."""
         self.http.shutdown()
         self.http.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # The client may have closed it.
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def start_again(self) -> None:
+        """Be there again after `kill`, as a new process at the same address."""
+        self.begin_anew()
+        self._listen(self.port)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self.kill()
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.seen.append(body)
@@ -185,7 +150,7 @@ class StubServer:
         with self._lock:
             try:
                 self.model.load(folder)
-            except (UserError, OSError) as error:
+            except Exception as error:  # The real server answers 500 to whatever went wrong.
                 raise _RefusedError(500, f"Call to collective_rpc method failed: {error}") from error
 
     def _draw(self) -> None:
@@ -206,63 +171,53 @@ class StubServer:
                     self._answer(requests)
 
     def _answer(self, requests: list[_Request]) -> None:
-        body = requests[0].body
-        sampling = SamplingConfig(
-            temperature=body["temperature"],
-            top_p=body.get("top_p", 1.0),
-            top_k=body.get("top_k", 0),
-            max_new_tokens=body["max_tokens"],
-        )
-        [eos] = body["stop_token_ids"]
         try:
-            drawn = Sampler(self.model.chunks, self.model.parallel, sampling, eos_id=eos).generate(
-                [tuple(request.body["prompt"]) for request in requests],
-                seeds=[[request.body.get("seed", 0)] for request in requests],
-            )
-            for request, [completion] in zip(requests, drawn, strict=True):
-                request.answer = self._choice(request.body, completion, eos)
-        except Exception as error:  # A thread's error would be lost; the client gets it as a 500.
+            drawn = self.model.draw([request.body for request in requests])
+            for request, (tokens, logprobs) in zip(requests, drawn, strict=True):
+                request.answer = self._choice(request.body, tokens, logprobs)
+        except Exception as error:  # A thread's error would be lost; the client gets it.
             for request in requests:
                 request.answer = error
         for request in requests:
             request.done.set()
 
-    def _choice(self, body: dict[str, Any], completion: Any, eos: int) -> dict[str, Any]:
-        tokens, count = list(completion.tokens), len(completion.tokens)
-        # The sampler tells the sum alone.
-        each = [completion.logprob / count] * (count - 1)
-        each.append(completion.logprob - math.fsum(each))
+    def _choice(self, body: dict[str, Any], tokens: list[int], each: list[float]) -> dict[str, Any]:
+        [eos] = body["stop_token_ids"]
         reason = "stop" if tokens[-1] == eos else "length"
-        if "fewer" in self.kinds and count > 1:
+        if "fewer" in self.kinds and len(tokens) > 1:
             tokens, each, reason = tokens[:1], each[:1], "length"
         prompt = list(body["prompt"])
-        top = [{f"token_id:{token}": value} for token, value in zip(tokens, each, strict=True)]
+        top = [{_named(token): value} for token, value in zip(tokens, each, strict=True)]
         if body.get("logprobs"):
             temperature = 1.0 if "raw" in self.kinds else body["temperature"]
-            found = self.model.top(prompt, body["logprobs"], temperature)
-            top = [{f"token_id:{token}": value for token, value in found}]
+            found = self.model.likeliest(prompt, body["logprobs"], temperature)
+            top = [{_named(token): value for token, value in found.items()}]
         of_prompt = None
         if body.get("prompt_logprobs") is not None:
             values = zip(prompt[1:], self.model.prompt_logprobs(prompt), strict=True)
             of_prompt = [None, *({str(t): {"logprob": v, "rank": 1, "decoded_token": "?"}} for t, v in values)]
         return {
             "index": 0,
-            "text": "?" * count,
-            "token_ids": [token + self.kinds.get("shift", 0) for token in tokens],
-            "prompt_token_ids": [*prompt[:-1], prompt[-1] + 1] if "other_prompt" in self.kinds else prompt,
+            "text": "?" * len(tokens),
+            "logprobs": {
+                "text_offset": list(range(len(tokens))),
+                "token_logprobs": each,
+                "tokens": [_named(token) for token in tokens],
+                "top_logprobs": top,
+            },
             "finish_reason": reason,
             "stop_reason": eos if reason == "stop" else None,
+            "token_ids": [token + self.kinds.get("shift", 0) for token in tokens],
             "prompt_logprobs": of_prompt,
-            "logprobs": {
-                "tokens": [f"token_id:{token}" for token in tokens],
-                "token_logprobs": each,
-                "top_logprobs": top,
-                "text_offset": list(range(len(tokens))),
-            },
+            "prompt_token_ids": [*prompt[:-1], prompt[-1] + 1] if "other_prompt" in self.kinds else prompt,
         }
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "stop_token_ids")
+
+
+def _named(token: int) -> str:
+    return f"token_id:{token}"
 
 
 class _RefusedError(Exception):
@@ -274,6 +229,15 @@ class _RefusedError(Exception):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     stub: StubServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.stub.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.stub.connections.discard(self.connection)
+        with contextlib.suppress(OSError):  # The stub was killed.
+            super().finish()
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: a round makes many requests."""
@@ -298,8 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusedError as refused:
             known = {"error": {"message": refused.said, "type": "", "param": None, "code": refused.status}}
             self._send(refused.status, json.dumps(known if refused.said else {"detail": "Not Found"}))
-        except BrokenPipeError:
-            pass  # The client no longer waits.
+        except OSError:
+            self.close_connection = True  # The client no longer waits, or the stub was killed.
 
     def _result(self, path: str, body: dict[str, Any]) -> Any:
         stub = self.stub
@@ -347,14 +311,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--number", action="store_true", help="the model is a number, not a Hugging Face directory")
     parser.add_argument("--longest", type=int, default=64)
     parser.add_argument("--without-dev-mode", action="store_true")
     args = parser.parse_args()
-    from megatron_brain.runtime import parallel
+    if args.number:
+        model: StubModel = NumberModel()
+    else:
+        import torch
 
-    torch.set_num_threads(1)
-    layout = parallel.start(ParallelConfig(), seed=1)
-    StubServer(args.model, layout, port=args.port, dev_mode=not args.without_dev_mode, longest=args.longest)
+        from megatron_brain.config.parallel import ParallelConfig
+        from megatron_brain.runtime import parallel
+
+        torch.set_num_threads(1)
+        model = PolicyOfFolder(args.model, parallel.start(ParallelConfig(), seed=1))
+    StubServer(model, args.model, port=args.port, dev_mode=not args.without_dev_mode, longest=args.longest)
     print("ready", flush=True)
     threading.Event().wait()
 

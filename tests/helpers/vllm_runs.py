@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.assets import SIZES
+from helpers.stub_models import NumberModel
 from megatron_brain.config.engine import EngineConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -79,3 +80,35 @@ def open_engine(urls, root, parallel, *, write=None, longest=64, **changes) -> V
         probes=PROBES,
         score=score,
     )
+
+
+def score_number(chunks, probes):
+    """The same for the model that is a number, which stands in the place of the chunks."""
+    model = NumberModel()
+    model.value = chunks[0]
+    return [model.prompt_logprobs(probe) for probe in probes]
+
+
+def open_number_engine(urls, root, parallel, *, write=None, longest=64, **changes) -> VllmEngine:
+    """An engine whose policy is a number, for servers with a `NumberModel`."""
+    return VllmEngine(
+        settings(urls, root, **changes),
+        parallel,
+        eos_id=EOS,
+        vocab_size=NumberModel.vocab_size,
+        longest_sequence=longest,
+        write=write or (lambda chunks, folder: NumberModel.write(chunks[0], folder)),
+        probes=PROBES,
+        score=score_number,
+    )
+
+
+def numbers_responses(value, prompts, seeds, sampling) -> list[list[tuple[int, ...]]]:
+    """The tokens that a `NumberModel` draws."""
+    model = NumberModel()
+    model.value = value
+    asked = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": [EOS]}
+    return [
+        [tuple(model.draw_one(asked | {"prompt": list(prompt), "seed": seed})[0]) for seed in of_prompt]
+        for prompt, of_prompt in zip(prompts, seeds, strict=True)
+    ]

@@ -3,6 +3,7 @@
 from itertools import chain
 
 import pytest
+from helpers.stub_models import PolicyOfFolder
 from helpers.stub_vllm import StubServer
 from helpers.vllm_runs import EOS, export, open_engine, tiny_policy
 
@@ -23,7 +24,7 @@ def policies(single):
 @pytest.fixture(scope="module")
 def servers(single, policies, tmp_path_factory):
     folder = export(policies[2], tmp_path_factory.mktemp("model"))
-    servers = [StubServer(folder, single) for _ in range(2)]
+    servers = [StubServer(PolicyOfFolder(folder, single), folder) for _ in range(2)]
     yield servers
     for server in servers:
         server.close()
