@@ -150,8 +150,8 @@ def test_a_server_that_restarts_again_and_again_stops_the_run(start, connect):
     engine.take_weights([1.0], "step 0")
 
     def restart_often():
-        for _ in range(4):
-            wait_until(lambda: server.label != "default" and server.answered > 6)
+        for given in range(1, 5):
+            wait_until(lambda given=given: server.calls.count("/resume") == given and server.answered > 6)
             server.begin_anew()
 
     server.kinds = {"slow": 0.02}
