@@ -17,6 +17,7 @@ from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
+from megatron_brain.stages.rewards.rewards import reward_metric_names
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
@@ -58,7 +59,8 @@ class BrainStage:
         """Names of the metrics that the stage logs with the run's objective."""
         loss = GroupLoss(objective_of(config.brain))
         of_proposal = ("distinct_candidates",) if config.brain.responses == "rso" else ()
-        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
+        of_reward = reward_metric_names(config)
+        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal, *of_reward)
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -87,7 +89,7 @@ class BrainStage:
             passes = rounds * proposal.groups_per_round / proposal.num_prompts
             epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
         return [
-            *self._maker.scoring_models(),
+            *self._maker.scoring_rows(),
             ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
             ("steps", f"{self.train_iters:,}{epochs}"),
         ]
@@ -183,6 +185,7 @@ class BrainStage:
             "objective": self._config.brain.objective,
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
+            "reward_scale": self._maker.reward_scale.state_dict(),
             "data": as_state(self._corpora),
         }
 
@@ -210,6 +213,7 @@ class BrainStage:
             )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
+        self._maker.reward_scale.load_state_dict(state.get("reward_scale", {}))
         # The rollouts were scored before, so they have all numbers that the objective needs.
         rollouts = [
             rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
