@@ -139,8 +139,8 @@ class ScoringFunction:
 
     def _scores(self, *columns: list[Any]) -> Any:
         """The function's result, as a list if it has an order. A generator may raise its error only here."""
-        # A function may change what it gets; the other calls must not see that.
-        scores = self._function(*copy.deepcopy(columns))
+        # A function may change what it gets. Other calls, and other responses to the same record, must not see that.
+        scores = self._function(*([copy.deepcopy(item) for item in column] for column in columns))
         if inspect.isawaitable(scores):
             scores = asyncio.run(_wait_for(scores))
         has_order = isinstance(scores, Iterable) and not isinstance(scores, (str, bytes, Mapping, Set))
