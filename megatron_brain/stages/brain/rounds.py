@@ -21,6 +21,8 @@ from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.stages.brain.scoring import score_responses
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -45,7 +47,9 @@ class Round:
             lines = [f"    {rollout.prompt}", ""]
             for response in (ranked[-1], ranked[0]):
                 fixed = ", ".join(f"{name} {value:.3f}" for name, value in response.fixed.items())
-                lines.append(f"* reward {response.reward:.3f}, {fixed}: `{response.text}`")
+                parts = ", ".join(f"{name} {value:.3f}" for name, value in response.reward_parts.items())
+                shown_parts = f" ({parts})" if len(response.reward_parts) > 1 else ""
+                lines.append(f"* reward {response.reward:.3f}{shown_parts}, {fixed}: `{response.text}`")
             shown.append((f"samples/{place}", "\n".join(lines)))
         return shown
 
@@ -57,7 +61,7 @@ class RoundMaker:
         self._run, self._settings, self._objective = run, run.config.brain, objective
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
-        self._reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+        self._rewards, self.reward_scale = Rewards(run), Scale()
         self._placement = Placement(
             run.config.training,
             run.parallel,
@@ -76,16 +80,16 @@ class RoundMaker:
         if self._settings.responses == "given":
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
-            return RejectionSamples(run, placement, self.prior, self._reward, self.engine)
+            return RejectionSamples(run, placement, self.prior, self.engine, self._rewards, self.reward_scale)
         if self._settings.rounds_ahead:
             self._ahead = DrawnAhead(run, placement, self.prior, self.engine)
             return self._ahead
         return SampledResponses(run, placement, self.prior, self.engine)
 
-    def scoring_models(self) -> list[Row]:
-        """Where the prior and the reward model come from, as rows of the banner."""
-        paths = {"prior": self.prior.path, "reward model": self._reward.path}
-        return [(name, path) for name, path in paths.items() if path is not None]
+    def scoring_rows(self) -> list[Row]:
+        """Where the prior and the reward come from, as rows of the banner."""
+        prior = [] if self.prior.path is None else [("prior", self.prior.path)]
+        return [*prior, *self._rewards.rows()]
 
     def make(self, trainer: Trainer, number: int, *, is_last: bool) -> Round:
         """Make a round. Its metrics are the same on all ranks.
@@ -113,7 +117,7 @@ class RoundMaker:
         scored = time.perf_counter()
         self._write(rollouts, number)
         metrics = {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled, **self.proposal.metrics}
-        metrics |= self._metrics(rollouts, metrics["seconds_sampling"])
+        metrics |= self._metrics(rollouts, metrics["seconds_sampling"]) | self._rewards.metrics(rollouts)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def finish_ahead(self, trainer: Trainer) -> list[Rollout]:
@@ -166,9 +170,7 @@ class RoundMaker:
                 for response, value in score_responses(self._run, steps, chunks, head="policy"):
                     response.log_prior = value
         if self._is_missing("reward", rollouts):
-            with self._reward.loaded() as chunks:
-                for response, value in score_responses(self._run, steps, chunks, head="reward"):
-                    response.reward = value
+            self._rewards.score(steps, self.reward_scale)
 
     def _score_proposal(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> None:
         """Compute log q' with the trainer's code, choose the log q' that makes the weights, and take it as log p where

@@ -18,6 +18,7 @@ from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import Rollout, rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
+from megatron_brain.stages.rewards.rewards import reward_metric_names
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
@@ -65,7 +66,8 @@ class BrainStage:
         if config.engine.engine != "native":
             of_proposal += ["seconds_weight_sync", "seconds_waiting_for_samples"]
         of_logprobs = (*DIFFERENCES, *(WEIGHTS if objective.fixes == "alpha" else ()))
-        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal, *of_logprobs)
+        of_round = (*cls.occasional_metrics, *of_proposal, *of_logprobs, *reward_metric_names(config))
+        return (*loss.mean_metrics, *loss.max_metrics, *of_round)
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -94,7 +96,7 @@ class BrainStage:
             passes = rounds * proposal.groups_per_round / proposal.num_prompts
             epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
         return [
-            *self._maker.scoring_models(),
+            *self._maker.scoring_rows(),
             ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
             ("steps", f"{self.train_iters:,}{epochs}"),
         ]
@@ -192,6 +194,7 @@ class BrainStage:
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
             "rounds_ahead": self._config.brain.rounds_ahead,
+            "reward_scale": self._maker.reward_scale.state_dict(),
             "data": as_state(self._corpora),
         }
 
@@ -228,6 +231,7 @@ class BrainStage:
                 f"drawn with {ahead}. Resume with --rounds-ahead {ahead}, or start anew from the weights with "
                 "--finetune"
             )
+        self._maker.reward_scale.load_state_dict(state.get("reward_scale", {}))
         # The rollouts were scored before, so they have all numbers that the objective needs.
         self._round = None
         found: dict[bool, list[Rollout]] = {False: [], True: []}
