@@ -42,8 +42,8 @@ def brain(**changes):
 
 def test_a_token_round_reads_weights_once_and_the_cache_of_every_response_by_hand():
     """Two servers with 3 prompts of 2 responses: 6 rows. In each of 4 layers each row reads 6 + 2 tokens of 2 x 4
-    numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes 62 bytes a logit
-    and reads the output layer."""
+    numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes 62
+    bytes a logit and reads the output layer."""
     workload = brain()
     machine = ideal_machine(memory_bandwidth=1.0)
     linear = 2 * (LINEAR + 6 * (INPUTS + OUTPUTS))
