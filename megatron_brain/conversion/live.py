@@ -7,7 +7,7 @@ parts of it. Each rank writes one file, layer by layer, so that it holds at most
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -88,9 +88,7 @@ def write_live(
     file = folder / f"model-{parallel.rank + 1:05d}-of-{parallel.world_size:05d}.safetensors"
     with _Output(file, shapes, dtype) as output:
         for pieces in rounds:
-            for piece, values in _collected(pieces, boxes, dtype, parallel):
-                for tensor in [values] if piece.weight.fusion.stacks else piece.weight.fusion.split(values, written):
-                    output.write(tensor)
+            _write_round(pieces, boxes, dtype, parallel, output)
     raise_on_all(output.problem, parallel)
     config = hf_config(family, written, "policy", dtype, tokenizer)
     _write_small_files(folder, config, shapes, file.name, dtype, parallel)
@@ -137,24 +135,31 @@ def _problem_of(action: Callable[[], object], path: Path) -> ConfigError | None:
     return None
 
 
+def _write_round(
+    pieces: Sequence[Piece], boxes: Mapping[BoxPart, WeightBox], dtype: torch.dtype, parallel: Parallel, output: _Output
+) -> None:
+    """Write the pieces that are this rank's, and send its parts of the others. No values of a round outlive it."""
+    mine = _collected(pieces, boxes, dtype, parallel)
+    while mine:
+        piece, values = mine.pop(0)
+        for tensor in piece.split(values):
+            output.write(tensor)
+
+
 def _collected(
     pieces: Sequence[Piece], boxes: Mapping[BoxPart, WeightBox], dtype: torch.dtype, parallel: Parallel
-) -> Iterator[tuple[Piece, Tensor]]:
-    """The pieces that this rank writes, with their values, while it sends its parts of the others.
-
-    Values are dropped when the next ones are asked for.
-    """
+) -> list[tuple[Piece, Tensor]]:
+    """The pieces that this rank writes, with their values. Meanwhile it sends its parts of the others."""
     mine: list[tuple[Piece, Tensor]] = []
     transfers: list[dist.P2POp] = []
-    received: list[tuple[Tensor, Tensor]] = []
+    scattered: list[tuple[Tensor, Tensor]] = []
+    group = parallel.groups.tp
     for piece in pieces:
-        peer = partial(dist.get_global_rank, parallel.groups.tp)
         overlaps = list(piece.overlaps())
         own = {part: boxes[part].read()[rows].to(dtype) for rank, part, rows, _ in overlaps if rank == parallel.tp_rank}
         if piece.writer != parallel.tp_rank:
-            transfers += [
-                dist.P2POp(dist.isend, given, peer(piece.writer), parallel.groups.tp) for given in own.values()
-            ]
+            peer = dist.get_global_rank(group, piece.writer)
+            transfers += [dist.P2POp(dist.isend, given, peer, group) for given in own.values()]
             continue
         if len(own) == len(overlaps) == 1:
             mine.append((piece, *own.values()))
@@ -166,18 +171,17 @@ def _collected(
             if part in own:
                 target.copy_(own[part])
                 continue
-            into = target if target.is_contiguous() else torch.empty(target.shape, dtype=dtype, device=parallel.device)
-            transfers.append(dist.P2POp(dist.irecv, into, peer(rank), parallel.groups.tp))
-            received.append((target, into))
+            received = (
+                target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+            )
+            transfers.append(dist.P2POp(dist.irecv, received, dist.get_global_rank(group, rank), group))
+            if received is not target:
+                scattered.append((target, received))
     for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
         transfer.wait()
-    for target, into in received:
-        if into is not target:
-            target.copy_(into)
-    transfers.clear()
-    received.clear()
-    while mine:
-        yield mine.pop(0)
+    for target, received in scattered:
+        target.copy_(received)
+    return mine
 
 
 def _write_small_files(

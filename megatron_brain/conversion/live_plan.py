@@ -3,7 +3,9 @@
 import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from megatron_brain.checkpointing.boxes import BoxPart, tiles
 from megatron_brain.config.model import ModelConfig
@@ -20,6 +22,7 @@ class Piece:
 
     Attributes:
         weight, layer: the weight's row in the family's table, and its layer.
+        model: the model's sizes.
         rows: [start, end) of its rows. Only a weight that stacks its tensors is written in parts, each of one tensor.
         tensors: shapes of the tensors that the rows belong to, by their names in the directory.
         writer: the tensor-parallel rank that writes it.
@@ -28,8 +31,9 @@ class Piece:
 
     weight: Weight
     layer: int | None
+    model: ModelConfig
     rows: tuple[int, int]
-    tensors: dict[str, tuple[int, ...]] = field(hash=False)
+    tensors: dict[str, tuple[int, ...]]
     writer: int
     parts: tuple[tuple[int, BoxPart], ...]
 
@@ -38,6 +42,11 @@ class Piece:
         """Shape of the rows."""
         start, end = self.rows
         return (end - start, *self.parts[0][1].shape[1:])
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """The tensors that the rows are, or the part of one tensor that they are."""
+        fusion = self.weight.fusion
+        return [values] if fusion.stacks else fusion.split(values, self.model)
 
     def overlaps(self) -> Iterator[tuple[int, BoxPart, slice, tuple[slice, ...]]]:
         """Each box that has some of the rows: its rank, the box, which of its rows these are, their place in the piece.
@@ -130,6 +139,7 @@ def _rounds(group: list[tuple[Weight, int | None, str]], stage: Stage, load: lis
         Piece(
             weight=weight,
             layer=layer,
+            model=stage.untied,
             rows=rows,
             tensors=tensors,
             writer=writers[place],
@@ -174,9 +184,9 @@ def _parts(key: str, writer: int, held: Held) -> tuple[tuple[int, BoxPart], ...]
 
 
 def _blocks(piece: Piece, stage: Stage) -> Iterator[Piece]:
-    """A piece in blocks of rows, none of them larger than a layer: a matrix of the vocabulary may be."""
+    """A piece in blocks of rows, each at most half as large as a layer: a matrix of the vocabulary may be larger."""
     layer = sum(math.prod(weight.shape(stage.untied)) for weight in stage.family.layer)
     start, end = piece.rows
-    step = max(1, min(BLOCK_ELEMENTS, layer) // math.prod(piece.shape[1:]))
+    step = max(1, min(BLOCK_ELEMENTS, layer // 2) // math.prod(piece.shape[1:]))
     for first in range(start, end, step):
-        yield Piece(**{**vars(piece), "rows": (first, min(first + step, end))})
+        yield replace(piece, rows=(first, min(first + step, end)))
