@@ -29,7 +29,9 @@ def ahead_flags(context: Context, *extra: str) -> list[str]:
 @contextlib.contextmanager
 def engine(*, lazy: bool = False) -> Iterator[None]:
     """Runs draw with a `CopyingEngine`."""
-    with mock.patch("megatron_brain.stages.brain.rounds.open_engine", lambda run: CopyingEngine(run, lazy=lazy)):
+    with mock.patch(
+        "megatron_brain.stages.brain.rounds.open_engine", lambda run, prompts: CopyingEngine(run, lazy=lazy)
+    ):
         yield
 
 

@@ -64,10 +64,12 @@ class Asked:
 class SampledResponses:
     """Draws responses from the policy as it is at the start of the round, or always from the prior."""
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine) -> None:
+    def __init__(
+        self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine, prompts: Sequence[Prompt]
+    ) -> None:
         self._run, self._placement, self._prior, self._engine = run, placement, prior, engine
         sampling = run.config.sampling
-        self._prompts = run.read(TRAIN_DATA)
+        self._prompts = prompts
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_brain.errors import ConfigError
-from megatron_brain.generation.engine import Engine
 from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
-from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all
 from megatron_brain.training.trainer import Trainer
@@ -70,10 +68,10 @@ class RejectionSamples:
     temperature = None
 
     def __init__(
-        self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine, rewards: Rewards, scale: Scale
+        self, run: Run, placement: Placement, samples: SampledResponses, rewards: Rewards, scale: Scale
     ) -> None:
         self._run, self._placement, self._rewards, self._scale = run, placement, rewards, scale
-        self._samples = SampledResponses(run, placement, prior, engine)
+        self._samples = samples
         self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
         self.metrics: dict[str, float] = {}
 

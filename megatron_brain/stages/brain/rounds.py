@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import TRAIN_DATA
+from megatron_brain.data.records import Prompt
 from megatron_brain.errors import RecordError, UserError
 from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.objective import Objective
@@ -68,7 +70,9 @@ class RoundMaker:
             interleaved=run.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
             round_to=run.config.fp8.packed_multiple(run.config.parallel),
         )
-        self.engine = open_engine(run)
+        draws = self._settings.responses != "given" and self._settings.rollout_data is None
+        self._prompts: Sequence[Prompt] = run.read(TRAIN_DATA) if draws else ()
+        self.engine = open_engine(run, self._prompts)
         self._ahead: DrawnAhead | None = None
         self.proposal = self._open_proposal()
 
@@ -80,11 +84,12 @@ class RoundMaker:
         if self._settings.responses == "given":
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
-            return RejectionSamples(run, placement, self.prior, self.engine, self._rewards, self.reward_scale)
+            samples = SampledResponses(run, placement, self.prior, self.engine, self._prompts)
+            return RejectionSamples(run, placement, samples, self._rewards, self.reward_scale)
         if self._settings.rounds_ahead:
-            self._ahead = DrawnAhead(run, placement, self.prior, self.engine)
+            self._ahead = DrawnAhead(run, placement, self.prior, self.engine, self._prompts)
             return self._ahead
-        return SampledResponses(run, placement, self.prior, self.engine)
+        return SampledResponses(run, placement, self.prior, self.engine, self._prompts)
 
     def scoring_rows(self) -> list[Row]:
         """Where the prior and the reward come from, as rows of the banner."""
