@@ -39,6 +39,8 @@ class RecordSource:
     """What the files hold: records for the stage's reader, or the rollouts of one round each."""
     trains: bool = True
     """Whether the length of the run depends on it."""
+    reader: Callable[[RunConfig, Any], Any] | None = None
+    """Makes the reader of its records, where that is not the one of the stage."""
 
     @property
     def flag(self) -> str:
@@ -102,6 +104,8 @@ class Work:
     """Whether records are packed into sequences of --seq-length."""
     draws: bool = False
     """Whether the run draws responses."""
+    answers_held_out: bool = False
+    """Whether validations draw answers to held-out prompts."""
     scoring: tuple[ScoringModel, ...] = ()
     user_code: tuple[str, str | None] | None = None
     """The flag that names a function of the user, and its value `path/to/file.py:function`."""
@@ -162,6 +166,10 @@ class StageSpec:
     """What the run computes."""
     outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
     """The places that the run writes to, besides the checkpoints and metrics of a stage that trains."""
+
+    def reader_of(self, source: RecordSource, config: RunConfig, tokenizer: Any) -> Any:
+        """The `data.records.RecordReader` of a source."""
+        return (source.reader or self.reader)(config, tokenizer)
 
     def load(self) -> Any:
         """The class or function of `code`; this imports its module."""

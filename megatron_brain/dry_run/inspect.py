@@ -20,7 +20,7 @@ from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.startup.disk import FrozenCheckpoint, Search, find_scoring_models
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
 from megatron_brain.training.start import fix_template_date
-from megatron_brain.training.trainer import metrics_on_console
+from megatron_brain.training.trainer import check_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def inspect(config: RunConfig) -> Findings:
         UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
     if spec_of(config).trains:
-        metrics_on_console(config, spec_of(config).load())
+        check_metrics(config, spec_of(config).load())
     search = Search(may_be_elsewhere=True)
     resolved = resolve_run(config, pretended_world_size(), device=None, search=search)
     config = resolved.config
@@ -111,7 +111,7 @@ def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, 
             load_records(place, split, limit=1)
         search.absent.append(f"{name}: more than its first record, which needs the tokenizer")
         return None
-    corpus = read_corpus(place, spec_of(config).reader(config, tokenizer), split=split, limit=limit)
+    corpus = read_corpus(place, spec_of(config).reader_of(source, config, tokenizer), split=split, limit=limit)
     search.checked.append(f"{source.flag} {corpus.summary}")
     return corpus.items
 
