@@ -73,6 +73,11 @@ class RoundMaker:
             return RejectionSamples(run, placement, self.prior, self._reward)
         return SampledResponses(run, placement, self.prior)
 
+    @property
+    def reward(self) -> FrozenModel:
+        """The reward model."""
+        return self._reward
+
     def scoring_models(self) -> list[Row]:
         """Where the prior and the reward model come from, as rows of the banner."""
         paths = {"prior": self.prior.path, "reward model": self._reward.path}

@@ -1,7 +1,7 @@
 """The brain stage: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479), with any objective."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,11 +12,14 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, of_known
+from megatron_brain.stages.brain.held_out import HeldOut, held_out_metrics
 from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part, Step
 from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
+from megatron_brain.stages.engine import open_engine
+from megatron_brain.training.best import Direction
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
@@ -48,17 +51,25 @@ class BrainStage:
         "ess_beta",
         "pair_accuracy",
         "clipped_fraction",
+        "win_rate_reward",
+        "win_rate_judge",
         "loss",
         "tokens_per_second",
     )
-    """The console shows those of these that the objective has."""
+    """The console shows those of these that the objective and the validations have."""
 
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of the metrics that the stage logs with the run's objective."""
         loss = GroupLoss(objective_of(config.brain))
         of_proposal = ("distinct_candidates",) if config.brain.responses == "rso" else ()
-        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
+        found = (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
+        return tuple(dict.fromkeys((*found, *held_out_metrics(config))))
+
+    @classmethod
+    def best_metrics(cls, config: RunConfig) -> Mapping[str, Direction]:
+        """The metrics of validations by which one checkpoint is better than another."""
+        return {name: direction for name, direction in held_out_metrics(config).items() if direction is not None}
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -74,6 +85,9 @@ class BrainStage:
         self.train_iters, self.steps_per_round = length.train_iters, length.steps_per_round
         self._round: Round | None = None
         self._step: Step = []
+        self._held_out: HeldOut | None = None
+        if config.data.valid_data is not None:
+            self._held_out = HeldOut(run, open_engine(run), self._maker.prior, self._maker.reward)
 
     def summary(self) -> list[Row]:
         """Rows for the models that score, the rounds, and the steps."""
@@ -144,8 +158,12 @@ class BrainStage:
         return self._group_loss.of_batch(output, batch)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Nothing: the evaluate stage compares policies on held-out prompts."""
-        return {}
+        """Metrics of the answers to the held-out prompts; empty if the run has none."""
+        return {} if self._held_out is None else self._held_out.evaluate(trainer)
+
+    def end_reason(self) -> str | None:
+        """Why the run ends, if the policy is too far from the prior."""
+        return None if self._held_out is None else self._held_out.end_reason()
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Check the first step of a round, in which the policy is still the proposal.
@@ -184,11 +202,14 @@ class BrainStage:
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
             "data": as_state(self._corpora),
+            "held_out": None if self._held_out is None else self._held_out.state_dict(),
         }
 
     def records(self) -> list[dict]:
-        """The round's rollouts on this replica. A run may stop in the middle of a round."""
-        return [rollout.as_dict() for rollout in self._round.rollouts] if self._round else []
+        """The round's rollouts on this replica, because a run may stop in the middle of a round, and its share of the
+        prior's answers to the held-out prompts."""
+        rollouts = [rollout.as_dict() for rollout in self._round.rollouts] if self._round else []
+        return rollouts if self._held_out is None else [*rollouts, *self._held_out.records()]
 
     def _fixed(self) -> dict:
         """Everything that determines the position in the prompts."""
@@ -210,8 +231,13 @@ class BrainStage:
             )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
+        if self._held_out is not None:
+            of_prior = [record for record in records if "held_out" in record]
+            self._held_out.load_state_dict(state.get("held_out"), of_prior)
         # The rollouts were scored before, so they have all numbers that the objective needs.
         rollouts = [
-            rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
+            rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False)
+            for record in records
+            if "held_out" not in record
         ]
         self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None

@@ -9,7 +9,7 @@ from megatron_brain.stages.generate.spec import output, read_prompts
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.reward_load is None and config.evaluate.judge is None:
+    if config.scoring.reward_load is None and config.scoring.judge is None:
         raise ConfigError("reward_load and judge are not set: the evaluate stage needs --reward-load, --judge or both")
 
 
@@ -23,7 +23,7 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=config.sampling.samples_per_prompt,
         draws=True,
         scoring=models,
-        user_code=("--judge", config.evaluate.judge),
+        user_code=("--judge", config.scoring.judge),
     )
 
 
