@@ -5,7 +5,7 @@ A row is what is known of one prompt: texts of the answers by their names (`poli
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_brain.data.groups import Group
 from megatron_brain.data.last_turn import encode_answer
@@ -14,10 +14,11 @@ from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.batch import Completion
 from megatron_brain.models.provider import Chunk
-from megatron_brain.stages.brain.placement import Part, Step
+from megatron_brain.stages.brain.placement import Part
 from megatron_brain.stages.brain.rollouts import Response, Rollout
-from megatron_brain.stages.brain.scoring import score_responses
 from megatron_brain.stages.intervals import wins
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.validation import score_groups
@@ -26,7 +27,7 @@ from megatron_brain.user_functions import ScoringFunction
 Tokens = tuple[int, ...]
 
 _WINDOW = 16
-"""This many micro-batches are computed together."""
+"""Prompts whose answers a reward model scores in sequences of one padded length."""
 
 
 def open_judge(name: str | None, prompts: Sequence[Prompt]) -> ScoringFunction | None:
@@ -81,52 +82,44 @@ def log_ratios(
 
 
 def add_rewards(
-    run: Run,
-    score: Callable[[Sequence[Step]], None],
+    rewards: Rewards,
+    scale: Scale,
     rows: Sequence[dict],
     prompts: Mapping[int, Prompt],
     answers: Sequence[Mapping[str, Tokens]],
 ) -> None:
-    """Add the reward of each of a prompt's answers to the prompt's row. All ranks call it.
+    """Add the reward of each of a prompt's answers to the prompt's row, as `reward/answer`; of a reward with several
+    parts also what each part says, as `reward/part/answer`. All ranks call it.
 
     Args:
-        score: fills in the rewards of the responses in the micro-batches that it gets.
-        rows: one for each prompt of this replica.
+        rewards: the parts of the reward, at least one.
+        scale: zero and unit of several reward models.
+        rows: one for each prompt of this replica, with the texts of the answers.
         prompts: these prompts by their places among those of all replicas.
-        answers: the answers to each of them, by name.
+        answers: the ids of the answers to each of them, by name.
     """
-    rollouts = []
-    for (place, prompt), named in zip(prompts.items(), answers, strict=True):
+    rollouts, places = [], []
+    for row, (place, prompt), named in zip(rows, prompts.items(), answers, strict=True):
         # Equal responses are scored once: at another place of a packed sequence their reward would differ by rounding.
-        responses = [
-            Response(tokens=tokens, text=run.tokenizer.decode_response(tokens))
-            for tokens in dict.fromkeys(named.values())
-        ]
+        responses = {tokens: Response(tokens=tokens, text=row[name]) for name, tokens in named.items()}
+        places.append({name: responses[tokens] for name, tokens in named.items()})
         rollouts.append(
             Rollout(
                 id=prompt.record_id,
                 index=place,
                 prompt_tokens=prompt.tokens,
                 prompt=prompt.text,
-                responses=responses,
+                record=prompt.record,
+                responses=list(responses.values()),
             )
         )
     micro_batches = [[Part(rollout, tuple(range(len(rollout.responses))))] for rollout in rollouts]
-    score([micro_batches[start : start + _WINDOW] for start in range(0, len(micro_batches), _WINDOW)])
-    for row, rollout, named in zip(rows, rollouts, answers, strict=True):
-        scored = {response.tokens: response for response in rollout.responses}
-        row |= {f"reward/{name}": scored[tokens].reward for name, tokens in named.items()}
-
-
-def reward_model_scores(run: Run, reward: FrozenModel) -> Callable[[Sequence[Step]], None]:
-    """Fills in the rewards of a reward model, for `add_rewards`."""
-
-    def score(steps: Sequence[Step]) -> None:
-        with reward.loaded() as chunks:
-            for response, value in score_responses(run, steps, chunks, head="reward"):
-                response.reward = value
-
-    return score
+    rewards.score([micro_batches[start : start + _WINDOW] for start in range(0, len(micro_batches), _WINDOW)], scale)
+    for row, of_answer in zip(rows, places, strict=True):
+        for name, response in of_answer.items():
+            row[f"reward/{name}"] = response.reward
+            if len(rewards.parts) > 1:
+                row |= {f"reward/{part.name}/{name}": response.reward_parts[part.name] for part in rewards.parts}
 
 
 def add_judge_scores(judge: ScoringFunction, rows: Sequence[dict], answers: Sequence[str]) -> None:

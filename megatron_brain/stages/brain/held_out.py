@@ -25,9 +25,10 @@ from megatron_brain.stages.comparison import (
     log_ratios,
     open_judge,
     require_finite,
-    reward_model_scores,
     wins_over,
 )
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.best import Direction
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
@@ -52,6 +53,7 @@ def held_out_metrics(config: RunConfig) -> dict[str, Direction | None]:
         for kind in kinds:
             found |= {f"{way}{kind}_mean": "highest", f"{way}prior_{kind}_mean": None}
             found[f"{way}win_rate_{kind}"] = "highest"
+        found |= {f"{way}reward/{name}": direction for name, direction in _parts(config).items()}
     if "judge" in kinds:
         found |= {f"{way}win_rate_judge_reference": "highest" for way in _WAYS.values()}
         found["reference_judge_mean"] = None
@@ -60,7 +62,13 @@ def held_out_metrics(config: RunConfig) -> dict[str, Direction | None]:
 
 def _kinds(config: RunConfig) -> dict[str, bool]:
     """The kinds of scores that answers may have, and whether they have them."""
-    return {"reward": config.scoring.reward_load is not None, "judge": config.scoring.judge is not None}
+    return {"reward": bool(config.scoring.rewards), "judge": config.scoring.judge is not None}
+
+
+def _parts(config: RunConfig) -> dict[str, Direction]:
+    """The names of the parts of the reward, where it has several, and whether it is large where they are."""
+    parts = config.scoring.rewards
+    return {part.name: "highest" if part.weight > 0 else "lowest" for part in parts} if len(parts) > 1 else {}
 
 
 class HeldOut:
@@ -74,17 +82,18 @@ class HeldOut:
         run: the run; its --valid-data is read.
         engine: what draws the answers. It gets the weights of policy and prior.
         prior: the prior p.
-        reward: the reward model; None or without a checkpoint: answers get no rewards.
+        rewards: the parts of the reward; without any, answers get no rewards.
 
     Raises:
         AgreedError: on all ranks: a prompt is too long, or the judge cannot be used.
     """
 
-    def __init__(self, run: Run, engine: Engine, prior: FrozenModel, reward: FrozenModel) -> None:
-        self._run, self._engine, self._prior, self._reward = run, engine, prior, reward
+    def __init__(self, run: Run, engine: Engine, prior: FrozenModel, rewards: Rewards) -> None:
+        self._run, self._engine, self._prior, self._rewards = run, engine, prior, rewards
         self._prompts: Sequence[Prompt] = run.read(HELD_OUT)
         self._mine = my_share(self._prompts, run.parallel)
-        self._score = None if reward.path is None else reward_model_scores(run, reward)
+        # It is measured on the prior's answers: that of the run is measured on what the run trains on.
+        self._scale = Scale()
         judge = run.config.scoring.judge
         self._judge = read_on_all(lambda: open_judge(judge, self._prompts), run.parallel)
         sampling = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
@@ -111,7 +120,8 @@ class HeldOut:
         require_finite(rows)
         for tag, text in self._texts(rows):
             trainer.logger.log_text(trainer.iteration, tag, text)
-        metrics = summarize(rows, [name for name, is_given in _kinds(self._run.config).items() if is_given])
+        kinds = [name for name, is_given in _kinds(self._run.config).items() if is_given]
+        metrics = summarize(rows, kinds, [*_parts(self._run.config)])
         self._kl = metrics["kl_to_prior"]
         return {**metrics, "seconds": time.perf_counter() - start}
 
@@ -164,9 +174,9 @@ class HeldOut:
         prompts = {i: self._prompts[i] for i in self._mine}
         answers = [{name: samples[k] for name, samples in drawn.items()} for k in range(len(prompts))]
         rows = [describe(self._run, prompt, named) for prompt, named in zip(prompts.values(), answers, strict=True)]
-        if self._score is not None:
+        if self._rewards.parts:
             tokens = [{name: sample.tokens for name, sample in named.items()} for named in answers]
-            add_rewards(self._run, self._score, rows, prompts, tokens)
+            add_rewards(self._rewards, self._scale, rows, prompts, tokens)
         return rows
 
     def _gather(self, rows: Sequence[dict]) -> list[dict]:
@@ -198,7 +208,7 @@ class HeldOut:
 
     def state_dict(self) -> dict:
         """JSON-able state, the same on all ranks."""
-        return {"made_with": self._made_with(), "kl_to_prior": self._kl}
+        return {"made_with": self._made_with(), "kl_to_prior": self._kl, "reward_scale": self._scale.state_dict()}
 
     def records(self) -> list[dict]:
         """This replica's share of the prior's answers."""
@@ -223,6 +233,7 @@ class HeldOut:
                 ", ".join(changed),
             )
         elif records:
+            self._scale.load_state_dict(state["reward_scale"])
             self._by_prior = [record["row"] for record in sorted(records, key=lambda record: record["held_out"])]
 
     def _made_with(self) -> dict:
@@ -235,17 +246,18 @@ class HeldOut:
             "prior": self._prior.path,
             "seed": config.training.seed,
             **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")},
-            "reward_load": self._reward.path,
+            "reward": dict(self._rewards.rows()),
             "judge": config.scoring.judge,
         }
 
 
-def summarize(rows: Sequence[dict], kinds: Sequence[str]) -> dict[str, float]:
+def summarize(rows: Sequence[dict], kinds: Sequence[str], parts: Sequence[str] = ()) -> dict[str, float]:
     """Means over prompts.
 
     Args:
         rows: one for each prompt, with the answers `sampled` and `greedy` and those of the prior.
         kinds: the kinds of scores that all answers have: `reward`, `judge`.
+        parts: names of the parts of the reward, where it has several.
 
     Returns:
         the metrics that `held_out_metrics` names, without `seconds`.
@@ -267,6 +279,7 @@ def summarize(rows: Sequence[dict], kinds: Sequence[str]) -> dict[str, float]:
             metrics[f"{beginning}{kind}_mean"] = mean(f"{kind}/{way}")
             metrics[f"{beginning}prior_{kind}_mean"] = mean(f"{kind}/prior_{way}")
             metrics[f"{beginning}win_rate_{kind}"] = win_rate(kind, way, f"prior_{way}")
+        metrics |= {f"{beginning}reward/{part}": mean(f"reward/{part}/{way}") for part in parts}
         if "judge" in kinds:
             metrics[f"{beginning}win_rate_judge_reference"] = win_rate("judge", way, "reference")
     if "judge" in kinds:

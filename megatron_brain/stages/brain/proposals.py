@@ -91,6 +91,7 @@ class SampledResponses:
                 index=place - number * count,
                 prompt_tokens=prompt.tokens,
                 prompt=prompt.text,
+                record=prompt.record,
                 responses=[
                     Response(
                         tokens=sample.tokens,
@@ -240,7 +241,7 @@ def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
     """Raise ConfigError if a number is missing that no given model computes."""
     has_prior = config.scoring.prior_load is not None or config.checkpoint.finetune
     models = {
-        "reward": (config.scoring.reward_load is not None, "--reward-load"),
+        "reward": (bool(config.scoring.rewards), "--reward-load (or --reward-function, --reward-url)"),
         "log_prior": (has_prior, "--prior-load"),
     }
     for name, (is_given, flag) in models.items():

@@ -17,6 +17,8 @@ from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutF
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.stages.brain.scoring import score_responses
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -41,7 +43,9 @@ class Round:
             lines = [f"    {rollout.prompt}", ""]
             for response in (ranked[-1], ranked[0]):
                 fixed = ", ".join(f"{name} {value:.3f}" for name, value in response.fixed.items())
-                lines.append(f"* reward {response.reward:.3f}, {fixed}: `{response.text}`")
+                parts = ", ".join(f"{name} {value:.3f}" for name, value in response.reward_parts.items())
+                shown_parts = f" ({parts})" if len(response.reward_parts) > 1 else ""
+                lines.append(f"* reward {response.reward:.3f}{shown_parts}, {fixed}: `{response.text}`")
             shown.append((f"samples/{place}", "\n".join(lines)))
         return shown
 
@@ -53,7 +57,7 @@ class RoundMaker:
         self._run, self._settings, self._objective = run, run.config.brain, objective
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
-        self._reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+        self.rewards, self.reward_scale = Rewards(run), Scale()
         self._placement = Placement(
             run.config.training,
             run.parallel,
@@ -70,18 +74,13 @@ class RoundMaker:
         if self._settings.responses == "given":
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
-            return RejectionSamples(run, placement, self.prior, self._reward)
+            return RejectionSamples(run, placement, self.prior, self.rewards, self.reward_scale)
         return SampledResponses(run, placement, self.prior)
 
-    @property
-    def reward(self) -> FrozenModel:
-        """The reward model."""
-        return self._reward
-
-    def scoring_models(self) -> list[Row]:
-        """Where the prior and the reward model come from, as rows of the banner."""
-        paths = {"prior": self.prior.path, "reward model": self._reward.path}
-        return [(name, path) for name, path in paths.items() if path is not None]
+    def scoring_rows(self) -> list[Row]:
+        """Where the prior and the reward come from, as rows of the banner."""
+        prior = [] if self.prior.path is None else [("prior", self.prior.path)]
+        return [*prior, *self.rewards.rows()]
 
     def make(self, trainer: Trainer, number: int) -> Round:
         """Make a round. Its metrics are the same on all ranks.
@@ -104,6 +103,7 @@ class RoundMaker:
             "seconds_scoring": scored - sampled,
             "sampled_tokens_per_second": tokens / (sampled - start),
             **self.proposal.metrics,
+            **self.rewards.metrics(rollouts),
         }
         if self._settings.responses == "sampled" and not self._is_missing("log_proposal", rollouts):
             metrics["proposal_entropy"] = self._entropy(rollouts, tokens)
@@ -149,9 +149,7 @@ class RoundMaker:
                 for response, value in score_responses(self._run, steps, chunks, head="policy"):
                     response.log_prior = value
         if self._is_missing("reward", rollouts):
-            with self._reward.loaded() as chunks:
-                for response, value in score_responses(self._run, steps, chunks, head="reward"):
-                    response.reward = value
+            self.rewards.score(steps, self.reward_scale)
         return rescores
 
     def _is_missing(self, name: str, rollouts: Sequence[Rollout]) -> bool:

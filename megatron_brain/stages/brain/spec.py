@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from megatron_brain.config.checks import nearest_multiples, require_set
+from megatron_brain.config.checks import nearest_multiples, require_reward, require_set
 from megatron_brain.config.objective_checks import require_objective, require_rejection_sampling
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import length_by_rounds
@@ -17,24 +17,20 @@ from megatron_brain.config.stage_spec import (
     RecordSource,
     StageSpec,
     Work,
-    prior_and_reward,
+    judge_code,
+    prior_and_rewards,
+    reward_code,
 )
 from megatron_brain.errors import ConfigError
+from megatron_brain.stages.generate.spec import read_prompts
 
 if TYPE_CHECKING:
-    from megatron_brain.data.records import PromptReader, RecordReader
+    from megatron_brain.data.records import RecordReader
     from megatron_brain.data.tokenizer import Tokenizer
 
 ROLLOUTS = RecordSource(section="brain", name="rollout_data", holds="rollouts")
 
-
-def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptReader:
-    from megatron_brain.data.records import PromptReader
-
-    return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)
-
-
-HELD_OUT = dataclasses.replace(VALID_DATA, reader=_read_prompts)
+HELD_OUT = dataclasses.replace(VALID_DATA, reader=read_prompts)
 """The held-out prompts, which are prompts whatever the run trains on."""
 
 
@@ -82,7 +78,7 @@ def _require_rollout_data(config: RunConfig) -> None:
 
 
 def _require_samples(config: RunConfig) -> None:
-    require_set(config, "scoring.reward_load")
+    require_reward(config)
     samples = config.sampling.samples_per_prompt
     if samples < 2:
         raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
@@ -96,10 +92,10 @@ def _require_given_pairs(config: RunConfig) -> None:
         raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
     if config.brain.refresh_proposal:
         raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
-    if config.scoring.reward_load is not None and config.data.valid_data is None:
+    for part in config.scoring.rewards if config.data.valid_data is None else ():
         raise ConfigError(
-            "responses=given: pairs need no reward model; drop --reward-load, or give --valid-data, where it "
-            "scores answers"
+            f"responses=given: pairs need no reward; drop {part.flag} {part.source}, or give --valid-data, "
+            "whose answers it scores"
         )
 
 
@@ -148,7 +144,7 @@ def _reader(config: RunConfig, tokenizer: Tokenizer) -> RecordReader:
 
     if config.brain.responses == "given":
         return PreferenceReader(tokenizer, config.data)
-    return _read_prompts(config, tokenizer)
+    return read_prompts(config, tokenizer)
 
 
 def _work(config: RunConfig) -> Work:
@@ -160,8 +156,8 @@ def _work(config: RunConfig) -> Work:
         candidates_per_prompt=brain.rso_candidates if brain.responses == "rso" else None,
         draws=not given and brain.rollout_data is None,
         answers_held_out=config.data.valid_data is not None,
-        scoring=prior_and_reward(config),
-        user_code=("--judge", config.scoring.judge),
+        scoring=prior_and_rewards(config),
+        user_code=(*reward_code(config), *judge_code(config)),
     )
 
 

@@ -19,6 +19,7 @@ from megatron_brain.stages.brain.rollouts import rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.rewards.rewards import reward_metric_names
 from megatron_brain.training.best import Direction
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
@@ -64,7 +65,7 @@ class BrainStage:
         loss = GroupLoss(objective_of(config.brain))
         of_proposal = ("distinct_candidates",) if config.brain.responses == "rso" else ()
         found = (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
-        return tuple(dict.fromkeys((*found, *held_out_metrics(config))))
+        return tuple(dict.fromkeys((*found, *reward_metric_names(config), *held_out_metrics(config))))
 
     @classmethod
     def best_metrics(cls, config: RunConfig) -> Mapping[str, Direction]:
@@ -87,7 +88,7 @@ class BrainStage:
         self._step: Step = []
         self._held_out: HeldOut | None = None
         if config.data.valid_data is not None:
-            self._held_out = HeldOut(run, open_engine(run), self._maker.prior, self._maker.reward)
+            self._held_out = HeldOut(run, open_engine(run), self._maker.prior, self._maker.rewards)
 
     def summary(self) -> list[Row]:
         """Rows for the models that score, the rounds, and the steps."""
@@ -101,7 +102,7 @@ class BrainStage:
             passes = rounds * proposal.groups_per_round / proposal.num_prompts
             epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
         return [
-            *self._maker.scoring_models(),
+            *self._maker.scoring_rows(),
             ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
             ("steps", f"{self.train_iters:,}{epochs}"),
         ]
@@ -201,6 +202,7 @@ class BrainStage:
             "objective": self._config.brain.objective,
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
+            "reward_scale": self._maker.reward_scale.state_dict(),
             "data": as_state(self._corpora),
             "held_out": None if self._held_out is None else self._held_out.state_dict(),
         }
@@ -231,6 +233,7 @@ class BrainStage:
             )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
+        self._maker.reward_scale.load_state_dict(state.get("reward_scale", {}))
         if self._held_out is not None:
             of_prior = [record for record in records if "held_out" in record]
             self._held_out.load_state_dict(state.get("held_out"), of_prior)

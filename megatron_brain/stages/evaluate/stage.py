@@ -17,11 +17,12 @@ from megatron_brain.stages.comparison import (
     open_judge,
     reference_tokens,
     require_finite,
-    reward_model_scores,
     wins_over,
 )
 from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.intervals import Estimate, bootstrap
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.banner import show_banner
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
@@ -29,6 +30,8 @@ from megatron_brain.training.run import Run
 log = logging.getLogger(__name__)
 
 _ANSWERS = ("policy", "baseline", "reference")
+_AT_ONCE = 16
+"""Prompts whose answers a reward model scores in sequences of one padded length."""
 
 
 def main(run: Run) -> None:
@@ -40,12 +43,12 @@ def main(run: Run) -> None:
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
-    reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+    rewards = Rewards(run)
     # A baseline that is the prior is not loaded twice.
     other = settings.baseline_load not in (None, scoring.prior_load)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
-    models = {"baseline": baseline.path, "prior": prior.path, "reward model": reward.path, "judge": scoring.judge}
-    show_banner(run, [(name, place) for name, place in models.items() if place is not None])
+    models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge}
+    show_banner(run, [*((name, place) for name, place in models.items() if place is not None), *rewards.rows()])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
     engine = open_engine(run)
     engine.take_weights(policy, f"--load {run.config.checkpoint.load}")
@@ -60,12 +63,12 @@ def main(run: Run) -> None:
     answered = [prompts[i] for i in mine]
     for row, difference in zip(rows, log_ratios(run, policy, prior, answered, of_policy), strict=True):
         row["kl_to_prior"] = difference
-    if reward.path is not None:
+    if rewards.parts:
         answers = [{name: samples[k].tokens for name, samples in drawn.items()} for k in range(len(mine))]
         for prompt, named in zip(answered, answers, strict=True):
             if prompt.reference is not None:
                 named["reference"] = reference_tokens(run, prompt)
-        add_rewards(run, reward_model_scores(run, reward), rows, {i: prompts[i] for i in mine}, answers)
+        add_rewards(rewards, Scale(), rows, {i: prompts[i] for i in mine}, answers)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
     if run.parallel.is_writer:
         if judge is not None:
