@@ -143,7 +143,7 @@ class _PipelineStage:
         found = []
         if self.workload.spec.trains:
             found += [self._training(), self._update()]
-        if self.workload.generates:
+        if self.workload.draws_on_its_gpus:
             found.append(self._sampling())
         if self.workload.answers_held_out:
             found.append(self._validation())

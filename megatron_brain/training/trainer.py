@@ -1,5 +1,6 @@
 """The one training loop of all stages."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.generation.engine import Interrupted
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk
 from megatron_brain.planning.summary import Row
@@ -87,7 +89,11 @@ class Stage(Protocol):
         """Loss of a micro-batch from the head's output on the last pipeline stage."""
 
     def validate(self, trainer: "Trainer") -> dict[str, float]:
-        """Metrics on held-out data; empty if the run has none."""
+        """Metrics on held-out data; empty if the run has none.
+
+        Raises:
+            Interrupted: on all ranks: the process was asked to stop while responses were drawn.
+        """
 
     def end_reason(self) -> str | None:
         """Why the run ends after the last validation, in words; None: it goes on. It is the same on all ranks."""
@@ -101,7 +107,7 @@ class Stage(Protocol):
     def state_dict(self) -> dict:
         """JSON-able state that resuming needs besides the iteration. It is the same on all ranks."""
 
-    def records(self) -> Sequence[dict]:
+    def records(self, trainer: "Trainer") -> Sequence[dict]:
         """JSON-able records of this replica that resuming needs."""
 
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
@@ -150,6 +156,8 @@ def train(run: Run, make_stage: type[Stage]) -> None:
 
 class Trainer:
     """Trains a policy or reward model. It holds the model chunks, the optimizer and the schedule, and runs the loop."""
+
+    _saved_at: int | None = None
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
@@ -213,11 +221,14 @@ class Trainer:
         # This includes the validation that an earlier run left out because it was asked to stop.
         if self._validation_is_due() and not stopping:
             shown |= self._validate()
-            stopping = self._has_ended()
-            if self.iteration and (stopping or self._is_best()):
-                self.save()
+            ended = self._has_ended()
+            if self.iteration and (ended or self._is_best()):
+                self._save_once()
+            stopping = ended or self._asked_to_stop()
         while self.iteration < last and not stopping:
-            shown |= self._logged_step()
+            # Where the process is asked to stop while responses are drawn, the step is not made.
+            with contextlib.suppress(Interrupted):
+                shown |= self._logged_step()
             done = self.iteration == last
             stopping = not done and self._asked_to_stop()
             # A run that is asked to stop has little time left: it saves at once, and validates when it is resumed.
@@ -225,7 +236,7 @@ class Trainer:
                 shown |= self._validate()
                 stopping = not done and (self._has_ended() or self._asked_to_stop())
             if done or stopping or self._is_best() or (interval and self.iteration % interval == 0):
-                self.save()
+                self._save_once()
         self.finish_saving()
         return shown
 
@@ -312,8 +323,13 @@ class Trainer:
         return at_an_end or (interval is not None and self.iteration % interval == 0)
 
     def _validate(self) -> dict[str, float]:
+        try:
+            found = self.stage.validate(self)
+        except Interrupted:
+            # The run saves and stops; the one that resumes it validates.
+            return {}
         self._validated_at = self.iteration
-        metrics = {f"validation/{name}": value for name, value in self.stage.validate(self).items()}
+        metrics = {f"validation/{name}": value for name, value in found.items()}
         if metrics:
             self.logger.log(self.iteration, metrics)
         if self._best is not None:
@@ -330,6 +346,12 @@ class Trainer:
     def _is_best(self) -> bool:
         """Whether the weights are the best so far."""
         return self._best is not None and self._best.iteration == self.iteration
+
+    def _save_once(self) -> None:
+        """Save, unless the checkpoint of this iteration was saved before: a step that was not made changed nothing."""
+        if self._saved_at != self.iteration:
+            self.save()
+            self._saved_at = self.iteration
 
     def save(self) -> None:
         """Write a checkpoint of the current iteration to --save, if that is set.
@@ -349,7 +371,7 @@ class Trainer:
                 "best": None if self._best is None else self._best.state_dict(),
             },
             stage=self.stage.state_dict(),
-            records=self.stage.records(),
+            records=self.stage.records(self),
             best=None if self._best is None else self._best.iteration,
         )
         if self.config.checkpoint.save_optim:

@@ -189,6 +189,7 @@ def test_a_function_that_never_returns_to_python_ends_the_process_and_shows_wher
 
 def test_a_function_that_changes_what_it_gets_changes_nothing_for_others(tmp_path):
     records = [{"answer": "bb", "tests": [1]}] * 5
-    text = "def score(p, y, r):\n    p.clear()\n    return [(x == q.pop('answer')) + len(q['tests']) for x, q in zip(y, r)]\n"
+    text = "def score(p, y, r):\n    p.clear()\n    return [(x == q.pop('answer')) + len(q['tests'])"
+    text += " for x, q in zip(y, r)]\n"
     assert function_of(tmp_path, text)(COLUMNS[0], COLUMNS[1], records, IDS) == [1.0, 2.0, 1.0, 1.0, 1.0]
     assert records == [{"answer": "bb", "tests": [1]}] * 5

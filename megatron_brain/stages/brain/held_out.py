@@ -17,7 +17,6 @@ from megatron_brain.generation.engine import Engine
 from megatron_brain.generation.seeds import held_out_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share
-from megatron_brain.stages.brain.spec import HELD_OUT
 from megatron_brain.stages.comparison import (
     add_judge_scores,
     add_rewards,
@@ -79,23 +78,25 @@ class HeldOut:
     that say so; numbers and texts are the same on all ranks and, except for rounding, at every layout.
 
     Args:
-        run: the run; its --valid-data is read.
+        run: the run.
+        prompts: those of its --valid-data.
         engine: what draws the answers. It gets the weights of policy and prior.
         prior: the prior p.
         rewards: the parts of the reward; without any, answers get no rewards.
 
     Raises:
-        AgreedError: on all ranks: a prompt is too long, or the judge cannot be used.
+        AgreedError: on all ranks: the judge cannot be used.
     """
 
-    def __init__(self, run: Run, engine: Engine, prior: FrozenModel, rewards: Rewards) -> None:
+    def __init__(
+        self, run: Run, prompts: Sequence[Prompt], engine: Engine, prior: FrozenModel, rewards: Rewards
+    ) -> None:
         self._run, self._engine, self._prior, self._rewards = run, engine, prior, rewards
-        self._prompts: Sequence[Prompt] = run.read(HELD_OUT)
-        self._mine = my_share(self._prompts, run.parallel)
+        self._prompts, self._mine = prompts, my_share(prompts, run.parallel)
         # It is measured on the prior's answers: that of the run is measured on what the run trains on.
         self._scale = Scale()
         judge = run.config.scoring.judge
-        self._judge = read_on_all(lambda: open_judge(judge, self._prompts), run.parallel)
+        self._judge = read_on_all(lambda: open_judge(judge, prompts), run.parallel)
         sampling = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
         self._ways = {"sampled": sampling, "greedy": dataclasses.replace(sampling, temperature=0.0)}
         self._by_prior: list[dict] | None = None
@@ -109,13 +110,14 @@ class HeldOut:
             the metrics that `held_out_metrics` names.
 
         Raises:
+            Interrupted: on all ranks, if the process was asked to stop while the engine drew.
             FloatingPointError: on all ranks, if a model gives a number that is not finite.
             AgreedError: on all ranks, if the judge fails.
         """
         start = time.perf_counter()
         if self._by_prior is None:
             self._by_prior = self._answer_by_prior()
-        rows = self._answer(trainer.gathered_chunks(), f"step {trainer.iteration}")
+        rows = self._answer(trainer.gathered_chunks(), f"iteration {trainer.iteration}")
         rows = [of_prior | row for of_prior, row in zip(self._by_prior, rows, strict=True)]
         require_finite(rows)
         for tag, text in self._texts(rows):
@@ -156,7 +158,8 @@ class HeldOut:
         self, chunks: Sequence[Chunk], label: str, ways: Mapping[str, SamplingConfig]
     ) -> dict[str, list[Completion]]:
         """One answer to each of this replica's prompts for each way. Equal ways give the same answers."""
-        self._engine.take_weights(chunks, label)
+        if not (self._engine.keeps_weights and self._engine.holds == label):
+            self._engine.take_weights(chunks, label)
         prompts = [self._prompts[i].tokens for i in self._mine]
         seeds = held_out_seeds(self._run.config.training.seed, self._mine)
         drawn: dict[str, list[Completion]] = {}

@@ -25,7 +25,6 @@ import tenacity
 
 from megatron_brain.config.rewards import RewardPart
 from megatron_brain.config.stages import ScoringConfig
-from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.errors import ConfigError, short
 from megatron_brain.stages.rewards.answers import Answer
 
@@ -99,13 +98,12 @@ class RewardServer:
     Args:
         part: the part of the reward, of the kind "url".
         settings: time limit, responses in a request, and requests under way at one time.
-        tokenizer: the run's, for vLLM's form.
 
     Raises:
         ConfigError: what stands behind `#` is no index.
     """
 
-    def __init__(self, part: RewardPart, settings: ScoringConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, part: RewardPart, settings: ScoringConfig) -> None:
         self._what, self._settings = f"--reward-url {part.source}", settings
         self._url, place = urldefrag(part.source)
         is_vllm = urlsplit(self._url).path.rstrip("/").endswith("/classify")

@@ -259,6 +259,8 @@ def test_equal_settings_draw_once(folder):
     calls = []
 
     class Engine:
+        keeps_weights = False
+
         def take_weights(self, chunks, label):
             calls.append(label)
 
@@ -272,4 +274,4 @@ def test_equal_settings_draw_once(folder):
         made._engine = Engine()
         calls.clear()
         made.evaluate(trainer)
-        assert calls == ["the prior", temperature, 0.0, "step 0", *expected]
+        assert calls == ["the prior", temperature, 0.0, "iteration 0", *expected]
