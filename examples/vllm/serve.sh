@@ -7,8 +7,8 @@
 # for --engine-url is printed. They run until a signal comes or one of them ends. Further flags go to vLLM.
 #
 #   VLLM_PYTHON=python  the Python of the environment that has vLLM
-#   HOST=name           where they listen, as the trainer reaches it (127.0.0.1: this machine alone)
-#   GPUS=4,5,6,7        the GPUs to use, in this order (default: all; a machine without nvidia-smi serves on its CPU)
+#   ENGINE_HOST=name    where they listen, as the trainer reaches it (127.0.0.1: this machine alone)
+#   ENGINE_GPUS=4,5,6   the GPUs to use, in this order (default: all; a machine without nvidia-smi serves on its CPU)
 #   URL_FILE=file       write the value for --engine-url there too
 #   LOGS=folder         logs of the servers, vllm-PORT.log (default: the working directory)
 #   DTYPE, MAX_MODEL_LEN, SEED, START_SECONDS (900), STOP_SECONDS (30): see below
@@ -27,7 +27,7 @@ while [ ${#sizes[@]} -lt 3 ] && [[ ${1:-} =~ ^[0-9]+$ ]]; do
     shift
 done
 count=${sizes[0]:-1} tensor=${sizes[1]:-1} port=${sizes[2]:-8000}
-host=${HOST:-127.0.0.1} logs=${LOGS:-.} python=${VLLM_PYTHON:-python}
+host=${ENGINE_HOST:-127.0.0.1} logs=${LOGS:-.} python=${VLLM_PYTHON:-python}
 refuse() { echo "serve.sh: $1" >&2; exit 2; }
 
 [ -f "$model/config.json" ] || refuse "$model: has no config.json; give the folder of an exported model"
@@ -38,14 +38,14 @@ grep -Eq '"tie_word_embeddings": *false' "$model/config.json" ||
     refuse "$python: has no vLLM; set VLLM_PYTHON to the Python of its environment"
 
 # Without development mode the servers would not take over weights. It lets whoever reaches the port change the server,
-# so they listen on this machine alone unless HOST says otherwise.
+# so they listen on this machine alone unless ENGINE_HOST says otherwise.
 export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 # log q' is of the distribution that is drawn from, and only what a request asks for changes that distribution.
 flags=(--host "$host" --dtype "${DTYPE:-bfloat16}" --tensor-parallel-size "$tensor"
     --logprobs-mode processed_logprobs --generation-config vllm --uvicorn-log-level warning)
 if [ -n "${MAX_MODEL_LEN:-}" ]; then flags+=(--max-model-len "$MAX_MODEL_LEN"); fi
 if command -v nvidia-smi > /dev/null; then
-    IFS=, read -r -a gpus <<< "${GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
+    IFS=, read -r -a gpus <<< "${ENGINE_GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
     [ ${#gpus[@]} -ge $((count * tensor)) ] ||
         refuse "$count servers of $tensor GPUs need $((count * tensor)), and there are ${#gpus[@]}: ${gpus[*]}"
     flags+=(--gpu-memory-utilization 0.9) # The planner reckons with it.
@@ -64,7 +64,7 @@ if [ -n "${URL_FILE:-}" ]; then rm -f "$URL_FILE"; fi
 servers=() urls=()
 # shellcheck disable=SC2329 # The trap calls it.
 stop() {
-    trap '' TERM INT HUP USR1
+    trap "" TERM INT HUP
     for server in "${servers[@]}"; do kill -TERM -- "-$server" 2> /dev/null || true; done
     for ((i = 0; i < ${STOP_SECONDS:-30} * 10; i++)); do
         left=false
@@ -76,7 +76,9 @@ stop() {
     if [ -n "${URL_FILE:-}" ]; then rm -f "$URL_FILE"; fi
 }
 trap stop EXIT
-trap 'echo "serve.sh: ending the servers" >&2; exit 0' TERM INT HUP USR1
+trap 'echo "serve.sh: ending the servers" >&2; exit 0' TERM INT HUP
+# Slurm sends SIGUSR1 to every process of a job before the time is up. The trainer still needs servers for its last round.
+trap '' USR1
 
 for ((i = 0; i < count; i++)); do
     visible=()

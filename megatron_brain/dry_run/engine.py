@@ -25,7 +25,7 @@ def engine_rows(config: RunConfig, workload: Workload, layout: Layout) -> list[R
         return [("engine", "native: our sampler, on the GPUs of the run")]
     servers = f"{len(engine.urls)} vLLM server{'' if len(engine.urls) == 1 else 's'}"
     rows = [
-        ("engine", f"{servers}, which are not asked here: {', '.join(engine.urls)}"),
+        ("engine", f"{servers}, not asked here: {', '.join(engine.urls)}"),
         ("requests", f"at most {engine.engine_concurrency} at one time to a server"),
         (
             "patience",

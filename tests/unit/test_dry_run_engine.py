@@ -37,7 +37,7 @@ def test_servers_and_what_they_are_given_are_told(dry_run, monkeypatch):
     monkeypatch.setattr(engine_module, "sync_bytes", lambda model: WRITTEN)
     report = dry_run("brain", *servers("/no/sync"), "--engine-concurrency", 32)
     engine = report["Engine"]
-    assert engine["engine"] == "2 vLLM servers, which are not asked here: http://n1:8000, http://n2:8000"
+    assert engine["engine"] == "2 vLLM servers, not asked here: http://n1:8000, http://n2:8000"
     assert engine["requests"] == "at most 32 at one time to a server"
     assert (
         engine["hand-over of weights"] == "2.0 GiB in bf16 to a new folder in /no/sync, about 0.5 GiB by each process"

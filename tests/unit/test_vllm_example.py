@@ -131,7 +131,7 @@ def test_a_server_that_cannot_start_is_told_with_its_last_words(serve, tmp_path)
 
 
 def test_servers_that_do_not_answer_in_time_are_ended(serve, tmp_path):
-    process = serve(1, 1, two_free_ports(), HOST="127.0.0.2", START_SECONDS="0")  # it listens elsewhere
+    process = serve(1, 1, two_free_ports(), ENGINE_HOST="127.0.0.2", START_SECONDS="0")  # it listens elsewhere
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1 and "no answer from http://127.0.0.2" in errors
     assert not any(map(is_alive, pids(tmp_path)))
@@ -142,7 +142,7 @@ def test_each_server_gets_its_own_gpus(serve, tmp_path):
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nseq 0 7\n")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
     port = two_free_ports()
-    process = serve(2, 2, port, GPUS="4,5,6,7")
+    process = serve(2, 2, port, ENGINE_GPUS="4,5,6,7")
     wait_until((tmp_path / "url").exists)
     process.terminate()
     process.wait(timeout=20)
