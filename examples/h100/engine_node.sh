@@ -28,6 +28,6 @@ trap 'kill -TERM $servers 2> /dev/null' TERM INT HUP
 # beside_engine.sh touches `over` when the run ends. An older one is of an earlier run.
 while kill -0 $servers 2> /dev/null; do
     if [ "$ENGINE_DIR/over" -nt "$ENGINE_DIR/started-$name" ]; then kill -TERM $servers 2> /dev/null; fi
-    sleep 1
+    sleep 0.5
 done
 wait $servers

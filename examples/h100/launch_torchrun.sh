@@ -35,12 +35,6 @@ if [ "${ENGINE_SERVERS:-0}" = 0 ]; then exec "${command[@]}"; fi
 folder=${ENGINE_DIR:?a folder for the addresses of the servers, which all nodes see}
 export ENGINE_DIR=$folder/${RUN_ID:-megatron_brain}
 if [ "${ROLE:-}" = engine ]; then exec bash examples/h100/engine_node.sh; fi
-if [ "${ENGINE_NODES:-0}" = 0 ]; then
-    rm -f "$ENGINE_DIR"/url-* # of a run that was killed
-    bash examples/h100/engine_node.sh &
-    export ENGINE_PID=$!
-fi
-status=0
-bash examples/h100/beside_engine.sh "${command[@]}" || status=$?
-wait
-exit "$status"
+engine=()
+if [ "${ENGINE_NODES:-0}" = 0 ]; then engine=(bash examples/h100/engine_node.sh); fi
+exec bash examples/h100/beside_engine.sh ${engine[@]+"${engine[@]}"} -- "${command[@]}"

@@ -115,7 +115,7 @@ for i in "${!servers[@]}"; do
             echo "serve.sh: no answer from ${urls[i]} in ${START_SECONDS:-900} s: $logs/vllm-$((port + i)).log" >&2
             exit 1
         fi
-        sleep 1
+        sleep 0.5
     done
 done
 require_all # Another program may have answered on the port of a server that could not have it.

@@ -44,9 +44,12 @@ def _sync(config: RunConfig, workload: Workload, layout: Layout) -> list[Row]:
     """What handing over the weights writes, and whether there is room for it."""
     place, size = config.engine.engine_sync_dir, sync_bytes(workload.model)
     assert place is not None
-    share = gib(size / layout.world_size)
+    share, precision = gib(size / layout.world_size), "bf16" if workload.model.bf16 else "float32"
     rows = [
-        ("hand-over of weights", f"{gib(size)} in bf16 to a new folder in {place}, about {share} by each process"),
+        (
+            "hand-over of weights",
+            f"{gib(size)} in {precision} to a new folder in {place}, {share} by each process",
+        ),
         ("disk space", f"{gib(_KEPT * size)}: the last two stay while one more is written"),
     ]
     if not Path(place).is_dir():

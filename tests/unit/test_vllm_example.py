@@ -3,46 +3,20 @@
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.stand_in_vllm import is_alive, kill_servers, pids, two_free_ports, wait_until, write_stand_in
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "vllm" / "serve.sh"
-
-SERVER = """#!{python}
-import http.server, os, subprocess, sys, json
-if sys.argv[1] == "-c":  # a question about the environment
-    sys.exit(0)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-worker = subprocess.Popen(["sleep", "300"])
-told = dict(pids=[os.getpid(), worker.pid], argv=sys.argv[1:], gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            dev=os.environ.get("VLLM_SERVER_DEV_MODE"))
-open(f"{folder}/{{port}}.json", "w").write(json.dumps(told))
-if "--broken" in sys.argv and port % 2:
-    sys.exit("there is no room for the weights")
-class Health(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
-    def log_message(self, *args):
-        pass
-http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
-"""
 
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
     """Starts the script; what is left of it after a test is killed."""
-    model, python = tmp_path / "model", tmp_path / "vllm_python"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
-    python.write_text(SERVER.format(python=sys.executable, folder=tmp_path))
-    python.chmod(0o755)
+    model, python = write_stand_in(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     settings = {"VLLM_PYTHON": str(python), "LOGS": str(tmp_path), "URL_FILE": str(tmp_path / "url")}
@@ -59,40 +33,7 @@ def serve(tmp_path, monkeypatch):
     yield start
     for process in started:
         process.kill()
-    for pid in pids(tmp_path):
-        if is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
-
-
-def two_free_ports():
-    """The first, which is even, of two free ports beside each other."""
-    for port in range(20000 + os.getpid() % 5000 * 2, 40000, 2):
-        with socket.socket() as one, socket.socket() as other:
-            try:
-                one.bind(("127.0.0.1", port))
-                other.bind(("127.0.0.1", port + 1))
-                return port
-            except OSError:
-                continue
-    raise AssertionError("no free ports")
-
-
-def wait_until(true, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def pids(folder):
-    return [pid for file in folder.glob("*.json") for pid in json.loads(file.read_text())["pids"]]
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    kill_servers(tmp_path)
 
 
 def test_servers_answer_and_end_with_the_script(serve, tmp_path):
