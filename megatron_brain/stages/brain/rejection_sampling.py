@@ -14,7 +14,6 @@ from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
-from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all
 from megatron_brain.training.trainer import Trainer
@@ -68,9 +67,11 @@ class RejectionSamples:
     from_prior = True
     temperature = None
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, rewards: Rewards, scale: Scale) -> None:
+    def __init__(
+        self, run: Run, placement: Placement, samples: SampledResponses, rewards: Rewards, scale: Scale
+    ) -> None:
         self._run, self._placement, self._rewards, self._scale = run, placement, rewards, scale
-        self._samples = SampledResponses(run, placement, prior)
+        self._samples = samples
         self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
         self.metrics: dict[str, float] = {}
 
@@ -93,7 +94,7 @@ class RejectionSamples:
         self._rewards.score(steps, self._scale)
         distinct = torch.tensor([sum(len(rollout.responses) for rollout in drawn), len(drawn)], dtype=torch.float64)
         total, prompts = self._run.parallel.sum_over_data_parallel(distinct.to(self._run.parallel.device)).tolist()
-        self.metrics = {"distinct_candidates": total / prompts}
+        self.metrics = {**self._samples.metrics, "distinct_candidates": total / prompts}
         first = number * self.groups_per_round
         return read_on_all(
             lambda: [self._choose(rollout, key=first + rollout.index) for rollout in drawn], self._run.parallel

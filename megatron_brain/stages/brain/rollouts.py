@@ -4,11 +4,14 @@ A file holds one JSON object per prompt:
 
     {"id": "...", "index": 0, "prompt_tokens": [...], "prompt": "...",
      "responses": [{"tokens": [...], "text": "...", "finished": true, "sampler_logprob": -12.3,
-                    "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4,
+                    "trainer_logprob": -12.3, "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4,
                     "reward_parts": {"my_model": 0.4}, "alpha": 0.1}, ...]}
 
 `record` stands beside the responses where the reward reads other fields of the prompt's record. BRAIn fixes `alpha` for
 the round. Other objectives fix another number (`preference`, `advantage`).
+
+sampler_logprob and trainer_logprob are log q' as the engine that drew the response and the model that trains compute
+it; log_proposal is the one of the two that makes the weights.
 
 A response that is read back needs its tokens. If the objective uses log q', it also needs log_proposal, which is the
 log-probability under the distribution that it was drawn from, or sampler_logprob, the sampling engine's value of the
@@ -32,7 +35,7 @@ from megatron_brain.errors import ConfigError, short
 from megatron_brain.files import write_whole
 from megatron_brain.objectives.registry import OBJECTIVES
 
-_LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
+_LOG_PROBABILITIES = ("sampler_logprob", "trainer_logprob", "log_proposal", "log_prior")
 _ROUNDING = 0.01
 """The log-probability of a response may exceed 0 by this much, because of rounding."""
 _TYPES = {
@@ -56,6 +59,7 @@ class Response:
     text: str = ""
     finished: bool = True
     sampler_logprob: float | None = None
+    trainer_logprob: float | None = None
     log_proposal: float | None = None
     log_prior: float | None = None
     reward: float | None = None

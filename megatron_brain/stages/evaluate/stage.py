@@ -59,7 +59,7 @@ def main(run: Run) -> None:
     models = {"baseline": baseline.path, "prior": prior.path, "judge": settings.judge}
     show_banner(run, [*((name, place) for name, place in models.items() if place is not None), *rewards.rows()])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
-    engine = open_engine(run)
+    engine = open_engine(run, prompts)
     engine.take_weights(policy, f"--load {run.config.checkpoint.load}")
     drawn = {"policy": [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]}
     # These are samples of the policy itself, at temperature 1, for any temperature of the answers.

@@ -131,7 +131,7 @@ def proposal(*, samples=4, number_of_candidates=8, drawn=(), **brain):
     made = RejectionSamples.__new__(RejectionSamples)
     made._run, made.groups_per_round = SimpleNamespace(config=config, parallel=layout), 16
     made._placement = Placement(config.training, layout, interleaved=False)
-    made._samples = SimpleNamespace(draw=lambda trainer, number, samples_per_prompt: list(drawn))
+    made._samples = SimpleNamespace(metrics={}, draw=lambda trainer, number, samples_per_prompt: list(drawn))
     return made
 
 
