@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_brain.data.records import Prompt
 from megatron_brain.generation.engine import BackgroundEngine, Pending
 from megatron_brain.models.offload import WeightsCopy
 from megatron_brain.models.provider import Chunk
@@ -33,8 +34,15 @@ class _UnderWay:
 class DrawnAhead(SampledResponses):
     """Samples of a policy that is one round old; those of round 0 are samples of the policy at its start."""
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, engine: BackgroundEngine) -> None:
-        super().__init__(run, placement, prior, engine)
+    def __init__(
+        self,
+        run: Run,
+        placement: Placement,
+        prior: FrozenModel,
+        engine: BackgroundEngine,
+        prompts: Sequence[Prompt],
+    ) -> None:
+        super().__init__(run, placement, prior, engine, prompts)
         self._background = engine
         self._under_way: _UnderWay | None = None
         self._copy: WeightsCopy | None = None

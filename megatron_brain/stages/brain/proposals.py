@@ -64,10 +64,12 @@ class Asked:
 class SampledResponses:
     """Draws responses from the policy as it is at the start of the round, or always from the prior."""
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine) -> None:
+    def __init__(
+        self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine, prompts: Sequence[Prompt]
+    ) -> None:
         self._run, self._placement, self._prior, self._engine = run, placement, prior, engine
         sampling = run.config.sampling
-        self._prompts = run.read(TRAIN_DATA)
+        self._prompts = prompts
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
@@ -129,6 +131,7 @@ class SampledResponses:
                 index=place - first,
                 prompt_tokens=prompt.tokens,
                 prompt=prompt.text,
+                record=prompt.record,
                 responses=[
                     Response(
                         tokens=sample.tokens,
@@ -278,7 +281,7 @@ def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
     """Raise ConfigError if a number is missing that no given model computes."""
     has_prior = config.scoring.prior_load is not None or config.checkpoint.finetune
     models = {
-        "reward": (config.scoring.reward_load is not None, "--reward-load"),
+        "reward": (bool(config.scoring.rewards), "--reward-load (or --reward-function, --reward-url)"),
         "log_prior": (has_prior, "--prior-load"),
     }
     for name, (is_given, flag) in models.items():

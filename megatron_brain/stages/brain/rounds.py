@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_brain.config.run import RunConfig
+from megatron_brain.config.stage_spec import TRAIN_DATA
+from megatron_brain.data.records import Prompt
 from megatron_brain.errors import RecordError, UserError
 from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.objective import Objective
@@ -20,7 +22,10 @@ from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutF
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.stages.brain.scoring import score_responses
+from megatron_brain.stages.brain.spec import HELD_OUT
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -45,7 +50,9 @@ class Round:
             lines = [f"    {rollout.prompt}", ""]
             for response in (ranked[-1], ranked[0]):
                 fixed = ", ".join(f"{name} {value:.3f}" for name, value in response.fixed.items())
-                lines.append(f"* reward {response.reward:.3f}, {fixed}: `{response.text}`")
+                parts = ", ".join(f"{name} {value:.3f}" for name, value in response.reward_parts.items())
+                shown_parts = f" ({parts})" if len(response.reward_parts) > 1 else ""
+                lines.append(f"* reward {response.reward:.3f}{shown_parts}, {fixed}: `{response.text}`")
             shown.append((f"samples/{place}", "\n".join(lines)))
         return shown
 
@@ -57,14 +64,18 @@ class RoundMaker:
         self._run, self._settings, self._objective = run, run.config.brain, objective
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
-        self._reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+        self.rewards, self.reward_scale = Rewards(run), Scale()
         self._placement = Placement(
             run.config.training,
             run.parallel,
             interleaved=run.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
             round_to=run.config.fp8.packed_multiple(run.config.parallel),
         )
-        self.engine = open_engine(run)
+        draws = self._settings.responses != "given" and self._settings.rollout_data is None
+        self._prompts: Sequence[Prompt] = run.read(TRAIN_DATA) if draws else ()
+        self.held_out: Sequence[Prompt] = run.read(HELD_OUT)
+        """The prompts of --valid-data."""
+        self.engine = open_engine(run, self._prompts, self.held_out)
         self._ahead: DrawnAhead | None = None
         self.proposal = self._open_proposal()
 
@@ -76,16 +87,17 @@ class RoundMaker:
         if self._settings.responses == "given":
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
-            return RejectionSamples(run, placement, self.prior, self._reward, self.engine)
+            samples = SampledResponses(run, placement, self.prior, self.engine, self._prompts)
+            return RejectionSamples(run, placement, samples, self.rewards, self.reward_scale)
         if self._settings.rounds_ahead:
-            self._ahead = DrawnAhead(run, placement, self.prior, self.engine)
+            self._ahead = DrawnAhead(run, placement, self.prior, self.engine, self._prompts)
             return self._ahead
-        return SampledResponses(run, placement, self.prior, self.engine)
+        return SampledResponses(run, placement, self.prior, self.engine, self._prompts)
 
-    def scoring_models(self) -> list[Row]:
-        """Where the prior and the reward model come from, as rows of the banner."""
-        paths = {"prior": self.prior.path, "reward model": self._reward.path}
-        return [(name, path) for name, path in paths.items() if path is not None]
+    def scoring_rows(self) -> list[Row]:
+        """Where the prior and the reward come from, as rows of the banner."""
+        prior = [] if self.prior.path is None else [("prior", self.prior.path)]
+        return [*prior, *self.rewards.rows()]
 
     def make(self, trainer: Trainer, number: int, *, is_last: bool) -> Round:
         """Make a round. Its metrics are the same on all ranks.
@@ -113,7 +125,7 @@ class RoundMaker:
         scored = time.perf_counter()
         self._write(rollouts, number)
         metrics = {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled, **self.proposal.metrics}
-        metrics |= self._metrics(rollouts, metrics["seconds_sampling"])
+        metrics |= self._metrics(rollouts, metrics["seconds_sampling"]) | self.rewards.metrics(rollouts)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def finish_ahead(self, trainer: Trainer) -> list[Rollout]:
@@ -166,9 +178,7 @@ class RoundMaker:
                 for response, value in score_responses(self._run, steps, chunks, head="policy"):
                     response.log_prior = value
         if self._is_missing("reward", rollouts):
-            with self._reward.loaded() as chunks:
-                for response, value in score_responses(self._run, steps, chunks, head="reward"):
-                    response.reward = value
+            self.rewards.score(steps, self.reward_scale)
 
     def _score_proposal(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> None:
         """Compute log q' with the trainer's code, choose the log q' that makes the weights, and take it as log p where

@@ -95,6 +95,10 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
         calls.append(chunks)
         yield from [(response, -float(10 + len(calls))) for response in some.responses]
 
+    def score_with_rewards(steps, scale):
+        for response, value in score_responses(None, steps, "reward", head="reward"):
+            response.reward = value
+
     monkeypatch.setattr(rounds, "score_responses", score_responses)
     some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,)), Response(tokens=(2,))])
     if temperature is None and objective == "brain":
@@ -103,9 +107,8 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
     made = maker()
     made._objective = OBJECTIVES[objective]
     made.proposal = SimpleNamespace(temperature=temperature, from_prior=from_prior)
-    made.prior, made._reward = (
-        SimpleNamespace(loaded=lambda name=name: contextlib.nullcontext(name)) for name in ("prior", "reward")
-    )
+    made.prior = SimpleNamespace(loaded=lambda: contextlib.nullcontext("prior"))
+    made.rewards, made.reward_scale = SimpleNamespace(score=score_with_rewards), None
     made._score(SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
     names = ("trainer_logprob", "log_prior", "reward")
     scored = [
