@@ -39,6 +39,8 @@ class RecordSource:
     """What the files hold: records for the stage's reader, or the rollouts of one round each."""
     trains: bool = True
     """Whether the length of the run depends on it."""
+    reader: Callable[[RunConfig, Any], Any] | None = None
+    """Makes the reader of its records, where that is not the one of the stage."""
 
     @property
     def flag(self) -> str:
@@ -68,7 +70,9 @@ class ScoringModel:
     """A frozen model that a stage uses for scores or comparison, on the policy's layout."""
 
     name: str
-    """NAME in its flag --NAME-load: `prior`, `reward` or `baseline`."""
+    """`prior`, `reward` or `baseline`; of several reward models `reward NAME`. No other model of the run has it."""
+    flag: str
+    """The flag that gives its checkpoint."""
     head: Head
     load: str | None
     """Its checkpoint; None: the checkpoint that the run starts from."""
@@ -76,16 +80,37 @@ class ScoringModel:
     """Whether its weights are in host memory while it does not score."""
 
 
-def prior_and_reward(config: RunConfig) -> tuple[ScoringModel, ...]:
-    """The models of the scoring section: the prior, and the reward model where one is given."""
+def prior_and_rewards(config: RunConfig) -> tuple[ScoringModel, ...]:
+    """The models of the scoring section: the prior, and the reward models where some are given."""
     scoring = config.scoring
-    prior = ScoringModel(name="prior", head="policy", load=scoring.prior_load, offloaded=scoring.offload_prior)
-    if scoring.reward_load is None:
-        return (prior,)
+    prior = ScoringModel(
+        name="prior", flag="--prior-load", head="policy", load=scoring.prior_load, offloaded=scoring.offload_prior
+    )
+    models = [part for part in scoring.rewards if part.kind == "model"]
     return (
         prior,
-        ScoringModel(name="reward", head="reward", load=scoring.reward_load, offloaded=scoring.offload_reward),
+        *(
+            ScoringModel(
+                name="reward" if len(models) == 1 else f"reward {part.name}",
+                flag=part.flag,
+                head="reward",
+                load=part.source,
+                offloaded=scoring.offload_reward,
+            )
+            for part in models
+        ),
     )
+
+
+def reward_code(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The functions of the scoring section, each as the flag that names it and its `path/to/file.py:function`."""
+    return tuple((part.flag, part.source) for part in config.scoring.rewards if part.kind == "function")
+
+
+def judge_code(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The judge of the scoring section, as `reward_code` gives functions."""
+    judge = config.scoring.judge
+    return () if judge is None else (("--judge", judge),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +127,11 @@ class Work:
     """Whether records are packed into sequences of --seq-length."""
     draws: bool = False
     """Whether the run draws responses."""
+    answers_held_out: bool = False
+    """Whether validations draw answers to held-out prompts."""
     scoring: tuple[ScoringModel, ...] = ()
-    user_code: tuple[str, str | None] | None = None
-    """The flag that names a function of the user, and its value `path/to/file.py:function`."""
+    user_code: tuple[tuple[str, str], ...] = ()
+    """Functions of the user, each as the flag that names it and its value `path/to/file.py:function`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +189,10 @@ class StageSpec:
     """What the run computes."""
     outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
     """The places that the run writes to, besides the checkpoints and metrics of a stage that trains."""
+
+    def reader_of(self, source: RecordSource, config: RunConfig, tokenizer: Any) -> Any:
+        """The `data.records.RecordReader` of a source."""
+        return (source.reader or self.reader)(config, tokenizer)
 
     def load(self) -> Any:
         """The class or function of `code`; this imports its module."""

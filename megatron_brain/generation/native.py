@@ -18,6 +18,8 @@ class NativeEngine:
         eos_id: token that ends a response.
     """
 
+    keeps_weights = False
+
     def __init__(self, parallel: Parallel, *, eos_id: int) -> None:
         self._parallel, self._eos_id = parallel, eos_id
         self._chunks: Sequence[PolicyModel] = ()
@@ -31,4 +33,6 @@ class NativeEngine:
         self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int]], sampling: SamplingConfig
     ) -> list[list[Completion]]:
         """Draw responses, as `Engine.sample` says."""
+        if not prompts:
+            return []
         return Sampler(self._chunks, self._parallel, sampling, eos_id=self._eos_id).generate(prompts, seeds=seeds)
