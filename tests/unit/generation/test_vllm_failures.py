@@ -340,7 +340,9 @@ def test_a_server_that_keeps_its_weights_is_told_from_one_that_holds_others(star
     good, bad = start(), start()
     engine = connect(good, bad)
     bad.kinds = {"keep_weights": True}
-    with pytest.raises(AgreedError, match=f"{bad.url}: holds neither .*--max-engine-difference.*--untie"):
+    with pytest.raises(
+        AgreedError, match=f"{bad.url}: holds other weights than it was given .*--max-engine-difference.*--untie"
+    ):
         engine.take_weights([1.0], "step 0")
     bad.kinds = {}
     engine = connect(good, bad, name="again")
