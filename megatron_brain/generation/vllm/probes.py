@@ -45,8 +45,9 @@ class Expected:
             )
         other = "" if before is None else f", and by {before:.3g} under those of before ({self.label_before})"
         return (
-            f"holds other weights than it was given ({self.label}): its log-probabilities of the probes differ from the "
-            f"trainer's by {difference:.3g} nats per token{other}; at most {limit:g} is allowed (--max-engine-difference)"
+            f"holds other weights than it was given ({self.label}): its log-probabilities of the probes differ from "
+            f"the trainer's by {difference:.3g} nats per token{other}; at most {limit:g} is allowed "
+            "(--max-engine-difference)"
         )
 
     def _is_nearer_to_before(self, found: Values) -> bool:
