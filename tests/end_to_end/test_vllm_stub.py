@@ -41,18 +41,18 @@ REQUESTS = [
 def shape(value):
     """The keys and types of a JSON value. An integer may stand for a float, and lists of any length are alike."""
     if isinstance(value, dict):
-        return {"a token": shape(next(iter(value.values())))} if is_by_token(value) else _shapes(value)
+        by_id = all(key.isdigit() for key in value)  # The log-probabilities of a prompt's tokens.
+        return {"an id": shape(next(iter(value.values())))} if by_id else _shapes(value)
     if isinstance(value, list):
         return [shape(value[-1])] if value else []
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
 
 
 def _shapes(value):
-    return {key: shape(item) for key, item in value.items()}
-
-
-def is_by_token(value):
-    return bool(value) and all(key.isdigit() or key.startswith("token_id:") for key in value)
+    # The keys of `top_logprobs` are tokens, whose texts the stub does not know.
+    return {
+        key: shape([list(x.values()) for x in item] if key == "top_logprobs" else item) for key, item in value.items()
+    }
 
 
 def left_out(stub, real, where=""):
