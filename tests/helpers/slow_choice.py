@@ -1,5 +1,5 @@
-"""A draw of a token as `generation/choose.py` makes it, written in another way: Python's numbers, one row at a time, and
-Gumbel-distributed scores of log-masses instead of a race."""
+"""Draws of tokens as `generation/choose.py` makes them, written in another way: with the numbers of Python, one row at
+a time, and with scores that follow the Gumbel distribution around log-masses instead of a race."""
 
 import math
 
