@@ -73,8 +73,8 @@ def case_sampled_top_k_top_p(layout: Layout, context: Context) -> None:
 
 
 def choices() -> dict[str, torch.Tensor]:
-    """Logits `[B, V]` float32 of 240 ids, which 2 and 4 ranks cannot share in whole blocks, and of 1024, which they can:
-    of a language model's kind, flat ones, ties, ids that do not exist, and rows that are not finite."""
+    """Logits `[B, V]` float32 of 240 ids, which 2 and 4 ranks cannot share in whole blocks, and of 1024, which they
+    can: peaked ones, flat ones, ties, ids that do not exist, and rows that are not finite."""
     generator = torch.Generator().manual_seed(31)
     made = {}
     for vocabulary in (240, 1024):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from helpers.chi_square import assert_fits
 from helpers.slow_choice import slow_choice
-from helpers.statistics import assert_fits
 
 from megatron_brain.generation.choose import choose_tokens
 from megatron_brain.generation.seeds import draw_uniforms, sample_seed

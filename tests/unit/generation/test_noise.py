@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.chi_square import assert_fits
 from helpers.slow_choice import SplitMix64, slow_words
-from helpers.statistics import assert_fits
 
 from megatron_brain.generation import noise
 
