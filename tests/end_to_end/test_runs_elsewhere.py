@@ -398,7 +398,7 @@ def test_a_reward_model_served_by_vllm_gives_our_rewards(family, tiny_family, as
     ]
     with served_by_vllm(work / "reward_hf", work / "vllm.log") as url:
         [part] = reward_parts(None, None, f"{url}/classify", None)
-        theirs = RewardServer(part, ScoringConfig(reward_batch_size=8))(answers)
+        theirs = RewardServer(part, ScoringConfig(reward_batch_size=8), run.tokenizer)(answers)
     ours = rewards_here(run, records)
     largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{len(ours)} rewards from {min(ours):.4f} to {max(ours):.4f}: largest difference {largest:.1e}")
