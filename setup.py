@@ -49,6 +49,8 @@ setup(
         "tensorboard>=2.15",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "httpx2>=2.0",
+        "tenacity>=9.0",
     ],
     extras_require={
         "test": [

@@ -10,18 +10,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-seed=${SEED:-0} work=${WORK:-work/arithmetic_${SEED:-0}}
-sft_sizes=() brain_sizes=()
+seed=${SEED:-0} work=work/arithmetic_${SEED:-0}
+sft_sizes=() brain_sizes=() asked=(train test)
 case "${1:-}" in
     "") ;;
     --smoke)
-        work=${WORK:-work/arithmetic_smoke}
-        sft_sizes=(--train-iters 20) brain_sizes=(--train-iters 4 --refresh-interval 2 --lr-warmup-iters 1)
+        work=work/arithmetic_smoke
+        asked=(test) sft_sizes=(--train-epochs 0.3) brain_sizes=(--train-iters 4 --refresh-interval 2 --lr-warmup-iters 1)
         ;;
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "run.sh: unknown argument $1 (there is only --smoke)" >&2; exit 2 ;;
 esac
 
+work=${WORK:-$work}
 source tools/environment.sh examples
 example=examples/arithmetic
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
@@ -38,15 +39,15 @@ done_already "$work/brain/latest_checkpointed_iteration.txt" ||
     stage brain --config $example/brain.yaml --load "$work/sft" --finetune --reward-function $example/rule.py:right \
         --train-data "$work/data/train.jsonl" --rollout-dir "$work/rollouts" --save "$work/brain" "${brain_sizes[@]}"
 
-for problems in train test; do
+for problems in "${asked[@]}"; do
     stage evaluate --config $example/evaluate.yaml --load "$work/brain" --prior-load "$work/sft" \
         --reward-function $example/rule.py:right --prompts "$work/data/$problems.jsonl" --output "$work/$problems.json"
 done
 echo
 echo "Share of right answers (baseline: the SFT model, which guesses) to the problems of the rule, and to held-out ones:"
-python - "$work" <<'EOF'
+python - "$work" "${asked[@]}" <<'EOF'
 import json, sys
-for problems in ("train", "test"):
+for problems in sys.argv[2:]:
     metrics = json.load(open(f"{sys.argv[1]}/{problems}.json"))["metrics"]
     shares = {name: metrics[f"reward/{name}"]["value"] for name in ("baseline", "policy")}
     print(f"  {problems:5}  baseline {shares['baseline']:.2f}  policy {shares['policy']:.2f}")
