@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import padded_vocab_size
+from megatron_brain.planning.activations import FLOAT32
 from megatron_brain.planning.communication import ring_share, tensor_seconds
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.sizes import pipeline_stage_parameters, total_parameters
@@ -92,8 +93,9 @@ def sync_seconds(workload: Workload, layout: Layout, servers: Servers, machine: 
 
 
 def sync_bytes(model: ResolvedModel) -> int:
-    """Bytes of the weights that servers read: bf16, with an output layer of its own where the model ties it."""
-    return _BF16 * total_parameters(untied(model))
+    """Bytes of the weights that servers read (`conversion.live`): bf16, or float32 where the run is in float32, with an
+    output layer of its own where the model ties it."""
+    return (_BF16 if model.bf16 else FLOAT32) * total_parameters(untied(model))
 
 
 def untied(model: ResolvedModel) -> ResolvedModel:

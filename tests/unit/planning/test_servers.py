@@ -97,9 +97,9 @@ def test_tensor_parallel_sizes_divide_heads_and_nodes():
 
 def test_a_sync_is_written_in_equal_parts_and_read_whole_by_every_node():
     """16 GPUs on 2 nodes write; bf16, and the tied output layer once more."""
-    model = small_model(untie_embeddings_and_output_weights=False)
+    model = small_model(untie_embeddings_and_output_weights=False, bf16=True)
     size = 2 * (total_parameters(model) + 32 * 8)
-    assert sync_bytes(model) == size
+    assert sync_bytes(model) == size == sync_bytes(dataclasses.replace(model, bf16=False)) / 2
     machine = ideal_machine(storage_bandwidth=4.0)
     layout, servers = Layout(tensor=2, data=8), Servers(count=3, tensor=2)
     assert sync_seconds(brain(model=model), layout, servers, machine) == (size / 2 / 4, size / 4)
