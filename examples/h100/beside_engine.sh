@@ -2,8 +2,8 @@
 # Runs a trainer beside vLLM servers: beside_engine.sh [ENGINE_COMMAND ...] -- COMMAND ...
 #
 # Starts ENGINE_COMMAND, if there is one, waits until the servers of ENGINE_NODES nodes (at least one) answer, runs
-# COMMAND with --engine-url, and ends the servers when it ends. If servers end first, it ends COMMAND with SIGTERM, and
-# its own status is 1. The launchers call it. Not tested on a GPU yet.
+# COMMAND with --engine-url, and ends the servers when it ends. If servers end first, it stops COMMAND with STOP_SIGNAL
+# (TERM), so that the run saves, and its own status is 1. The launchers call it. Not tested on a GPU yet.
 set -uo pipefail
 : "${ENGINE_DIR:?a folder that all nodes see}"
 mkdir -p "$ENGINE_DIR"
@@ -59,7 +59,7 @@ while kill -0 $run 2> /dev/null; do
         if ! $lost && [ ! -e "$file" ]; then
             echo "beside_engine.sh: the servers of ${file##*/url-} have ended; stopping the run" >&2
             lost=true
-            kill -TERM $run 2> /dev/null
+            kill -s "${STOP_SIGNAL:-TERM}" $run 2> /dev/null
         fi
     done
     sleep 0.5
