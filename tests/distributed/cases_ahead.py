@@ -30,7 +30,7 @@ def ahead_flags(context: Context, *extra: str) -> list[str]:
 def engine(*, lazy: bool = False) -> Iterator[None]:
     """Runs draw with a `CopyingEngine`."""
     with mock.patch(
-        "megatron_brain.stages.brain.rounds.open_engine", lambda run, prompts: CopyingEngine(run, lazy=lazy)
+        "megatron_brain.stages.brain.rounds.open_engine", lambda run, *prompts: CopyingEngine(run, lazy=lazy)
     ):
         yield
 

@@ -21,8 +21,12 @@ class Loop(Trainer):
         self.config = SimpleNamespace(
             training=TrainingConfig(eval_interval=2, **training), checkpoint=CheckpointConfig(save=save)
         )
-        self.parallel, self.stage, self.iteration = single, SimpleNamespace(train_iters=6), iteration
-        self._validated_at, self._saver = validated_at, None
+        self.parallel, self.stage, self.iteration = (
+            single,
+            SimpleNamespace(train_iters=6, end_reason=lambda: None),
+            iteration,
+        )
+        self._validated_at, self._saver, self._best = validated_at, None, None
         self.done, self._during = [], during
 
     def _logged_step(self):
