@@ -65,6 +65,7 @@ if [ -n "${URL_FILE:-}" ]; then rm -f "$URL_FILE"; fi
 servers=() urls=()
 # shellcheck disable=SC2329 # The trap calls it.
 stop() {
+    exec 2> /dev/null # The shell would report each server that it ends.
     trap "" TERM INT HUP
     for server in "${servers[@]}"; do kill -TERM -- "-$server" 2> /dev/null || true; done
     for ((i = 0; i < ${STOP_SECONDS:-30} * 10; i++)); do
