@@ -1,0 +1,201 @@
+"""A trainer of ours and one of transformers or TRL, both a step at a time, so that their steps can be timed."""
+
+import argparse
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from transformers import Trainer as HFTrainer
+
+from benchmarks.real_work import Work
+from megatron_brain.config.loader import config_from_dict
+from megatron_brain.data.groups import Group
+from megatron_brain.errors import ConfigError
+from megatron_brain.training.run import Run
+from megatron_brain.training.start import open_run
+from megatron_brain.training.trainer import Stage, Trainer
+
+_MANY_STEPS = 1_000_000
+"""More steps than are ever taken."""
+
+LR = 5e-5
+"""Learning rate of both sides. It is so large that a few steps change the loss visibly, which is compared."""
+
+_ADAM = {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95}
+
+_LOSS_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.03}
+"""Largest difference of losses that rounding explains, relative to the larger of the loss and 1."""
+
+
+def open_stage_run(work: Work, stage: str, **settings: object) -> Run:
+    """A run of one of our stages with the optimizer that both sides have. It saves nothing."""
+    common = {
+        "bf16": work.dtype == torch.bfloat16,
+        "train_iters": _MANY_STEPS,
+        "lr": LR,
+        "lr_decay_style": "constant",
+        **_ADAM,
+        "adam_eps": 1e-8,
+        "clip_grad": 1.0,
+        "seed": work.seed,
+        "progress": False,
+    }
+    return open_run(config_from_dict(stage, common | settings, "the benchmark"))
+
+
+class OurTrainer:
+    """Our trainer and stage. `step` takes a step as the training loop does; `losses` are those before each step."""
+
+    def __init__(self, run: Run, make_stage: Callable[[Run], Stage]) -> None:
+        self.run = run
+        self.stage = make_stage(run)
+        self.trainer = Trainer(run, self.stage)
+        self.losses: list[float] = []
+
+    def groups(self) -> list[Group]:
+        """The groups of the next step."""
+        return [group for micro_batch in self.stage.micro_batches(self.trainer) for group in micro_batch]
+
+    def step(self) -> None:
+        """Take one optimizer step, its batch included."""
+        self.losses.append(self.trainer.step(self.stage.micro_batches(self.trainer))["loss"])
+
+
+def add_peer_arguments(parser: argparse.ArgumentParser, *, micro_batch: int, peer_micro_batch: int, of: str) -> None:
+    """Add flags of the two sides' batches, and of TRL's weights. The defaults are the fastest of those tried."""
+    group = parser.add_argument_group("sides")
+    group.add_argument("--micro-batch-size", type=int, default=micro_batch, help=f"{of} of a pass, ours [%(default)s]")
+    group.add_argument("--peer-micro-batch-size", type=int, default=peer_micro_batch, help=f"{of}, TRL [%(default)s]")
+    group.add_argument(
+        "--peer-weights",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of TRL's weights and moments; float32 computes in --dtype by autocast [%(default)s]",
+    )
+
+
+def peer_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Dtype of the weights of TRL's trainer."""
+    return getattr(torch, args.peer_weights)
+
+
+def peer_settings(work: Work, args: argparse.Namespace, *, batch: int) -> dict:
+    """Arguments of a trainer of transformers or TRL: our optimizer, and neither files nor trackers.
+
+    Activations are kept: TRL's default computes them a second time, which saves memory and would only slow it down.
+
+    Args:
+        work: what is trained.
+        args: the flags of `add_peer_arguments`.
+        batch: samples of an optimizer step.
+
+    Raises:
+        ConfigError: micro-batches do not fill the batch.
+    """
+    size = args.peer_micro_batch_size
+    if size < 1 or batch % size:
+        raise ConfigError(f"--peer-micro-batch-size {size} does not divide the {batch} samples of a step")
+    return {
+        "optim": "adamw_torch_fused",
+        **_ADAM,
+        "adam_epsilon": 1e-8,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "max_steps": _MANY_STEPS,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": batch // size,
+        "bf16": work.dtype == torch.bfloat16 and args.peer_weights == "float32",
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "output_dir": str(work.folder / "peer"),
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": work.seed,
+    }
+
+
+class PeerTrainer:
+    """A trainer whose `step` takes one optimizer step. Leaving the context ends its loop."""
+
+    def __init__(self, trainer: HFTrainer) -> None:
+        self.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Pause(self))
+        self.losses: list[float] = []
+        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.stopping = False
+        self._error: BaseException | None = None
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._train, daemon=True)
+
+    def __enter__(self) -> "PeerTrainer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stopping = True
+        self.go.release()
+        self._thread.join()
+
+    def _train(self) -> None:
+        self.go.acquire()
+        if self.stopping:
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            self.trainer.train()
+        except BaseException as error:
+            self._error = error
+        self.done.release()
+
+    def step(self) -> None:
+        """Take a step.
+
+        Raises:
+            whatever the trainer raised.
+        """
+        self.go.release()
+        self.done.acquire()
+        if self._error is not None:
+            raise self._error
+
+
+class _Pause(TrainerCallback):
+    """Waits after each step's log, the last thing that a step does."""
+
+    def __init__(self, peer: PeerTrainer) -> None:
+        self._peer = peer
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" not in logs:
+            return  # The summary at the end.
+        self._peer.losses.append(logs["loss"])
+        self._peer.done.release()
+        self._peer.go.acquire()
+        if self._peer.stopping:
+            control.should_training_stop = True
+
+
+def compare_losses(ours: Sequence[float], theirs: Sequence[float], work: Work, failures: list[str]) -> dict:
+    """Losses before the first and the last update. The second tells whether updates were the same too.
+
+    A difference that rounding does not explain is added to `failures`.
+    """
+    report = {}
+    limit = _LOSS_LIMITS[work.dtype]
+    for when, place in (("first", 0), ("last", -1)):
+        mine, peers = ours[place], theirs[place]
+        report[when] = {"ours": mine, "baseline": peers}
+        if not abs(mine - peers) <= limit * max(abs(peers), 1.0):
+            failures.append(f"the {when} losses are {mine:.4f} and {peers:.4f}: they may differ by {limit:g} of them")
+    return report
+
+
+def required(least: float, ratio: float) -> dict:
+    """The ratio that is required of the default sizes and a model of 135M parameters, and whether it is reached."""
+    return {"required_ratio": least, "reached": ratio >= least}
