@@ -18,9 +18,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_brain.checkpointing.boxes import Box, range_boxes
+from megatron_brain.checkpointing.boxes import Box, BoxPart, range_boxes
 from megatron_brain.models.fp8.state import scales
-from megatron_brain.models.fp8.weights import outlined
+from megatron_brain.models.fp8.weights import in_full, outlined
 from megatron_brain.models.initialize import VOCABULARY_WEIGHTS, sharded_tensors
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
@@ -50,6 +50,34 @@ def model_boxes(chunks: Sequence[Chunk]) -> list[Box]:
         Box(key=block.key, shape=block.shape, offset=block.offset, data=block.data)
         for chunk in chunks
         for block in _blocks(chunk)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBox:
+    """A box of a weight of this rank, in the parameter's flat elements from `start` on."""
+
+    part: BoxPart
+    parameter: Tensor
+    start: int
+
+    def read(self) -> Tensor:
+        """The values: a view of the parameter, or a copy where it exists only in FP8."""
+        flat = in_full(self.parameter).detach().view(-1)
+        return flat[self.start : self.start + math.prod(self.part.size)].view(self.part.size)
+
+
+def weight_boxes(chunks: Sequence[Chunk]) -> list[WeightBox]:
+    """The weights of this rank's chunks, as the chunks compute with them. Nothing is read before it is asked for."""
+    return [
+        WeightBox(
+            part=BoxPart(key=block.key, dtype=parameter.dtype, shape=block.shape, offset=block.offset, size=block.size),
+            parameter=parameter,
+            start=block.start,
+        )
+        for chunk in chunks
+        for parameter, blocks in _blocks_by_parameter(chunk)
+        for block in blocks
     ]
 
 
@@ -214,8 +242,7 @@ def _name(sharded: ShardedTensor) -> str:
 def _blocks_by_parameter(chunk: Chunk) -> Iterator[tuple[Parameter, list[_Block]]]:
     """Each parameter with the blocks that lie in it. Their places in memory tell which these are."""
     with outlined([chunk]) as outlines:
-        trained = {id(p): p for p in chunk.parameters() if p.requires_grad}.values()
-        parameters = sorted(trained, key=_place)
+        parameters = sorted(chunk.parameters(), key=_place)
         blocks = _blocks(chunk)
     starts = [_place(parameter) for parameter in parameters]
     found: dict[int, list[_Block]] = {i: [] for i in range(len(parameters))}

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
             hf_model_type=args.hf_model_type,
             chat_template=args.chat_template,
             verify=args.verify,
+            untie=args.untie,
         )
 
     return command.run(args, args.load, prepare)
@@ -57,6 +58,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="compare what is read with its checksums [on]",
+    )
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="write the output layer of a tied model too, as inference servers need it to take over new weights",
     )
     command.add_arguments(parser)
     return parser.parse_args(argv)

@@ -23,10 +23,11 @@ from megatron_brain.config.model import ModelConfig, ResolvedModel
 from megatron_brain.errors import ConfigError
 from megatron_brain.flag_types import finite, positive, whole
 from megatron_brain.models.architecture import resolve
-from megatron_brain.planning.machine import GIB, MACHINES
+from megatron_brain.planning.machine import GIB, MACHINES, Machine
 from megatron_brain.planning.presets import PRESETS, preset
-from megatron_brain.planning.report import as_json, flags, memory_table, rejection_table, time_table
-from megatron_brain.planning.search import Plan, Question, Rejection, search, training_stages
+from megatron_brain.planning.question import Question, training_stages
+from megatron_brain.planning.report import as_json, engine_table, flags, memory_table, rejection_table, time_table
+from megatron_brain.planning.search import Plan, Rejection, search
 
 _NARROWEST = 145  # columns that the tables need; with fewer they only wrap
 
@@ -76,6 +77,8 @@ def _show(question: Question, args: argparse.Namespace, plans: Sequence[Plan], r
         top = plans[: args.top]
         console.print(time_table(top))
         console.print(memory_table(top, question))
+        if question.engine_gpus is not None:
+            console.print(engine_table(top))
     if rejections:
         console.print(rejection_table(rejections))
     if plans:
@@ -87,7 +90,7 @@ def _question(args: argparse.Namespace) -> Question:
     return Question(
         stage=args.stage,
         model=_model(args.model),
-        machine=dataclasses.replace(MACHINES[args.gpu], gpus_per_node=args.gpus_per_node),
+        machine=_machine(args),
         gpus=args.gpus,
         prompt_length=args.prompt_length,
         response_length=args.response_length,
@@ -106,7 +109,29 @@ def _question(args: argparse.Namespace) -> Question:
         two_pass=args.two_pass,
         reward_model=None if args.reward_model is None else _model(args.reward_model),
         reserved_bytes=int(args.reserved_memory * GIB),
+        engine_gpus=args.engine_gpus,
+        engine_tensor_parallel=args.engine_tensor_parallel,
+        rounds_ahead=args.rounds_ahead,
     )
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    machine = dataclasses.replace(MACHINES[args.gpu], gpus_per_node=args.gpus_per_node)
+    if args.storage_bandwidth is None:
+        return machine
+    return dataclasses.replace(machine, storage_bandwidth=args.storage_bandwidth * 1e9)
+
+
+def _gpus_or_auto(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
+def _rate(text: str) -> float:
+    """A number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def _model(name: str) -> ResolvedModel:
@@ -127,7 +152,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", required=True, help=f"Hugging Face directory, or one of {', '.join(PRESETS)}")
-    group.add_argument("--gpus", type=positive, required=True, help="GPUs of the cluster")
+    group.add_argument("--gpus", type=positive, required=True, help="GPUs that train")
     group.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="kind of GPU")
     group.add_argument("--gpus-per-node", type=positive, default=8, help="GPUs that NVLink connects")
     group.add_argument("--reserved-memory", type=finite, default=6.0, help="GiB of a GPU that estimates leave alone")
@@ -150,6 +175,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--reward-model", help="as --model; unset: the policy's sizes")
     group.add_argument("--offload-prior", action=switch, default=False, help="keep the prior in host memory")
     group.add_argument("--offload-reward", action=switch, default=False, help="keep the reward model in host memory")
+    group = parser.add_argument_group("vLLM servers (brain)")
+    group.add_argument("--engine-gpus", type=_gpus_or_auto, help="more GPUs, of servers that draw; auto: enough")
+    group.add_argument("--engine-tensor-parallel", type=positive, help="GPUs of one server; unset: the best")
+    group.add_argument("--rounds-ahead", type=int, choices=(0, 1), default=0, help="1: draw while the policy trains")
+    group.add_argument("--storage-bandwidth", type=_rate, help="GB/s of a node to shared storage; unset: 5")
     group = parser.add_argument_group("output")
     group.add_argument("--top", type=positive, default=10, help="layouts that the tables show")
     group.add_argument("--json", metavar="FILE", help="write all layouts and rejections; - is standard output alone")

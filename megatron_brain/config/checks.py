@@ -24,6 +24,7 @@ def require(config: RunConfig) -> None:
         _check_training(config)
     if spec_of(config).work(config).draws:
         _check_response_length(config)
+    _check_reward_timeout(config)
     require_fp8(config)
 
 
@@ -65,6 +66,13 @@ def require_set(config: RunConfig, *names: str) -> None:
             raise ConfigError(f"{key} is not set: the {config.stage} stage needs --{key.replace('_', '-')}")
 
 
+def require_reward(config: RunConfig, *others: str) -> None:
+    """Raise ConfigError where nothing gives responses a reward; `others` are flags that would do, too."""
+    if not config.scoring.rewards:
+        flags = [*("--reward-load", "--reward-function", "--reward-url"), *others]
+        raise ConfigError(f"no reward: the {config.stage} stage needs {', '.join(flags[:-1])} or {flags[-1]}")
+
+
 def require_data_and_start(config: RunConfig) -> None:
     """Raise ConfigError where --train-data, a model or a tokenizer is missing."""
     require_set(config, "data.train_data")
@@ -98,6 +106,17 @@ def _check_training(config: RunConfig) -> None:
         raise ConfigError(
             f"seq_length={config.data.seq_length} is not a multiple of tensor_model_parallel_size={size}, over which "
             f"sequence_parallel splits it: use {nearest_multiples(config.data.seq_length, size)}"
+        )
+
+
+def _check_reward_timeout(config: RunConfig) -> None:
+    """Check that processes which wait for a function or a server do so for longer than it may take."""
+    limit = 60 * config.parallel.distributed_timeout_minutes
+    if config.scoring.reads_records and config.scoring.reward_timeout >= limit:
+        raise ConfigError(
+            f"reward_timeout={config.scoring.reward_timeout:g} seconds: the other processes wait for the rewards in a "
+            f"collective, which fails after distributed_timeout_minutes={limit // 60}; lower it, or raise "
+            f"--distributed-timeout-minutes to {int(config.scoring.reward_timeout // 60) + 1} or more"
         )
 
 

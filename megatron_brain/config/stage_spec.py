@@ -68,7 +68,9 @@ class ScoringModel:
     """A frozen model that a stage uses for scores or comparison, on the policy's layout."""
 
     name: str
-    """NAME in its flag --NAME-load: `prior`, `reward` or `baseline`."""
+    """`prior`, `reward` or `baseline`; of several reward models `reward NAME`. No other model of the run has it."""
+    flag: str
+    """The flag that gives its checkpoint."""
     head: Head
     load: str | None
     """Its checkpoint; None: the checkpoint that the run starts from."""
@@ -76,16 +78,31 @@ class ScoringModel:
     """Whether its weights are in host memory while it does not score."""
 
 
-def prior_and_reward(config: RunConfig) -> tuple[ScoringModel, ...]:
-    """The models of the scoring section: the prior, and the reward model where one is given."""
+def prior_and_rewards(config: RunConfig) -> tuple[ScoringModel, ...]:
+    """The models of the scoring section: the prior, and the reward models where some are given."""
     scoring = config.scoring
-    prior = ScoringModel(name="prior", head="policy", load=scoring.prior_load, offloaded=scoring.offload_prior)
-    if scoring.reward_load is None:
-        return (prior,)
+    prior = ScoringModel(
+        name="prior", flag="--prior-load", head="policy", load=scoring.prior_load, offloaded=scoring.offload_prior
+    )
+    models = [part for part in scoring.rewards if part.kind == "model"]
     return (
         prior,
-        ScoringModel(name="reward", head="reward", load=scoring.reward_load, offloaded=scoring.offload_reward),
+        *(
+            ScoringModel(
+                name="reward" if len(models) == 1 else f"reward {part.name}",
+                flag=part.flag,
+                head="reward",
+                load=part.source,
+                offloaded=scoring.offload_reward,
+            )
+            for part in models
+        ),
     )
+
+
+def reward_code(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The functions of the scoring section, each as the flag that names it and its `path/to/file.py:function`."""
+    return tuple((part.flag, part.source) for part in config.scoring.rewards if part.kind == "function")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +120,8 @@ class Work:
     draws: bool = False
     """Whether the run draws responses."""
     scoring: tuple[ScoringModel, ...] = ()
-    user_code: tuple[str, str | None] | None = None
-    """The flag that names a function of the user, and its value `path/to/file.py:function`."""
+    user_code: tuple[tuple[str, str], ...] = ()
+    """Functions of the user, each as the flag that names it and its value `path/to/file.py:function`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_brain.config.objectives import OBJECTIVE_TRAITS
+from megatron_brain.config.rewards import RewardPart, reward_parts
 from megatron_brain.errors import ConfigError
 
 
@@ -67,19 +68,59 @@ class SamplingConfig:
 
 @dataclass(kw_only=True)
 class ScoringConfig:
-    """Frozen models that score responses. They share the layout of the policy."""
+    """What scores responses: frozen models on the layout of the policy, functions, and servers."""
 
     prior_load: str | None = None
     """Checkpoint of the prior p, the SFT model; default: the checkpoint that a --finetune run starts from."""
 
     reward_load: str | None = None
-    """Checkpoint of the reward model r."""
+    """Checkpoint of the reward model r; several with commas: the mean of their standardised rewards."""
+
+    reward_function: str | None = None
+    """Rewards `path/to/file.py:function` of (prompts, responses, records), several with commas; see docs/rewards.md."""
+
+    reward_url: str | None = None
+    """Addresses of servers that answer POST requests with rewards, with commas between them; see docs/rewards.md."""
+
+    reward_weights: str | None = None
+    """Weights w1,w2,... of the reward models, functions and servers in the reward, in this order; unset: 1 each."""
+
+    reward_timeout: float = 300.0
+    """Longest wait for a --reward-function or --reward-url to score a replica's responses of a round, in seconds."""
+
+    reward_batch_size: int = 32
+    """Responses in one request to a --reward-url."""
+
+    reward_concurrency: int = 8
+    """Requests of one data-parallel replica that are under way to a --reward-url at one time."""
 
     offload_prior: bool = False
     """Keep the prior's weights in host memory and bring them to the device only while it scores."""
 
     offload_reward: bool = False
-    """Keep the reward model's weights in host memory and bring them to the device only while it scores."""
+    """Keep the reward models' weights in host memory and bring each to the device only while it scores."""
+
+    def __post_init__(self) -> None:
+        if self.reward_weights is not None and not (self.reward_load or self.reward_function or self.reward_url):
+            raise ConfigError(
+                f"reward_weights={self.reward_weights}: there is no reward to weigh; give --reward-load, "
+                "--reward-function or --reward-url"
+            )
+        _ = self.rewards  # It checks their names and weights.
+        for name in ("reward_timeout", "reward_batch_size", "reward_concurrency"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ConfigError(f"{name}={value}: must be positive")
+
+    @property
+    def rewards(self) -> tuple[RewardPart, ...]:
+        """The parts of the reward; none where no reward is given."""
+        return reward_parts(self.reward_load, self.reward_function, self.reward_url, self.reward_weights)
+
+    @property
+    def reads_records(self) -> bool:
+        """Whether a part of the reward reads the other fields of the records."""
+        return self.reward_function is not None or self.reward_url is not None
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ The order of sums matters too: on a pretrained model's logits, transformers' own
 models are compared on padded rows, because with a wrong padding token transformers reads the reward at a wrong place.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,7 +200,9 @@ def _run_hf(
         advance()
 
     files = SafetensorsReader(source.directory)
-    names = check_tensors(files, source, model)
+    # What was written may be untied where the checkpoint is tied.
+    untied = source.architecture["untie_embeddings_and_output_weights"]
+    names = check_tensors(files, source, dataclasses.replace(model, untie_embeddings_and_output_weights=untied))
     hf = streamed_hf_model(source, files, names, dtype, inputs.device)
     if hf.config.pad_token_id is None:
         hf.config.pad_token_id = inputs.pad_id

@@ -235,6 +235,11 @@ class Family:
             for source in weight.sources:
                 yield source.in_layer(layer), source.sizes(model)
 
+    def stored_key(self, weight: Weight, layer: int | None, model: ModelConfig) -> str:
+        """The name in a checkpoint of `model` of the values of a weight: a tied output layer is the embedding's."""
+        tied = weight == self.output and not model.untie_embeddings_and_output_weights
+        return self.embedding[0].key(None) if tied else weight.key(layer)
+
     def _head(self, model: ModelConfig, head: Head) -> list[Weight]:
         if head == "reward":
             return [self.reward_head]

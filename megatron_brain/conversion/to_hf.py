@@ -1,13 +1,11 @@
 """Converts a checkpoint to a Hugging Face directory. A shard is read while the one before it is written."""
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from torch import Tensor
 
@@ -22,6 +20,7 @@ from megatron_brain.conversion.compare import Comparison, compare_with_hf
 from megatron_brain.conversion.family import Weight
 from megatron_brain.conversion.generation_config import FILE as GENERATION_CONFIG
 from megatron_brain.conversion.generation_config import merged_generation_config
+from megatron_brain.conversion.hf_files import as_json, hf_config, index_json, special_ids
 from megatron_brain.conversion.registry import family_for_export, read_hf_model
 from megatron_brain.conversion.safetensors_files import INDEX
 from megatron_brain.conversion.workers import Workers
@@ -43,9 +42,11 @@ class ToHF:
         hf_model_type: family to write. None means the one the model came from, else the first that can express it.
         chat_template: file of a template that replaces the tokenizer's. None means the tokenizer's own.
         verify: whether to compare what is read with its checksums.
+        untie: whether to write the output layer of a tied model too, as one that is not tied has it.
 
     Raises:
-        ConfigError: there is no checkpoint, transformers cannot express it, or a size cannot be read.
+        ConfigError: there is no checkpoint, transformers cannot express it, a size cannot be read, or a reward model,
+            which has no output layer, is to be untied.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ToHF:
         hf_model_type: str | None,
         chat_template: str | None = None,
         verify: bool = True,
+        untie: bool = False,
     ) -> None:
         self.info = read_info(load)
         self._verify = verify
@@ -66,14 +68,15 @@ class ToHF:
         if hf_model_type is not None:
             model = dataclasses.replace(model, hf_model_type=hf_model_type)
         self.model = model
+        self._written = self._untied() if untie else model
         self.dtype = dtype or (torch.bfloat16 if self.info.bf16 else torch.float32)
-        self.family = family_for_export(model)
-        self.config = self._config()
+        self.family = family_for_export(self._written)
         self.tokenizer = build_tokenizer(self.info.tokenizer_type, self.info.tokenizer_dir, chat_template)
         check_fits(self.tokenizer, model.vocab_size)
+        self.config = hf_config(self.family, self._written, self.info.head, self.dtype, self.tokenizer)
         self._index = read_index(self.info.path)
         self._check_weights()
-        self._sizes = {name: self._meta(shape) for name, shape in self.family.tensors(model, self.info.head)}
+        self._sizes = {name: self._meta(shape) for name, shape in self.family.tensors(self._written, self.info.head)}
         self._split = _split(self._sizes, max_shard_size)
         self.nbytes = self._split.metadata["total_size"]
 
@@ -111,6 +114,13 @@ class ToHF:
         source = read_hf_model(folder)
         return compare_with_hf(source, self.info, self.model, self.tokenizer, self.dtype, parallel, advance=advance)
 
+    def _untied(self) -> ModelConfig:
+        if self.info.head == "reward":
+            raise ConfigError(
+                f"--untie: {self.info.path} is a reward model, which has no output layer to untie; drop the flag"
+            )
+        return dataclasses.replace(self.model, untie_embeddings_and_output_weights=True)
+
     def _check_weights(self) -> None:
         """Check that the checkpoint has the weights of its architecture and no others."""
         entries = self.family.entries(self.model, self.info.head)
@@ -135,12 +145,13 @@ class ToHF:
     def _read_shard(self, names: set[str]) -> dict[str, Tensor]:
         """Tensors of a shard by name, rounded to the type that is written."""
         tensors = {}
-        for weight, layer in self.family.entries(self.model, self.info.head):
+        for weight, layer in self.family.entries(self._written, self.info.head):
             wanted = [source.in_layer(layer) for source in weight.sources]
             if names.isdisjoint(wanted):
                 continue
             shape = weight.shape(self.model)
-            whole = BoxPart(key=weight.key(layer), dtype=self.dtype, shape=shape, offset=(0,) * len(shape), size=shape)
+            key = self.family.stored_key(weight, layer, self.model)
+            whole = BoxPart(key=key, dtype=self.dtype, shape=shape, offset=(0,) * len(shape), size=shape)
             if weight.fusion.stacks:
                 tensors |= self._read_stacked(whole, weight, layer, names)
             else:
@@ -166,7 +177,7 @@ class ToHF:
         it, and `folder` must not have a config.json yet."""
         with tempfile.TemporaryDirectory(dir=folder) as name:
             scratch = Path(name)
-            _write_json(scratch / "config.json", {**self.config, **self._ids})
+            write_whole(scratch / "config.json", as_json(self.config))
             self.tokenizer.export(scratch, self.info.head)
             (scratch / "config.json").unlink()
             for path in scratch.iterdir():
@@ -174,34 +185,12 @@ class ToHF:
 
     def _write_small_files(self, folder: Path) -> None:
         if self._split.is_sharded:
-            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            write_whole(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_whole(folder / INDEX, index_json(self._split.metadata, self._split.tensor_to_filename))
         if self.info.head == "policy":
-            _write_json(folder / GENERATION_CONFIG, merged_generation_config(self.info.generation_config, self._ids))
+            generation = merged_generation_config(self.info.generation_config, special_ids(self.tokenizer))
+            write_whole(folder / GENERATION_CONFIG, as_json(generation))
         sync_tree(folder, but="*.safetensors")  # Those are synced already.
-        _write_json(folder / "config.json", {**self.config, **self._ids})
-
-    @property
-    def _ids(self) -> dict[str, int | None]:
-        return {
-            "bos_token_id": self.tokenizer.bos_id,
-            "eos_token_id": self.tokenizer.eos_id,
-            "pad_token_id": self.tokenizer.pad_id,
-        }
-
-    def _config(self) -> dict:
-        """config.json without the tokenizer's ids."""
-        is_policy = self.info.head == "policy"
-        reward = {"problem_type": "regression", "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        return {
-            "architectures": [self.family.policy_class if is_policy else self.family.reward_class],
-            **self.family.hf_config(self.model),
-            # This is transformers 4's name, and transformers 5 reads it as well.
-            "torch_dtype": str(self.dtype).removeprefix("torch."),
-            # Some versions take a model without this key for an old one.
-            "transformers_version": transformers.__version__,
-            **({} if is_policy else reward),
-        }
+        write_whole(folder / "config.json", as_json(self.config))
 
 
 def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
@@ -216,7 +205,3 @@ def _split(sizes: dict[str, Tensor], max_shard_size: str) -> StateDictSplit:
     if size <= 0:
         raise ConfigError(f"--max-shard-size {max_shard_size}: must be positive")
     return split
-
-
-def _write_json(path: Path, values: dict) -> None:
-    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_brain.data import conversations
@@ -26,6 +26,7 @@ _LARGEST = sys.float_info.max
 _WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight")
 _DISLIKED = ("false", "0", "0.0", "no")
 """Spellings of a `label` of unpaired preferences that says that the completion is a bad one."""
+_PROMPT_FIELDS = ("id", "prompt", "messages", "completion", "chosen", "rejected")
 _TOKEN_MASKS = ("loss_mask", "completion_mask", "assistant_mask", "assistant_masks")
 
 
@@ -41,6 +42,8 @@ class Draft:
     margin: float = 0.0
     reference: str | None = None
     record_id: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of a prompt: the fields of the record that make neither the prompt nor the reference."""
 
 
 def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: str, *, multi_turn_loss: bool) -> Draft:
@@ -88,6 +91,7 @@ def draft_prompt(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) ->
     """
     _refuse_unsupported(record, where)
     record_id = where if record.get("id") is None else str(record["id"])
+    fields = {name: value for name, value in record.items() if name not in _PROMPT_FIELDS}
     prompt, answer, key = _prompt_and_reference(record, where)
     if not conversations.is_messages(prompt):
         if conversations.is_messages(answer):
@@ -95,14 +99,15 @@ def draft_prompt(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) ->
         if answer is not None:
             _check_text(answer, key, where)
         text = _check_text(prompt, "prompt", where)
-        return Draft(where=where, prompt=text, reference=answer, record_id=record_id)
+        return Draft(where=where, prompt=text, reference=answer, record_id=record_id, fields=fields)
     messages = conversations.check_messages(prompt, "prompt", where)
     chat = _chat(tokenizer, record, messages, where)
     if conversations.is_messages(answer):
         answer = _reference_text(tokenizer, record, messages, conversations.check_messages(answer, key, where), where)
     if answer is not None:
         _check_text(answer, key, where)
-    return Draft(where=where, prompt=render_prompt(chat), kind="chat", reference=answer, record_id=record_id)
+    prompt = render_prompt(chat)
+    return Draft(where=where, prompt=prompt, kind="chat", reference=answer, record_id=record_id, fields=fields)
 
 
 def _prompt_and_reference(record: Mapping[str, Any], where: str) -> tuple[Any, Any, str]:

@@ -7,6 +7,7 @@ prepare or check data all use these two steps, so all of them find the same erro
 
 from __future__ import annotations
 
+import json
 import struct
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,6 +21,7 @@ import numpy
 from megatron_brain.data.contents import Contents, contents_of, hash_item
 from megatron_brain.data.drafts import Draft, draft_demonstration, draft_preference, draft_prompt
 from megatron_brain.data.groups import Group
+from megatron_brain.data.json_values import require_json
 from megatron_brain.data.lengths import (
     Ids,
     LengthLimits,
@@ -62,6 +64,17 @@ class Prompt:
     record_id: str
     chat: bool = False
     """Whether a chat template rendered the prompt. If so, a response to it ends a turn."""
+    fields: Mapping[str, Any] | None = None
+    """The other fields of the record, as JSON values; None where nothing in the run reads them."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a reward function or server gets as the record: `id`, the other fields, and as `completion` the text of
+        the reference, if there is one. Empty where the fields are not kept."""
+        if self.fields is None:
+            return {}
+        completion = {} if self.reference is None else {"completion": self.reference}
+        return {"id": self.record_id, **self.fields, **completion}
 
 
 class Tokenised(NamedTuple):
@@ -89,6 +102,8 @@ class RecordReader(ABC, Generic[Item]):
     """The kind of the items: `Group`, `PreferencePair` or `Prompt`."""
     num_responses: ClassVar[int]
     """Number of responses of an item."""
+    keeps_fields: bool = False
+    """Whether items hold the fields of their records that the stage itself does not read."""
 
     def __init__(self, tokenizer: Tokenizer, limits: LengthLimits) -> None:
         if limits.seq_length < 2:
@@ -255,13 +270,16 @@ class PromptReader(RecordReader[Prompt]):
 
     Records: any of the formats above. The reference is ``completion``, ``chosen`` or the last assistant message, if
     any. A prompt may have `max_prompt_length` tokens and must leave `room` tokens of `seq_length` for a response.
+    With `keeps_fields` it holds the other fields of its record, for rewards that read them.
     """
 
     stage, item_kind, num_responses = "brain", "prompt", 0
 
-    def __init__(self, tokenizer: Tokenizer, limits: LengthLimits, *, room: int = 1) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limits: LengthLimits, *, room: int = 1, keeps_fields: bool = False
+    ) -> None:
         super().__init__(tokenizer, limits)
-        self.room = room
+        self.room, self.keeps_fields = room, keeps_fields
         left = limits.seq_length - room
         self.longest = min(left, limits.max_prompt_length or left)
         if self.longest < 1:
@@ -271,7 +289,11 @@ class PromptReader(RecordReader[Prompt]):
             )
 
     def draft(self, where: str, record: Mapping[str, Any]) -> Draft:
-        return draft_prompt(self.tokenizer, record, where)
+        draft = draft_prompt(self.tokenizer, record, where)
+        if self.keeps_fields:
+            for name, value in draft.fields.items():
+                require_json(value, f"field {name!r}, which the reward reads,", where)
+        return draft
 
     def fit(self, tokenised: Tokenised, counts: Counter[str]) -> Prompt | None:
         draft, prompt, _ = tokenised
@@ -288,13 +310,15 @@ class PromptReader(RecordReader[Prompt]):
             reference=draft.reference,
             record_id=draft.record_id,
             chat=draft.kind == "chat",
+            fields=draft.fields if self.keeps_fields else None,
         )
 
     def ids(self, item: Prompt) -> tuple[Ids, ...]:
         return (item.tokens,)
 
     def hash(self, item: Prompt) -> int:
-        return hash_item(self.ids(item), (item.reference or "").encode())
+        fields = json.dumps(item.fields, sort_keys=True) if self.keeps_fields else ""
+        return hash_item(self.ids(item), ((item.reference or "") + fields).encode())
 
     def settings(self) -> dict[str, Any]:
         names = ("seq_length", "max_prompt_length", "overlong")

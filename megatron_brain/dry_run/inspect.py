@@ -7,6 +7,7 @@ and data that are on this machine, and names those that are not. It looks at no 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_brain.config.rewards import describe
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import RunLength, check_warmup, length_of_rounds
 from megatron_brain.config.stage_spec import RecordSource, spec_of
@@ -31,7 +32,7 @@ class Findings:
     config: RunConfig
     """The resolved settings, with the date for chat templates."""
     scoring: Mapping[str, FrozenCheckpoint]
-    """The scoring models that are on this machine, by the name in --NAME-load."""
+    """The scoring models that are on this machine, by `ScoringModel.name`."""
     search: Search
     """What was looked at, and what is not on this machine."""
     num_samples: int | None
@@ -62,9 +63,7 @@ def inspect(config: RunConfig) -> Findings:
     for found in scoring.values():
         what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
         search.checked.append(f"{found.info.path}: {what}")
-    flag, code = spec_of(config).work(config).user_code or ("", None)
-    if code is not None:
-        search.finds(flag, code.rpartition(":")[0], "the code that it names")
+    _look_at_rewards(config, search)
     num_samples, length = _read_sources(config, tokenizer, search)
     if spec_of(config).trains and length.train_iters is not None:
         check_warmup(config, length.train_iters)
@@ -72,6 +71,18 @@ def inspect(config: RunConfig) -> Findings:
     return Findings(
         resolved=resolved, config=config, search=search, scoring=scoring, num_samples=num_samples, length=length
     )
+
+
+def _look_at_rewards(config: RunConfig, search: Search) -> None:
+    """Note what the reward is the sum of. Functions are not called, and servers are not asked."""
+    rewards = config.scoring.rewards
+    if rewards:
+        search.checked.append(f"reward: {describe(rewards)}")
+    for flag, code in spec_of(config).work(config).user_code:
+        search.finds(flag, code.rpartition(":")[0], "the code that it names")
+    for part in rewards:
+        if part.kind == "url":
+            search.absent.append(f"{part.flag} {part.source}: whether it answers; a dry run asks no server")
 
 
 def _weights(resolved: ResolvedRun) -> str:

@@ -6,7 +6,9 @@ from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8_checks import validate_fp8_device
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import spec_of
+from megatron_brain.dry_run.engine import engine_rows
 from megatron_brain.dry_run.inspect import Findings
+from megatron_brain.dry_run.nodes import gpus_per_node
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import ARCHITECTURE_FIELDS
 from megatron_brain.planning.machine import GIB, MACHINES
@@ -15,13 +17,13 @@ from megatron_brain.planning.sizes import total_parameters
 from megatron_brain.planning.summary import (
     Row,
     fullest_rank,
+    gib,
     global_batch,
     learning_rate,
     section,
     sizes,
 )
 from megatron_brain.planning.workload import Layout, Workload, from_run_config
-from megatron_brain.runtime import launch
 
 Rows = list[Row]
 
@@ -41,6 +43,7 @@ def render(found: Findings) -> str:
         ("Model", _model(workload, layout)),
         ("Layout", _layout(layout)),
         ("Batch", _batch(config, workload, layout) if trains else _answers(workload, layout)),
+        *([("Engine", engine_rows(config, workload, layout))] if workload.generates else []),
         ("Memory per GPU, on the fullest (estimate)", _memory(config, workload, layout)),
         ("Schedule", _schedule(found) if trains else _prompts(found)),
         ("FP8", _fp8(config, workload)),
@@ -88,7 +91,7 @@ def _layout(layout: Layout) -> Rows:
         ("first data group", _ranks(range(0, tensor * data, tensor))),
         ("first pipeline group", _ranks(range(0, layout.world_size, tensor * data))),
     ]
-    gpus = _gpus_per_node(layout.world_size)
+    gpus = gpus_per_node(layout.world_size)
     groups = [_ranks(range(start, min(start + tensor, gpus))) for start in range(0, gpus, tensor)]
     shared = "; ".join(groups) if tensor > 1 else "none"
     rows.append(("GPUs that share a layer", f"{shared} of the {gpus} of a node"))
@@ -97,11 +100,6 @@ def _layout(layout: Layout) -> Rows:
             ("warning", f"tensor-parallel groups of {tensor} do not stay on nodes of {gpus} GPUs, where NVLink ends")
         )
     return rows
-
-
-def _gpus_per_node(world_size: int) -> int:
-    """GPUs of a node as the launcher says, else eight."""
-    return min(launch.processes_of_node(default=8), world_size)
 
 
 def _ranks(ranks: range) -> str:
@@ -137,8 +135,9 @@ def _round(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     if workload.samples_responses:
         drawn = workload.drawn_per_prompt
         mine = math.ceil(prompts / layout.data) * drawn
+        at_once = "" if workload.drawn_by_servers else f", at most {workload.sampling_batch_size} at one time"
         rows += [
-            ("sampled on a replica", f"{mine} responses a round, at most {workload.sampling_batch_size} at one time"),
+            ("sampled on a replica", f"{mine} responses a round{at_once}"),
             ("tokens sampled a round", f"at most {prompts * drawn * workload.response_length:,}"),
         ]
     return rows
@@ -154,8 +153,11 @@ def _bubble(layout: Layout) -> str:
 
 
 def _answers(workload: Workload, layout: Layout) -> Rows:
+    responses = ("responses of a prompt", str(workload.samples_per_prompt))
+    if workload.drawn_by_servers:
+        return [responses]
     return [
-        ("responses of a prompt", str(workload.samples_per_prompt)),
+        responses,
         ("decoded at one time", f"at most {workload.sampling_batch_size} responses on each of {layout.data} replicas"),
     ]
 
@@ -165,19 +167,15 @@ def _memory(config: RunConfig, workload: Workload, layout: Layout) -> Rows:
     impl = "local" if config.model.transformer_impl == "local" else "transformer_engine"
     memory, there = estimate_memory(workload, layout, impl=impl), MACHINES["h100"].memory_bytes
     parts = {name: getattr(memory, name) for name in PARTS}
-    rows = [(name.replace("_", " "), _gib(size)) for name, size in parts.items() if size]
+    rows = [(name.replace("_", " "), gib(size)) for name, size in parts.items() if size]
     rows += [
-        ("total", f"{_gib(memory.total)} of the {there / GIB:.0f} GiB of an H100"),
+        ("total", f"{gib(memory.total)} of the {there / GIB:.0f} GiB of an H100"),
         ("at its most", f"in {memory.phase}, on pipeline stage {memory.pipeline_stage}"),
         ("not counted", "the CUDA context, NCCL's buffers, fragmentation"),
     ]
     if memory.total > there:
         rows.append(("warning", "this does not fit an H100"))
     return rows
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def _schedule(found: Findings) -> Rows:

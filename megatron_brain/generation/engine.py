@@ -10,11 +10,18 @@ from megatron_brain.models.gpt import PolicyModel
 Prompt = tuple[int, ...]
 
 
+class Interrupted(Exception):  # noqa: N818 # It is no error.
+    """The process was asked to stop while it waited for responses. All ranks raise it together."""
+
+
 class Pending(Protocol):
     """Responses that are being drawn."""
 
+    seconds: float
+    """Seconds that it took to draw them, known when `result` has returned."""
+
     def result(self) -> list[list[Completion]]:
-        """Wait for the responses. All ranks call it together."""
+        """Wait for the responses. All ranks call it together, and a signal to stop does not end the wait."""
 
 
 class Engine(Protocol):
@@ -24,6 +31,8 @@ class Engine(Protocol):
     ranks call `sample` with the same arguments and get the same responses.
     """
 
+    keeps_weights: bool
+    """Whether it has a copy of the weights, which need not be given again while they are the same."""
     holds: str | None
     """Label of the weights that it draws from; None before it was given any."""
 
@@ -47,6 +56,9 @@ class Engine(Protocol):
 
         Returns:
             as many responses to each prompt as it has seeds, in their order.
+
+        Raises:
+            Interrupted: the process was asked to stop.
         """
 
 

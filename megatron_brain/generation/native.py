@@ -18,6 +18,8 @@ class NativeEngine:
         eos_id: token that ends a response.
     """
 
+    keeps_weights = False
+
     def __init__(self, parallel: Parallel, *, eos_id: int) -> None:
         self._parallel, self._eos_id = parallel, eos_id
         self._chunks: Sequence[PolicyModel] = ()

@@ -1,4 +1,4 @@
-"""Keeps weights of frozen models in host memory while the device's memory is needed for something else."""
+"""Weights in host memory: of frozen models while they do nothing, and of a policy as it was some steps ago."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,8 +44,45 @@ class HostWeights:
         forget_weights(self._modules)
 
 
+class WeightsCopy:
+    """A copy of a model's weights in host memory, which can take the place of the model's own for a while.
+
+    For a CUDA device, host memory is pinned; this has not been run on one.
+
+    Args:
+        modules: modules whose parameters are copied; buffers are not.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self._modules = list(modules)
+        self._parameters = [parameter for module in modules for parameter in module.parameters()]
+        self._host = [_host_memory(parameter.data) for parameter in self._parameters]
+
+    def take(self) -> None:
+        """Copy the weights as they are now."""
+        for host, parameter in zip(self._host, self._parameters, strict=True):
+            host.copy_(parameter.data)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside of the context the model has the copied weights; then it has its own again, the same tensors."""
+        own = [parameter.data for parameter in self._parameters]
+        try:
+            for parameter, host in zip(self._parameters, self._host, strict=True):
+                parameter.data = host.to(parameter.device, non_blocking=True)
+            forget_weights(self._modules)
+            yield
+        finally:
+            for parameter, weight in zip(self._parameters, own, strict=True):
+                parameter.data = weight
+            forget_weights(self._modules)
+
+
 def _to_host(weight: torch.Tensor) -> torch.Tensor:
     if weight.device.type == "cpu":
         return weight
-    host = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
-    return host.copy_(weight)
+    return _host_memory(weight).copy_(weight)
+
+
+def _host_memory(weight: torch.Tensor) -> torch.Tensor:
+    return torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.device.type != "cpu")

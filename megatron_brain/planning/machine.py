@@ -37,6 +37,9 @@ class Machine:
     host_bandwidth: float
     """PCIe: bandwidth between GPU and host memory."""
 
+    storage_bandwidth: float
+    """Bandwidth of a node to the storage that all nodes share, to read or to write, as reached: no share is taken."""
+
     gpus_per_node: int = 8
 
     efficiency: float
@@ -55,6 +58,10 @@ class Machine:
     def host_seconds(self, size: float) -> float:
         """Seconds to move `size` bytes to or from host memory."""
         return size / (self.host_bandwidth * self.efficiency)
+
+    def storage_seconds(self, size: float) -> float:
+        """Seconds in which one node reads or writes `size` bytes of shared storage."""
+        return size / self.storage_bandwidth
 
     def link_seconds(self, volume: float, *, size: int, stride: int) -> float:
         """Seconds in which a GPU of a ring over `size` ranks that are `stride` apart sends `volume` bytes."""
@@ -85,6 +92,7 @@ _H100: dict[str, Any] = {
     "node_bandwidth": 450e9,
     "network_bandwidth": 50e9,
     "host_bandwidth": 64e9,
+    "storage_bandwidth": 5e9,  # no data sheet says it: ours
     "efficiency": 0.6205,  # fitted by fit.py to published.FITTED
 }
 

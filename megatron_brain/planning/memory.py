@@ -142,7 +142,7 @@ class _PipelineStage:
         found = []
         if self.workload.spec.trains:
             found += [self._training(), self._update()]
-        if self.workload.generates:
+        if self.workload.draws_on_its_gpus:
             found.append(self._sampling())
         return found + [self._scoring(model) for model in self.workload.frozen_models]
 

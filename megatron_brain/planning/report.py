@@ -10,7 +10,9 @@ from rich.table import Table
 from megatron_brain.config.fields import all_fields
 from megatron_brain.planning.machine import GIB
 from megatron_brain.planning.memory import PARTS
-from megatron_brain.planning.search import Plan, Question, Rejection, Settings
+from megatron_brain.planning.question import Question
+from megatron_brain.planning.search import EnginePlan, Plan, Rejection, Settings
+from megatron_brain.planning.servers import Servers
 from megatron_brain.planning.time import StepTime
 from megatron_brain.planning.workload import Layout
 
@@ -58,6 +60,28 @@ def time_table(plans: Sequence[Plan]) -> Table:
             str(place), layout_name(plan.layout), *parts, f"{plan.time.total:.2f}", f"{plan.tokens_per_second:,.0f}"
         )
     return table
+
+
+def engine_table(plans: Sequence[Plan]) -> Table:
+    """Seconds of a round: what the servers of each layout do, and what the GPUs that train do in the meantime."""
+    table = Table(title="Servers; seconds of a round")
+    headings = ("servers", "at one time", "sampling", "score + train", "sync: write", "read", "as fast as training")
+    for heading in ("", "layout", *headings):
+        left = heading in ("layout", "servers", "as fast as training")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for place, plan in enumerate(plans, 1):
+        engine = plan.engine
+        assert engine is not None
+        seconds = (f"{value:.2f}" for value in (engine.drawing, engine.training, engine.write, engine.read))
+        enough = "no number of servers" if engine.enough is None else servers_name(engine.enough)
+        at_once = f"{engine.at_one_time:,}"
+        table.add_row(str(place), layout_name(plan.layout), servers_name(engine.servers), at_once, *seconds, enough)
+    return table
+
+
+def servers_name(servers: Servers) -> str:
+    """GPUs of servers, and how many have which tensor-parallel size."""
+    return f"{servers.gpus} GPUs: {servers.count} x TP{servers.tensor}"
 
 
 def rejection_table(rejections: Sequence[Rejection]) -> Table:
@@ -118,11 +142,22 @@ def _plan_as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "layout": {name: getattr(plan.layout, name) for name in _LAYOUT},
         "micro_batch_tokens": plan.workload.micro_batch_tokens(plan.layout),
-        "sampling_batch_size": plan.workload.sampling_batch_size if plan.workload.generates else None,
+        "sampling_batch_size": plan.workload.sampling_batch_size if plan.workload.draws_on_its_gpus else None,
         "memory": {"largest": _largest(plan), "peak": plan.memory.as_dict()},
         "seconds": {name: getattr(plan.time, name) for name in TIMES} | {"total": plan.time.total},
         "tokens_per_second_per_gpu": plan.tokens_per_second,
+        "engine": None if plan.engine is None else _engine_as_dict(plan.engine),
         "flags": flags(plan.settings),
+    }
+
+
+def _engine_as_dict(engine: EnginePlan) -> dict[str, Any]:
+    return {
+        "servers": asdict(engine.servers),
+        "gpus": engine.servers.gpus,
+        "at_one_time": engine.at_one_time,
+        "seconds_of_a_round": {name: getattr(engine, name) for name in ("drawing", "write", "read", "training")},
+        "as_fast_as_training": None if engine.enough is None else asdict(engine.enough),
     }
 
 

@@ -4,10 +4,18 @@ import dataclasses
 import math
 
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.communication import pipeline_seconds, ring_share, tensor_seconds
+from megatron_brain.planning.communication import exposed, pipeline_seconds, ring_share, tensor_seconds
 from megatron_brain.planning.machine import Machine
+from megatron_brain.planning.servers import Servers, drawing_seconds, sync_seconds
 from megatron_brain.planning.sizes import pipeline_stage_parameters
-from megatron_brain.planning.time import PassTimer, StepTime, forward_seconds, linear_seconds, training_time
+from megatron_brain.planning.time import (
+    PassTimer,
+    StepTime,
+    forward_seconds,
+    linear_seconds,
+    prompt_timer,
+    training_time,
+)
 from megatron_brain.planning.traffic import (
     CHOICE_BYTES,
     SCORE_BYTES,
@@ -19,17 +27,34 @@ from megatron_brain.planning.traffic import (
 from megatron_brain.planning.workload import Layout, Precision, ScoringWork, Workload
 
 
-def step_time(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
-    """Seconds of one optimizer step with its share of a round."""
+def step_time(workload: Workload, layout: Layout, machine: Machine, servers: Servers | None = None) -> StepTime:
+    """Seconds of one optimizer step with its share of a round.
+
+    Servers first take over the weights, for which the run waits. Then they draw: this round, for which it waits too, or
+    with rounds ahead the next one, while this one is scored and trained on.
+
+    Args:
+        servers: what draws the responses; None: the GPUs of the run, or nothing.
+    """
+    assert workload.drawn_by_servers == (servers is not None)
+    step = time_without_drawing(workload, layout, machine)
+    share = 1 / workload.steps_per_round
+    if servers is not None:
+        drawing = share * drawing_seconds(workload, servers, machine)
+        hidden = step.total if workload.rounds_ahead else 0.0
+        sync = share * sum(sync_seconds(workload, layout, servers, machine))
+        return dataclasses.replace(step, sampling=exposed(drawing, behind=hidden), sync=sync)
+    if workload.spec.rounds and workload.generates:
+        return dataclasses.replace(step, sampling=share * sampling_seconds(workload, layout, machine))
+    return step
+
+
+def time_without_drawing(workload: Workload, layout: Layout, machine: Machine) -> StepTime:
+    """Seconds of one optimizer step with its share of scoring a round, but not of drawing it."""
     step = training_time(workload, layout, machine)
     if not workload.spec.rounds:
         return step
-    share = 1 / workload.steps_per_round
-    return dataclasses.replace(
-        step,
-        sampling=share * sampling_seconds(workload, layout, machine) if workload.generates else 0.0,
-        scoring=share * scoring_seconds(workload, layout, machine),
-    )
+    return dataclasses.replace(step, scoring=scoring_seconds(workload, layout, machine) / workload.steps_per_round)
 
 
 def sampling_seconds(workload: Workload, layout: Layout, machine: Machine) -> float:
@@ -91,10 +116,8 @@ def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompt
 
 def _prefill_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
     """Seconds of a forward pass of a batch's prompts, without the head."""
-    alone = dataclasses.replace(workload, response_length=0, samples_per_prompt=1, seq_length=None)
-    batch = dataclasses.replace(layout, micro_batch_size=prompts, max_tokens_per_micro_batch=None)
-    timer = PassTimer(alone, batch, machine)
-    tokens = alone.micro_batch_tokens(batch)
+    timer = prompt_timer(workload, layout, machine, prompts)
+    tokens = timer.workload.micro_batch_tokens(timer.layout)
     passes = sum(timer.forward(pipeline_stage).total for pipeline_stage in range(layout.pipeline))
     return passes + _between_pipeline_stages(workload, layout, machine, tokens)
 
@@ -110,7 +133,7 @@ def scoring_seconds(workload: Workload, layout: Layout, machine: Machine) -> flo
     proposal, and of every scoring model, whose weights may first come from host memory. Only the reward model scores
     all candidates, before responses are chosen from them."""
     steps = workload.prompts_per_round / workload.global_batch_size
-    is_proposal = workload.generates and workload.candidates_per_prompt is None
+    is_proposal = workload.generates and workload.candidates_per_prompt is None and not workload.rounds_ahead
     policy = forward_seconds(PassTimer(workload, layout, machine)) if is_proposal else 0.0
     candidates = workload.drawn_per_prompt / workload.samples_per_prompt
     return steps * policy + sum(

@@ -3,116 +3,60 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_brain.config.checks import require, validate_layout
 from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.loader import config_from_dict
-from megatron_brain.config.model import ResolvedModel
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import stage_spec, stages
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import architecture, resolve
-from megatron_brain.planning.machine import GIB, Machine
+from megatron_brain.planning.machine import GIB
 from megatron_brain.planning.memory import Memory, pipeline_stage_memory
-from megatron_brain.planning.rounds import step_time
+from megatron_brain.planning.question import OF_SOME_STAGES, Question
+from megatron_brain.planning.rounds import step_time, time_without_drawing
+from megatron_brain.planning.servers import (
+    Servers,
+    at_one_time,
+    drawing_seconds,
+    fastest_servers,
+    fewest_servers,
+    sync_seconds,
+)
 from megatron_brain.planning.time import StepTime
-from megatron_brain.planning.workload import Layout, Precision, Recompute, Workload, from_run_config
+from megatron_brain.planning.workload import Layout, Recompute, Workload, from_run_config
 
 Settings = dict[str, object]
 """Flags of a run, by the name of their field."""
 
 _FILES: Settings = {"load": "POLICY", "finetune": True, "train_data": "DATA", "reward_load": "REWARD"}
 """Files that a run needs and a plan does not have."""
+_SERVERS: Settings = {"engine_url": "http://SERVERS", "engine_sync_dir": "SYNC_DIR"}
+"""The same of a run whose responses servers draw."""
 _FP8: dict[str, Any] = {"fp8_format": "hybrid"}
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _LARGEST_MICRO_BATCH = 32
-_OF_SOME_STAGES = (
-    "samples_per_prompt",
-    "prompts_per_round",
-    "refresh_interval",
-    "sampling_batch_size",
-    "offload_prior",
-    "offload_reward",
-    "two_pass",
-)
-"""Fields of `Question` for those stages only that have a setting of the same name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is to be run, and on what."""
+class EnginePlan:
+    """Servers that draw the responses of a layout, and their times, in seconds of a round."""
 
-    stage: str
-    """Name of a stage that trains."""
-    model: ResolvedModel
-    """The model that trains, its sizes resolved."""
-    machine: Machine
-    gpus: int
-    prompt_length: int
-    response_length: int
-    samples_per_prompt: int = 8
-    """brain: responses of a group, n."""
-    seq_length: int | None = None
-    """sft: length of the sequences that records are packed into; None: that of one record, rounded up for FP8."""
-    global_batch_size: int = 128
-    prompts_per_round: int | None = None
-    """brain: prompts of a round; None: those of one step."""
-    refresh_interval: int | None = None
-    """brain: steps of a round; None: one pass over the round."""
-    sampling_batch_size: int | None = None
-    """brain: responses decoded at one time; None: as many of a round as fit."""
-    precision: Precision = "bf16"
-    recompute: Literal["auto", "none", "selective", "full"] = "auto"
-    """auto: the least recomputation that fits."""
-    shared_prefix: bool = True
-    distributed_optimizer: bool = True
-    offload_prior: bool = False
-    offload_reward: bool = False
-    two_pass: bool = False
-    reward_model: ResolvedModel | None = None
-    """brain: sizes of the reward model; None: the policy's."""
-    reserved_bytes: int = 6 * GIB
-    """Memory of a GPU that is left to the CUDA context, NCCL and fragmentation."""
-
-    def __post_init__(self) -> None:
-        if self.reserved_bytes < 0:
-            raise ConfigError(f"reserved_bytes={self.reserved_bytes} is negative: a GPU has no more memory than it has")
-        for name in _OF_SOME_STAGES:
-            self._require_setting(name, setting=name)
-        self._require_setting("reward_model", setting="reward_load")
-        if self.reward_model is not None and self.reward_model.vocab_size != self.model.vocab_size:
-            raise ConfigError(
-                f"the reward model has vocab_size={self.reward_model.vocab_size}, the policy has "
-                f"{self.model.vocab_size}: all models of a run share one tokenizer"
-            )
-        packs = _packs(self.stage)
-        if self.seq_length is not None and not packs:
-            raise ConfigError(
-                f"seq_length={self.seq_length} packs records of --stage {_named(_packs)}, not {self.stage}: leave it "
-                "out"
-            )
-        record = self.prompt_length + self.response_length
-        if self.seq_length is not None and self.seq_length < record:
-            raise ConfigError(
-                f"seq_length={self.seq_length} holds no record of prompt_length={self.prompt_length} + response_length="
-                f"{self.response_length}: use {record} or more"
-            )
-        if self.prompt_length == 0 and (not packs or self.seq_length not in (None, self.response_length)):
-            raise ConfigError(
-                "prompt_length=0 stands for sequences of which every token is predicted: use it with --stage "
-                f"{_named(_packs)} and "
-                "give their length as --response-length"
-            )
-
-    def _require_setting(self, name: str, *, setting: str) -> None:
-        """Raise ConfigError where the question sets a field that the stage has no setting for."""
-        if getattr(self, name) != getattr(type(self), name) and setting not in stage_fields(self.stage):
-            readers = _named(lambda stage: setting in stage_fields(stage))
-            raise ConfigError(f"{name}={getattr(self, name)} is for --stage {readers}, not {self.stage}: leave it out")
+    servers: Servers
+    at_one_time: int
+    """Responses that a server draws at one time."""
+    drawing: float
+    write: float
+    """Writing the weights to shared storage."""
+    read: float
+    """Reading them."""
+    training: float
+    """Scoring the round and training on it, during which rounds ahead are drawn."""
+    enough: Servers | None
+    """The servers on the fewest GPUs that draw no longer than that; None: no number of them does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +71,9 @@ class Plan:
     """Memory of the ranks that can need most, phase by phase."""
     time: StepTime
     tokens_per_second: float
-    """Tokens per second of one GPU; each prompt counts once."""
+    """Tokens per second of one GPU, those of servers included; each prompt counts once."""
+    engine: EnginePlan | None
+    """The servers that draw the responses; None: the GPUs that train draw, or nothing does."""
 
     @property
     def memory(self) -> Memory:
@@ -150,7 +96,8 @@ class Rejection:
 
 def search(question: Question) -> tuple[list[Plan], list[Rejection]]:
     """The candidates that fit, fastest first, and those that were rejected."""
-    plans, rejections = [], []
+    plans: list[Plan] = []
+    rejections: list[Rejection] = []
     for settings in _candidates(question):
         try:
             plans.append(_plan(question, settings))
@@ -190,14 +137,45 @@ def _plan(question: Question, settings: Settings) -> Plan:
     _check_nodes(question, config.parallel.tensor_model_parallel_size)
     scoring = {} if question.reward_model is None else {"reward": question.reward_model}
     workload, layout, phases = _that_fits(question, *from_run_config(config, question.gpus, scoring))
-    time = step_time(workload, layout, question.machine)
+    engine = None if question.engine_gpus is None else _engine(question, workload, layout)
+    time = step_time(workload, layout, question.machine, engine and engine.servers)
+    gpus = question.gpus + (engine.servers.gpus if engine else 0)
     return Plan(
-        settings=_without_files(settings) | _chosen(workload, layout),
+        settings=_without_files(settings) | _chosen(workload, layout, engine),
         workload=workload,
         layout=layout,
         phases=phases,
         time=time,
-        tokens_per_second=workload.step_tokens / time.total / question.gpus,
+        tokens_per_second=workload.step_tokens / time.total / gpus,
+        engine=engine,
+    )
+
+
+def _engine(question: Question, workload: Workload, layout: Layout) -> EnginePlan:
+    """The servers that draw for a layout.
+
+    Raises:
+        ConfigError: there are none that can.
+    """
+    machine, tensor = question.machine, question.engine_tensor_parallel
+    training = workload.steps_per_round * time_without_drawing(workload, layout, machine).total
+    enough = fewest_servers(workload, machine, seconds=training, tensor=tensor)
+    if question.engine_gpus == "auto":
+        if enough is None:
+            raise ConfigError("no number of servers draws a round as fast as it is trained on: give engine_gpus")
+        servers = enough
+    else:
+        assert question.engine_gpus is not None
+        servers = fastest_servers(workload, machine, gpus=question.engine_gpus, tensor=tensor)
+    write, read = sync_seconds(workload, layout, servers, machine)
+    return EnginePlan(
+        servers=servers,
+        at_one_time=at_one_time(workload, servers, machine),
+        drawing=drawing_seconds(workload, servers, machine),
+        write=write,
+        read=read,
+        training=training,
+        enough=enough,
     )
 
 
@@ -255,7 +233,7 @@ def _variants(question: Question, workload: Workload, layout: Layout) -> Iterato
 
 def _sampling_batch_sizes(question: Question, workload: Workload, layout: Layout) -> Iterator[int]:
     """All responses of a round on one replica, then half of the prompts, a quarter, and so on."""
-    if question.sampling_batch_size is not None or not workload.generates:
+    if question.sampling_batch_size is not None or not workload.draws_on_its_gpus:
         yield workload.sampling_batch_size
         return
     prompts = -(-workload.prompts_per_round // layout.data)
@@ -266,14 +244,18 @@ def _sampling_batch_sizes(question: Question, workload: Workload, layout: Layout
         prompts = -(-prompts // 2)
 
 
-def _chosen(workload: Workload, layout: Layout) -> Settings:
-    """The flags of what was chosen from `_variants`."""
-    recompute = {} if layout.recompute == "none" else {"recompute_granularity": layout.recompute}
-    return recompute | ({"sampling_batch_size": workload.sampling_batch_size} if workload.generates else {})
+def _chosen(workload: Workload, layout: Layout, engine: EnginePlan | None) -> Settings:
+    """The flags of what was chosen from `_variants`, and of how the servers are used."""
+    settings: Settings = {} if layout.recompute == "none" else {"recompute_granularity": layout.recompute}
+    if workload.draws_on_its_gpus:
+        settings["sampling_batch_size"] = workload.sampling_batch_size
+    if engine is not None:
+        settings["engine_concurrency"] = engine.at_one_time
+    return settings
 
 
 def _without_files(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name not in _FILES}
+    return {name: value for name, value in settings.items() if name not in _FILES | _SERVERS}
 
 
 def _candidates(question: Question) -> Iterator[Settings]:
@@ -327,6 +309,8 @@ def _settings(question: Question, tensor: int, pipeline: int, layers: int | None
         settings["bf16"] = True
     if question.precision == "fp8":
         settings |= {**_FP8, "transformer_impl": "transformer_engine"}
+    if question.engine_gpus is not None:
+        settings |= {"engine": "vllm", **_SERVERS}
     if replicas > 1:
         settings["overlap_grad_reduce"] = True
     if replicas > 1 and question.distributed_optimizer:
@@ -344,23 +328,8 @@ def _seq_length(question: Question, tensor: int) -> int:
 
 def _settings_of_stage(question: Question) -> Settings:
     """Fields of the question that only some stages have, under the names of their settings."""
-    asked = {name: getattr(question, name) for name in _OF_SOME_STAGES}
+    asked = {name: getattr(question, name) for name in OF_SOME_STAGES}
     asked["prompts_per_round"] = question.prompts_per_round or question.global_batch_size
     asked["max_new_tokens"] = question.response_length
     fields = stage_fields(question.stage)
     return {name: value for name, value in asked.items() if name in fields and value is not None}
-
-
-def training_stages() -> list[str]:
-    """Names of the stages that can be planned."""
-    return [name for name, spec in stages().items() if spec.trains]
-
-
-def _packs(stage: str) -> bool:
-    """Whether a stage packs records by default."""
-    return stage_spec(stage).work(config_from_dict(stage, {})).packed
-
-
-def _named(has: Callable[[str], bool]) -> str:
-    """The names of the stages that can be planned and satisfy `has`, in words."""
-    return " or ".join(filter(has, training_stages()))

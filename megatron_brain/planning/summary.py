@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import spec_of
+from megatron_brain.planning.machine import GIB
 from megatron_brain.planning.sizes import pipeline_stage_parameters
 from megatron_brain.planning.workload import Layout, Workload
 
@@ -34,6 +35,11 @@ def section(title: str, rows: Sequence[Row]) -> str:
 def fullest_rank(workload: Workload, layout: Layout) -> int:
     """Number of parameters on the rank that has the most."""
     return max(pipeline_stage_parameters(workload.model, layout, one, workload.head) for one in range(layout.pipeline))
+
+
+def gib(size: float) -> str:
+    """A number of bytes in GiB, in words."""
+    return f"{size / GIB:.1f} GiB"
 
 
 def sizes(layout: Layout) -> str:

@@ -1,5 +1,6 @@
 """Seconds of one optimizer step: a roofline with one fitted number, `Machine.efficiency` (docs/planner.md)."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, fields
 
@@ -79,7 +80,10 @@ class StepTime:
     """AdamW's memory traffic."""
 
     sampling: float = 0.0
-    """brain: a step's share of drawing a round's responses."""
+    """brain: a step's share of drawing a round's responses; with rounds ahead of what training does not hide."""
+
+    sync: float = 0.0
+    """brain: a step's share of handing the weights to the servers that draw."""
 
     scoring: float = 0.0
     """brain: a step's share of a round's forward passes of policy, prior and reward model."""
@@ -262,6 +266,13 @@ def training_time(workload: Workload, layout: Layout, machine: Machine) -> StepT
         data_communication=max(_data_time(workload, layout, machine, one, busy[one].total) for one in pipeline_stages),
         optimizer=max(_optimizer_time(workload, layout, machine, one) for one in pipeline_stages),
     )
+
+
+def prompt_timer(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> PassTimer:
+    """Times of a pass over `prompts` prompts at one time, without responses."""
+    alone = dataclasses.replace(workload, response_length=0, samples_per_prompt=1, seq_length=None)
+    batch = dataclasses.replace(layout, micro_batch_size=prompts, max_tokens_per_micro_batch=None)
+    return PassTimer(alone, batch, machine)
 
 
 def forward_seconds(timer: PassTimer) -> float:

@@ -17,6 +17,11 @@ PRODUCT_BYTES = 4
 # In the choice of a token (generation/choose.py) each logit is gathered and put in order (12) and read for the maximum
 # (4), which is subtracted; it is scaled and exponentiated in place (24 with that), and summed in blocks (4).
 CHOICE_BYTES = 44
+# In vLLM's choice with a seed for each request and --logprobs-mode processed_logprobs (its sampler without top-p and
+# top-k) each logit is copied to float32 (6) and divided by the temperature (8). Log-probabilities and probabilities
+# read it twice and write it (24). Noise is written (4), divides the probabilities (12), and the largest is found (4).
+# The rank of the chosen one reads the log-probabilities again (4).
+ENGINE_CHOICE_BYTES = 62
 # Each score of a query head in a token round (generation/cache.py) is written (4), joined with the others (8), read and
 # written by the softmax (8), and read by the product with the values (4).
 SCORE_BYTES = 24

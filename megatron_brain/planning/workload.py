@@ -106,7 +106,7 @@ class ScoringWork:
     """A model that scores but does not train, on the policy's layout."""
 
     name: str
-    """`prior`, `reward` or `baseline`."""
+    """`prior`, `reward`, `baseline` or `proposal`."""
 
     model: ResolvedModel
     head: Head
@@ -163,6 +163,12 @@ class Workload:
     samples_responses: bool = True
     """brain: whether responses are drawn, not given or read from files."""
 
+    drawn_by_servers: bool = False
+    """Whether vLLM servers on other GPUs draw the responses, not the GPUs of the run."""
+
+    rounds_ahead: int = 0
+    """brain: rounds that the servers draw while the policy trains on the one before."""
+
     candidates_per_prompt: int | None = None
     """brain: responses drawn for a prompt, where the policy trains on some of them only; None: on all."""
 
@@ -170,7 +176,7 @@ class Workload:
     """Responses decoded at one time on one replica."""
 
     frozen_models: tuple[ScoringWork, ...] = ()
-    """Prior, reward model, baseline."""
+    """Prior, reward model, baseline, and with rounds ahead the policy that drew the round (`proposal`)."""
 
     @property
     def spec(self) -> StageSpec:
@@ -181,6 +187,11 @@ class Workload:
     def generates(self) -> bool:
         """Whether the stage draws responses."""
         return "sampling" in self.spec.sections and self.samples_responses
+
+    @property
+    def draws_on_its_gpus(self) -> bool:
+        """Whether the GPUs of the run draw the responses."""
+        return self.generates and not self.drawn_by_servers
 
     @property
     def drawn_per_prompt(self) -> int:
@@ -260,6 +271,7 @@ def from_run_config(
     prompt, response = _lengths(config)
     model, fp8 = config.model, config.fp8
     work = spec_of(config).work(config)
+    by_servers = work.draws and config.engine.engine == "vllm"
     workload = Workload(
         stage=config.stage,
         model=model,
@@ -276,14 +288,24 @@ def from_run_config(
         prompts_per_round=config.brain.prompts_per_round,
         steps_per_round=spec_of(config).length(config, None).steps_per_round or 1,
         samples_responses=work.draws,
+        drawn_by_servers=by_servers,
+        rounds_ahead=config.brain.rounds_ahead,
         candidates_per_prompt=work.candidates_per_prompt,
         sampling_batch_size=config.sampling.sampling_batch_size,
         frozen_models=tuple(
             ScoringWork(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)
             for m in work.scoring
-        ),
+        )
+        + _copy_that_drew(config, model),
     )
     return workload, _layout(config, workload, world_size)
+
+
+def _copy_that_drew(config: RunConfig, model: ResolvedModel) -> tuple[ScoringWork, ...]:
+    """With rounds ahead, a copy in host memory of the policy that drew a round, which comes to the GPU for log q'."""
+    if not config.brain.rounds_ahead:
+        return ()
+    return (ScoringWork(name="proposal", model=model, head="policy", offloaded=True),)
 
 
 def _lengths(config: RunConfig) -> tuple[int, int]:

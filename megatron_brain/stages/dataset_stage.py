@@ -109,7 +109,7 @@ class DatasetStage:
         """What must not change over a resume. The position in the data follows from the iteration."""
         return {**self._fixed, "data": as_state(self._corpora)}
 
-    def records(self) -> list[dict]:
+    def records(self, trainer: Trainer) -> list[dict]:
         """No records."""
         return []
 

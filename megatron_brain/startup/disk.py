@@ -106,21 +106,21 @@ class FrozenCheckpoint:
 
 
 def find_scoring_models(config: RunConfig, world_size: int, search: Search) -> dict[str, FrozenCheckpoint]:
-    """The checkpoints of the models that the run scores with, by the name in --NAME-load, where that is given.
+    """The checkpoints of the models that the run scores with, by `ScoringModel.name`, where one is given.
 
     Raises:
         ConfigError: as `find_frozen`.
     """
     return {
-        asked.name: find_frozen(config, asked.name, asked.load, asked.head, world_size)
+        asked.name: find_frozen(config, asked.flag, asked.load, asked.head, world_size)
         for asked in spec_of(config).work(config).scoring
         if asked.load is not None
-        and search.finds(f"--{asked.name}-load", asked.load, "weights; the estimate takes the policy's sizes")
+        and search.finds(asked.flag, asked.load, "weights; the estimate takes the policy's sizes")
     }
 
 
-def find_frozen(config: RunConfig, name: str, directory: str, head: Head, world_size: int) -> FrozenCheckpoint:
-    """The checkpoint of --NAME-load, for a run whose sizes are resolved.
+def find_frozen(config: RunConfig, flag: str, directory: str, head: Head, world_size: int) -> FrozenCheckpoint:
+    """The checkpoint that a flag such as --prior-load names, for a run whose sizes are resolved.
 
     Raises:
         ConfigError: there is none, it holds another kind of model or has another vocabulary, or the run's layout does
@@ -128,7 +128,7 @@ def find_frozen(config: RunConfig, name: str, directory: str, head: Head, world_
     """
     info = read_info(directory)
     if info.head != head:
-        raise ConfigError(f"--{name}-load: {info.path} holds a {info.head} model, a {head} model is needed here")
+        raise ConfigError(f"{flag}: {info.path} holds a {info.head} model, a {head} model is needed here")
     without_sizes = ModelConfig(**{**vars(config.model), **dict.fromkeys(ARCHITECTURE_FIELDS)})
     model = resolve(without_sizes, info.architecture, str(info.path))
     if model.vocab_size != config.model.vocab_size:

@@ -50,7 +50,8 @@ class FrozenModel:
     def _find(self, directory: str) -> FrozenCheckpoint:
         run = self._run
         return read_on_all(
-            lambda: find_frozen(run.config, self._name, directory, self._head, run.parallel.world_size), run.parallel
+            lambda: find_frozen(run.config, f"--{self._name}-load", directory, self._head, run.parallel.world_size),
+            run.parallel,
         )
 
     @contextmanager

@@ -15,6 +15,7 @@ from megatron_brain.data.corpus import Corpus, place_of
 from megatron_brain.data.records import RecordReader
 from megatron_brain.errors import AgreedError, UserError
 from megatron_brain.files import explained
+from megatron_brain.runtime.agreement import in_words, raise_on_all
 from megatron_brain.runtime.parallel import Parallel
 
 log = logging.getLogger(__name__)
@@ -34,11 +35,7 @@ def read_on_all(read: Callable[[], T], parallel: Parallel) -> T:
             result = read()
     except UserError as error:
         problem = error
-    told = parallel.gather_over_world(None if problem is None else str(problem))
-    failed = [rank for rank, text in enumerate(told) if text is not None]
-    if failed:
-        first = told[failed[0]]
-        raise AgreedError(first if len(failed) == len(told) else f"{first} ({_named(failed)} alone)") from problem
+    raise_on_all(problem, parallel)
     return result
 
 
@@ -70,8 +67,8 @@ def require_same_data(corpus: Corpus, reader: RecordReader, name: str, parallel:
         (_, here), (_, there) = next(pair for pair in pairs if pair[0][0] != pair[1][0])
         said = f"the first that differs is {here} on rank 0, {there} on rank {others[0]}"
     raise AgreedError(
-        f"{name}: ranks have read other records than rank 0 ({_named(others)}): {said}. Is the file, or the tokenizer, "
-        "another one on some node? Put one copy where all nodes see it"
+        f"{name}: ranks have read other records than rank 0 ({in_words(others)}): {said}. Is the file, or the "
+        "tokenizer, another one on some node? Put one copy where all nodes see it"
     )
 
 
@@ -82,15 +79,9 @@ def require_same_rollouts(rollouts: Sequence[Any], path: str, parallel: Parallel
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if others:
         raise AgreedError(
-            f"{path}: {_named(others)} have read other rollouts than rank 0. Is the file another one on some node? Put "
-            "one copy where all nodes see it"
+            f"{path}: {in_words(others)} have read other rollouts than rank 0. Is the file another one on some node? "
+            "Put one copy where all nodes see it"
         )
-
-
-def _named(ranks: Sequence[int]) -> str:
-    """The ranks in words."""
-    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
 
 
 def require_same_as_before(corpora: Mapping[str, Corpus], state: Mapping[str, Any] | None) -> None:

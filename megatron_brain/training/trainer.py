@@ -1,5 +1,6 @@
 """The one training loop of all stages."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import check_warmup
 from megatron_brain.config.stage_spec import spec_of
 from megatron_brain.data.groups import Group, PackedBatch
+from megatron_brain.generation.engine import Interrupted
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.provider import Chunk
 from megatron_brain.planning.summary import Row
@@ -96,7 +98,7 @@ class Stage(Protocol):
     def state_dict(self) -> dict:
         """JSON-able state that resuming needs besides the iteration. It is the same on all ranks."""
 
-    def records(self) -> Sequence[dict]:
+    def records(self, trainer: "Trainer") -> Sequence[dict]:
         """JSON-able records of this replica that resuming needs."""
 
     def load_state_dict(self, state: dict, records: Sequence[dict]) -> None:
@@ -129,6 +131,8 @@ def train(run: Run, make_stage: type[Stage]) -> None:
 
 class Trainer:
     """Trains a policy or reward model. It holds the model chunks, the optimizer and the schedule, and runs the loop."""
+
+    _saved_at: int | None = None
 
     def __init__(self, run: Run, stage: Stage) -> None:
         self.run, self.stage = run, stage
@@ -192,7 +196,9 @@ class Trainer:
         if self._validation_is_due() and not stopping:
             shown |= self._validate()
         while self.iteration < last and not stopping:
-            shown |= self._logged_step()
+            # Where the process is asked to stop while responses are drawn, the step is not made.
+            with contextlib.suppress(Interrupted):
+                shown |= self._logged_step()
             done = self.iteration == last
             stopping = not done and self._asked_to_stop()
             # A run that is asked to stop has little time left: it saves at once, and validates when it is resumed.
@@ -200,7 +206,7 @@ class Trainer:
                 shown |= self._validate()
                 stopping = not done and self._asked_to_stop()
             if done or stopping or (interval and self.iteration % interval == 0):
-                self.save()
+                self._save_once()
         self.finish_saving()
         return shown
 
@@ -311,6 +317,12 @@ class Trainer:
             "response_length": total[2] / total[3],
         }
 
+    def _save_once(self) -> None:
+        """Save, unless the checkpoint of this iteration was saved before: a step that was not made changed nothing."""
+        if self._saved_at != self.iteration:
+            self.save()
+            self._saved_at = self.iteration
+
     def save(self) -> None:
         """Write a checkpoint of the current iteration to --save, if that is set.
 
@@ -328,7 +340,7 @@ class Trainer:
                 "validated_at": self._validated_at,
             },
             stage=self.stage.state_dict(),
-            records=self.stage.records(),
+            records=self.stage.records(self),
         )
         if self.config.checkpoint.save_optim:
             state.optimizer, state.scheduler = self.optimizer, self.scheduler

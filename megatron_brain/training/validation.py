@@ -87,6 +87,23 @@ def score_groups(
     return scored
 
 
+def token_logprobs(
+    chunks: Sequence[Chunk], sequences: Sequence[Sequence[int]], parallel: Parallel
+) -> list[list[float]]:
+    """log-probabilities, in nats, that a policy gives the tokens of each sequence after its first one.
+
+    All ranks of a replica call it together, with the same sequences of at least two token ids.
+    """
+    groups = [
+        [Group(prompt=(first,), responses=(tuple(rest),), record_id=f"sequence {place}")]
+        for place, (first, *rest) in enumerate(sequences)
+    ]
+    batches = pack_micro_batches(groups, parallel, shared_prefix=True, multiple_of=chunks[0].packed_multiple)
+    with torch.no_grad():
+        outputs = forward(chunks, batches, parallel)
+    return [output.tolist() for output in outputs]
+
+
 def _windows(
     samples: Sequence[Sequence[Group]], mine: Sequence[int], micro_batch_size: int, *, shared_prefix: bool
 ) -> Iterator[list[list[Group]]]:

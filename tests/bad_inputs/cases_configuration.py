@@ -142,7 +142,9 @@ CASES = [
     BadInput("no room", generate("--max-new-tokens", "64"), r"max_new_tokens=64 leaves no room", r"seq_length=64"),
     BadInput("no prompt", generate("--max-prompts", "0"), r"max_prompts=0", r"at least 1"),
     BadInput("no resampling", evaluate("--bootstrap-samples", "0"), r"bootstrap_samples=0", r"at least 1"),
-    BadInput("no judgement", lambda site: site.assets.evaluate(), r"reward_load and judge", r"--reward-load, --judge"),
+    BadInput(
+        "no judgement", lambda site: site.assets.evaluate(), r"no reward", r"--reward-function, --reward-url or --judge"
+    ),
     # Tools.
     BadInput("no GPU", _plan("--gpus", "0"), r"--gpus: 0", r"at least 1", has_several_lines=True),
     BadInput("memory without end", _plan("--reserved-memory", "inf"), r"--reserved-memory: inf", r"finite number"),

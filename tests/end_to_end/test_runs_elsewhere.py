@@ -147,7 +147,7 @@ def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
     prompts = read_prompts(run)
     chunks = run.build_model("policy")
     load_weights(run.start_from, chunks, head="policy")
-    engine = open_engine(run)
+    engine = open_engine(run, prompts)
     engine.take_weights(chunks, str(checkpoint))
     drawn = sample_answers(run, engine, prompts, range(len(prompts)), run.config.sampling)
     return Answers(run=run, chunks=chunks, prompts=prompts, samples=[samples[0] for samples in drawn])

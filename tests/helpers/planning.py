@@ -14,6 +14,7 @@ RATES = (
     "node_bandwidth",
     "network_bandwidth",
     "host_bandwidth",
+    "storage_bandwidth",
 )
 
 

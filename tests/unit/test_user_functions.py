@@ -1,5 +1,7 @@
 """A user's functions: what is wrong with them is reported as theirs, with their own traceback and the record."""
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -113,3 +115,81 @@ def test_a_file_stands_in_for_no_package_of_its_name(tmp_path):
     import json
 
     assert json.loads("1") == 1 and sys.modules["numpy"] is numpy
+
+
+ASYNC = """
+import asyncio
+
+async def score(p, y, r):
+    return await asyncio.gather(*(one(text) for text in y))
+
+async def one(text):
+    await asyncio.sleep(0.001 * (9 - len(text)))
+    return 1 / (len(text) - 3)
+
+def returns_an_awaitable(p, y, r):
+    return score(p, ["longer"] * len(y), r)
+"""
+
+
+def function_of(tmp_path, text, name="score", seconds=None):
+    path = tmp_path / "rule.py"
+    path.write_text(text)
+    timeout = None if seconds is None else (seconds, "--reward-timeout")
+    return ScoringFunction(f"{path}:{name}", "reward_function", timeout=timeout)
+
+
+def test_a_coroutine_function_is_awaited_and_its_errors_name_the_record(tmp_path):
+    assert function_of(tmp_path, ASYNC, "returns_an_awaitable")(*COLUMNS, IDS) == [1 / 3] * 5
+    with pytest.raises(UserFunctionError, match="raised ZeroDivisionError on the record d.jsonl:3(.|\n)*in one"):
+        function_of(tmp_path, ASYNC)(*COLUMNS, IDS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import re; re.match(r'(a+)+$', 'a' * 60 + 'b')",
+        "\n        try:\n            while True: pass\n        except Exception: return [0.0] * len(y)",
+    ],
+)
+def test_a_function_that_hangs_is_interrupted_where_it_is_and_the_records_are_named(body, tmp_path):
+    text = f"def score(p, y, r):\n    return stuck(y)\n\ndef stuck(y):\n    if True:\n        {body}\n"
+    with pytest.raises(UserFunctionError) as raised:
+        function_of(tmp_path, text, seconds=0.1)(*COLUMNS, IDS)
+    message = str(raised.value)
+    assert "did not score the 5 responses to the records d.jsonl:1 to d.jsonl:5 within --reward-timeout 0.1" in message
+    assert message.count("rule.py") >= 3 and "in stuck" in message and "user_functions.py" not in message
+
+
+def test_a_coroutine_that_waits_forever_ends_too(tmp_path):
+    text = "import asyncio\nasync def score(p, y, r):\n    await asyncio.sleep(60)\n"
+    with pytest.raises(UserFunctionError, match="within --reward-timeout 0.1 seconds"):
+        function_of(tmp_path, text, seconds=0.1)(*COLUMNS, IDS)
+
+
+def test_the_limit_holds_while_a_failing_record_is_looked_for_and_nothing_of_it_stays(tmp_path):
+    text = "import time\ndef score(p, y, r):\n    time.sleep(0.03 if len(y) == 5 else 60)\n    raise ValueError\n"
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserFunctionError, match="within --reward-timeout 0.1 seconds"):
+        function_of(tmp_path, text, seconds=0.1)(*COLUMNS, IDS)
+    assert function_of(tmp_path, "def score(p, y, r): return [1] * len(y)", seconds=0.05)(*COLUMNS, IDS) == [1.0] * 5
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_function_that_never_returns_to_python_ends_the_process_and_shows_where_it_is(tmp_path):
+    path = tmp_path / "rule.py"
+    path.write_text("import signal\ndef score(p, y, r):\n    signal.pthread_sigmask(0, [14])\n    while True: pass\n")
+    code = "from megatron_brain import user_functions as u\nu._GRACE = 0.2\n"
+    code += f"u.ScoringFunction('{path}:score', 'f', timeout=(0.1, 't'))(['p'], ['y'], [{{}}], ['i'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and 'rule.py", line 4 in score' in done.stderr and "Timeout" in done.stderr
+
+
+def test_a_function_that_changes_what_it_gets_changes_nothing_for_others(tmp_path):
+    records = [{"answer": "bb", "tests": [1]}] * 5
+    text = "def score(p, y, r):\n    p.clear()\n    return [(x == q.pop('answer')) + len(q['tests'])"
+    text += " for x, q in zip(y, r)]\n"
+    assert function_of(tmp_path, text)(COLUMNS[0], COLUMNS[1], records, IDS) == [1.0, 2.0, 1.0, 1.0, 1.0]
+    assert records == [{"answer": "bb", "tests": [1]}] * 5

@@ -14,8 +14,9 @@ from pathlib import Path
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.machine import MACHINES
 from megatron_brain.planning.presets import preset
+from megatron_brain.planning.question import Question
 from megatron_brain.planning.report import layout_name
-from megatron_brain.planning.search import Plan, Question, search
+from megatron_brain.planning.search import Plan, search
 
 _PROMPT, _RESPONSE, _SAMPLES = 512, 128, 16
 _STRONG_GROUPS = 512

@@ -209,6 +209,7 @@ def _arrow_schema() -> Any:
             "text": pyarrow.string(),
             "reference": pyarrow.string(),
             "chat": pyarrow.bool_(),
+            "others": pyarrow.string(),
             "checksum": pyarrow.string(),
         }
     )

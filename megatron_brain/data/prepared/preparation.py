@@ -266,7 +266,7 @@ def _write_part(worker: _Worker, part: _Part) -> int:
         sums["text_tokens"] += len(tokenised.prompt) + sum(map(len, tokenised.responses))
         if item is not None:
             contents.append(reader.hash(item))
-            documents.append(codec.encode(item, row).with_checksum())
+            documents.append(codec.encode(item, row, tokenised.draft.fields).with_checksum())
             hashes.append(_hash(reader.ids(item)))
     target = worker.folder / f"{part.number:06d}"
     partial = target.with_suffix(".partial")

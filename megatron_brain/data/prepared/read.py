@@ -9,11 +9,11 @@ from megatron_brain.data.contents import Contents
 from megatron_brain.data.lengths import ReadReport
 from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.prepared.codecs import CODECS, Codec
-from megatron_brain.data.prepared.documents import DocumentReader, open_documents
+from megatron_brain.data.prepared.documents import Document, DocumentReader, open_documents
 from megatron_brain.data.prepared.info import TOOL, PreparedInfo, read_info
 from megatron_brain.data.records import Item, RecordReader
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, RecordError
 
 
 class PreparedItems(OnDemand[Item]):
@@ -22,11 +22,14 @@ class PreparedItems(OnDemand[Item]):
     Args:
         documents: the documents; the first `count` of them are the items.
         prefix: prefix of the files, for error messages about damage.
+        keeps_fields: whether the items hold the other fields of their records.
     """
 
-    def __init__(self, documents: DocumentReader, codec: Codec[Item], count: int, *, prefix: str) -> None:
+    def __init__(
+        self, documents: DocumentReader, codec: Codec[Item], count: int, *, prefix: str, keeps_fields: bool
+    ) -> None:
         super().__init__(count, self._read)
-        self._documents, self._codec, self._prefix = documents, codec, prefix
+        self._documents, self._codec, self._prefix, self._keeps_fields = documents, codec, prefix, keeps_fields
 
     def _read(self, place: int) -> Item:
         document = self._documents[place]
@@ -34,6 +37,16 @@ class PreparedItems(OnDemand[Item]):
             raise ConfigError(
                 f"{self._prefix}: document {place} is damaged (it is not what was written, by its checksum): copy the "
                 "files again, or prepare the records again"
+            )
+        if not self._keeps_fields:
+            document = Document(document.sequences, {**document.fields, "others": None})
+        elif "others" not in document.fields:
+            raise RecordError(
+                document.fields["record_id"],
+                "no other fields",
+                f"{self._prefix} lacks the other fields of the record, which the reward reads: they were prepared "
+                "by an earlier version, or JSON has no word for one (a date, bytes, NaN). Give the records themselves, "
+                f"which tells the field, or run {TOOL} again",
             )
         return self._codec.decode(document)
 
@@ -70,8 +83,8 @@ def open_prepared(
         count = bisect_left(range(count), limit, key=lambda index: documents[index].fields["row"])
         if not count:
             raise ConfigError(f"{prefix}: none of the first {limit} records was kept when it was prepared")
-    items = PreparedItems(documents, CODECS[reader.item_kind], count, prefix=prefix)
-    if count == len(documents):
+    items = PreparedItems(documents, CODECS[reader.item_kind], count, prefix=prefix, keeps_fields=reader.keeps_fields)
+    if count == len(documents) and not reader.keeps_fields:
         return items, report, Contents.from_dict(info.contents)
     return items, report, reader.contents(list(map(reader.hash, items)))
 

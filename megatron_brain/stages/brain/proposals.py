@@ -7,19 +7,23 @@ log q' of the distribution that they were drawn from becomes known.
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import TRAIN_DATA
 from megatron_brain.data.order import SampleOrder
+from megatron_brain.data.records import Prompt
 from megatron_brain.errors import ConfigError
+from megatron_brain.generation.batch import Completion
+from megatron_brain.generation.engine import Engine
 from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rollouts import Response, Rollout, read_rollouts, rollout_files
-from megatron_brain.stages.engine import open_engine
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all, require_same_rollouts
@@ -47,16 +51,25 @@ class Proposal(Protocol):
         """The rollouts of a round that `Placement.deal` gives to this replica."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """This replica's prompts of a round, and a seed for each of their responses."""
+
+    number: int
+    places: Sequence[int]
+    prompts: Sequence[Prompt]
+    seeds: Sequence[Sequence[int]]
+
+
 class SampledResponses:
     """Draws responses from the policy as it is at the start of the round, or always from the prior."""
 
-    metrics: Mapping[str, float] = {}
-
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel) -> None:
-        self._run, self._placement, self._prior = run, placement, prior
-        self._engine = open_engine(run)
+    def __init__(
+        self, run: Run, placement: Placement, prior: FrozenModel, engine: Engine, prompts: Sequence[Prompt]
+    ) -> None:
+        self._run, self._placement, self._prior, self._engine = run, placement, prior, engine
         sampling = run.config.sampling
-        self._prompts = run.read(TRAIN_DATA)
+        self._prompts = prompts
         self._order = SampleOrder(len(self._prompts), seed=run.config.training.seed)
         self.num_prompts = len(self._prompts)
         self.groups_per_round = run.config.brain.prompts_per_round
@@ -64,6 +77,7 @@ class SampledResponses:
         # If top-p or top-k cuts the distribution, only the sampler knows the probabilities that it drew with.
         truncated = sampling.top_p != 1.0 or sampling.top_k != 0
         self.temperature = None if truncated else sampling.temperature
+        self.metrics: dict[str, float] = {}
 
     def rounds(self, epochs: float) -> int:
         """Number of rounds in `epochs` passes over the prompts, rounded up."""
@@ -75,34 +89,61 @@ class SampledResponses:
 
     def draw(self, trainer: Trainer, number: int, *, samples_per_prompt: int) -> list[Rollout]:
         """Draw `samples_per_prompt` samples of each of this replica's prompts of a round."""
-        run, count = self._run, self.groups_per_round
+        asked, sampling = self._asked(number, samples_per_prompt), self._run.config.sampling
+        with self._model(trainer) as chunks:
+            start = time.perf_counter()
+            self._hand_over(trainer, chunks)
+            handed_over = time.perf_counter()
+            drawn = self._engine.sample(
+                [prompt.tokens for prompt in asked.prompts], seeds=asked.seeds, sampling=sampling
+            )
+        self._measure(sync=handed_over - start, drawing=time.perf_counter() - handed_over)
+        return self._as_rollouts(asked, drawn)
+
+    def _asked(self, number: int, samples_per_prompt: int) -> Asked:
+        count = self.groups_per_round
         # The place in the endless stream of prompts seeds the samples too: a prompt that comes again gets new ones.
         places = self._placement.deal(range(number * count, (number + 1) * count))
-        prompts = [self._prompts[self._order[place]] for place in places]
-        seeds = sample_seeds(run.config.training.seed, places, samples_per_prompt)
-        with self._model(trainer) as chunks:
-            self._engine.take_weights(chunks, "the prior" if self.from_prior else f"step {trainer.iteration}")
-            samples = self._engine.sample(
-                [prompt.tokens for prompt in prompts], seeds=seeds, sampling=run.config.sampling
-            )
+        return Asked(
+            number=number,
+            places=places,
+            prompts=[self._prompts[self._order[place]] for place in places],
+            seeds=sample_seeds(self._run.config.training.seed, places, samples_per_prompt),
+        )
+
+    def _hand_over(self, trainer: Trainer, chunks: Sequence[Chunk]) -> None:
+        """Give the engine the weights, unless it has them."""
+        label = "the prior" if self.from_prior else f"iteration {trainer.iteration}"
+        if not (self.from_prior and self._engine.keeps_weights and self._engine.holds == label):
+            self._engine.take_weights(chunks, label)
+
+    def _measure(self, *, sync: float, drawing: float, waiting: float | None = None) -> None:
+        self.metrics = {"seconds_sampling": drawing}
+        if self._engine.keeps_weights:
+            waiting = drawing if waiting is None else waiting
+            self.metrics |= {"seconds_weight_sync": sync, "seconds_waiting_for_samples": waiting}
+
+    def _as_rollouts(self, asked: Asked, drawn: Sequence[Sequence[Completion]]) -> list[Rollout]:
+        first, tokenizer = asked.number * self.groups_per_round, self._run.tokenizer
         return [
             Rollout(
                 id=prompt.record_id,
-                index=place - number * count,
+                index=place - first,
                 prompt_tokens=prompt.tokens,
                 prompt=prompt.text,
+                record=prompt.record,
                 responses=[
                     Response(
                         tokens=sample.tokens,
-                        text=run.tokenizer.decode_response(sample.tokens),
+                        text=tokenizer.decode_response(sample.tokens),
                         finished=sample.finished,
                         sampler_logprob=sample.logprob,
                         log_proposal=sample.logprob if self.temperature is None else None,
                     )
-                    for sample in drawn
+                    for sample in samples
                 ],
             )
-            for prompt, place, drawn in zip(prompts, places, samples, strict=True)
+            for prompt, place, samples in zip(asked.prompts, asked.places, drawn, strict=True)
         ]
 
     @contextlib.contextmanager
@@ -240,7 +281,7 @@ def _check_numbers(config: RunConfig, rollout: Rollout, path: str) -> None:
     """Raise ConfigError if a number is missing that no given model computes."""
     has_prior = config.scoring.prior_load is not None or config.checkpoint.finetune
     models = {
-        "reward": (config.scoring.reward_load is not None, "--reward-load"),
+        "reward": (bool(config.scoring.rewards), "--reward-load (or --reward-function, --reward-url)"),
         "log_prior": (has_prior, "--prior-load"),
     }
     for name, (is_given, flag) in models.items():

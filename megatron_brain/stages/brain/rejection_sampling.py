@@ -12,8 +12,8 @@ from megatron_brain.generation.seeds import draw_uniforms, sample_seed
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.proposals import SampledResponses
 from megatron_brain.stages.brain.rollouts import Rollout
-from megatron_brain.stages.brain.scoring import score_responses
-from megatron_brain.training.frozen import FrozenModel
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import read_on_all
 from megatron_brain.training.trainer import Trainer
@@ -67,9 +67,11 @@ class RejectionSamples:
     from_prior = True
     temperature = None
 
-    def __init__(self, run: Run, placement: Placement, prior: FrozenModel, reward: FrozenModel) -> None:
-        self._run, self._placement, self._reward = run, placement, reward
-        self._samples = SampledResponses(run, placement, prior)
+    def __init__(
+        self, run: Run, placement: Placement, samples: SampledResponses, rewards: Rewards, scale: Scale
+    ) -> None:
+        self._run, self._placement, self._rewards, self._scale = run, placement, rewards, scale
+        self._samples = samples
         self.num_prompts, self.groups_per_round = self._samples.num_prompts, self._samples.groups_per_round
         self.metrics: dict[str, float] = {}
 
@@ -89,12 +91,10 @@ class RejectionSamples:
             rollout.responses = list({response.tokens: response for response in rollout.responses}.values())
         at_once = config.training.micro_batch_size * config.sampling.samples_per_prompt
         steps = [self._placement.alone(rollout, at_once=at_once) for rollout in drawn]
-        with self._reward.loaded() as chunks:
-            for response, value in score_responses(self._run, steps, chunks, head="reward"):
-                response.reward = value
+        self._rewards.score(steps, self._scale)
         distinct = torch.tensor([sum(len(rollout.responses) for rollout in drawn), len(drawn)], dtype=torch.float64)
         total, prompts = self._run.parallel.sum_over_data_parallel(distinct.to(self._run.parallel.device)).tolist()
-        self.metrics = {"distinct_candidates": total / prompts}
+        self.metrics = {**self._samples.metrics, "distinct_candidates": total / prompts}
         first = number * self.groups_per_round
         return read_on_all(
             lambda: [self._choose(rollout, key=first + rollout.index) for rollout in drawn], self._run.parallel
@@ -110,7 +110,7 @@ class RejectionSamples:
         responses, settings = candidates.responses, self._run.config.brain
         count = self._run.config.sampling.samples_per_prompt
         if not all(math.isfinite(response.reward) for response in responses):
-            raise ConfigError(f"{candidates.id}: a candidate's reward is not finite: give another --reward-load")
+            raise ConfigError(f"{candidates.id}: a candidate's reward is not finite: give another reward")
         if len(responses) < count:
             if not settings.rso_fewer_pairs:
                 raise ConfigError(

@@ -4,9 +4,14 @@ A file holds one JSON object per prompt:
 
     {"id": "...", "index": 0, "prompt_tokens": [...], "prompt": "...",
      "responses": [{"tokens": [...], "text": "...", "finished": true, "sampler_logprob": -12.3,
-                    "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4, "alpha": 0.1}, ...]}
+                    "trainer_logprob": -12.3, "log_proposal": -12.3, "log_prior": -12.3, "reward": 0.4,
+                    "reward_parts": {"my_model": 0.4}, "alpha": 0.1}, ...]}
 
-BRAIn fixes `alpha` for the round. Other objectives fix another number (`preference`, `advantage`).
+`record` stands beside the responses where the reward reads other fields of the prompt's record. BRAIn fixes `alpha` for
+the round. Other objectives fix another number (`preference`, `advantage`).
+
+sampler_logprob and trainer_logprob are log q' as the engine that drew the response and the model that trains compute
+it; log_proposal is the one of the two that makes the weights.
 
 A response that is read back needs its tokens. If the objective uses log q', it also needs log_proposal, which is the
 log-probability under the distribution that it was drawn from, or sampler_logprob, the sampling engine's value of the
@@ -15,6 +20,7 @@ same. Reward and log_prior are computed where they are missing.
 
 import glob
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -29,7 +35,7 @@ from megatron_brain.errors import ConfigError, short
 from megatron_brain.files import write_whole
 from megatron_brain.objectives.registry import OBJECTIVES
 
-_LOG_PROBABILITIES = ("sampler_logprob", "log_proposal", "log_prior")
+_LOG_PROBABILITIES = ("sampler_logprob", "trainer_logprob", "log_proposal", "log_prior")
 _ROUNDING = 0.01
 """The log-probability of a response may exceed 0 by this much, because of rounding."""
 _TYPES = {
@@ -39,6 +45,8 @@ _TYPES = {
     "responses": (list, tuple),
     "text": (str,),
     "finished": (bool,),
+    "record": (dict,),
+    "reward_parts": (dict,),
 }
 """Types of those fields of a record and its responses that have no other check."""
 
@@ -51,9 +59,12 @@ class Response:
     text: str = ""
     finished: bool = True
     sampler_logprob: float | None = None
+    trainer_logprob: float | None = None
     log_proposal: float | None = None
     log_prior: float | None = None
     reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """What each part of the reward says, by its name."""
     fixed: dict[str, float] = field(default_factory=dict)
     """The number that the objective has fixed for the round, by its name."""
 
@@ -71,6 +82,8 @@ class Rollout:
     prompt_tokens: tuple[int, ...]
     prompt: str = ""
     responses: list[Response] = field(default_factory=list)
+    record: dict = field(default_factory=dict)
+    """`data.records.Prompt.record`, which reward functions and servers read; empty where nothing reads it."""
 
     def values(self, name: str) -> tuple[float, ...]:
         """One number per response."""
@@ -94,9 +107,13 @@ class Rollout:
         )
 
     def as_dict(self) -> dict:
-        """The rollout as JSON-able values. The fixed number stands beside the others."""
+        """The rollout as JSON-able values. The fixed number stands beside the others; what is empty is left out."""
         record = asdict(self)
+        if not self.record:
+            del record["record"]
         for response in record["responses"]:
+            if not response["reward_parts"]:
+                del response["reward_parts"]
             response |= response.pop("fixed")
         return record
 
@@ -180,6 +197,10 @@ def _make_floats(response: Response, where: str) -> None:
         if name in _LOG_PROBABILITIES and value > _ROUNDING:
             raise ConfigError(f"{where}: {name} is {value}; the logarithm of a probability is at most 0")
         setattr(response, name, float(value))
+    for name, value in response.reward_parts.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ConfigError(f"{where}: reward_parts has {short(value)} for {name}; it must be a finite number")
+        response.reward_parts[name] = float(value)
 
 
 def rollout_files(pattern: str) -> list[str]:

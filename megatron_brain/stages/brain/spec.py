@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_brain.config.checks import nearest_multiples, require_set
+from megatron_brain.config.checks import nearest_multiples, require_reward, require_set
 from megatron_brain.config.objective_checks import require_objective, require_rejection_sampling
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import length_by_rounds
@@ -15,7 +15,8 @@ from megatron_brain.config.stage_spec import (
     RecordSource,
     StageSpec,
     Work,
-    prior_and_reward,
+    prior_and_rewards,
+    reward_code,
 )
 from megatron_brain.errors import ConfigError
 
@@ -69,7 +70,7 @@ def _require_rollout_data(config: RunConfig) -> None:
 
 
 def _require_samples(config: RunConfig) -> None:
-    require_set(config, "scoring.reward_load")
+    require_reward(config)
     samples = config.sampling.samples_per_prompt
     if samples < 2:
         raise ConfigError(f"samples_per_prompt={samples}: the loss of a group of one is always 0; use 2 or more")
@@ -83,8 +84,8 @@ def _require_given_pairs(config: RunConfig) -> None:
         raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
     if config.brain.refresh_proposal:
         raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
-    if config.scoring.reward_load is not None:
-        raise ConfigError("responses=given: pairs need no reward model; drop --reward-load")
+    for part in config.scoring.rewards:
+        raise ConfigError(f"responses=given: pairs need no reward; drop {part.flag} {part.source}")
 
 
 def _require_engine(config: RunConfig) -> None:
@@ -116,7 +117,8 @@ def _reader(config: RunConfig, tokenizer: Tokenizer) -> RecordReader:
 
     if config.brain.responses == "given":
         return PreferenceReader(tokenizer, config.data)
-    return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)
+    room, keeps = config.sampling.max_new_tokens, config.scoring.reads_records
+    return PromptReader(tokenizer, config.data, room=room, keeps_fields=keeps)
 
 
 def _work(config: RunConfig) -> Work:
@@ -127,7 +129,8 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=2 if given else config.sampling.samples_per_prompt,
         candidates_per_prompt=brain.rso_candidates if brain.responses == "rso" else None,
         draws=not given and brain.rollout_data is None,
-        scoring=prior_and_reward(config),
+        scoring=prior_and_rewards(config),
+        user_code=reward_code(config),
     )
 
 

@@ -12,16 +12,21 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, of_known
+from megatron_brain.stages.brain.logprob_comparison import DIFFERENCES, WEIGHTS
 from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part, Step
-from megatron_brain.stages.brain.rollouts import rollout_from_dict
+from megatron_brain.stages.brain.rollouts import Rollout, rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
+from megatron_brain.stages.rewards.rewards import reward_metric_names
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import forward
 from megatron_brain.training.trainer import Trainer
+
+_AHEAD = "ahead"
+"""Key of a checkpoint's record that holds a rollout of the round drawn ahead."""
 
 
 class BrainStage:
@@ -38,7 +43,6 @@ class BrainStage:
         "seconds_sampling",
         "seconds_scoring",
         "sampled_tokens_per_second",
-        "sampler_logprob_difference",
         "proposal_entropy",
     )
     shown_metrics = (
@@ -56,9 +60,14 @@ class BrainStage:
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of the metrics that the stage logs with the run's objective."""
-        loss = GroupLoss(objective_of(config.brain))
-        of_proposal = ("distinct_candidates",) if config.brain.responses == "rso" else ()
-        return (*loss.mean_metrics, *loss.max_metrics, *cls.occasional_metrics, *of_proposal)
+        objective = objective_of(config.brain)
+        loss = GroupLoss(objective)
+        of_proposal = ["distinct_candidates"] if config.brain.responses == "rso" else []
+        if config.engine.engine != "native":
+            of_proposal += ["seconds_weight_sync", "seconds_waiting_for_samples"]
+        of_logprobs = (*DIFFERENCES, *(WEIGHTS if objective.fixes == "alpha" else ()))
+        of_round = (*cls.occasional_metrics, *of_proposal, *of_logprobs, *reward_metric_names(config))
+        return (*loss.mean_metrics, *loss.max_metrics, *of_round)
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -87,7 +96,7 @@ class BrainStage:
             passes = rounds * proposal.groups_per_round / proposal.num_prompts
             epochs = f": {passes:.3g} epochs of {proposal.num_prompts:,} prompts"
         return [
-            *self._maker.scoring_models(),
+            *self._maker.scoring_rows(),
             ("rounds", f"{rounds:,} of {self.steps_per_round:,} steps, {each}"),
             ("steps", f"{self.train_iters:,}{epochs}"),
         ]
@@ -96,7 +105,8 @@ class BrainStage:
         """This replica's groups of the next step. If the last round is used up, a new one is made."""
         wanted, step = divmod(trainer.iteration, self.steps_per_round)
         if self._round is None or wanted != self._round.number:
-            self._round = self._maker.make(trainer, wanted)
+            is_last = (wanted + 1) * self.steps_per_round >= self.train_iters
+            self._round = self._maker.make(trainer, wanted, is_last=is_last)
         self._step = self._round.steps[step % len(self._round.steps)]
         return [[part.group() for part in micro_batch] for micro_batch in self._step]
 
@@ -183,12 +193,16 @@ class BrainStage:
             "objective": self._config.brain.objective,
             "prior": self._maker.prior.path,
             "round": self._round.number if self._round else -1,
+            "rounds_ahead": self._config.brain.rounds_ahead,
+            "reward_scale": self._maker.reward_scale.state_dict(),
             "data": as_state(self._corpora),
         }
 
-    def records(self) -> list[dict]:
-        """The round's rollouts on this replica. A run may stop in the middle of a round."""
-        return [rollout.as_dict() for rollout in self._round.rollouts] if self._round else []
+    def records(self, trainer: Trainer) -> list[dict]:
+        """Rollouts on this replica: those of the round, in whose middle a run may stop, and those drawn ahead. Only
+        weights that are gone by then could draw these again, so the save waits for them."""
+        ahead = [{_AHEAD: rollout.as_dict()} for rollout in self._maker.finish_ahead(trainer)]
+        return [*(rollout.as_dict() for rollout in self._round.rollouts), *ahead] if self._round else []
 
     def _fixed(self) -> dict:
         """Everything that determines the position in the prompts."""
@@ -210,8 +224,23 @@ class BrainStage:
             )
         if state["prior"] is not None and self._config.scoring.prior_load is None:
             self._maker.prior.point_to(state["prior"])
+        ahead = state.get("rounds_ahead", 0)
+        if ahead != self._config.brain.rounds_ahead:
+            raise ConfigError(
+                f"the run cannot be resumed with --rounds-ahead {self._config.brain.rounds_ahead}: its rounds were "
+                f"drawn with {ahead}. Resume with --rounds-ahead {ahead}, or start anew from the weights with "
+                "--finetune"
+            )
+        self._maker.reward_scale.load_state_dict(state.get("reward_scale", {}))
         # The rollouts were scored before, so they have all numbers that the objective needs.
-        rollouts = [
-            rollout_from_dict(record, "the checkpoint's rollouts", needs_log_proposal=False) for record in records
-        ]
-        self._round = self._maker.take_up(state["round"], rollouts) if rollouts else None
+        self._round = None
+        found: dict[bool, list[Rollout]] = {False: [], True: []}
+        for record in records:
+            rollout = rollout_from_dict(
+                record.get(_AHEAD, record), "the checkpoint's rollouts", needs_log_proposal=False
+            )
+            found[_AHEAD in record].append(rollout)
+        if found[False]:
+            self._round = self._maker.take_up(state["round"], found[False])
+        if found[True]:
+            self._maker.take_up_ahead(state["round"] + 1, found[True])

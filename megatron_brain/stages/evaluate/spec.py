@@ -1,29 +1,28 @@
 """The descriptor of the evaluate stage."""
 
-from megatron_brain.config.checks import require_set
+from megatron_brain.config.checks import require_reward, require_set
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import PROMPTS, ScoringModel, StageSpec, Work, prior_and_reward
-from megatron_brain.errors import ConfigError
+from megatron_brain.config.stage_spec import PROMPTS, ScoringModel, StageSpec, Work, prior_and_rewards, reward_code
 from megatron_brain.stages.generate.spec import output, read_prompts
 
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.reward_load is None and config.evaluate.judge is None:
-        raise ConfigError("reward_load and judge are not set: the evaluate stage needs --reward-load, --judge or both")
+    if config.evaluate.judge is None:
+        require_reward(config, "--judge")
 
 
 def _work(config: RunConfig) -> Work:
-    baseline = config.evaluate.baseline_load
-    models = prior_and_reward(config)
+    baseline, judge = config.evaluate.baseline_load, config.evaluate.judge
+    models = prior_and_rewards(config)
     if baseline not in (None, config.scoring.prior_load):
-        models = (*models, ScoringModel(name="baseline", head="policy", load=baseline))
+        models = (*models, ScoringModel(name="baseline", flag="--baseline-load", head="policy", load=baseline))
     return Work(
         unit="prompts",
         responses_per_prompt=config.sampling.samples_per_prompt,
         draws=True,
         scoring=models,
-        user_code=("--judge", config.evaluate.judge),
+        user_code=(*reward_code(config), *((("--judge", judge),) if judge else ())),
     )
 
 

@@ -17,8 +17,12 @@ from megatron_brain.files import write_whole
 from megatron_brain.generation.batch import Completion
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
+from megatron_brain.stages.brain.placement import Part
+from megatron_brain.stages.brain.rollouts import Response, Rollout
 from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.intervals import Estimate, bootstrap, wins
+from megatron_brain.stages.rewards.rewards import Rewards
+from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.banner import show_banner
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
@@ -28,6 +32,8 @@ from megatron_brain.user_functions import ScoringFunction
 log = logging.getLogger(__name__)
 
 _ANSWERS = ("policy", "baseline", "reference")
+_AT_ONCE = 16
+"""Prompts whose answers a reward model scores in sequences of one padded length."""
 
 
 def main(run: Run) -> None:
@@ -46,14 +52,14 @@ def main(run: Run) -> None:
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
     scoring = run.config.scoring
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
-    reward = FrozenModel(run, "reward", scoring.reward_load, head="reward", offload=scoring.offload_reward)
+    rewards = Rewards(run)
     # A baseline that is the prior is not loaded twice.
     other = settings.baseline_load not in (None, scoring.prior_load)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
-    models = {"baseline": baseline.path, "prior": prior.path, "reward model": reward.path, "judge": settings.judge}
-    show_banner(run, [(name, place) for name, place in models.items() if place is not None])
+    models = {"baseline": baseline.path, "prior": prior.path, "judge": settings.judge}
+    show_banner(run, [*((name, place) for name, place in models.items() if place is not None), *rewards.rows()])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
-    engine = open_engine(run)
+    engine = open_engine(run, prompts)
     engine.take_weights(policy, f"--load {run.config.checkpoint.load}")
     drawn = {"policy": [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]}
     # These are samples of the policy itself, at temperature 1, for any temperature of the answers.
@@ -66,8 +72,8 @@ def main(run: Run) -> None:
     answered = [prompts[i] for i in mine]
     for row, difference in zip(rows, _log_ratios(run, policy, prior, answered, of_policy), strict=True):
         row["kl_to_prior"] = difference
-    if reward.path is not None:
-        _add_rewards(run, reward, rows, answered, drawn)
+    if rewards.parts:
+        _add_rewards(run, rewards, list(zip(mine, rows, strict=True)), answered, drawn)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
     if run.parallel.is_writer:
         if judge is not None:
@@ -99,11 +105,17 @@ def _log_ratios(
 
 
 def _add_rewards(
-    run: Run, reward: FrozenModel, rows: list[dict], prompts: Sequence[Prompt], drawn: dict[str, list[Completion]]
+    run: Run,
+    rewards: Rewards,
+    rows: Sequence[tuple[int, dict]],
+    prompts: Sequence[Prompt],
+    drawn: dict[str, list[Completion]],
 ) -> None:
-    groups, places = [], []
-    for k, prompt in enumerate(prompts):
-        responses = [drawn["policy"][k].tokens, drawn["baseline"][k].tokens]
+    """Add the rewards of the answers to the rows, which come with the places of their prompts. Equal responses are
+    scored once: at another place of a packed sequence a model's reward would differ by rounding."""
+    rollouts, places = [], []
+    for k, (prompt, (index, row)) in enumerate(zip(prompts, rows, strict=True)):
+        answers = {name: drawn[name][k].tokens for name in drawn}
         if prompt.reference is not None:
             ids = encode_answer(
                 run.tokenizer,
@@ -112,17 +124,32 @@ def _add_rewards(
                 before=Before(prompt.text, prompt.tokens[-1]),
                 where=prompt.record_id,
             )
-            responses.append(tuple(ids))
-        # Equal responses are scored once: at another place of a packed sequence their reward would differ by rounding.
-        distinct = tuple(dict.fromkeys(responses))
-        places.append([distinct.index(response) for response in responses])
-        groups.append([Group(prompt=prompt.tokens, responses=distinct, record_id=prompt.record_id)])
-    shared_prefix = run.config.training.shared_prefix
-    with reward.loaded() as chunks:
-        scored = score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=shared_prefix)
-    for row, [rewards], of_answer in zip(rows, scored, places, strict=True):
-        values = [rewards.tolist()[place] for place in of_answer]
-        row |= {f"reward/{name}": value for name, value in zip(_ANSWERS, values, strict=False)}
+            answers["reference"] = tuple(ids)
+        texts = {tokens: row[name] for name, tokens in answers.items()}
+        responses = {tokens: Response(tokens=tokens, text=text) for tokens, text in texts.items()}
+        places.append({name: responses[tokens] for name, tokens in answers.items()})
+        rollouts.append(
+            Rollout(
+                id=prompt.record_id,
+                index=index,
+                prompt_tokens=prompt.tokens,
+                prompt=prompt.text,
+                record=prompt.record,
+                responses=list(responses.values()),
+            )
+        )
+    micro_batches = [[Part(rollout, tuple(range(len(rollout.responses))))] for rollout in rollouts]
+    steps = [micro_batches[start : start + _AT_ONCE] for start in range(0, len(micro_batches), _AT_ONCE)]
+    rewards.score(steps, Scale())
+    for (_, row), of_answer in zip(rows, places, strict=True):
+        for name, response in of_answer.items():
+            row[f"reward/{name}"] = response.reward
+        if len(rewards.parts) > 1:
+            row |= {
+                f"reward/{part.name}/{name}": response.reward_parts[part.name]
+                for part in rewards.parts
+                for name, response in of_answer.items()
+            }
 
 
 def _add_judge_scores(judge: ScoringFunction, rows: list[dict]) -> None:

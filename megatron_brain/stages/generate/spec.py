@@ -24,7 +24,8 @@ def read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptReader:
     """The reader of prompts. A prompt must leave room for --max-new-tokens."""
     from megatron_brain.data.records import PromptReader
 
-    return PromptReader(tokenizer, config.data, room=config.sampling.max_new_tokens)
+    room, keeps = config.sampling.max_new_tokens, config.scoring.reads_records
+    return PromptReader(tokenizer, config.data, room=room, keeps_fields=keeps)
 
 
 def output(config: RunConfig) -> tuple[Output]:

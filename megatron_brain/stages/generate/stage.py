@@ -22,7 +22,7 @@ def main(run: Run) -> None:
         load_weights(run.start_from, chunks, head="policy", verify=run.config.checkpoint.verify)
     show_banner(run, [("responses", f"{run.config.sampling.samples_per_prompt} of each prompt")])
     mine = my_share(prompts, run.parallel)
-    engine = open_engine(run)
+    engine = open_engine(run, prompts)
     engine.take_weights(chunks, str(run.config.checkpoint.load or run.config.model.hf_model))
     samples = sample_answers(run, engine, prompts, mine, run.config.sampling)
     rows = [

@@ -155,7 +155,11 @@ SIZES = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-h
         ("generate", "--load c --output o", "--prompts"),
         ("generate", "--load c --prompts p", "--output"),
         ("evaluate", "--load c --prompts p --output o --judge j", "--prior-load"),
-        ("evaluate", "--load c --prompts p --output o --prior-load s", "--reward-load, --judge or both"),
+        (
+            "evaluate",
+            "--load c --prompts p --output o --prior-load s",
+            "needs --reward-load, --reward-function, --reward-url or --judge",
+        ),
         ("sft", "--train-data t --load c --eval-interval 5", "--valid-data"),
         ("sft", "--train-data t --load c --train-iters 10 --lr-warmup-iters 10", "lr_warmup_iters=10"),
     ],

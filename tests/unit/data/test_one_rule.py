@@ -14,7 +14,6 @@ from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTok
 from megatron_brain.generation import native
 from megatron_brain.generation.batch import Completion
 from megatron_brain.stages import answers
-from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.evaluate import stage as evaluate
 
 PROMPT, ANSWER, WORSE = " hello \u6f22 world\nTL;DR:", " a short </s> summary\u2603 ", "no"
@@ -60,7 +59,7 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
     settings = types.SimpleNamespace(samples_per_prompt=1, seed=1, shared_prefix=True)
     config = types.SimpleNamespace(training=settings)
     run = types.SimpleNamespace(tokenizer=tokenizer, parallel=None, config=config)
-    [[sample]] = answers.sample_answers(run, open_engine(run), prompts, [0], settings)
+    [[sample]] = answers.sample_answers(run, native.NativeEngine(None, eos_id=tokenizer.eos_id), prompts, [0], settings)
     reward = types.SimpleNamespace(loaded=contextlib.nullcontext)
     evaluate._add_rewards(run, reward, [{}], prompts, {"policy": [sample], "baseline": [sample]})
     tokenizer.export(folder / "exported", "policy")

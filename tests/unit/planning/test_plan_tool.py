@@ -59,6 +59,15 @@ def test_json_alone_and_flags_alone(run):
         run(f"{small} --json - --print-flags")
 
 
+def test_servers_have_a_table_of_their_own(run):
+    small = "--model llama3.2-1b --gpus 2 --stage brain --prompt-length 100 --response-length 28 --global-batch-size 8"
+    _, shown, _ = run(f"{small} --engine-gpus auto --rounds-ahead 1 --storage-bandwidth 1")
+    for heading in ("Servers; seconds of a round", "score + train", "sync: write", "as fast as training"):
+        assert heading in shown
+    assert "--engine vllm" in shown.splitlines()[-1]
+    assert "Servers" not in run(small)[1]
+
+
 def test_a_directory_of_a_hugging_face_model(tmp_path, run):
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -81,10 +90,14 @@ def test_a_directory_of_a_hugging_face_model(tmp_path, run):
         ("--model llama3-7b --gpus 8", 2, "did you mean 'llama3-70b' or 'llama3-8b'"),
         ("--model llama3-70b --gpus 1", 1, "no layout fits"),
         ("--model llama3-8b --gpus 8 --reserved-memory -60", 2, "no more memory than it has"),
+        ("--model llama3-8b --gpus 8 --storage-bandwidth 0", 2, "0 is not above 0"),
         ("--model llama3-8b --gpus 8 --json /no/such/folder/plan.json", 2, "/no/such/folder/plan.json"),
     ],
 )
-def test_mistakes_are_named(flags, expected, message, run):
-    status, _, errors = run(f"{flags} --stage sft --prompt-length 100 --response-length 100")
+def test_mistakes_are_named(flags, expected, message, run, capsys):
+    try:
+        status, _, errors = run(f"{flags} --stage sft --prompt-length 100 --response-length 100")
+    except SystemExit as exit:
+        status, errors = exit.code, capsys.readouterr().err
     assert status == expected
     assert message in errors

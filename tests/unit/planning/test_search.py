@@ -11,9 +11,11 @@ from megatron_brain.models.architecture import architecture, resolve
 from megatron_brain.planning.machine import GIB, MACHINES
 from megatron_brain.planning.memory import estimate_memory
 from megatron_brain.planning.presets import preset
+from megatron_brain.planning.question import Question
 from megatron_brain.planning.report import as_json, flags
 from megatron_brain.planning.rounds import step_time
-from megatron_brain.planning.search import Question, search
+from megatron_brain.planning.search import search
+from megatron_brain.planning.servers import drawing_seconds
 from megatron_brain.planning.workload import from_run_config
 
 NO_BRAIN = {"samples_per_prompt": 8}
@@ -186,6 +188,47 @@ def test_sequences_without_prompts_are_of_sft_alone():
             question(prompt_length=0, **NO_BRAIN, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rounds_ahead": 1}, "rounds_ahead=1 is for servers: give engine_gpus"),
+        ({"engine_gpus": 4, "engine_tensor_parallel": 3}, "engine_tensor_parallel=3: .* allow 1, 2, 4, 8"),
+        ({"engine_gpus": 6, "engine_tensor_parallel": 4}, "engine_gpus=6 is not a multiple"),
+        ({"engine_gpus": 4, "sampling_batch_size": 8}, "leave one of them out"),
+        ({"engine_gpus": 4, "stage": "sft", **NO_BRAIN}, "engine_gpus=4 is for --stage brain, not sft"),
+    ],
+)
+def test_questions_about_servers_that_have_no_answer_are_refused(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        question(**wrong)
+
+
+def test_plans_with_servers_are_runs_that_need_no_memory_to_sample_and_count_all_gpus():
+    asked = question(engine_gpus=4, rounds_ahead=1)
+    plans, _ = search(asked)
+    files = ["--engine-url", "http://a:1", "--engine-sync-dir", "s"]
+    best = plans[0]
+    config = load_config(asked.stage, [*flags(best.settings), *FILES, *files])
+    assert (config.engine.engine, config.brain.rounds_ahead) == ("vllm", 1)
+    assert config.engine.engine_concurrency == best.engine.at_one_time
+    assert best.engine.servers.gpus == 4
+    assert best.tokens_per_second == pytest.approx(best.workload.step_tokens / best.time.total / 16)
+    assert all(memory.kv_cache == 0 and memory.phase != "sampling" for plan in plans for memory in plan.phases)
+    assert as_json(asked, "m", plans, [])["layouts"][0]["engine"]["servers"] == vars(best.engine.servers)
+
+
+def test_enough_servers_are_the_fewest_that_keep_up_with_training():
+    plans, _ = search(question(engine_gpus="auto", rounds_ahead=1, engine_tensor_parallel=1, prompts_per_round=240))
+    for plan in plans:
+        engine = plan.engine
+        assert engine.servers == engine.enough and engine.drawing <= engine.training
+        assert plan.time.sampling == 0
+        if engine.servers.count > 1:
+            fewer = dataclasses.replace(engine.servers, count=engine.servers.count - 1)
+            assert drawing_seconds(plan.workload, fewer, MACHINES["h100"]) > engine.training
+    assert any(plan.engine.servers.count > 1 for plan in plans)
+
+
 def test_json_report_keeps_its_keys(answer):
     """Changing these breaks who reads the report: raise report.FORMAT with them."""
     report = as_json(question(), "llama3.2-1b", *answer)
@@ -199,6 +242,7 @@ def test_json_report_keeps_its_keys(answer):
         "memory",
         "seconds",
         "tokens_per_second_per_gpu",
+        "engine",
         "flags",
     }
     assert set(layout["layout"]) == {
@@ -218,6 +262,7 @@ def test_json_report_keeps_its_keys(answer):
         "data_communication",
         "optimizer",
         "sampling",
+        "sync",
         "scoring",
         "total",
     }

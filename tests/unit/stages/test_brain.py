@@ -10,6 +10,7 @@ from megatron_brain.objectives.brain import Brain
 from megatron_brain.objectives.dpo import DPO
 from megatron_brain.objectives.rloo import RLOO
 from megatron_brain.stages.brain.stage import BrainStage
+from megatron_brain.stages.rewards.scale import Scale
 
 
 def stage(*, proposal_is_policy: bool = True, objective: type = Brain) -> SimpleNamespace:
@@ -57,7 +58,7 @@ def test_what_is_checked_is_logged_once_a_round(objective, logged):
 
 def test_a_run_does_not_resume_with_another_objective_than_its_round_was_made_for():
     made = SimpleNamespace(_fixed=dict, _corpora={}, _config=RunConfig(stage="brain"), _round="unset")
-    made._maker = SimpleNamespace(prior=None)
+    made._maker = SimpleNamespace(prior=None, reward_scale=Scale())
     state = {"prior": None, "round": 0}
     with pytest.raises(ConfigError, match="made for dpo. Resume with --objective dpo, or start anew"):
         BrainStage.load_state_dict(made, {**state, "objective": "dpo"}, [])

@@ -72,7 +72,7 @@ def test_two_steps_are_those_on_the_raw_records(stage, extra, assets):
 def test_a_run_goes_on_on_prepared_data_where_it_stopped_on_raw_records(assets):
     *_, raw = train("sft", assets, "jsonl")
     *_, prepared = train("sft", assets, "indexed")
-    prepared.load_state_dict(raw.state_dict(), raw.records())
+    prepared.load_state_dict(raw.state_dict(), raw.records(None))
 
 
 def test_prompts_are_read_prepared(assets):

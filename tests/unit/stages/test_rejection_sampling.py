@@ -12,7 +12,6 @@ import torch
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.seeds import draw_uniforms, sample_seed
-from megatron_brain.stages.brain import rejection_sampling
 from megatron_brain.stages.brain.placement import Placement
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples, accept, num_draws
 from megatron_brain.stages.brain.rollouts import Response, Rollout
@@ -132,24 +131,22 @@ def proposal(*, samples=4, number_of_candidates=8, drawn=(), **brain):
     made = RejectionSamples.__new__(RejectionSamples)
     made._run, made.groups_per_round = SimpleNamespace(config=config, parallel=layout), 16
     made._placement = Placement(config.training, layout, interleaved=False)
-    made._samples = SimpleNamespace(draw=lambda trainer, number, samples_per_prompt: list(drawn))
-    made._reward = SimpleNamespace(loaded=lambda: torch.no_grad())
+    made._samples = SimpleNamespace(metrics={}, draw=lambda trainer, number, samples_per_prompt: list(drawn))
     return made
 
 
-def test_duplicates_are_one_candidate_and_only_distinct_ones_are_scored(monkeypatch):
+def test_duplicates_are_one_candidate_and_only_distinct_ones_are_scored():
     scored = []
 
-    def score_responses(run, steps, chunks, *, head):
-        assert head == "reward"
+    def score(steps, scale):
         for [part] in itertools.chain(*steps):
             for response in (part.rollout.responses[i] for i in part.responses):
                 scored.append(response.tokens)
-                yield response, float(response.tokens[0])
+                response.reward = float(response.tokens[0])
 
-    monkeypatch.setattr(rejection_sampling, "score_responses", score_responses)
     drawn = candidates(*[None] * 6, tokens=[(1,), (2,), (1,), (3,), (2,), (1, 1)])
     made = proposal(samples=2, number_of_candidates=6, drawn=[drawn], reward_temperature=1e-6)
+    made._rewards, made._scale = SimpleNamespace(score=score), None
     [rollout] = made.rollouts(None, 0)
     assert scored == [(1,), (2,), (3,), (1, 1)] and made.metrics == {"distinct_candidates": 4.0}
     assert sorted(response.tokens for response in rollout.responses) == [(2,), (3,)]

@@ -13,36 +13,17 @@ from megatron_brain.stages.brain.rollouts import Response, Rollout
 from megatron_brain.stages.brain.rounds import RoundMaker
 
 
-def maker(limit=0.1, **run):
+def maker(**run):
     config = RunConfig(stage="brain")
-    config.brain.max_sampler_difference = limit
     parallel = SimpleNamespace(
         sum_over_data_parallel=lambda values: values,
         gather_over_data_parallel=lambda item: [item],
         device=torch.device("cpu"),
     )
-    made = SimpleNamespace(
-        _settings=config.brain, _run=SimpleNamespace(config=config, parallel=parallel, resuming=False, **run)
-    )
-    made._total = lambda value: RoundMaker._total(made, value)
-    made._policy_is_prior = lambda number: RoundMaker._policy_is_prior(made, number)
+    made = object.__new__(RoundMaker)
+    made._settings, made._ahead = config.brain, None
+    made._run = SimpleNamespace(config=config, parallel=parallel, resuming=False, **run)
     return made
-
-
-def rollout(*differences):
-    responses = [Response(tokens=(1, 2), sampler_logprob=-3.0, log_proposal=-3.0 + d) for d in differences]
-    return Rollout(id="p", index=0, prompt_tokens=(1,), responses=responses)
-
-
-def test_the_samplers_log_probabilities_are_compared_per_token():
-    # |0.1| + |-0.3| nats over 4 tokens
-    assert RoundMaker._sampler_difference(maker(), [rollout(0.1, -0.3)], 4) == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("difference", [0.5, float("nan")])
-def test_a_difference_over_the_limit_stops_the_run_with_the_numbers(difference):
-    with pytest.raises(RuntimeError, match="nats per token on average .limit --max-sampler-difference 0.1"):
-        RoundMaker._sampler_difference(maker(), [rollout(difference, 0.0)], 4)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +39,35 @@ def test_a_difference_over_the_limit_stops_the_run_with_the_numbers(difference):
 def test_the_proposal_is_the_policy_after_a_refresh_with_plain_sampling(temperature, from_prior, number, expected):
     made = maker()
     made.proposal = SimpleNamespace(temperature=temperature, from_prior=from_prior)
-    assert RoundMaker.proposal_is_policy(made, number) is expected
+    assert made.proposal_is_policy(number) is expected
     if from_prior:
         made._run.config.scoring.prior_load = "another"
-        assert RoundMaker.proposal_is_policy(made, number) is False
+        assert made.proposal_is_policy(number) is False
 
 
-BY_POLICY, BY_PRIOR = ("log_proposal", "policy"), ("log_proposal", "prior")
+def test_the_proposal_is_not_the_policy_where_the_engine_says_log_q_or_has_drawn_ahead():
+    made = maker()
+    made.proposal = SimpleNamespace(temperature=1.0, from_prior=False)
+    made._ahead = made.proposal
+    assert [made.proposal_is_policy(number) for number in range(3)] == [True, False, False]
+    made._ahead, made._settings.proposal_logprobs = None, "engine"
+    assert not made.proposal_is_policy(0)
+
+
+def test_the_log_q_that_makes_the_weights_is_the_trainers_or_the_engines(monkeypatch):
+    monkeypatch.setattr(rounds, "score_responses", lambda run, steps, chunks, **_: ((r, -4.0) for r in some.responses))
+    for side, expected in (("trainer", -4.0), ("engine", -3.0)):
+        some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,), sampler_logprob=-3.0)])
+        made = maker()
+        made._settings.proposal_logprobs = side
+        made._objective = OBJECTIVES["brain"]
+        made.proposal = SimpleNamespace(temperature=1.0, from_prior=False)
+        made._score_proposal(SimpleNamespace(gathered_chunks=list), [], [some], 3)
+        [response] = some.responses
+        assert (response.log_proposal, response.trainer_logprob, response.sampler_logprob) == (expected, -4.0, -3.0)
+
+
+BY_POLICY, BY_PRIOR = ("trainer_logprob", "policy"), ("trainer_logprob", "prior")
 LOG_PRIOR, REWARD = ("log_prior", "prior"), ("reward", "reward")
 
 
@@ -92,6 +95,10 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
         calls.append(chunks)
         yield from [(response, -float(10 + len(calls))) for response in some.responses]
 
+    def score_with_rewards(steps, scale):
+        for response, value in score_responses(None, steps, "reward", head="reward"):
+            response.reward = value
+
     monkeypatch.setattr(rounds, "score_responses", score_responses)
     some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,)), Response(tokens=(2,))])
     if temperature is None and objective == "brain":
@@ -99,16 +106,14 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
             response.log_proposal = -2.0
     made = maker()
     made._objective = OBJECTIVES[objective]
-    made._is_missing = lambda name, rollouts: RoundMaker._is_missing(made, name, rollouts)
     made.proposal = SimpleNamespace(temperature=temperature, from_prior=from_prior)
-    made.prior, made._reward = (
-        SimpleNamespace(loaded=lambda name=name: contextlib.nullcontext(name)) for name in ("prior", "reward")
-    )
-    rescored = RoundMaker._score(made, SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
-    names = ("log_proposal", "log_prior", "reward")
+    made.prior = SimpleNamespace(loaded=lambda: contextlib.nullcontext("prior"))
+    made._rewards, made.reward_scale = SimpleNamespace(score=score_with_rewards), None
+    made._score(SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
+    names = ("trainer_logprob", "log_prior", "reward")
     scored = [
         (next(name for name in names if some.values(name) == (-float(10 + call),) * 2), chunks)
         for call, chunks in enumerate(calls, 1)
     ]
-    assert scored == expected and rescored == (expected[0][0] == "log_proposal")
+    assert scored == expected
     assert all(None not in some.values(name) for name in OBJECTIVES[objective].needs)
