@@ -119,18 +119,8 @@ def opened_work(args: argparse.Namespace) -> Iterator[Work]:
 def _read(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[TextRecord]:
     if not args.train_data.exists():
         raise ConfigError(f"--train-data {args.train_data}: no such file")
-    found = []
-    for number, line in enumerate(args.train_data.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            record = TextRecord(values["prompt"], values["completion"])
-        except (ValueError, KeyError, TypeError):
-            raise RecordError(
-                f"{args.train_data}, line {number}: expected an object with prompt and completion"
-            ) from None
-        found.append(record)
-        if len(found) == _MOST_RECORDS:
-            break
+    lines = args.train_data.read_text(encoding="utf-8").splitlines()[:_MOST_RECORDS]
+    found = [_record(f"{args.train_data}:{number}", line) for number, line in enumerate(lines, start=1)]
     prompts = tokenizer([record.prompt for record in found])["input_ids"]
     completions = tokenizer([record.completion for record in found])["input_ids"]
     return [
@@ -139,6 +129,17 @@ def _read(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[
         # The end of the text is a token too.
         if len(prompt) <= args.max_prompt_length and len(completion) < args.max_response_length
     ]
+
+
+def _record(where: str, line: str) -> TextRecord:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise RecordError(where, "no JSON", f"no JSON: {error}") from error
+    texts = [values.get(name) if isinstance(values, dict) else None for name in ("prompt", "completion")]
+    if not all(isinstance(text, str) for text in texts):
+        raise RecordError(where, "no texts", "expected an object with the texts prompt and completion")
+    return TextRecord(*texts)
 
 
 def _write_model(source: Path, directory: Path, head: Head, work: Work) -> Path:

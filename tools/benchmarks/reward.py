@@ -38,7 +38,7 @@ REQUIRED = 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the subject."""
     parser.add_argument("--batch", type=int, default=16, help="pairs of a step [%(default)s]")
-    add_peer_arguments(parser, micro_batch=8, peer_micro_batch=8, of="pairs")
+    add_peer_arguments(parser, micro_batch=8, of="pairs", peer_micro_batch=8)
     add_work_arguments(parser, pairs=3)
 
 

@@ -11,7 +11,7 @@ the flag it is left out. Tokens are counted up to each response's EOS.
 import argparse
 import contextlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,11 +29,11 @@ _GREEDY_LIMITS = {torch.float32: 0.9, torch.bfloat16: 0.5}
 """Least share of the prompts with the greedy answer of transformers. Rounding decides between tokens that are about
 equally likely."""
 
-_SURPRISE_LIMIT = 0.3
-"""Largest difference of the mean of -log p of drawn tokens, in nats, that chance explains."""
+_ERRORS = 4.0
+"""Standard errors by which means may differ by chance."""
 
-_LENGTH_LIMIT = 0.25
-"""Largest difference of the mean length of responses, of their length, that chance explains."""
+_ROUNDING = 0.03
+"""Share by which means may differ beyond chance, because the sides round differently."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,8 @@ def _shape(
         "samples": samples,
         "max_new_tokens": new,
         "tokens": {name: statistics.mean(counts) for name, counts in tokens.items()},
-        "surprise": {name: hf.mean_surprise(prompts, calls[0], args.temperature) for name, calls in drawn.items()},
+        "length": {name: _mean_of_ones([len(row) for row in _rows(calls)]) for name, calls in drawn.items()},
+        "surprise": {name: _surprise(hf, prompts, calls[0], args.temperature) for name, calls in drawn.items()},
         "tokens_per_second": {name: statistics.median(each) for name, each in speeds.items()},
     }
     failures += check_draws(report, label)
@@ -150,18 +151,38 @@ def _tokens(responses: list[list[int]]) -> int:
     return sum(map(len, responses))
 
 
+def _rows(calls: Sequence[Responses]) -> list[list[int]]:
+    """The responses of all calls to all prompts."""
+    return [response for call in calls for of_prompt in call for response in of_prompt]
+
+
+def _surprise(hf: HFSampler, prompts: Prompts, responses: Responses, temperature: float) -> dict[str, float]:
+    """-log p of a token in the mean, by transformers: it tells temperatures apart."""
+    return mean_of(hf.surprises(prompts, responses, temperature), [len(row) for row in _rows([responses])])
+
+
+def _mean_of_ones(values: Sequence[float]) -> dict[str, float]:
+    return mean_of(values, [1] * len(values))
+
+
+def mean_of(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    """The mean over all that is counted, and its standard error; a sum and its count are one draw."""
+    mean = sum(sums) / sum(counts)
+    squares = sum((total - mean * count) ** 2 for total, count in zip(sums, counts, strict=True))
+    return {"mean": mean, "error": squares**0.5 / sum(counts)}
+
+
 def check_draws(report: dict, label: str) -> list[str]:
     """What shows that a side does not draw from the distribution that transformers draws from, in words."""
     wrong = []
-    for name in report["tokens"].keys() - {"transformers"}:
-        lengths, surprises = (
-            (report[figure][name], report[figure]["transformers"]) for figure in ("tokens", "surprise")
-        )
-        if not abs(lengths[0] - lengths[1]) <= _LENGTH_LIMIT * lengths[1]:
-            wrong.append(f"{label}: {name} drew {lengths[0]:.0f} tokens a call, transformers {lengths[1]:.0f}")
-        if not abs(surprises[0] - surprises[1]) <= _SURPRISE_LIMIT:
-            wrong.append(
-                f"{label}: -log p of a token that {name} drew is {surprises[0]:.2f} in the mean, transformers' "
-                f"{surprises[1]:.2f}"
-            )
+    for figure in ("length", "surprise"):
+        theirs = report[figure]["transformers"]
+        for name in report[figure].keys() - {"transformers"}:
+            mine = report[figure][name]
+            chance = (mine["error"] ** 2 + theirs["error"] ** 2) ** 0.5
+            if not abs(mine["mean"] - theirs["mean"]) <= _ERRORS * chance + _ROUNDING * theirs["mean"]:
+                wrong.append(
+                    f"{label}: the mean {figure} is {mine['mean']:.3f} ± {mine['error']:.3f} for {name}, "
+                    f"{theirs['mean']:.3f} ± {theirs['error']:.3f} for transformers"
+                )
     return wrong

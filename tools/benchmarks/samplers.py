@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -107,9 +106,9 @@ class HFSampler:
         return row[: row.index(self._eos_id) + 1] if self._eos_id in row else row
 
     @torch.no_grad()
-    def mean_surprise(self, prompts: Prompts, responses: Responses, temperature: float) -> float:
-        """Mean of -log of the probability of a response token at a temperature, in nats."""
-        total, count = 0.0, 0
+    def surprises(self, prompts: Prompts, responses: Responses, temperature: float) -> list[float]:
+        """-log of the probability of every response at a temperature, in nats."""
+        found = []
         for prompt, of_prompt in zip(prompts, responses, strict=True):
             rows = [torch.tensor([*prompt, *response]) for response in of_prompt]
             # What is behind a row's end does not change what is before it.
@@ -117,13 +116,8 @@ class HFSampler:
             longest = tokens.size(1) - len(prompt)
             logits = self.model(tokens, logits_to_keep=longest + 1).logits[:, :-1].float() / temperature
             by_token = logits.log_softmax(-1).gather(-1, tokens[:, len(prompt) :, None]).squeeze(-1)
-            total -= _sum_of_responses(by_token, of_prompt)
-            count += sum(map(len, of_prompt))
-        return total / count
-
-
-def _sum_of_responses(by_token: Tensor, responses: list[list[int]]) -> float:
-    return sum(row[: len(response)].sum().item() for row, response in zip(by_token, responses, strict=True))
+            found += [-row[: len(response)].sum().item() for row, response in zip(by_token, of_prompt, strict=True)]
+        return found
 
 
 class VllmSampler:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the subject."""
     parser.add_argument("--seq-length", type=int, default=512, help="tokens of a packed sequence [%(default)s]")
     parser.add_argument("--sequences", type=int, default=4, help="packed sequences of a step [%(default)s]")
-    add_peer_arguments(parser, micro_batch=1, peer_micro_batch=1, of="packed sequences")
+    add_peer_arguments(parser, micro_batch=1, of="packed sequences", peer_micro_batch=1)
     add_work_arguments(parser, pairs=3)
 
 

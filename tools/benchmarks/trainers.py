@@ -46,28 +46,44 @@ def open_stage_run(work: Work, stage: str, **settings: object) -> Run:
 
 
 class OurTrainer:
-    """Our trainer and stage. `step` takes a step as the training loop does; `losses` are those before each step."""
+    """Our trainer and stage. `losses` are those before each step, `metrics` those of the last one."""
 
     def __init__(self, run: Run, make_stage: Callable[[Run], Stage]) -> None:
         self.run = run
         self.stage = make_stage(run)
         self.trainer = Trainer(run, self.stage)
         self.losses: list[float] = []
+        self.metrics: dict[str, float] = {}
 
     def groups(self) -> list[Group]:
         """The groups of the next step."""
         return [group for micro_batch in self.stage.micro_batches(self.trainer) for group in micro_batch]
 
+    def records(self) -> list[dict]:
+        """What the stage would save of its round."""
+        return list(self.stage.records(self.trainer))
+
     def step(self) -> None:
         """Take one optimizer step, its batch included."""
-        self.losses.append(self.trainer.step(self.stage.micro_batches(self.trainer))["loss"])
+        self.metrics = self.trainer.step(self.stage.micro_batches(self.trainer))
+        self.losses.append(self.metrics["loss"])
 
 
-def add_peer_arguments(parser: argparse.ArgumentParser, *, micro_batch: int, peer_micro_batch: int, of: str) -> None:
-    """Add flags of the two sides' batches, and of TRL's weights. The defaults are the fastest of those tried."""
+def add_peer_arguments(
+    parser: argparse.ArgumentParser, *, micro_batch: int, of: str, peer_micro_batch: int, of_peer: str | None = None
+) -> None:
+    """Add flags of the two sides' batches, and of TRL's weights. The defaults are the fastest of those tried.
+
+    Args:
+        parser: where to add them.
+        micro_batch, peer_micro_batch: default sizes.
+        of, of_peer: what is counted; TRL may count something else.
+    """
     group = parser.add_argument_group("sides")
     group.add_argument("--micro-batch-size", type=int, default=micro_batch, help=f"{of} of a pass, ours [%(default)s]")
-    group.add_argument("--peer-micro-batch-size", type=int, default=peer_micro_batch, help=f"{of}, TRL [%(default)s]")
+    group.add_argument(
+        "--peer-micro-batch-size", type=int, default=peer_micro_batch, help=f"{of_peer or of}, TRL [%(default)s]"
+    )
     group.add_argument(
         "--peer-weights",
         choices=("float32", "bfloat16"),
@@ -81,7 +97,7 @@ def peer_dtype(args: argparse.Namespace) -> torch.dtype:
     return getattr(torch, args.peer_weights)
 
 
-def peer_settings(work: Work, args: argparse.Namespace, *, batch: int) -> dict:
+def peer_settings(work: Work, args: argparse.Namespace, *, batch: int, lr: float = LR) -> dict:
     """Arguments of a trainer of transformers or TRL: our optimizer, and neither files nor trackers.
 
     Activations are kept: TRL's default computes them a second time, which saves memory and would only slow it down.
@@ -90,6 +106,7 @@ def peer_settings(work: Work, args: argparse.Namespace, *, batch: int) -> dict:
         work: what is trained.
         args: the flags of `add_peer_arguments`.
         batch: samples of an optimizer step.
+        lr: the learning rate.
 
     Raises:
         ConfigError: micro-batches do not fill the batch.
@@ -101,7 +118,7 @@ def peer_settings(work: Work, args: argparse.Namespace, *, batch: int) -> dict:
         "optim": "adamw_torch_fused",
         **_ADAM,
         "adam_epsilon": 1e-8,
-        "learning_rate": LR,
+        "learning_rate": lr,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,
         "max_steps": _MANY_STEPS,
@@ -126,12 +143,17 @@ class PeerTrainer:
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Pause(self))
-        self.losses: list[float] = []
+        self.logs: list[dict[str, float]] = []
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.stopping = False
         self._error: BaseException | None = None
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._train, daemon=True)
+
+    @property
+    def losses(self) -> list[float]:
+        """The losses before each step."""
+        return [log["loss"] for log in self.logs]
 
     def __enter__(self) -> "PeerTrainer":
         self._thread.start()
@@ -174,7 +196,7 @@ class _Pause(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if "loss" not in logs:
             return  # The summary at the end.
-        self._peer.losses.append(logs["loss"])
+        self._peer.logs.append(dict(logs))
         self._peer.done.release()
         self._peer.go.acquire()
         if self._peer.stopping:
