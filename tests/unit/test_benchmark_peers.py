@@ -229,3 +229,11 @@ def test_an_error_of_the_other_trainer_ends_the_benchmark_with_it(run, monkeypat
     monkeypatch.setattr(importlib.import_module("benchmarks.sft").SFTTrainer, "training_step", broken)
     with pytest.raises(RuntimeError, match="no gradient today"):
         run("sft", *SFT)
+
+
+def test_losses_agree_in_bfloat16_with_either_kind_of_weights_on_the_other_side(run):
+    for weights in ("float32", "bfloat16"):
+        status, report, said = run("sft", *SFT, "--dtype", "bfloat16", "--peer-weights", weights)
+        assert status == 0, said
+        first = report["loss"]["first"]
+        assert 0 < abs(first["ours"] - first["baseline"]) < 0.1, "rounding is another on each side"
