@@ -222,11 +222,13 @@ def test_a_package_that_is_missing_is_named(run, monkeypatch):
     assert status == 2 and "sft needs trl, which is not installed: pip install trl" in said
 
 
-def test_an_error_of_the_other_trainer_ends_the_benchmark_with_it(run, monkeypatch):
+@pytest.mark.parametrize("side", ["SFTTrainer", "OurTrainer"])
+def test_an_error_of_either_trainer_ends_the_benchmark_with_it(run, monkeypatch, side):
     def broken(self, *args, **kwargs):
         raise RuntimeError("no gradient today")
 
-    monkeypatch.setattr(importlib.import_module("benchmarks.sft").SFTTrainer, "training_step", broken)
+    method = "training_step" if side == "SFTTrainer" else "step"
+    monkeypatch.setattr(getattr(importlib.import_module("benchmarks.sft"), side), method, broken)
     with pytest.raises(RuntimeError, match="no gradient today"):
         run("sft", *SFT)
 

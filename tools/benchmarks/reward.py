@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from benchmarks.real_work import Work, add_work_arguments, opened_work
-from benchmarks.timing import compare
 from benchmarks.trainers import (
     OurTrainer,
     PeerTrainer,
@@ -49,9 +48,9 @@ def run(args: argparse.Namespace) -> dict:
         model = str(work.reward_model())
         ours = _open_ours(work, model, args)
         groups = ours.groups()
-        with PeerTrainer(_open_peer(work, model, args, groups)) as peer:
-            sizes = _sizes(groups, peer.trainer.train_dataset, failures)
-            timed = compare(ours.step, peer.step, pairs=args.pairs, label="reward")
+        peer = PeerTrainer(_open_peer(work, model, args, groups))
+        sizes = _sizes(groups, peer.trainer.train_dataset, failures)
+        timed = peer.compare(ours.step, pairs=args.pairs, label="reward")
         losses = compare_losses(ours.losses, peer.losses, work, failures)
     return {
         "peer": f"TRL {trl.__version__}",

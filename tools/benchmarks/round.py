@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.real_work import Work, add_work_arguments, opened_work
-from benchmarks.timing import compare
 from benchmarks.trainers import (
     OurTrainer,
     PeerTrainer,
@@ -73,8 +72,8 @@ def run(args: argparse.Namespace) -> dict:
             ours.step()
             tokens.append(sum(len(response["tokens"]) for response in _responses(ours.records())))
 
-        with PeerTrainer(_open_peer(work, reward, args)) as peer:
-            timed = compare(our_round, peer.step, pairs=args.pairs, warm_up=_WARM_UP, label="round")
+        peer = PeerTrainer(_open_peer(work, reward, args))
+        timed = peer.compare(our_round, pairs=args.pairs, warm_up=_WARM_UP, label="round")
         per_round = args.prompts * args.samples
         drawn = {
             "ours": statistics.mean(tokens),

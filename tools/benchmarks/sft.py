@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.real_work import TextRecord, Work, add_work_arguments, opened_work
-from benchmarks.timing import compare
 from benchmarks.trainers import (
     OurTrainer,
     PeerTrainer,
@@ -52,9 +51,9 @@ def run(args: argparse.Namespace) -> dict:
     with opened_work(args) as work:
         ours = _open_ours(work, args)
         groups = ours.groups()
-        with PeerTrainer(_open_peer(work, args, groups)) as peer:
-            sizes = _sizes(groups, peer.trainer.train_dataset, args.sequences, failures)
-            timed = compare(ours.step, peer.step, pairs=args.pairs, label="sft")
+        peer = PeerTrainer(_open_peer(work, args, groups))
+        sizes = _sizes(groups, peer.trainer.train_dataset, args.sequences, failures)
+        timed = peer.compare(ours.step, pairs=args.pairs, label="sft")
         losses = compare_losses(ours.losses, peer.losses, work, failures)
     seconds = timed["wall"]
     speeds = {side: sizes["tokens"] / seconds[f"{side}_seconds"] for side in ("ours", "baseline")}

@@ -1,15 +1,17 @@
 """A trainer of ours and one of transformers or TRL, both a step at a time, so that their steps can be timed."""
 
 import argparse
-import threading
+import concurrent.futures
+import queue
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl
 from transformers import Trainer as HFTrainer
 
 from benchmarks.real_work import Work
+from benchmarks.timing import compare
 from megatron_brain.config.loader import config_from_dict
 from megatron_brain.data.groups import Group
 from megatron_brain.errors import ConfigError
@@ -137,70 +139,92 @@ def peer_settings(work: Work, args: argparse.Namespace, *, batch: int, lr: float
 
 
 class PeerTrainer:
-    """A trainer whose `step` takes one optimizer step. Leaving the context ends its loop."""
+    """A trainer of transformers or TRL whose steps can be timed one by one, in turns with ours.
+
+    The trainer's own loop runs and waits between two steps, so a timed step is everything that the loop does: it takes
+    and collates the batch, computes, updates the weights and logs. Our steps run in the same thread meanwhile. In
+    another thread they would have threads of OpenMP of their own, and as soon as there are more of these than cores,
+    they all sleep where they would otherwise wait actively, which slows many short parallel sections down.
+    """
 
     def __init__(self, trainer: HFTrainer) -> None:
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Pause(self))
         self.logs: list[dict[str, float]] = []
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.stopping = False
-        self._error: BaseException | None = None
-        self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._train, daemon=True)
+        self._asked: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     @property
     def losses(self) -> list[float]:
         """The losses before each step."""
         return [log["loss"] for log in self.logs]
 
-    def __enter__(self) -> "PeerTrainer":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stopping = True
-        self.go.release()
-        self._thread.join()
-
-    def _train(self) -> None:
-        self.go.acquire()
-        if self.stopping:
-            return
-        torch.set_num_threads(self._threads)
-        try:
-            self.trainer.train()
-        except BaseException as error:
-            self._error = error
-        self.done.release()
-
-    def step(self) -> None:
-        """Take a step.
+    def compare(self, ours: Callable[[], object], **settings: Any) -> dict:
+        """`timing.compare` of our steps and the trainer's, with its settings.
 
         Raises:
-            whatever the trainer raised.
+            whatever one of the two raised.
         """
-        self.go.release()
-        self.done.acquire()
-        if self._error is not None:
-            raise self._error
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+            timed = pool.submit(self._time, ours, settings)
+            try:
+                self.trainer.train()
+            except BaseException as error:
+                self._answers.put(error)
+                raise
+            return timed.result()
+
+    def _time(self, ours: Callable[[], object], settings: dict) -> dict:
+        try:
+            return compare(lambda: self._ask(ours), lambda: self._ask(_next_step), **settings)
+        finally:
+            self._asked.put(_stop)
+
+    def _ask(self, call: Callable[[], object]) -> None:
+        self._asked.put(call)
+        error = self._answers.get()
+        if error is not None:
+            raise error
+
+    def serve(self, control: TrainerControl) -> None:
+        """Make the calls that are asked for, until the next step or the end is."""
+        while (call := self._asked.get()) not in (_next_step, _stop):
+            try:
+                call()
+            except BaseException as error:
+                self._answers.put(error)
+            else:
+                self._answers.put(None)
+        control.should_training_stop = call is _stop
+
+    def step_is_over(self, logs: dict[str, float]) -> None:
+        """Keep the logs of a step and say that it is over."""
+        self.logs.append(logs)
+        self._answers.put(None)
+
+
+def _next_step() -> None:
+    """Asks for the trainer's next step."""
+
+
+def _stop() -> None:
+    """Asks for the end of training."""
 
 
 class _Pause(TrainerCallback):
-    """Waits after each step's log, the last thing that a step does."""
+    """Waits before the first step, and after each step's log, the last thing that a step does."""
 
     def __init__(self, peer: PeerTrainer) -> None:
         self._peer = peer
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._peer.serve(control)
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if "loss" not in logs:
-            return  # The summary at the end.
-        self._peer.logs.append(dict(logs))
-        self._peer.done.release()
-        self._peer.go.acquire()
-        if self._peer.stopping:
-            control.should_training_stop = True
+        if "loss" in logs:  # The summary at the end has none.
+            self._peer.step_is_over(dict(logs))
+            self._peer.serve(control)
 
 
 def compare_losses(ours: Sequence[float], theirs: Sequence[float], work: Work, failures: list[str]) -> dict:
