@@ -33,6 +33,7 @@ KINDS = {
     "slow_pause": "take so many seconds for a pause",
     "die_after": "end the process after so many completions",
     "restart_after": "forget all that was given after so many completions, as a restarted process does",
+    "restart_at_resume": "forget all that was given when it is to go on, once",
     "fewer": "end a response after its first token, with finish_reason length",
     "shift": "answer with token ids that are larger by this",
     "other_prompt": "say that the prompt was another one",
@@ -288,6 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
             return {"status": "paused"}
         if path == "/resume":
             stub.running.set()
+            if stub.kinds.pop("restart_at_resume", False):
+                stub.begin_anew()
             return {"status": "resumed"}
         if path == "/is_paused":
             return {"is_paused": not stub.running.is_set()}
