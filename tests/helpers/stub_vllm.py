@@ -28,9 +28,12 @@ from helpers.stub_models import NumberModel, PolicyOfFolder, StubModel
 KINDS = {
     "status": "answer completions with this status, 500 for one",
     "hang": "never answer completions",
-    "slow": "wait so many seconds before each completion",
+    "fail_once": "answer one completion with status 500",
+    "slow": "take so many seconds for each completion",
+    "slow_pause": "take so many seconds for a pause",
     "die_after": "end the process after so many completions",
     "restart_after": "forget all that was given after so many completions, as a restarted process does",
+    "restart_at_resume": "forget all that was given when it is to go on, once",
     "fewer": "end a response after its first token, with finish_reason length",
     "shift": "answer with token ids that are larger by this",
     "other_prompt": "say that the prompt was another one",
@@ -72,6 +75,7 @@ class StubServer:
         """The bodies of all completions that were asked for."""
         self.calls: list[str] = []
         """The paths of all requests."""
+        self.pauses = 0
         self._queue: Queue[_Request | None] = Queue()
         self._lock = threading.RLock()
         self.running = threading.Event()
@@ -114,13 +118,13 @@ class StubServer:
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         self.seen.append(body)
-        if "slow" in self.kinds:
-            time.sleep(self.kinds["slow"])
         while "hang" in self.kinds:
             time.sleep(0.05)
+        if "status" in self.kinds or self.kinds.pop("fail_once", False):
+            raise _RefusedError(self.kinds.get("status", 500), "it was told to")
         self.running.wait()
-        if "status" in self.kinds:
-            raise _RefusedError(self.kinds["status"], "it was told to")
+        pauses = self.pauses
+        time.sleep(self.kinds.get("slow", 0))
         if len(body["prompt"]) >= self.longest:
             raise _RefusedError(400, f"This model's maximum context length is {self.longest} tokens.")
         if not all(token < self.model.vocab_size for token in body["prompt"]):
@@ -132,7 +136,7 @@ class StubServer:
             raise request.answer
         assert request.answer is not None
         self._count()
-        return request.answer
+        return request.answer if self.pauses == pauses else request.answer | {"finish_reason": "abort"}
 
     def _count(self) -> None:
         with self._lock:
@@ -264,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._send(200, json.dumps(self._result(path, body)))
         except _RefusedError as refused:
-            known = {"error": {"message": refused.said, "type": "", "param": None, "code": refused.status}}
+            known = {"error": {"message": refused.said, "type": "", "code": refused.status}}
             self._send(refused.status, json.dumps(known if refused.said else {"detail": "Not Found"}))
         except OSError:
             self.close_connection = True  # The client no longer waits, or the stub was killed.
@@ -279,10 +283,14 @@ class _Handler(BaseHTTPRequestHandler):
             return {"version": "0.32.0"}
         if path == "/pause":
             assert parse_qs(urlsplit(self.path).query)["mode"] in (["abort"], ["wait"])
+            time.sleep(stub.kinds.get("slow_pause", 0))
+            stub.pauses += 1
             stub.running.clear()
             return {"status": "paused"}
         if path == "/resume":
             stub.running.set()
+            if stub.kinds.pop("restart_at_resume", False):
+                stub.begin_anew()
             return {"status": "resumed"}
         if path == "/is_paused":
             return {"is_paused": not stub.running.is_set()}

@@ -172,7 +172,6 @@ class Drawing:
         if await self._giver.require(self._servers[server], self._held[server]):
             return
         url = self._servers[server].url
-        self._forget_answers(server)
         self._restarts[server] += 1
         if self._restarts[server] > _MOST_RESTARTS:
             raise NoAnswerError(
@@ -180,7 +179,10 @@ class Drawing:
                 "or leave it out of --engine-url"
             )
         log.warning("%s: has restarted; it gets the weights of %s again", url, self._hand_over.folder)
-        self._held[server] = await self._give_again(server)
+        held = await self._give_again(server)
+        # Not earlier: a request that was under way may have been answered with the weights of the start meanwhile.
+        self._forget_answers(server)
+        self._held[server] = held
 
     async def _give_again(self, server: int) -> Held:
         """Give a restarted server the weights. Of the replicas that see the restart, one does it; the others wait."""

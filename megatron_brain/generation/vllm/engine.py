@@ -230,14 +230,18 @@ class VllmEngine:
             return await open_servers(servers, longest_sequence, timeout=self._settings.engine_timeout)
 
     async def _give(self, hand_over: HandOver) -> list[Held]:
-        async with self._servers(len(self._probes)) as servers:
-            for server, held in zip(servers, self._held, strict=bool(self._held)):
-                # A server that does not answer now is waited for below.
+        async def give(server: Server, held: Held | None) -> Held:
+            if held is not None:
+                # A server that does not answer is waited for when it is given the weights.
                 with contextlib.suppress(UnavailableError):
                     await self._giver.require(server, held)
+            return await self._giver.give(server, hand_over)
+
+        async with self._servers(len(self._probes)) as servers:
+            before: list[Held | None] = [*self._held] or [None] * len(servers)
             try:
                 async with asyncio.TaskGroup() as group:
-                    given = [group.create_task(self._giver.give(server, hand_over)) for server in servers]
+                    given = [group.create_task(give(*pair)) for pair in zip(servers, before, strict=True)]
             except BaseExceptionGroup as errors:
                 raise first_error(errors) from errors
         return [task.result() for task in given]

@@ -21,7 +21,7 @@ from megatron_brain.runtime import signals
 PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9, 8)]
 SAMPLING = SamplingConfig(max_new_tokens=12)
 SEEDS = sample_seeds(3, range(len(PROMPTS)), 8)
-SHORT = {"engine_request_timeout": 0.4, "engine_timeout": 1.2}
+SHORT = {"engine_request_timeout": 0.5, "engine_timeout": 2.0}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def wait_until(condition):
 def test_a_server_that_is_not_there_is_named_in_time(start, connect):
     here, gone = start(), start()
     gone.kill()
-    with within(4), pytest.raises(AgreedError, match=f"{gone.url}.*ConnectError.*--engine-url.*--engine-timeout 1.2 s"):
+    with within(12), pytest.raises(AgreedError, match=f"{gone.url}.*ConnectError.*--engine-url.*--engine-timeout 2 s"):
         connect(here, gone, **SHORT)
 
 
@@ -130,6 +130,21 @@ def test_a_restart_that_no_request_noticed_is_seen_at_the_end_of_the_round(start
     assert len(server.seen) > 10 + sum(map(len, SEEDS))
 
 
+def test_what_a_restarted_server_answers_until_it_is_given_the_weights_again_is_drawn_again(start, connect):
+    server = start()
+    engine = connect(server)
+    engine.take_weights([1.0], "step 0")
+    server.kinds = {"slow": 0.3, "slow_pause": 1.0}
+
+    def restart():
+        wait_until(lambda: server.answered > 4)
+        server.begin_anew()
+        server.kinds["fail_once"] = True
+
+    with meanwhile(restart):
+        assert sample(engine) == expected(1.0)
+
+
 def test_a_server_that_stays_away_leaves_the_round_to_the_others(start, connect):
     servers = [start(), start()]
     engine = connect(*servers)
@@ -166,7 +181,7 @@ def test_a_server_that_restarts_again_and_again_stops_the_run(start, connect):
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [({"hang": True}, "no answer to /v1/completions within 0.4 s"), ({"status": 500}, "500 it was told to")],
+    [({"hang": True}, "no answer to /v1/completions within 0.5 s"), ({"status": 500}, "500 it was told to")],
 )
 def test_servers_that_fail_for_longer_than_the_limit_are_named_with_what_they_said(start, connect, kind, said):
     servers = [start(), start()]
@@ -174,11 +189,11 @@ def test_servers_that_fail_for_longer_than_the_limit_are_named_with_what_they_sa
     engine.take_weights([1.0], "step 0")
     for server in servers:
         server.kinds = kind
-    with within(5), pytest.raises(AgreedError) as raised:
+    with within(12), pytest.raises(AgreedError) as raised:
         sample(engine)
     assert all(f"{server.url} said: " in str(raised.value) for server in servers)
     assert said in str(raised.value)
-    assert "--engine-timeout 1.2 s" in str(raised.value)
+    assert "--engine-timeout 2 s" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", [{"hang": True}, {"status": 500}, {"status": 429}])
@@ -218,7 +233,7 @@ def test_an_answer_to_another_question_stops_the_run_at_once(start, connect, kin
         wait_until(lambda: len(server.seen) > answered + 1)
         server.kinds = kind
 
-    with meanwhile(misbehave), within(3), pytest.raises(AgreedError, match=f"{server.url}.*{said}"):
+    with meanwhile(misbehave), within(12), pytest.raises(AgreedError, match=f"{server.url}.*{said}"):
         for _ in range(3):
             sample(engine)
 
@@ -257,8 +272,8 @@ def test_servers_are_told_of_complete_folders_only(start, connect, tmp_path):
 
 def test_a_folder_that_a_server_cannot_read_is_named(start, connect):
     server = start()
-    engine = connect(server, write=lambda chunks, folder: (folder / "weight.json").write_text('{"val'), **SHORT)
-    with within(4), pytest.raises(AgreedError, match=f"{server.url}: /collective_rpc: 500 .*could not read .*/00001"):
+    engine = connect(server, write=lambda chunks, folder: (folder / "weight.json").write_text('{"val'))
+    with within(12), pytest.raises(AgreedError, match=f"{server.url}: /collective_rpc: 500 .*could not read .*/00001"):
         engine.take_weights([1.0], "step 0")
 
 
@@ -276,13 +291,27 @@ def test_a_folder_that_the_server_sees_late_is_read_again(start, connect, tmp_pa
 
 
 @pytest.mark.parametrize("labels", [True, False])
+def test_a_server_that_restarts_while_it_is_given_weights_is_given_them_again(start, connect):
+    server = start()
+    engine = connect(server)
+    server.kinds = {"restart_at_resume": True}
+    engine.take_weights([1.0], "step 0")
+    assert server.model.value == 1.0
+    assert sample(engine) == expected(1.0)
+
+
 def test_two_trainers_on_one_server_are_seen(start, connect, labels):
     server = start()
     server.kinds = {} if labels else {"no_labels": True}
     mine, other = connect(server), connect(server, name="other")
     mine.take_weights([1.0], "step 0")
     other.take_weights([2.0], "step 0")
-    with pytest.raises(AgreedError, match=f"{server.url}: holds .*nother.*Give each run servers of its own"):
+    said = (
+        r"holds the weights '.*\(step 0\)', and .* another trainer"
+        if labels
+        else "holds other weights than this run gave"
+    )
+    with pytest.raises(AgreedError, match=f"{server.url}: {said}.*Give each run servers of its own"):
         sample(mine)
     with pytest.raises(AgreedError, match="servers of its own"):
         mine.take_weights([3.0], "step 1")
@@ -308,7 +337,7 @@ def test_a_stop_signal_ends_the_wait_for_responses(start, connect):
     server.kinds = {"hang": True}
     with signals.noted():
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        with within(4), pytest.raises(Interrupted, match=r"SIGTERM \(rank 0\) while the vLLM servers drew responses"):
+        with within(12), pytest.raises(Interrupted, match=r"SIGTERM \(rank 0\) while the vLLM servers drew responses"):
             sample(engine)
     server.kinds = {}
     assert sample(engine) == expected(1.0)
@@ -330,8 +359,8 @@ def test_a_stop_signal_does_not_end_the_wait_for_a_round_that_is_drawn_ahead(sta
 def test_a_prefix_cache_that_is_not_reset_stops_the_run(start, connect):
     server = start()
     server.kinds = {"keep_reset": True}
-    engine = connect(server, **SHORT)
-    with within(4), pytest.raises(AgreedError, match=f"{server.url}: /reset_prefix_cache.*earlier weights"):
+    engine = connect(server)
+    with within(12), pytest.raises(AgreedError, match=f"{server.url}: /reset_prefix_cache.*earlier weights"):
         engine.take_weights([1.0], "step 0")
     assert server.calls.count("/reset_prefix_cache") > 1
 
