@@ -106,6 +106,7 @@ def test_after_two_syncs_greedy_answers_are_those_of_a_fresh_server(name, real, 
     same = [sum(a.tokens == b.tokens for a, b in zip(answers[i], answers[-1], strict=True)) for i in (0, 1)]
     print(f"\n{dtype}, {name}: syncs of {', '.join(f'{each:.2f}' for each in seconds)} s; {same} answers as before")
     assert max(same) < PROMPTS / 2, "the weights hardly changed"
+    assert len({sample.tokens for sample in ours.samples}) > PROMPTS / 2, "the changed model says always the same"
     folder = max((tmp_path / "sync").glob("*/*"))
     with served(folder, tmp_path, tokenizer=work / "hf", dtype=dtype) as fresh:
         theirs = greedy_answers(fresh, ours.ids, eos_id=run.tokenizer.eos_id, most=TOKENS)
@@ -144,6 +145,7 @@ def tiny(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     run(
         *("sft", *TINY, "--init-method-std", 0.1, "--tokenizer-model", work / "tokenizer", "--save", work / "base"),
         *("--train-data", work / "sft.jsonl", "--train-iters", 1, "--global-batch-size", 4, "--lr", 1e-9),
+        *("--seq-length", 64),
     )
     tool("convert_megatron_to_hf", "--load", work / "base", "--save", work / "hf", "--untie", "--no-compare")
     with served(work / "hf", work, tokenizer=work / "hf", longest=256) as url:
