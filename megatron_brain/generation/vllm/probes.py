@@ -34,21 +34,20 @@ class Expected:
         """
         difference = mean_difference(found, self.values)
         before = None if self.values_before is None else mean_difference(found, self.values_before)
-        if before is not None and self._is_nearer_to_before(found):
+        nearer_to_before = before is not None and self._is_nearer_to_before(found)
+        if difference <= limit and not nearer_to_before:
+            return None
+        if before is not None and before <= limit:
             return (
                 f"still answers with the weights of before ({self.label_before}): its log-probabilities of the probes "
                 f"differ from the trainer's by {before:.3g} nats per token under these, and by {difference:.3g} under "
                 f"the new ones ({self.label})"
             )
-        if difference <= limit:
-            return None
-        if before is not None and before <= limit:
-            return f"answers with the weights of before ({self.label_before}), not with the new ones ({self.label})"
-        other = "" if before is None else f", and by {before:.3g} from those of before ({self.label_before})"
+        other = "" if before is None else f", and by {before:.3g} under those of before ({self.label_before})"
         return (
-            f"holds neither the weights that it was given ({self.label}) nor those of before: its log-probabilities of "
-            f"the probes differ from the trainer's by {difference:.3g} nats per token{other}; at most {limit:g} is "
-            "allowed (--max-engine-difference)"
+            f"holds other weights than it was given ({self.label}): its log-probabilities of the probes differ from "
+            f"the trainer's by {difference:.3g} nats per token{other}; at most {limit:g} is allowed "
+            "(--max-engine-difference)"
         )
 
     def _is_nearer_to_before(self, found: Values) -> bool:
