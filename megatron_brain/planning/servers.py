@@ -139,12 +139,14 @@ def fewest_servers(workload: Workload, machine: Machine, *, seconds: float, tens
     """The servers on the fewest GPUs that draw a round in `seconds`; None: not even one for each response does."""
     found = []
     for size in _sizes_that_fit(workload, machine, tensor):
-        counts = range(1, workload.prompts_per_round * workload.drawn_per_prompt + 1)
+        candidates = [
+            Servers(count=count, tensor=size)
+            for count in range(1, workload.prompts_per_round * workload.drawn_per_prompt + 1)
+        ]
         place = bisect.bisect_left(
-            counts, -seconds, key=lambda n, t=size: -drawing_seconds(workload, Servers(count=n, tensor=t), machine)
+            candidates, -seconds, key=lambda servers: -drawing_seconds(workload, servers, machine)
         )
-        if place < len(counts):
-            found.append(Servers(count=counts[place], tensor=size))
+        found += candidates[place : place + 1]
     return min(found, key=lambda servers: (servers.gpus, servers.tensor), default=None)
 
 

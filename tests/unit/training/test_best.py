@@ -49,9 +49,9 @@ def test_the_prefix_of_the_files_may_be_written_or_not():
 
 def test_an_unknown_metric_is_refused_with_those_that_there_are():
     with pytest.raises(
-        AgreedError, match=r"keep_best='validation/acuracy'.*only loss \(lowest\), accuracy \(highest\)"
+        AgreedError, match=r"keep_best='validation/accurate'.*only loss \(lowest\), accuracy \(highest\)"
     ):
-        BestCheckpoint("validation/acuracy", KNOWN)
+        BestCheckpoint("validation/accurate", KNOWN)
 
 
 def test_every_stage_that_validates_says_which_values_are_better():

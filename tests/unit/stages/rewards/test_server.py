@@ -171,7 +171,9 @@ def test_vllm_gets_token_ids_and_its_one_output_before_the_activation_is_the_rew
     assert path == "/classify" and request == {"input": [[7, 1], [7, 2]], "use_activation": False}
 
 
-@pytest.mark.parametrize("answer", [(200, {"prompt": "Tha qwick"}), (400, "ids out of range"), (404, "no such path")])
+@pytest.mark.parametrize(
+    "answer", [(200, {"prompt": "another text"}), (400, "ids out of range"), (404, "no such path")]
+)
 def test_a_served_model_with_another_tokenizer_is_refused(answer):
     with Stub(lambda number, request: answer if "tokens" in request else classified(request, 0.5)) as stub:
         message = refused(f"{stub.url}/classify")
