@@ -290,7 +290,6 @@ def test_a_folder_that_the_server_sees_late_is_read_again(start, connect, tmp_pa
     assert server.model.value == 1.0
 
 
-@pytest.mark.parametrize("labels", [True, False])
 def test_a_server_that_restarts_while_it_is_given_weights_is_given_them_again(start, connect):
     server = start()
     engine = connect(server)
@@ -300,6 +299,7 @@ def test_a_server_that_restarts_while_it_is_given_weights_is_given_them_again(st
     assert sample(engine) == expected(1.0)
 
 
+@pytest.mark.parametrize("labels", [True, False])
 def test_two_trainers_on_one_server_are_seen(start, connect, labels):
     server = start()
     server.kinds = {} if labels else {"no_labels": True}
