@@ -7,7 +7,7 @@
 #   LAUNCHER=slurm    submit a job (launch_slurm.sbatch); SBATCH_ARGS="--partition=x --time=4:00:00" goes to sbatch
 #   otherwise         torchrun on this node (launch_torchrun.sh); on several nodes, call it on each
 #
-# With ENGINE_SERVERS=N vLLM servers draw the responses, of ENGINE_TENSOR_PARALLEL=N GPUs each; see engine_node.sh:
+# With ENGINE_SERVERS=N vLLM servers draw the responses, of ENGINE_TENSOR_PARALLEL=N GPUs each; see node.sh:
 #   ENGINE_NODES=N    on N more nodes, so many servers on each; with torchrun, call it there with ROLE=engine
 #   otherwise         on the trainer's node, on the GPUs behind its own
 set -euo pipefail

@@ -34,7 +34,7 @@ if [ "${ENGINE_SERVERS:-0}" = 0 ]; then exec "${command[@]}"; fi
 # All nodes of a run have the same folder, and two runs have different ones.
 folder=${ENGINE_DIR:?a folder for the addresses of the servers, which all nodes see}
 export ENGINE_DIR=$folder/${RUN_ID:-megatron_brain}
-if [ "${ROLE:-}" = engine ]; then exec bash examples/h100/engine_node.sh; fi
+if [ "${ROLE:-}" = engine ]; then exec bash examples/vllm/node.sh; fi
 engine=()
-if [ "${ENGINE_NODES:-0}" = 0 ]; then engine=(bash examples/h100/engine_node.sh); fi
-exec bash examples/h100/beside_engine.sh ${engine[@]+"${engine[@]}"} -- "${command[@]}"
+if [ "${ENGINE_NODES:-0}" = 0 ]; then engine=(bash examples/vllm/node.sh); fi
+exec bash examples/vllm/beside.sh ${engine[@]+"${engine[@]}"} -- "${command[@]}"

@@ -19,4 +19,4 @@ export ENGINE_MODEL=${ENGINE_MODEL:-$runs/sft_hf} ENGINE_DIR=${ENGINE_DIR:-$runs
 exec bash examples/h100/launch.sh 8 brain examples/h100/llama3_70b_brain.yaml \
     --load "$runs/sft" --finetune --reward-load "$runs/reward" --save "$runs/brain" --auto-resume \
     --rollout-dir "$runs/rollouts" --train-data "$data/prompts.jsonl" \
-    --engine vllm --engine-sync-dir "$runs/engine_sync" --engine-concurrency 779 --rounds-ahead 1 "$@"
+    --engine vllm --engine-sync-dir "$runs/engine_sync" --engine-concurrency 584 --rounds-ahead 1 "$@"

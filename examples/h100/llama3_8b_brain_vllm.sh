@@ -18,4 +18,4 @@ export ENGINE_MODEL=${ENGINE_MODEL:-$runs/sft_hf} ENGINE_DIR=${ENGINE_DIR:-$runs
 exec bash examples/h100/launch.sh 1 brain examples/h100/llama3_8b_brain.yaml \
     --load "$runs/sft" --finetune --reward-load "$runs/reward" --save "$runs/brain" --auto-resume \
     --rollout-dir "$runs/rollouts" --train-data "$data/prompts.jsonl" \
-    --engine vllm --engine-sync-dir "$runs/engine_sync" --engine-concurrency 741 --rounds-ahead 1 "$@"
+    --engine vllm --engine-sync-dir "$runs/engine_sync" --engine-concurrency 556 --rounds-ahead 1 "$@"

@@ -65,6 +65,7 @@ if [ -n "${URL_FILE:-}" ]; then rm -f "$URL_FILE"; fi
 servers=() urls=()
 # shellcheck disable=SC2329 # The trap calls it.
 stop() {
+    exec 2> /dev/null # The shell would report each server that it ends.
     trap "" TERM INT HUP
     for server in "${servers[@]}"; do kill -TERM -- "-$server" 2> /dev/null || true; done
     for ((i = 0; i < ${STOP_SECONDS:-30} * 10; i++)); do
@@ -106,11 +107,11 @@ require_all() {
 healthy() {
     # shellcheck disable=SC2016 # The inner shell expands it.
     timeout 5 bash -c 'exec 3<> "/dev/tcp/$0/$1" && printf "GET /health HTTP/1.0\r\n\r\n" >&3 && head -n 1 <&3' \
-        "$host" "$1" 2> /dev/null | grep -q ' 200 '
+        "$host" "$1" | grep -q ' 200 '
 }
 deadline=$((SECONDS + ${START_SECONDS:-900}))
 for i in "${!servers[@]}"; do
-    until healthy $((port + i)); do
+    until healthy $((port + i)) 2> /dev/null; do
         require_all
         if [ $SECONDS -ge $deadline ]; then
             echo "serve.sh: no answer from ${urls[i]} in ${START_SECONDS:-900} s: $logs/vllm-$((port + i)).log" >&2

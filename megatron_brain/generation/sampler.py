@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_brain.config.stages import SamplingConfig
@@ -16,7 +15,6 @@ from megatron_brain.generation.cache import DecodeLayout, KeyValueCache, Prefill
 from megatron_brain.generation.choose import choose_tokens
 from megatron_brain.generation.engine import Prompt
 from megatron_brain.generation.pipeline import trunk_forward
-from megatron_brain.generation.seeds import draw_uniforms
 from megatron_brain.models.fp8 import state as fp8_state
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.models.logprobs import local_logits
@@ -100,8 +98,7 @@ class Sampler:
         longest, samples_per_prompt = self.sampling.max_new_tokens, len(seeds[0])
         device = self.parallel.device
         batch = Batch(len(prompts), samples_per_prompt, longest, device)
-        draws = [draw_uniforms(seed, longest) for of_prompt in seeds for seed in of_prompt]
-        uniforms = torch.from_numpy(numpy.stack(draws)).to(device)
+        seed_of = torch.tensor([seed for of_prompt in seeds for seed in of_prompt], device=device)
         cache = KeyValueCache(
             [len(prompt) for prompt in prompts],
             samples=samples_per_prompt,
@@ -110,7 +107,7 @@ class Sampler:
         )
         hidden = self._prefill(prompts, cache)
         for step in range(longest):
-            tokens, logprobs = self._choose(hidden, uniforms[batch.ids.flatten(), step])
+            tokens, logprobs = self._choose(hidden, seed_of[batch.ids.flatten()], step)
             before = sum(batch.live_counts)
             batch.record(step, tokens, logprobs, self.eos_id)
             going_on = sum(batch.live_counts) if step + 1 < longest else 0
@@ -160,23 +157,24 @@ class Sampler:
         values = values.to(self.parallel.device)
         return torch.nn.functional.pad(values, (0, -values.numel() % multiple))[None]
 
-    def _choose(self, hidden: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and (on the last pipeline stage) log-probability of every row, from hidden states and draws `[P * n]`.
+    def _choose(self, hidden: Tensor | None, seeds: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Token and (on the last pipeline stage) log-probability of every row, from hidden states and seeds `[P * n]`.
 
-        Tensor-parallel ranks choose from the same gathered logits, so their tokens are the same.
+        Tensor-parallel ranks get the same.
         """
-        tokens = torch.empty_like(uniforms, dtype=torch.int64)
-        logprobs = torch.zeros_like(uniforms)
+        tokens, logprobs = torch.empty_like(seeds), torch.zeros_like(seeds, dtype=torch.float64)
         if hidden is not None:
             chunk, tp = self.chunks[-1], self.parallel.groups.tp
             weight = chunk.output_weight
             logits = local_logits(hidden, weight, first_id=tp.rank() * weight.size(0), vocab_size=chunk.true_vocab_size)
             tokens, logprobs = choose_tokens(
-                gather_from_tensor_model_parallel_region(logits, group=tp),
-                uniforms,
+                logits,
+                seeds,
+                step,
                 temperature=self.sampling.temperature,
                 top_k=self.sampling.top_k,
                 top_p=self.sampling.top_p,
+                group=tp,
             )
         return self.parallel.broadcast_from_last_pipeline_stage(tokens), logprobs
 

@@ -346,9 +346,6 @@ class _PipelineStage:
         return shapes.rotation + layer_forward(shapes) + shapes.gathered
 
     def _sampling_logits(self, rows: int) -> int:
-        """float32 logits of every row: this rank's, and those gathered over tensor-parallel ranks and joined."""
-        whole = rows * padded_vocab_size(self.model, self.layout.tensor)
-        mine = whole // self.layout.tensor * (FLOAT32 + (self.shapes.element if self.shapes.element < FLOAT32 else 0))
-        return (
-            mine if self.layout.tensor == 1 else max(mine, whole // self.layout.tensor * FLOAT32 + 2 * whole * FLOAT32)
-        )
+        """This rank's float32 logits of every row, beside the product of lower precision that they are copied from."""
+        product = self.shapes.element if self.shapes.element < FLOAT32 else 0
+        return rows * padded_vocab_size(self.model, self.layout.tensor) // self.layout.tensor * (FLOAT32 + product)

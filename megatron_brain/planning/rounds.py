@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from megatron_brain.models.architecture import padded_vocab_size
-from megatron_brain.planning.communication import exposed, pipeline_seconds, ring_share, tensor_seconds
+from megatron_brain.planning.communication import exposed, pipeline_seconds, tensor_seconds
 from megatron_brain.planning.machine import Machine
 from megatron_brain.planning.servers import Servers, drawing_seconds, sync_seconds
 from megatron_brain.planning.sizes import pipeline_stage_parameters
@@ -101,17 +101,16 @@ def _cached_attention_seconds(workload: Workload, layout: Layout, machine: Machi
 
 
 def _choice_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:
-    """Seconds of the logits of a batch's next tokens, of gathering them over tensor-parallel ranks, and of the choice,
-    which each rank makes."""
-    rows, vocabulary = prompts * workload.drawn_per_prompt, padded_vocab_size(workload.model, layout.tensor)
-    weights = vocabulary / layout.tensor * workload.model.hidden_size
+    """Seconds of a rank's share of the logits of a batch's next tokens, and of the choice from them."""
+    rows = prompts * workload.drawn_per_prompt
+    vocabulary = padded_vocab_size(workload.model, layout.tensor) / layout.tensor
+    weights = vocabulary * workload.model.hidden_size
     precision: Precision = "fp32" if workload.precision == "fp32" else "bf16"
     product = max(
         machine.compute_seconds(2 * rows * weights, precision),
         machine.memory_seconds(weights * bytes_per_value(workload)),
     )
-    gather = machine.link_seconds(ring_share(layout.tensor) * rows * vocabulary * 4, size=layout.tensor, stride=1)
-    return product + gather + machine.memory_seconds(rows * vocabulary * CHOICE_BYTES)
+    return product + machine.memory_seconds(rows * vocabulary * CHOICE_BYTES)
 
 
 def _prefill_seconds(workload: Workload, layout: Layout, machine: Machine, prompts: int) -> float:

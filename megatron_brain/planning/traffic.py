@@ -14,9 +14,10 @@ LOGIT_AGAIN_BYTES = 24
 # An entry of a product is added to a sum in float32; one of low precision is first written and read.
 SUM_BYTES = 8
 PRODUCT_BYTES = 4
-# In the choice of a token (generation/choose.py) each logit is gathered and put in order (12) and read for the maximum
-# (4), which is subtracted; it is scaled and exponentiated in place (24 with that), and summed in blocks (4).
-CHOICE_BYTES = 44
+# In the choice of a token (generation/choose.py) each logit is read for the maximum (4), which is subtracted; it is
+# scaled and exponentiated in place (24 with that), and summed in blocks (4). What tensor-parallel ranks exchange is a
+# hundredth of that.
+CHOICE_BYTES = 32
 # In vLLM's choice with a seed for each request and --logprobs-mode processed_logprobs (its sampler without top-p and
 # top-k) each logit is copied to float32 (6) and divided by the temperature (8). Log-probabilities and probabilities
 # read it twice and write it (24). Noise is written (4), divides the probabilities (12), and the largest is found (4).

@@ -42,7 +42,6 @@ from megatron_brain.training.schedule import forward_backward, pack_micro_batche
 
 log = logging.getLogger(__name__)
 
-
 _STEP_METRICS = (
     "loss",
     "grad_norm",
@@ -163,16 +162,15 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_warmup(self.config, stage.train_iters)
-        self._chunks = run.build_model(spec_of(self.config).head)
+        head = spec_of(self.config).head
+        self._chunks = run.build_model(head)
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
         self._best = best_checkpoint(self.config, stage)
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(
-                run.start_from, self._chunks, head=spec_of(self.config).head, verify=self.config.checkpoint.verify
-            )
+            load_weights(run.start_from, self._chunks, head=head, verify=self.config.checkpoint.verify)
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
@@ -299,11 +297,7 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, if a save in the background has failed.
         """
-        limit, reason = self.config.training.exit_duration_in_mins, None
-        if (signal := signals.received()) is not None:
-            reason = signal.name
-        elif limit is not None and signals.minutes_since_start() >= limit:
-            reason = f"--exit-duration-in-mins {limit:g} is over"
+        reason = signals.stop_reason(self.config.training.exit_duration_in_mins)
         save_failed = self._saver is not None and self._saver.failed
         stopping, save_failed = self.parallel.any_rank(reason is not None, save_failed)
         if save_failed:
@@ -325,8 +319,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         try:
             found = self.stage.validate(self)
-        except Interrupted:
-            # The run saves and stops; the one that resumes it validates.
+        except Interrupted:  # The run saves and stops; the one that resumes it validates.
             return {}
         self._validated_at = self.iteration
         metrics = {f"validation/{name}": value for name, value in found.items()}

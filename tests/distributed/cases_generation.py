@@ -1,6 +1,9 @@
-"""Responses equal those of one process, token by token, at every layout."""
+"""Responses equal those of one process, token by token, at every layout. So does every choice from the same logits."""
+
+import math
 
 import pytest
+import torch
 from helpers.assets import SIZES
 
 from distributed.world import Context, Layout, at
@@ -9,8 +12,7 @@ from distributed.world import Context, Layout, at
 PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9,), (5, 17, 99, 4), (301, 300)]
 EOS = 217
 SEED = 21
-"""With this seed every draw is at least 5e-5 away from the border between two tokens' shares; rounding moves shares by
-3e-7. With another seed a draw may be at a border, where processors choose different tokens."""
+"""Any would do: rounding moves probabilities by 3e-7, which changes one of a million draws."""
 
 
 def generate(layout: Layout, **sampling: object) -> list[list[list[object]]]:
@@ -68,3 +70,46 @@ def case_sampled(layout: Layout, context: Context) -> None:
 def case_sampled_top_k_top_p(layout: Layout, context: Context) -> None:
     actual = generate(layout, temperature=1.2, top_k=40, top_p=0.9)
     expect_equal(actual, context.reference("generation_filtered", actual))
+
+
+def choices() -> dict[str, torch.Tensor]:
+    """Logits `[B, V]` float32 of 240 ids, which 2 and 4 ranks cannot share in whole blocks, and of 1024, which they
+    can: peaked ones, flat ones, ties, ids that do not exist, and rows that are not finite."""
+    generator = torch.Generator().manual_seed(31)
+    made = {}
+    for vocabulary in (240, 1024):
+        logits = torch.randn(24, vocabulary, generator=generator) * 3
+        logits[8:12] *= 1e-3
+        logits[12:16] = logits[12:16].round()
+        logits[12:14, [5, vocabulary // 2, vocabulary - 50]] = 20.0
+        logits[:, vocabulary - 40 :] = -torch.inf
+        logits[20, vocabulary - 60], logits[21, 3], logits[22] = math.nan, math.inf, -torch.inf
+        made[str(vocabulary)] = logits
+    # So flat that the nucleus is not among the first candidates.
+    made["flat"] = torch.randn(4, 4096, generator=generator) * 1e-3
+    return made
+
+
+@at(lambda layout: layout.tp > 1 and layout.pp == layout.dp == 1 and not layout.sp)
+def case_choice_of_a_split_vocabulary(layout: Layout, context: Context) -> None:
+    from megatron_brain.config.parallel import ParallelConfig
+    from megatron_brain.generation.choose import choose_tokens
+    from megatron_brain.runtime import parallel as runtime
+
+    group = runtime.start(ParallelConfig(tensor_model_parallel_size=layout.tp), seed=1).groups.tp
+    found = {}
+    for name, logits in choices().items():
+        for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 9, 1.0), (1.3, 700, 0.9), (1.0, 0, 0.95)):
+            tokens, logprobs = choose_tokens(
+                logits.chunk(layout.tp, dim=1)[group.rank()].clone(),
+                torch.arange(len(logits)),
+                2,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                group=group,
+            )
+            assert all(tokens[20:23] == -1), name
+            logprobs = logprobs.masked_fill(tokens < 0, 0.0)
+            found[f"{name} {temperature} {top_k} {top_p}"] = [tokens.tolist(), logprobs.tolist()]
+    assert found == context.reference("choices", found)

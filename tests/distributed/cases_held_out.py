@@ -16,13 +16,13 @@ some = at(lambda layout: layout.name in ("tp2_sp", "pp2", "dp2", "tp2_dp2", "dp4
 def case_held_out_answers_and_their_numbers(layout: Layout, context: Context) -> None:
     saved = context.shared / "held_out_run"
     trainer = _open(layout, context, _PROMPTS, *(["--save", str(saved)] if context.world_size == 1 else []))
-    found = _evaluated(trainer)
+    found = evaluated(trainer)
     if context.world_size == 1:
         trainer.save()
     for _ in range(2):
         step(trainer)
     _expect_reference("held_out_before", found, context)
-    _expect_reference("held_out_after", _evaluated(trainer), context)
+    _expect_reference("held_out_after", evaluated(trainer), context)
 
 
 @some
@@ -33,12 +33,12 @@ def case_a_resumed_run_keeps_the_priors_answers_at_any_layout(layout: Layout, co
     resumed.stage._held_out._answer_by_prior = None  # It is not called.
     for _ in range(2):
         step(resumed)
-    _expect_reference("held_out_after", _evaluated(resumed), context)
+    _expect_reference("held_out_after", evaluated(resumed), context)
 
 
 @at(lambda layout: layout.name in ("dp2", "dp4"))
 def case_fewer_held_out_prompts_than_replicas(layout: Layout, context: Context) -> None:
-    _expect_reference("held_out_few", _evaluated(_open(layout, context, _FEW)), context)
+    _expect_reference("held_out_few", evaluated(_open(layout, context, _FEW)), context)
 
 
 @at(lambda layout: layout.name in ("dp2", "pp2"))
@@ -64,7 +64,7 @@ def _open(layout: Layout, context: Context, prompts: int, *extra: str):
     return open_trainer("brain", flags_of("brain", layout, context, *flags))
 
 
-def _evaluated(trainer) -> dict:
+def evaluated(trainer) -> dict:
     """The metrics of a validation, and the answers of policy and prior."""
     texts: dict[str, str] = {}
     trainer.logger.log_text = lambda step, tag, text: texts.update({tag: text})

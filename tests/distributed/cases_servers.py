@@ -12,6 +12,7 @@ import torch
 
 from distributed.cases_ahead import STEPS, ahead_flags, engine, steps
 from distributed.cases_brain import brain_flags
+from distributed.cases_held_out import evaluated
 from distributed.runs import expect_equal, flags_of, open_trainer
 from distributed.world import Context, Layout, at
 
@@ -55,15 +56,18 @@ def servers(trainer, context: Context, count: int) -> Iterator[str]:
 @some
 def case_servers_give_the_trajectory_of_the_native_engine_bit_for_bit(layout: Layout, context: Context) -> None:
     flags = [*brain_flags(context), "--train-iters", str(STEPS), "--lr-decay-style", "constant"]
+    flags += ["--valid-data", str(context.assets / "sft.jsonl"), "--max-valid-records", "3"]
     native = open_trainer("brain", flags_of("brain", layout, context, *flags))
     with servers(native, context, count=2) as url:
         expected = steps(native, STEPS)
+        held_out = evaluated(native)
         folder = context.shared / f"sync_{context.world_size}_{layout.name}"
         asked = ["--engine", "vllm", "--engine-url", url, "--engine-sync-dir", str(folder)]
         served = open_trainer("brain", flags_of("brain", layout, context, *flags, *asked))
         assert steps(served, STEPS) == expected
         left = sorted(path.name for run in folder.iterdir() for path in run.iterdir() if path.is_dir())
         assert len(left) == 2, f"the last two of three hand-overs stay: {left}"
+        assert evaluated(served) == held_out
 
         ahead = open_trainer("brain", flags_of("brain", layout, context, *ahead_flags(context), *asked))
         drawn_ahead = steps(ahead, STEPS)

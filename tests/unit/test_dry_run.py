@@ -303,3 +303,14 @@ def test_a_prior_that_is_a_reward_model_is_refused(assets, monkeypatch, capsys, 
     argv += ["--reward-load", f"{assets}/reward", "--train-data", f"{assets}/prompts.jsonl", "--seq-length", "128"]
     assert main([*argv, "--dry-run"]) == 2
     assert "holds a reward model, a policy model is needed here" in capsys.readouterr().err
+
+
+def test_the_parts_of_the_reward_are_named_and_no_server_is_asked(assets, monkeypatch, capsys, nothing_starts):
+    rewards = ["--reward-load", f"{assets}/reward", "--reward-function", "elsewhere/rule.py:right"]
+    rewards += ["--reward-url", "http://nowhere.invalid/x", "--reward-weights", "1,0.5,-2"]
+    argv = ["brain", "--load", f"{assets}/policy", "--finetune", "--train-data", f"{assets}/prompts.jsonl"]
+    assert main([*argv, *rewards, "--seq-length", "128", "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "reward: reward + 0.5 x right + -2 x nowhere.invalid" in text
+    assert "--reward-function elsewhere/rule.py: the code that it names" in text
+    assert "--reward-url http://nowhere.invalid/x: whether it answers; a dry run asks no server" in text

@@ -133,7 +133,7 @@ def test_one_slurm_job_has_a_step_of_servers_and_a_step_of_ranks(engine_nodes, t
     job = start("launch_slurm.sbatch", "brain", "run.yaml", "--lr", "1", stand_ins=stand_ins, **settings)
     shown, _ = job.communicate(timeout=40)
     assert job.returncode == 0, shown
-    of_servers, of_ranks, requeued = sorted(calls.read_text().splitlines(), key=lambda call: "engine_node" not in call)
+    of_servers, of_ranks, requeued = sorted(calls.read_text().splitlines(), key=lambda call: "node.sh" not in call)
     assert f"--overlap --nodelist={servers} --nodes=1 --ntasks=1 " in of_servers
     ranks = f"--overlap --nodelist={trainer} --nodes={engine_nodes + 1} --ntasks={4 * (engine_nodes + 1)} "
     assert ranks in of_ranks and "--kill-on-bad-exit=0" in of_ranks

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from helpers.chi_square import assert_fits
+from helpers.slow_choice import slow_choice
 
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -12,7 +14,7 @@ from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.groups import Group, Segment, pack_groups
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.sampler import Sampler
-from megatron_brain.generation.seeds import draw_uniforms, sample_seed, sample_seeds
+from megatron_brain.generation.seeds import sample_seed, sample_seeds
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
@@ -113,18 +115,28 @@ def test_logprob_counts_temperature_top_k_and_top_p(model, single):
 
 
 def test_first_tokens_follow_the_models_distribution(model, single):
-    draws = 4000
-    [samples] = _generate(model, single, PROMPTS[:1], n=draws, max_new_tokens=1)
+    [samples] = _generate(model, single, PROMPTS[:1], n=4000, max_new_tokens=1)
     probs = _next_logits(model, PROMPTS[0]).double().softmax(0)
-    counts = torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=VOCABULARY)
-    likely = probs * draws >= 5
-    observed = torch.cat([counts[likely], counts[~likely].sum()[None]]).double()
-    expected = torch.cat([probs[likely], probs[~likely].sum()[None]]) * draws
-    cells = len(expected)
-    chi_square = float(((observed - expected) ** 2 / expected).sum())
-    # Mean cells - 1, variance 2 (cells - 1): within four deviations.
-    assert cells > 10
-    assert abs(chi_square - (cells - 1)) < 4 * (2 * (cells - 1)) ** 0.5
+    assert_fits(torch.bincount(torch.tensor([s.tokens[0] for s in samples]), minlength=VOCABULARY), probs)
+
+
+def test_first_two_tokens_follow_the_models_distribution(model, single):
+    """With one prompt and a low temperature, so that pairs of tokens are drawn often."""
+    settings = {"temperature": 0.3, "top_k": 6, "top_p": 0.95}
+    [samples] = _generate(model, single, PROMPTS[:1], n=4000, max_new_tokens=2, **settings)
+
+    def probs_after(sequence):
+        probs, order = (_next_logits(model, sequence).double() / 0.3).softmax(0).topk(6)
+        probs /= probs.sum()
+        probs[probs.cumsum(0) - probs >= 0.95] = 0
+        return torch.zeros(VOCABULARY, dtype=torch.float64).scatter_(0, order, probs / probs.sum())
+
+    expected = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64)
+    first = probs_after(PROMPTS[0])
+    for token in first.nonzero().flatten().tolist():
+        expected[token] = first[token] * probs_after((*PROMPTS[0], token))
+    pairs = torch.tensor([VOCABULARY * s.tokens[0] + s.tokens[1] for s in samples])
+    assert_fits(torch.bincount(pairs, minlength=VOCABULARY**2), expected)
 
 
 def test_samples_do_not_depend_on_batch_or_order(model, single):
@@ -148,9 +160,9 @@ def test_shared_prompt_equals_separate_prompts(model, single):
     [samples] = _generate(model, single, PROMPTS[1:2], n=3, keys=[42], max_new_tokens=6)
     for index, sample in enumerate(samples):
         sequence = list(PROMPTS[1])
-        for uniform in draw_uniforms(sample_seed(7, 42, index), 6):
-            cumulative = _next_logits(model, sequence).double().softmax(0).cumsum(0)
-            sequence.append(int((cumulative <= uniform).sum()))
+        for step in range(6):
+            logits = _next_logits(model, sequence).tolist()
+            sequence.append(slow_choice(logits, sample_seed(7, 42, index), step)[0])
         assert sample.tokens == tuple(sequence[len(PROMPTS[1]) :])
 
 

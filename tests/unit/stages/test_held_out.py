@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed.cases_brain import write_drifted_rollouts
 from helpers.assets import size_flags, write_assets
+from helpers.copying_engine import CopyingEngine
 
 from megatron_brain.config.loader import load_config
 from megatron_brain.config.run import RunConfig
@@ -175,6 +176,24 @@ def test_evaluations_change_nothing_of_the_training(folder, tmp_path):
     start = with_them[0]
     assert (start["validation/kl_to_prior"], start["validation/win_rate_reward"]) == (0.0, 0.5), "it is the prior"
     assert with_them[-1]["validation/kl_to_prior"] != 0.0
+
+
+def test_evaluations_wait_for_the_round_that_is_drawn_ahead(folder, tmp_path, monkeypatch):
+    """Whoever is faster: the engine draws before it gets the weights of the evaluation, and from those of its round."""
+    engines = ["--engine", "vllm", "--engine-url", "http://nowhere:1", "--engine-sync-dir", "unused"]
+    ahead = [*engines, "--rounds-ahead", "1", "--refresh-interval", "2"]
+    found = []
+    for lazy in (False, True):
+        monkeypatch.setattr(
+            "megatron_brain.stages.brain.rounds.open_engine",
+            lambda run, *prompts, lazy=lazy: CopyingEngine(run, lazy=lazy),
+        )
+        for extra in ([], held_out(folder, "--eval-interval", "1")):
+            save = tmp_path / f"{lazy}_{len(extra)}"
+            make(folder, *ahead, *extra, "--save", str(save)).train()
+            plain = [{k: v for k, v in line.items() if not k.startswith("validation/")} for line in numbers(save)]
+            found.append([line for line in plain if len(line) > 1])
+    assert len(found[0]) == 4 and all(each == found[0] for each in found)
 
 
 def test_a_resumed_run_goes_on_with_the_priors_answers_and_gives_the_same_numbers(folder, tmp_path):

@@ -137,7 +137,8 @@ def test_a_resumed_run_compares_with_the_best_of_before(assets, tmp_path, monkey
     monkeypatch.setitem(LOSSES, 6, 2.2)
     save = tmp_path / "run"
     train(assets, save, "--keep-latest", "1")
-    train(assets, save, "--keep-latest", "1", "--auto-resume", last=6)
+    resumed = train(assets, save, "--keep-latest", "1", "--auto-resume", last=6)
+    assert resumed._best.iteration == 2
     assert names(save) == ["iter_0000002", "iter_0000006"] and read_info(save / "best").iteration == 2
 
 

@@ -25,7 +25,7 @@ bash examples/vllm/serve.sh "$ENGINE_MODEL" "${ENGINE_SERVERS:-1}" "${ENGINE_TEN
 servers=$!
 trap 'kill -TERM $servers 2> /dev/null' TERM INT HUP
 
-# beside_engine.sh touches `over` when the run ends. An older one is of an earlier run.
+# beside.sh touches `over` when the run ends. An older one is of an earlier run.
 while kill -0 $servers 2> /dev/null; do
     if [ "$ENGINE_DIR/over" -nt "$ENGINE_DIR/started-$name" ]; then kill -TERM $servers 2> /dev/null; fi
     sleep 0.5
