@@ -1,7 +1,10 @@
 """What a run gives the vLLM engine, made small: a model on one process, its export, its log-probabilities of probes."""
 
+import contextlib
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -12,9 +15,11 @@ from helpers.stub_models import NumberModel
 from megatron_brain.config.engine import EngineConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.conversion.registry import family_for_export
 from megatron_brain.conversion.weights import hf_tensors
 from megatron_brain.data.groups import Segment
+from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.generation.vllm import VllmEngine
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.attention import PackedLayout
@@ -112,3 +117,44 @@ def numbers_responses(value, prompts, seeds, sampling) -> list[list[tuple[int, .
         [tuple(model.draw_one(asked | {"prompt": list(prompt), "seed": seed})[0]) for seed in of_prompt]
         for prompt, of_prompt in zip(prompts, seeds, strict=True)
     ]
+
+
+PROMPTS = [(5, 17, 99), (250, 3, 3, 8, 41, 77, 12), (9, 8)]
+SAMPLING = SamplingConfig(max_new_tokens=12)
+SEEDS = sample_seeds(3, range(len(PROMPTS)), 8)
+SHORT = {"engine_request_timeout": 0.5, "engine_timeout": 2.0}
+"""Time limits of a test in which they are reached."""
+
+
+def sample(engine):
+    """The tokens that an engine draws for PROMPTS."""
+    found = engine.sample(PROMPTS, seeds=SEEDS, sampling=SAMPLING)
+    return [[completion.tokens for completion in of_prompt] for of_prompt in found]
+
+
+def expected(value):
+    """The tokens that it should draw with this weight."""
+    return numbers_responses(value, PROMPTS, SEEDS, SAMPLING)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    begun = time.monotonic()
+    yield
+    assert time.monotonic() - begun < seconds
+
+
+@contextlib.contextmanager
+def meanwhile(action):
+    """Do something in another thread."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    yield
+    thread.join()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
