@@ -215,9 +215,9 @@ def test_a_rule_is_learned_as_with_the_native_engine(tiny, tmp_path):
             run(
                 *("brain", "--load", work / "base", "--finetune", "--save", folder, "--seed", seed, "--no-save-optim"),
                 *("--train-data", work / "prompts.jsonl", "--reward-function", make_reward(tmp_path)),
-                *("--reward-temperature", 0.15, "--lr", 1e-3, "--lr-decay-style", "constant", "--seq-length", 64),
+                *("--reward-temperature", 0.15, "--lr", 2e-3, "--lr-decay-style", "constant", "--seq-length", 64),
                 *("--prompts-per-round", 32, "--samples-per-prompt", 8, "--max-new-tokens", 8),
-                *("--global-batch-size", 8, "--micro-batch-size", 8, "--refresh-interval", 4, "--train-iters", 32),
+                *("--global-batch-size", 8, "--micro-batch-size", 8, "--refresh-interval", 4, "--train-iters", 24),
                 *flags,
             )
             found = [line["reward/letters"] for line in metrics(folder) if "reward/letters" in line]
