@@ -50,8 +50,8 @@ LAYOUTS = {
 }
 
 REWARD = """
-def letters(prompts, responses, records):
-    return [text.count("e") / 8 for text in responses]
+def vowels(prompts, responses, records):
+    return [sum(letter in "aeiou" for letter in text) / 8 for text in responses]
 """
 """A rule that a random model learns in a few rounds."""
 
@@ -134,7 +134,7 @@ def metrics(folder: Path) -> list[dict]:
 def make_reward(work: Path) -> str:
     """The rule REWARD as the value of --reward-function."""
     (work / "rule.py").write_text(REWARD, encoding="utf-8")
-    return f"{work / 'rule.py'}:letters"
+    return f"{work / 'rule.py'}:vowels"
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +187,14 @@ def test_rounds_run_at_every_layout_with_verified_weights(layout, ahead, tiny, t
 @pytest.mark.parametrize("layout", ["one process", "DP2", "PP2"])
 def test_rounds_of_a_real_model_run(layout, real, tmp_path):
     """Its nine heads cannot be divided by two ranks."""
-    (_, work, url), (processes, flags) = real, LAYOUTS[layout]
+    (dtype, work, url), (processes, flags) = real, LAYOUTS[layout]
+    bf16 = ("--bf16",) if dtype == "bfloat16" else ()
     output = run(
         *("brain", "--load", work / "tied", "--finetune", "--save", tmp_path / layout.replace(" ", "_"), *flags),
         *("--train-data", os.environ["REAL_PROMPTS"], "--max-train-records", 8, "--max-new-tokens", 8, "--lr", 1e-5),
         *("--reward-function", make_reward(tmp_path), "--no-save-optim", "--seq-length", 256),
         *("--prompts-per-round", 4, "--samples-per-prompt", 2, "--global-batch-size", 4, "--micro-batch-size", 2),
-        *("--train-iters", 2, "--engine", "vllm", "--engine-url", url, "--engine-sync-dir", tmp_path / "sync"),
+        *("--train-iters", 2, *bf16, "--engine", "vllm", "--engine-url", url, "--engine-sync-dir", tmp_path / "sync"),
         processes=processes,
     )
     expect_rounds(output, tmp_path / layout.replace(" ", "_"), rounds=2, steps=2)
@@ -215,12 +216,12 @@ def test_a_rule_is_learned_as_with_the_native_engine(tiny, tmp_path):
             run(
                 *("brain", "--load", work / "base", "--finetune", "--save", folder, "--seed", seed, "--no-save-optim"),
                 *("--train-data", work / "prompts.jsonl", "--reward-function", make_reward(tmp_path)),
-                *("--reward-temperature", 0.15, "--lr", 1e-3, "--lr-decay-style", "constant", "--seq-length", 64),
+                *("--reward-temperature", 0.15, "--lr", 2e-3, "--lr-decay-style", "constant", "--seq-length", 64),
                 *("--prompts-per-round", 32, "--samples-per-prompt", 8, "--max-new-tokens", 8),
-                *("--global-batch-size", 8, "--micro-batch-size", 8, "--refresh-interval", 4, "--train-iters", 32),
+                *("--global-batch-size", 8, "--micro-batch-size", 8, "--refresh-interval", 4, "--train-iters", 24),
                 *flags,
             )
-            found = [line["reward/letters"] for line in metrics(folder) if "reward/letters" in line]
+            found = [line["reward/vowels"] for line in metrics(folder) if "reward/vowels" in line]
             print(f"\n{engine}, seed {seed}: {', '.join(f'{reward:.3f}' for reward in found)}")
             curves.setdefault(engine, []).append(found)
     means = {engine: [statistics.mean(found[1:]) for found in runs] for engine, runs in curves.items()}
@@ -230,5 +231,5 @@ def test_a_rule_is_learned_as_with_the_native_engine(tiny, tmp_path):
     half = 4.60 * math.sqrt(2 * variance / 3)
     print(f"means {means}, first round {start:.3f}: difference {difference:+.4f}, interval +-{half:.4f}")
     risen = statistics.mean(means["native"]) - start
-    assert risen > 0.05 and half < risen, "the runs are too unlike to tell anything"
+    assert risen > 0.1 and half < risen / 2, "the runs are too unlike to tell anything"
     assert abs(difference) <= half
