@@ -49,6 +49,8 @@ setup(
         "tensorboard>=2.15",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "httpx2>=2.0",  # asks vLLM servers
+        "tenacity>=9.0",  # repeats what a server failed to answer
     ],
     extras_require={
         "test": [

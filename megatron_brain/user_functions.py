@@ -129,7 +129,7 @@ class ScoringFunction:
 
         before = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        faulthandler.dump_traceback_later(seconds + _GRACE, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds + _GRACE, exit=True, file=2)  # 2: standard error
         try:
             yield
         finally:

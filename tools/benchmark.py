@@ -16,10 +16,12 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from megatron_brain.commands.reporting import reports_mistakes
+from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
 from megatron_brain.runtime import parallel
 
@@ -29,6 +31,10 @@ SUBJECTS = {
     "convert": "conversion of a large model in and out, against a copy of the same files",
     "checkpoint": "what a save in the background takes from training, against a synchronous one",
     "fp8": "what FP8 does to log-probabilities, importance weights and the gradient of BRAIn",
+    "sample": "tokens a second of sampling, against transformers and vLLM",
+    "round": "a whole round of BRAIn, against a step of TRL's GRPOTrainer",
+    "sft": "a step of supervised fine-tuning, against TRL's SFTTrainer",
+    "reward": "a step of reward modelling, against TRL's RewardTrainer",
     "memory": "the planner's estimate of memory against the measured peak of training steps",
 }
 """Modules of tools/benchmarks, each with `add_arguments(parser)` and `run(args) -> dict`."""
@@ -41,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
         print(_usage(argv), file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
-    subject = importlib.import_module(f"benchmarks.{argv[0]}")
+    subject = _import(argv[0])
     parser = argparse.ArgumentParser(prog=f"benchmark.py {argv[0]}", description=subject.__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     subject.add_arguments(parser)
@@ -59,6 +65,18 @@ def main(argv: Sequence[str]) -> int:
     for failure in report.get("failures", []):
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if report.get("failures") else 0
+
+
+def _import(subject: str) -> ModuleType:
+    """The module of a subject.
+
+    Raises:
+        ConfigError: a package that it compares with is not installed.
+    """
+    try:
+        return importlib.import_module(f"benchmarks.{subject}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{subject} needs {error.name}, which is not installed: pip install {error.name}") from error
 
 
 def _usage(argv: Sequence[str]) -> str:

@@ -5,6 +5,7 @@
 #   NNODES=8               how many there are
 #   MASTER_ADDR=10.0.0.1   the first one, as the others reach it
 #   RUN_ID=name            the same name on all nodes, and another name for every other run at the same time
+#   ROLE=engine            on the ENGINE_NODES nodes that run vLLM servers
 # MAX_RESTARTS=N starts all ranks again, up to N times, when one dies; give --save-interval and --auto-resume then.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -26,5 +27,14 @@ fi
 # --shutdown-timeout from these variables. An old torch would refuse an unknown flag, but ignores the variable.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-280}
-exec torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-0}" \
-    -m megatron_brain "$stage" --config "$config" "$@"
+command=(torchrun "${rendezvous[@]}" --nproc-per-node "${GPUS_PER_NODE:-8}" --max-restarts "${MAX_RESTARTS:-0}"
+    -m megatron_brain "$stage" --config "$config" "$@")
+if [ "${ENGINE_SERVERS:-0}" = 0 ]; then exec "${command[@]}"; fi
+
+# All nodes of a run have the same folder, and two runs have different ones.
+folder=${ENGINE_DIR:?a folder for the addresses of the servers, which all nodes see}
+export ENGINE_DIR=$folder/${RUN_ID:-megatron_brain}
+if [ "${ROLE:-}" = engine ]; then exec bash examples/vllm/node.sh; fi
+engine=()
+if [ "${ENGINE_NODES:-0}" = 0 ]; then engine=(bash examples/vllm/node.sh); fi
+exec bash examples/vllm/beside.sh ${engine[@]+"${engine[@]}"} -- "${command[@]}"

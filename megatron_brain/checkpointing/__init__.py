@@ -1,6 +1,7 @@
 """Checkpoints. They are complete or absent, load at any layout, and loading executes nothing that they contain.
 
 <save>/latest_checkpointed_iteration.txt     written last, by rename
+<save>/best                                  link to the best checkpoint, of a run with --keep-best
 <save>/iter_0000100/                         appears by rename, when every rank's files are complete and synced
     weights_00000.safetensors                the boxes of tensors that a rank wrote
     tensors.json                             the list of tensors: the file and the checksum of each of their boxes
@@ -14,6 +15,7 @@
 from megatron_brain.checkpointing.errors import CheckpointError
 from megatron_brain.checkpointing.folders import (
     CheckpointInfo,
+    check_best,
     has_checkpoint,
     read_info,
     read_records,
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointInfo",
     "CheckpointSaver",
     "TrainingState",
+    "check_best",
     "has_checkpoint",
     "load_training_state",
     "load_weights",

@@ -2,12 +2,14 @@
 
 A folder `iter_0000100` is complete: it was written as `iter_0000100.partial` and then renamed. Folders that a crash
 leaves behind have other endings, and the next save removes them. Of these only `.replaced` is ever read, and only if
-the crash left no folder under the plain name.
+the crash left no folder under the plain name. `best` is a link to the folder of the best checkpoint of a run that looks
+for one.
 """
 
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Collection
@@ -24,6 +26,8 @@ from megatron_brain.files import sync_folder, write_whole
 log = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best"
+"""Name of the link to the best checkpoint of a run with --keep-best."""
 INFO = "megatron_brain.json"
 RECORDS = "records"
 FORMAT = 4
@@ -102,17 +106,19 @@ def has_checkpoint(directory: str | Path) -> bool:
 
 
 def read_info(directory: str | Path) -> CheckpointInfo:
-    """Find the latest complete checkpoint in `directory`, or `directory` itself if it is an iter_ folder.
+    """Find the latest complete checkpoint in `directory`, or `directory` itself if it is an iter_ folder, or a link
+    `best` to one.
 
     Raises:
         DamagedError: the checkpoint is damaged.
         ConfigError: the folder does not exist, or holds no checkpoint of ours.
     """
-    root = _present(Path(directory))
+    root = _present(_followed(Path(directory)))
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise ConfigError(
-            f"checkpoint folder {root.absolute()} {state}: give a --save folder, or an iter_ folder of one"
+            f"checkpoint folder {root.absolute()} {state}: give a --save folder, or an iter_ folder of one or its "
+            f"{BEST}, which --keep-best makes"
         )
     path = root if (root / INFO).is_file() else _latest(root)
     if not (path / INFO).is_file():
@@ -192,10 +198,13 @@ def write_records(folder: Path, replica: int, records: Collection[dict[str, Any]
         write_whole(folder / RECORDS / f"replica_{replica:05d}.jsonl", text)
 
 
-def publish(root: Path, iteration: int) -> None:
+def publish(root: Path, iteration: int, best: int | None = None) -> None:
     """Give the complete partial folder its name, then point latest_checkpointed_iteration.txt to it.
 
-    Wherever a crash interrupts this, the checkpoint that this file names can be read.
+    Wherever a crash interrupts this, the checkpoints that this file and the link `best` name can be read.
+
+    Args:
+        best: iteration of the run's best checkpoint in this folder, perhaps this one. None: the run looks for none.
     """
     final = iteration_dir(root, iteration)
     replaced = _other(final, _REPLACED)
@@ -203,22 +212,54 @@ def publish(root: Path, iteration: int) -> None:
         log.warning("%s exists from an earlier run and is replaced", final)
         final.rename(replaced)
     partial_dir(root, iteration).rename(final)
+    _link_best(root, iteration, best)
     sync_folder(root)
+    # This comes last: a run that goes on from an earlier checkpoint comes to this one again, and to its link.
     write_whole(root / LATEST, str(iteration))
     _remove(replaced)
 
 
 def keep_latest(root: Path, iteration: int, count: int, protected: Collection[Path]) -> None:
-    """Remove all but the `count` latest checkpoints up to `iteration`, except `protected` ones.
+    """Remove all but the `count` latest checkpoints up to `iteration`, except the best one and `protected` ones.
 
     Later iterations stay: they are there if the run was resumed from an earlier one.
     """
     numbers = sorted(number for number in _iterations(root) if number <= iteration)
-    kept = {path.resolve() for path in protected}
+    kept = {path.resolve() for path in (*protected, root / BEST)}
     for number in numbers[:-count]:
         path = iteration_dir(root, number)
         if path.resolve() not in kept:
             _remove(path)
+
+
+def check_best(root: str | Path) -> None:
+    """Raise ConfigError if something of another kind has the name of the link to the best checkpoint."""
+    link = Path(root) / BEST
+    if link.exists() and not link.is_symlink():
+        raise ConfigError(
+            f"keep_best: {link.absolute()} is no link, and the link to the best checkpoint needs this name: rename it, "
+            "or give another --save"
+        )
+
+
+def _link_best(root: Path, iteration: int, best: int | None) -> None:
+    """Make the link `best` name the best checkpoint. Without one, remove a link to the one that `iteration` replaced.
+
+    If the best one is not here, as after going back to an earlier checkpoint, a link to another one stays.
+    """
+    link, target = root / BEST, None if best is None else iteration_dir(root, best)
+    if target is not None and target.is_dir():
+        new = _other(link, ".new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.name)
+        new.replace(link)
+    elif link.is_symlink() and os.readlink(link) == iteration_dir(root, iteration).name:
+        link.unlink()
+
+
+def _followed(path: Path) -> Path:
+    """The folder that a link `best` names; any other path as it is."""
+    return path.parent / os.readlink(path) if path.name == BEST and path.is_symlink() else path
 
 
 def remove_leftovers(root: Path) -> None:

@@ -54,6 +54,8 @@ class TrainingState:
     """JSON-able state of the stage, the same on all ranks."""
     records: Collection[dict[str, Any]] = ()
     """JSON-able records of this replica."""
+    best: int | None = None
+    """Iteration of the run's best checkpoint in this folder, perhaps this one; None: the run looks for none."""
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -64,13 +66,16 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mapping[str, bytes]) -> None:
+def publish_checkpoint(
+    info: CheckpointInfo, config: RunConfig, tokenizer: Mapping[str, bytes], *, best: int | None = None
+) -> None:
     """Complete a folder that `folders.begin` made and that holds tensors with their index, then give it its name.
 
     Args:
         info: its `path` is the final place of the checkpoint.
         config: configuration with the model's sizes resolved.
         tokenizer: what `tokenizer_files` returned.
+        best: `TrainingState.best`.
 
     Raises:
         ConfigError: some tensors are missing; nothing is published.
@@ -85,7 +90,7 @@ def publish_checkpoint(info: CheckpointInfo, config: RunConfig, tokenizer: Mappi
     save_config(config, partial / "config.yaml")
     dataclasses.replace(info, files=folders.list_files(partial)).write(partial)
     sync_tree(partial, but=DATA_FILES)  # The data files are synced already.
-    folders.publish(root, info.iteration)
+    folders.publish(root, info.iteration, best)
 
 
 class CheckpointSaver:
@@ -138,9 +143,9 @@ class CheckpointSaver:
         self.wait()
         boxes = self._boxes(chunks, state)
         info = self._info(iteration, chunks, state)
-        records = list(state.records)
+        records, best = list(state.records), state.best
         if not self._config.checkpoint.async_save:
-            self._write(boxes, info, records)
+            self._write(boxes, info, records, best)
             return
         boxes = self._copies.take(boxes)
         # The device makes the copies asynchronously.
@@ -149,7 +154,7 @@ class CheckpointSaver:
         def write() -> None:
             try:
                 self._parallel.claim_device()
-                self._write(boxes, info, records)
+                self._write(boxes, info, records, best)
             except BaseException as error:
                 self._error = error
 
@@ -214,7 +219,9 @@ class CheckpointSaver:
             template_date=self._config.tokenizer.template_date or "",
         )
 
-    def _write(self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict[str, Any]]) -> None:
+    def _write(
+        self, boxes: Sequence[Box], info: CheckpointInfo, records: list[dict[str, Any]], best: int | None
+    ) -> None:
         """Write, sync and publish. Each step begins only after the step before has succeeded on all ranks."""
         started = time.perf_counter()
         partial = folders.partial_dir(self.root, info.iteration)
@@ -232,7 +239,7 @@ class CheckpointSaver:
                 folders.write_records(partial, parallel.dp_rank, records)
 
         def finish() -> None:
-            publish_checkpoint(info, self._config, self._tokenizer_files)
+            publish_checkpoint(info, self._config, self._tokenizer_files, best=best)
 
         self._on_all(info, begin if parallel.is_writer else None)
         self._on_all(info, write)

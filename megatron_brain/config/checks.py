@@ -22,7 +22,8 @@ def require(config: RunConfig) -> None:
     spec_of(config).require(config)
     if spec_of(config).trains:
         _check_training(config)
-    if spec_of(config).work(config).draws:
+    work = spec_of(config).work(config)
+    if work.draws or work.answers_held_out:
         _check_response_length(config)
     _check_reward_timeout(config)
     require_fp8(config)
@@ -98,6 +99,8 @@ def _check_training(config: RunConfig) -> None:
     """Check the settings of the training loop, which are in different sections."""
     if config.training.eval_interval is not None and config.data.valid_data is None:
         raise ConfigError(f"eval_interval={config.training.eval_interval} needs --valid-data to validate on")
+    if config.checkpoint.keep_best is not None and config.data.valid_data is None:
+        raise ConfigError(f"keep_best={config.checkpoint.keep_best} needs --valid-data to validate on")
     warmup, total = config.optimizer.lr_warmup_iters, config.training.train_iters
     if total is not None and warmup >= total:
         raise ConfigError(f"lr_warmup_iters={warmup} must be less than train_iters={total}")

@@ -39,6 +39,8 @@ class RecordSource:
     """What the files hold: records for the stage's reader, or the rollouts of one round each."""
     trains: bool = True
     """Whether the length of the run depends on it."""
+    reader: Callable[[RunConfig, Any], Any] | None = None
+    """Makes the reader of its records, where that is not the one of the stage."""
 
     @property
     def flag(self) -> str:
@@ -105,6 +107,12 @@ def reward_code(config: RunConfig) -> tuple[tuple[str, str], ...]:
     return tuple((part.flag, part.source) for part in config.scoring.rewards if part.kind == "function")
 
 
+def judge_code(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The judge of the scoring section, as `reward_code` gives functions."""
+    judge = config.scoring.judge
+    return () if judge is None else (("--judge", judge),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a run of a stage computes, as the planner and the dry run need it."""
@@ -119,6 +127,8 @@ class Work:
     """Whether records are packed into sequences of --seq-length."""
     draws: bool = False
     """Whether the run draws responses."""
+    answers_held_out: bool = False
+    """Whether validations draw answers to held-out prompts."""
     scoring: tuple[ScoringModel, ...] = ()
     user_code: tuple[tuple[str, str], ...] = ()
     """Functions of the user, each as the flag that names it and its value `path/to/file.py:function`."""
@@ -179,6 +189,10 @@ class StageSpec:
     """What the run computes."""
     outputs: Callable[[RunConfig], Sequence[Output]] = _nothing
     """The places that the run writes to, besides the checkpoints and metrics of a stage that trains."""
+
+    def reader_of(self, source: RecordSource, config: RunConfig, tokenizer: Any) -> Any:
+        """The `data.records.RecordReader` of a source."""
+        return (source.reader or self.reader)(config, tokenizer)
 
     def load(self) -> Any:
         """The class or function of `code`; this imports its module."""

@@ -100,6 +100,9 @@ class ScoringConfig:
     offload_reward: bool = False
     """Keep the reward models' weights in host memory and bring each to the device only while it scores."""
 
+    judge: str | None = None
+    """Judge `path/to/file.py:function` of (prompts, responses, references) -> scores; nothing trains on it."""
+
     def __post_init__(self) -> None:
         if self.reward_weights is not None and not (self.reward_load or self.reward_function or self.reward_url):
             raise ConfigError(
@@ -181,6 +184,9 @@ class BrainConfig:
     rounds_ahead: int = 0
     """Rounds (0 or 1) that the engine draws while the policy trains on the one before; 1 needs --engine vllm."""
 
+    stop_at_kl: float | None = None
+    """Save and end, with exit status 0, when the KL to the prior on --valid-data exceeds this, in nats."""
+
     max_refresh_error: float = 1e-4
     """Largest |beta - 1/n|, or |ratio - 1|, that is allowed right after a refresh; see docs/stages.md."""
 
@@ -193,6 +199,8 @@ class BrainConfig:
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError(f"{name}={value}: must be positive")
+        if self.stop_at_kl is not None and self.stop_at_kl <= 0:
+            raise ConfigError(f"stop_at_kl={self.stop_at_kl}: must be positive")
         if self.kl_coefficient < 0:
             raise ConfigError(f"kl_coefficient={self.kl_coefficient}: must not be negative")
         if self.rso_candidates < 2:
@@ -231,9 +239,6 @@ class EvaluateConfig:
 
     baseline_load: str | None = None
     """Checkpoint whose answers --load is compared with; default: --prior-load."""
-
-    judge: str | None = None
-    """Judge `path/to/file.py:function` of (prompts, responses, references) -> scores."""
 
     bootstrap_samples: int = 2000
     """Number of resamplings of the prompts for each 95% interval."""

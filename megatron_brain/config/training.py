@@ -94,6 +94,9 @@ class CheckpointConfig:
     keep_latest: int | None = None
     """Number of checkpoints to keep in --save, the latest ones; unset: all."""
 
+    keep_best: str | None = None
+    """Save at validations that improve this metric, such as validation/loss, and keep the best of these checkpoints."""
+
     save_optim: bool = True
     """Save optimizer state, which resuming needs; it is more than half of a checkpoint."""
 
@@ -107,7 +110,7 @@ class CheckpointConfig:
             raise ConfigError(f"save_interval={self.save_interval} needs --save")
         if self.keep_latest is not None and self.keep_latest < 1:
             raise ConfigError(f"keep_latest={self.keep_latest}: must be at least 1")
-        for name in ("async_save", "keep_latest"):
+        for name in ("async_save", "keep_latest", "keep_best"):
             if getattr(self, name) and self.save is None:
                 raise ConfigError(f"{name}={getattr(self, name)} needs --save")
         if self.finetune and self.load is None:

@@ -25,7 +25,7 @@ def engine_rows(config: RunConfig, workload: Workload, layout: Layout) -> list[R
         return [("engine", "native: our sampler, on the GPUs of the run")]
     servers = f"{len(engine.urls)} vLLM server{'' if len(engine.urls) == 1 else 's'}"
     rows = [
-        ("engine", f"{servers}, which are not asked here: {', '.join(engine.urls)}"),
+        ("engine", f"{servers}, not asked here: {', '.join(engine.urls)}"),
         ("requests", f"at most {engine.engine_concurrency} at one time to a server"),
         (
             "patience",
@@ -44,9 +44,12 @@ def _sync(config: RunConfig, workload: Workload, layout: Layout) -> list[Row]:
     """What handing over the weights writes, and whether there is room for it."""
     place, size = config.engine.engine_sync_dir, sync_bytes(workload.model)
     assert place is not None
-    share = gib(size / layout.world_size)
+    share, precision = gib(size / layout.world_size), "bf16" if workload.model.bf16 else "float32"
     rows = [
-        ("hand-over of weights", f"{gib(size)} in bf16 to a new folder in {place}, about {share} by each process"),
+        (
+            "hand-over of weights",
+            f"{gib(size)} in {precision} to a new folder in {place}, {share} by each process",
+        ),
         ("disk space", f"{gib(_KEPT * size)}: the last two stay while one more is written"),
     ]
     if not Path(place).is_dir():

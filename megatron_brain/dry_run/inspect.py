@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_brain.config.rewards import describe
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.run_length import RunLength, check_warmup, length_of_rounds
-from megatron_brain.config.stage_spec import RecordSource, spec_of
+from megatron_brain.config.stage_spec import VALID_DATA, RecordSource, spec_of
 from megatron_brain.data.corpus import read_corpus
 from megatron_brain.data.prepared.info import prepared_prefix
 from megatron_brain.data.sources import load_records, source_files
@@ -21,7 +21,7 @@ from megatron_brain.stages.brain.rollouts import rollout_files
 from megatron_brain.startup.disk import FrozenCheckpoint, Search, find_scoring_models
 from megatron_brain.startup.resolved import ResolvedRun, resolve_run
 from megatron_brain.training.start import fix_template_date
-from megatron_brain.training.trainer import metrics_on_console
+from megatron_brain.training.trainer import check_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class Findings:
     """What was looked at, and what is not on this machine."""
     num_samples: int | None
     """Number of samples that the run trains on, or of prompts that it answers; None: not known."""
+    num_valid: int | None
+    """Number of records of --valid-data; None: there are none, or it is not known."""
     length: RunLength
     """Steps and rounds of a stage that trains, as far as they are known."""
 
@@ -48,7 +50,7 @@ def inspect(config: RunConfig) -> Findings:
         UserError: whatever a start would refuse before it makes a process group, or data that cannot be read.
     """
     if spec_of(config).trains:
-        metrics_on_console(config, spec_of(config).load())
+        check_metrics(config, spec_of(config).load())
     search = Search(may_be_elsewhere=True)
     resolved = resolve_run(config, pretended_world_size(), device=None, search=search)
     config = resolved.config
@@ -64,12 +66,18 @@ def inspect(config: RunConfig) -> Findings:
         what = f"a {found.info.head} model for this layout and vocabulary; the weights were not read"
         search.checked.append(f"{found.info.path}: {what}")
     _look_at_rewards(config, search)
-    num_samples, length = _read_sources(config, tokenizer, search)
+    num_samples, num_valid, length = _read_sources(config, tokenizer, search)
     if spec_of(config).trains and length.train_iters is not None:
         check_warmup(config, length.train_iters)
     search.absent.append("the GPUs: whether Transformer Engine, FP8 and NCCL work there")
     return Findings(
-        resolved=resolved, config=config, search=search, scoring=scoring, num_samples=num_samples, length=length
+        resolved=resolved,
+        config=config,
+        search=search,
+        scoring=scoring,
+        num_samples=num_samples,
+        num_valid=num_valid,
+        length=length,
     )
 
 
@@ -96,16 +104,18 @@ def _weights(resolved: ResolvedRun) -> str:
     return "the sizes are those of the configuration"
 
 
-def _read_sources(config: RunConfig, tokenizer: Tokenizer | None, search: Search) -> tuple[int | None, RunLength]:
-    """Number of samples of the first source, and the length of a run over it. The other sources are read too."""
+def _read_sources(
+    config: RunConfig, tokenizer: Tokenizer | None, search: Search
+) -> tuple[int | None, int | None, RunLength]:
+    """Numbers of samples of the first source and of validation records, and the length of a run over the first."""
     first, *others = spec_of(config).sources(config)
-    if first.holds == "rollouts":
-        return None, _read_rollouts(config, first, search)
-    items = _read(config, first, tokenizer, search)
-    for source in others:
-        _read(config, source, tokenizer, search)
+    rollouts = _read_rollouts(config, first, search) if first.holds == "rollouts" else None
+    items = _read(config, first, tokenizer, search) if rollouts is None else None
+    read = {source.name: _read(config, source, tokenizer, search) for source in others}
+    valid = read.get(VALID_DATA.name)
     num_samples = None if items is None else spec_of(config).num_samples(config, items)
-    return num_samples, spec_of(config).length(config, num_samples)
+    length = spec_of(config).length(config, num_samples) if rollouts is None else rollouts
+    return num_samples, None if valid is None else len(valid), length
 
 
 def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, search: Search) -> Sequence | None:
@@ -122,7 +132,7 @@ def _read(config: RunConfig, source: RecordSource, tokenizer: Tokenizer | None, 
             load_records(place, split, limit=1)
         search.absent.append(f"{name}: more than its first record, which needs the tokenizer")
         return None
-    corpus = read_corpus(place, spec_of(config).reader(config, tokenizer), split=split, limit=limit)
+    corpus = read_corpus(place, spec_of(config).reader_of(source, config, tokenizer), split=split, limit=limit)
     search.checked.append(f"{source.flag} {corpus.summary}")
     return corpus.items
 

@@ -188,14 +188,28 @@ def _schedule(found: Findings) -> Rows:
         ("decay", f"over {optimizer.lr_decay_iters or total or 'all'} iterations"),
         ("saves", _every(checkpoint.save_interval, total) if checkpoint.save else "none: --save is not set"),
     ]
-    if not spec_of(config).rounds:
-        interval = config.training.eval_interval
-        rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
-    elif total is not None and found.length.steps_per_round is not None:
+    if checkpoint.keep_best is not None:
+        rows.append(("also saved", f"after validations that improve {checkpoint.keep_best}; the best is kept"))
+    if spec_of(config).rounds and total is not None and found.length.steps_per_round is not None:
         rows.append(("rounds", str(math.ceil(total / found.length.steps_per_round))))
+    interval = config.training.eval_interval
+    rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
+    if spec_of(config).work(config).answers_held_out:
+        rows.append(("of a validation", _held_out(found)))
+    if config.brain.stop_at_kl is not None:
+        rows.append(("ends early", f"where the held-out KL to the prior exceeds {config.brain.stop_at_kl:g} nats"))
     if found.resolved.start.resuming:
         rows.append(("goes on after", f"iteration {found.resolved.start.checkpoint.iteration}"))
     return rows
+
+
+def _held_out(found: Findings) -> str:
+    """What a validation of a stage that draws answers makes."""
+    sampling, count = found.config.sampling, found.num_valid
+    prompts = "held-out prompts, how many is not known here" if count is None else f"{count:,} held-out prompts"
+    plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+    each = "2 answers each" if plain else "3 answers each, one of them for the KL"
+    return f"{prompts}: {each}, and at the first one 2 of the prior, of at most {sampling.max_new_tokens} tokens"
 
 
 def _iterations(found: Findings) -> str:

@@ -50,7 +50,7 @@ class Engine(Protocol):
         """Draw responses.
 
         Args:
-            prompts: token ids of each prompt.
+            prompts: token ids of each prompt; none where the replica has no prompt.
             seeds: for each prompt, a seed for each of its responses (`generation.seeds.sample_seed`).
             sampling: temperature, top-p, top-k and the longest response; its samples_per_prompt is not read.
 

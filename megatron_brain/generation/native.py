@@ -33,4 +33,6 @@ class NativeEngine:
         self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int]], sampling: SamplingConfig
     ) -> list[list[Completion]]:
         """Draw responses, as `Engine.sample` says."""
+        if not prompts:
+            return []
         return Sampler(self._chunks, self._parallel, sampling, eos_id=self._eos_id).generate(prompts, seeds=seeds)

@@ -23,6 +23,12 @@ def sample_seeds(seed: int, keys: Sequence[int], samples: int) -> list[list[int]
     return [[sample_seed(seed, key, sample) for sample in range(samples)] for key in keys]
 
 
+def held_out_seeds(seed: int, places: Sequence[int]) -> list[list[int]]:
+    """A seed for one sample of each held-out prompt, given the prompts' places. No sample that a run trains on has it,
+    because the keys of those are not negative."""
+    return sample_seeds(seed, [-1 - place for place in places], 1)
+
+
 def draw_uniforms(seed: int, count: int) -> numpy.ndarray:
     """`[count]` float64 in [0, 1) from a seed. A larger count begins with the draws of a smaller one."""
     return numpy.random.Generator(numpy.random.Philox(key=seed)).random(count)

@@ -5,6 +5,7 @@ gradient buffers and optimizer state exist in all of them. The estimate counts t
 communication buffers of NCCL, or fragmentation. docs/planner.md says how it was measured, and what was not measured.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass, fields
 
@@ -41,7 +42,7 @@ class Memory:
     """Bytes on one rank at the peak of one phase, by part."""
 
     phase: str
-    """`training`, `update`, `sampling` or `scoring`."""
+    """`training`, `update`, `sampling`, `validation` or `scoring`."""
     pipeline_stage: int
     """The pipeline stage of the rank."""
     weights: int = 0
@@ -144,6 +145,8 @@ class _PipelineStage:
             found += [self._training(), self._update()]
         if self.workload.draws_on_its_gpus:
             found.append(self._sampling())
+        if self.workload.answers_held_out:
+            found.append(self._validation())
         return found + [self._scoring(model) for model in self.workload.frozen_models]
 
     # Weights and what belongs to them
@@ -315,6 +318,16 @@ class _PipelineStage:
         if logits > max(prefill, decode):
             return self._memory("sampling", kv_cache=cache, logprob_workspace=logits)
         return self._memory("sampling", kv_cache=cache, activations=max(prefill, decode))
+
+    def _validation(self) -> Memory:
+        """Memory while full batches of held-out prompts are answered once each. Their caches share no prompt."""
+        single = dataclasses.replace(
+            self.workload,
+            samples_per_prompt=1,
+            candidates_per_prompt=None,
+            prompts_per_round=self.workload.sampling_batch_size * self.layout.data,
+        )
+        return dataclasses.replace(dataclasses.replace(self, workload=single)._sampling(), phase="validation")
 
     def _prefill(self, prompts: int) -> int:
         """What the pass over the prompts of a batch holds."""

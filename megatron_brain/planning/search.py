@@ -138,7 +138,7 @@ def _plan(question: Question, settings: Settings) -> Plan:
     scoring = {} if question.reward_model is None else {"reward": question.reward_model}
     workload, layout, phases = _that_fits(question, *from_run_config(config, question.gpus, scoring))
     engine = None if question.engine_gpus is None else _engine(question, workload, layout)
-    time = step_time(workload, layout, question.machine, engine and engine.servers)
+    time = step_time(workload, layout, question.machine, None if engine is None else engine.servers)
     gpus = question.gpus + (engine.servers.gpus if engine else 0)
     return Plan(
         settings=_without_files(settings) | _chosen(workload, layout, engine),

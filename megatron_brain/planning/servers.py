@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_brain.config.model import ResolvedModel
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.architecture import padded_vocab_size
+from megatron_brain.planning.activations import FLOAT32
 from megatron_brain.planning.communication import ring_share, tensor_seconds
 from megatron_brain.planning.machine import GIB, Machine
 from megatron_brain.planning.sizes import pipeline_stage_parameters, total_parameters
@@ -44,7 +45,7 @@ class Servers:
 
 
 def drawing_seconds(workload: Workload, servers: Servers, machine: Machine) -> float:
-    """Seconds in which the servers draw a round; the prompts are spread evenly.
+    """Seconds in which the servers draw a round, whose responses are spread evenly.
 
     A server computes each of its prompts once. Then its places stay full until its responses are drawn: R responses of
     L tokens take R L / b token rounds with b places.
@@ -53,9 +54,11 @@ def drawing_seconds(workload: Workload, servers: Servers, machine: Machine) -> f
         ConfigError: a server does not hold the weights and one response.
     """
     workload = dataclasses.replace(workload, precision="bf16")
-    layout, prompts = Layout(tensor=servers.tensor), _prompts(workload, servers)
+    layout, responses = Layout(tensor=servers.tensor), _responses(workload, servers)
+    # Those to one prompt go to different servers, as far as there are so many.
+    prompts = min(workload.prompts_per_round, responses)
     rows = at_one_time(workload, servers, machine)
-    waves = prompts * workload.drawn_per_prompt / rows
+    waves = responses / rows
     tokens = (workload.response_length - 1) * _layers_seconds(workload, layout, machine, rows)
     tokens += workload.response_length * _choice_seconds(workload, layout, machine, rows)
     return prompt_timer(workload, layout, machine, prompts).forward(0).total + waves * tokens
@@ -70,15 +73,16 @@ def at_one_time(workload: Workload, servers: Servers, machine: Machine) -> int:
     layout = Layout(tensor=servers.tensor)
     weights = _BF16 * pipeline_stage_parameters(untied(workload.model), layout, 0)
     room = _UTILIZATION * machine.memory_bytes - _WORKSPACE - weights
-    # Responses to a prompt share its blocks; at the worst, all are at their end at the same time.
-    tokens = workload.prompt_length / workload.drawn_per_prompt + workload.response_length
+    # Responses to a prompt on one server share its blocks; at the worst, all are at their end at the same time.
+    sharing = max(1.0, workload.drawn_per_prompt / servers.count)
+    tokens = workload.prompt_length / sharing + workload.response_length
     each = _BF16 * key_value_width(workload.model, servers.tensor) * workload.model.num_layers * tokens
     if room < each:
         raise ConfigError(
             f"a server of {servers.tensor} GPUs has no room for a response beside its weights of {weights / GIB:.1f} "
             "GiB on each: use a larger tensor-parallel size"
         )
-    return min(int(room / each), MOST_AT_ONCE, _prompts(workload, servers) * workload.drawn_per_prompt)
+    return min(int(room / each), MOST_AT_ONCE, _responses(workload, servers))
 
 
 def sync_seconds(workload: Workload, layout: Layout, servers: Servers, machine: Machine) -> tuple[float, float]:
@@ -92,8 +96,9 @@ def sync_seconds(workload: Workload, layout: Layout, servers: Servers, machine: 
 
 
 def sync_bytes(model: ResolvedModel) -> int:
-    """Bytes of the weights that servers read: bf16, with an output layer of its own where the model ties it."""
-    return _BF16 * total_parameters(untied(model))
+    """Bytes of the weights that servers read (`conversion.live`): bf16, or float32 where the run is in float32, with an
+    output layer of its own where the model ties it."""
+    return (_BF16 if model.bf16 else FLOAT32) * total_parameters(untied(model))
 
 
 def untied(model: ResolvedModel) -> ResolvedModel:
@@ -131,15 +136,17 @@ def fastest_servers(workload: Workload, machine: Machine, *, gpus: int, tensor: 
 
 
 def fewest_servers(workload: Workload, machine: Machine, *, seconds: float, tensor: int | None) -> Servers | None:
-    """The servers on the fewest GPUs that draw a round in `seconds`; None: not even one for each prompt does."""
+    """The servers on the fewest GPUs that draw a round in `seconds`; None: not even one for each response does."""
     found = []
     for size in _sizes_that_fit(workload, machine, tensor):
-        counts = range(1, workload.prompts_per_round + 1)
+        candidates = [
+            Servers(count=count, tensor=size)
+            for count in range(1, workload.prompts_per_round * workload.drawn_per_prompt + 1)
+        ]
         place = bisect.bisect_left(
-            counts, -seconds, key=lambda n, t=size: -drawing_seconds(workload, Servers(count=n, tensor=t), machine)
+            candidates, -seconds, key=lambda servers: -drawing_seconds(workload, servers, machine)
         )
-        if place < len(counts):
-            found.append(Servers(count=counts[place], tensor=size))
+        found += candidates[place : place + 1]
     return min(found, key=lambda servers: (servers.gpus, servers.tensor), default=None)
 
 
@@ -161,9 +168,9 @@ def _sizes_that_fit(workload: Workload, machine: Machine, tensor: int | None) ->
     return fit
 
 
-def _prompts(workload: Workload, servers: Servers) -> int:
-    """Prompts of a round on the busiest server."""
-    return math.ceil(workload.prompts_per_round / servers.count)
+def _responses(workload: Workload, servers: Servers) -> int:
+    """Responses of a round on the busiest server."""
+    return math.ceil(workload.prompts_per_round * workload.drawn_per_prompt / servers.count)
 
 
 def _layers_seconds(workload: Workload, layout: Layout, machine: Machine, rows: int) -> float:

@@ -172,6 +172,9 @@ class Workload:
     candidates_per_prompt: int | None = None
     """brain: responses drawn for a prompt, where the policy trains on some of them only; None: on all."""
 
+    answers_held_out: bool = False
+    """brain: whether validations draw one answer at a time to each held-out prompt."""
+
     sampling_batch_size: int = 64
     """Responses decoded at one time on one replica."""
 
@@ -291,6 +294,7 @@ def from_run_config(
         drawn_by_servers=by_servers,
         rounds_ahead=config.brain.rounds_ahead,
         candidates_per_prompt=work.candidates_per_prompt,
+        answers_held_out=work.answers_held_out,
         sampling_batch_size=config.sampling.sampling_batch_size,
         frozen_models=tuple(
             ScoringWork(name=m.name, model=(scoring or {}).get(m.name, model), head=m.head, offloaded=m.offloaded)

@@ -41,9 +41,17 @@ def received() -> signal.Signals | None:
     return _received
 
 
-def minutes_since_start() -> float:
-    """Minutes since this process started."""
-    return (time.monotonic() - _started) / 60
+def stop_reason(limit: float | None) -> str | None:
+    """Why this process should end early, in words; None: it should not.
+
+    Args:
+        limit: minutes from its start that it may take; None: any time.
+    """
+    if _received is not None:
+        return _received.name
+    if limit is not None and (time.monotonic() - _started) / 60 >= limit:
+        return f"--exit-duration-in-mins {limit:g} is over"
+    return None
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.data.order import SampleOrder, replica_share
 from megatron_brain.errors import AgreedError
 from megatron_brain.planning.summary import Row
+from megatron_brain.training.best import Direction
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
 from megatron_brain.training.schedule import plan_step
@@ -25,12 +26,19 @@ class DatasetStage:
     max_metrics: tuple[str, ...] = ()
     occasional_metrics: tuple[str, ...] = ()
     """Names of the means that only the validation reports, from the head's scores of each token."""
+    directions: Mapping[str, Direction] = {"loss": "lowest"}
+    """The metrics of validations by which one checkpoint is better than another."""
     shown_metrics: tuple[str, ...] = ("loss", "tokens_per_second")
 
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of the metrics that the stage logs."""
         return (*cls.mean_metrics, *cls.max_metrics, *cls.occasional_metrics)
+
+    @classmethod
+    def best_metrics(cls, config: RunConfig) -> Mapping[str, Direction]:
+        """The metrics of validations by which one checkpoint is better than another."""
+        return cls.directions
 
     def __init__(
         self,
@@ -97,6 +105,10 @@ class DatasetStage:
             max_names=self.max_metrics,
             token_scores=bool(self.occasional_metrics),
         )
+
+    def end_reason(self) -> None:
+        """No validation ends the run."""
+        return None
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Nothing to check."""

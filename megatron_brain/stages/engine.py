@@ -1,8 +1,8 @@
 """Opens the engine that a run draws its responses with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from megatron_brain.conversion.live import untied, write_live
@@ -20,27 +20,27 @@ _PROBES, _LONGEST_PROBE = 8, 128
 apart weights that differ by less than the rounding of one."""
 
 
-def open_engine(run: Run, prompts: Sequence[Prompt]) -> Engine:
+def open_engine(run: Run, *prompts: Sequence[Prompt]) -> Engine:
     """The engine of --engine. All ranks call it.
 
     Args:
         run: the run.
-        prompts: those that it will be asked; it may be used for others too.
+        prompts: those that it will be asked, in one or several lists.
 
     Raises:
         AgreedError: on all ranks: the servers do not answer or are not what the run needs.
     """
     if run.config.engine.engine == "native":
         return NativeEngine(run.parallel, eos_id=run.tokenizer.eos_id)
-    return open_servers(run, prompts)
+    return open_servers(run, *prompts)
 
 
-def open_servers(run: Run, prompts: Sequence[Prompt]) -> BackgroundEngine:
+def open_servers(run: Run, *prompts: Sequence[Prompt]) -> BackgroundEngine:
     """The vLLM servers of --engine-url, as `open_engine` opens them."""
     from megatron_brain.generation.vllm import VllmEngine
 
     model = run.config.model
-    probes = read_on_all(lambda: _probes(run, prompts), run.parallel)
+    probes = read_on_all(lambda: _probes(run, chain(*prompts)), run.parallel)
 
     def write(chunks: Sequence[PolicyModel], folder: Path) -> None:
         write_live(chunks, run.parallel, model, folder, tokenizer=run.tokenizer)
@@ -50,7 +50,7 @@ def open_servers(run: Run, prompts: Sequence[Prompt]) -> BackgroundEngine:
         run.parallel,
         eos_id=run.tokenizer.eos_id,
         vocab_size=model.vocab_size,
-        longest_sequence=max(len(prompt.tokens) for prompt in prompts) + run.config.sampling.max_new_tokens,
+        longest_sequence=max(len(prompt.tokens) for prompt in chain(*prompts)) + run.config.sampling.max_new_tokens,
         write=write,
         probes=probes,
         score=partial(_score, run),
@@ -62,7 +62,7 @@ def open_servers(run: Run, prompts: Sequence[Prompt]) -> BackgroundEngine:
     return engine
 
 
-def _probes(run: Run, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+def _probes(run: Run, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
     untied(run.config.model)  # Reports a model that no server can be given.
     found = list(islice((prompt.tokens[:_LONGEST_PROBE] for prompt in prompts if len(prompt.tokens) > 1), _PROBES))
     if not found:

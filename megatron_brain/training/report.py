@@ -1,4 +1,4 @@
-"""The report of a micro-batch, and the sum of reports over micro-batches and replicas."""
+"""The report of a micro-batch, and the sums over micro-batches and replicas of reports and of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_brain.data.groups import PackedBatch
 from megatron_brain.runtime.parallel import Parallel
 
 
@@ -56,3 +57,19 @@ def reduce_reports(
     parallel.broadcast_from_last_pipeline_stage(peaks)
     metrics = {name: (total / count).item() for name, (total, count) in zip(("loss", *mean_names), sums, strict=True)}
     return metrics | {name: peak.item() for name, peak in zip(max_names, peaks, strict=True)}
+
+
+def count_tokens(batches: Sequence[PackedBatch], parallel: Parallel, *, shared_prefix: bool) -> dict[str, float]:
+    """Metrics of the tokens of a step over all replicas: "tokens" without padding, and two means."""
+    counts = [
+        sum(group.num_tokens(shared_prefix=shared_prefix) for batch in batches for group in batch.groups),
+        sum(batch.tokens.numel() for batch in batches),
+        sum(batch.targets.numel() for batch in batches),
+        sum(batch.num_responses for batch in batches),
+    ]
+    total = parallel.sum_over_data_parallel(torch.tensor(counts, dtype=torch.float64, device=parallel.device)).tolist()
+    return {
+        "tokens": total[0],
+        "padding_fraction": 1 - total[0] / total[1],
+        "response_length": total[2] / total[3],
+    }

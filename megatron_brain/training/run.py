@@ -64,7 +64,7 @@ class Run:
         if place is None:
             return []
         split, limit = source.chosen(self.config)
-        reader = spec_of(self.config).reader(self.config, self.tokenizer)
+        reader = spec_of(self.config).reader_of(source, self.config, self.tokenizer)
         corpus = read_on_all(lambda: read_corpus(place, reader, split=split, limit=limit), self.parallel)
         require_same_data(corpus, reader, f"{source.flag} {place}", self.parallel)
         self.corpora[source.name] = corpus

@@ -3,19 +3,15 @@
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from megatron_brain.checkpointing import (
-    CheckpointSaver,
     TrainingState,
-    has_checkpoint,
     load_training_state,
     load_weights,
-    read_info,
     read_records,
 )
 from megatron_brain.config.run import RunConfig
@@ -28,6 +24,7 @@ from megatron_brain.models.provider import Chunk
 from megatron_brain.planning.summary import Row
 from megatron_brain.runtime import signals
 from megatron_brain.training.banner import show_banner
+from megatron_brain.training.best import BestCheckpoint, Direction
 from megatron_brain.training.guards import StepGuard
 from megatron_brain.training.optimizer import (
     build_optimizer,
@@ -38,12 +35,12 @@ from megatron_brain.training.optimizer import (
 )
 from megatron_brain.training.progress import shown_metrics
 from megatron_brain.training.replicas import check_replicas
-from megatron_brain.training.report import LossOutput, reduce_reports
+from megatron_brain.training.report import LossOutput, count_tokens, reduce_reports
 from megatron_brain.training.run import Run
+from megatron_brain.training.saving import goes_on_in_place, open_saver
 from megatron_brain.training.schedule import forward_backward, pack_micro_batches
 
 log = logging.getLogger(__name__)
-
 
 _STEP_METRICS = (
     "loss",
@@ -74,6 +71,10 @@ class Stage(Protocol):
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of all metrics that the stage logs, including those that only some steps or validations have."""
 
+    @classmethod
+    def best_metrics(cls, config: RunConfig) -> Mapping[str, Direction]:
+        """The metrics of validations by which one checkpoint is better than another, for --keep-best."""
+
     def summary(self) -> Sequence[Row]:
         """Rows of the banner: the length of the run, and the models and samples of this stage."""
 
@@ -87,7 +88,14 @@ class Stage(Protocol):
         """Loss of a micro-batch from the head's output on the last pipeline stage."""
 
     def validate(self, trainer: "Trainer") -> dict[str, float]:
-        """Metrics on held-out data; empty if the run has none."""
+        """Metrics on held-out data; empty if the run has none.
+
+        Raises:
+            Interrupted: on all ranks: the process was asked to stop while responses were drawn.
+        """
+
+    def end_reason(self) -> str | None:
+        """Why the run ends after the last validation, in words; None: it goes on. It is the same on all ranks."""
 
     def before_update(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
         """Check the metrics of the step's loss before the weights change. It may raise to stop the run."""
@@ -121,9 +129,25 @@ def metrics_on_console(config: RunConfig, stage: Stage | type[Stage]) -> Sequenc
     return shown_metrics(config.logging.log_metrics, usual, known)
 
 
+def check_metrics(config: RunConfig, stage: type[Stage]) -> None:
+    """Raise AgreedError if a setting names a metric that does not exist. This needs no data."""
+    metrics_on_console(config, stage)
+    best_checkpoint(config, stage)
+
+
+def best_checkpoint(config: RunConfig, stage: Stage | type[Stage]) -> BestCheckpoint | None:
+    """What compares the checkpoints of a run with --keep-best.
+
+    Raises:
+        AgreedError: --keep-best has a name that is not the name of a metric of which one value is better than another.
+    """
+    asked = config.checkpoint.keep_best
+    return None if asked is None else BestCheckpoint(asked, stage.best_metrics(config))
+
+
 def train(run: Run, make_stage: type[Stage]) -> None:
     """Make a stage and train it to its last iteration."""
-    metrics_on_console(run.config, make_stage)  # Reports a mistake before the data are read.
+    check_metrics(run.config, make_stage)
     trainer = Trainer(run, make_stage(run))
     show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
     trainer.train()
@@ -138,22 +162,22 @@ class Trainer:
         self.run, self.stage = run, stage
         self.config, self.parallel = run.config, run.parallel
         check_warmup(self.config, stage.train_iters)
-        self._chunks = run.build_model(spec_of(self.config).head)
+        head = spec_of(self.config).head
+        self._chunks = run.build_model(head)
         self._weights_in_shards = False
         self.iteration = 0
         self._validated_at: int | None = None
+        self._best = best_checkpoint(self.config, stage)
         self._started_from = None if run.start_from is None else str(run.start_from.path.resolve())
         if run.start_from is not None and not run.resuming:
-            load_weights(
-                run.start_from, self._chunks, head=spec_of(self.config).head, verify=self.config.checkpoint.verify
-            )
+            load_weights(run.start_from, self._chunks, head=head, verify=self.config.checkpoint.verify)
         fp8_state.scale_weights(self._chunks, self.parallel.groups.tp)
         self.wrapped = wrap_for_training(self._chunks, self.config, self.parallel)
         self.optimizer, self.scheduler = build_optimizer(self.wrapped, self.config, stage.train_iters)
         self.guard = StepGuard(self.config, self.parallel, self.wrapped, self.optimizer)
         if run.resuming:
             self._resume()
-        self._saver = self._open_saver()
+        self._saver = open_saver(run, self._started_from)
         # This comes last, so that a start that fails does not touch the files of an earlier run.
         self.logger = run.open_logger(stage.train_iters, metrics_on_console(self.config, stage))
 
@@ -191,10 +215,14 @@ class Trainer:
                 self.iteration,
                 last,
             )
-        stopping = self._asked_to_stop()
+        stopping = self._asked_to_stop() or self._has_ended()
         # This includes the validation that an earlier run left out because it was asked to stop.
         if self._validation_is_due() and not stopping:
             shown |= self._validate()
+            ended = self._has_ended()
+            if self.iteration and (ended or self._is_best()):
+                self._save_once()
+            stopping = ended or self._asked_to_stop()
         while self.iteration < last and not stopping:
             # Where the process is asked to stop while responses are drawn, the step is not made.
             with contextlib.suppress(Interrupted):
@@ -204,8 +232,8 @@ class Trainer:
             # A run that is asked to stop has little time left: it saves at once, and validates when it is resumed.
             if self._validation_is_due() and not stopping:
                 shown |= self._validate()
-                stopping = not done and self._asked_to_stop()
-            if done or stopping or (interval and self.iteration % interval == 0):
+                stopping = not done and (self._has_ended() or self._asked_to_stop())
+            if done or stopping or self._is_best() or (interval and self.iteration % interval == 0):
                 self._save_once()
         self.finish_saving()
         return shown
@@ -251,7 +279,7 @@ class Trainer:
         if self.guard.compares_replicas_after(self.iteration):
             check_replicas(self.gathered_chunks(), self.parallel)
         metrics |= {"grad_norm": verdict.grad_norm, "lr": learning_rate, "skipped_steps": self.guard.skipped_steps}
-        return metrics | self._count_tokens(batches)
+        return metrics | count_tokens(batches, self.parallel, shared_prefix=self.stage.shared_prefix)
 
     def _logged_step(self) -> dict[str, float]:
         micro_batches = self.stage.micro_batches(self)
@@ -269,11 +297,7 @@ class Trainer:
         Raises:
             CheckpointError: on all ranks, if a save in the background has failed.
         """
-        limit, reason = self.config.training.exit_duration_in_mins, None
-        if (signal := signals.received()) is not None:
-            reason = signal.name
-        elif limit is not None and signals.minutes_since_start() >= limit:
-            reason = f"--exit-duration-in-mins {limit:g} is over"
+        reason = signals.stop_reason(self.config.training.exit_duration_in_mins)
         save_failed = self._saver is not None and self._saver.failed
         stopping, save_failed = self.parallel.any_rank(reason is not None, save_failed)
         if save_failed:
@@ -293,29 +317,28 @@ class Trainer:
         return at_an_end or (interval is not None and self.iteration % interval == 0)
 
     def _validate(self) -> dict[str, float]:
+        try:
+            found = self.stage.validate(self)
+        except Interrupted:  # The run saves and stops; the one that resumes it validates.
+            return {}
         self._validated_at = self.iteration
-        metrics = {f"validation/{name}": value for name, value in self.stage.validate(self).items()}
+        metrics = {f"validation/{name}": value for name, value in found.items()}
         if metrics:
             self.logger.log(self.iteration, metrics)
+        if self._best is not None:
+            self._best.see(self.iteration, metrics)
         return metrics
 
-    def _count_tokens(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
-        counts = [
-            sum(
-                group.num_tokens(shared_prefix=self.stage.shared_prefix) for batch in batches for group in batch.groups
-            ),
-            sum(batch.tokens.numel() for batch in batches),
-            sum(batch.targets.numel() for batch in batches),
-            sum(batch.num_responses for batch in batches),
-        ]
-        total = self.parallel.sum_over_data_parallel(
-            torch.tensor(counts, dtype=torch.float64, device=self.parallel.device)
-        ).tolist()
-        return {
-            "tokens": total[0],
-            "padding_fraction": 1 - total[0] / total[1],
-            "response_length": total[2] / total[3],
-        }
+    def _has_ended(self) -> bool:
+        """Whether the last validation ends the run. The log says why."""
+        reason = self.stage.end_reason()
+        if reason is not None:
+            log.warning("ending at iteration %d of %d: %s", self.iteration, self.stage.train_iters, reason)
+        return reason is not None
+
+    def _is_best(self) -> bool:
+        """Whether the weights are the best so far."""
+        return self._best is not None and self._best.iteration == self.iteration
 
     def _save_once(self) -> None:
         """Save, unless the checkpoint of this iteration was saved before: a step that was not made changed nothing."""
@@ -338,9 +361,11 @@ class Trainer:
                 "guard": self.guard.state_dict(),
                 "started_from": self._started_from,
                 "validated_at": self._validated_at,
+                "best": None if self._best is None else self._best.state_dict(),
             },
             stage=self.stage.state_dict(),
             records=self.stage.records(self),
+            best=None if self._best is None else self._best.iteration,
         )
         if self.config.checkpoint.save_optim:
             state.optimizer, state.scheduler = self.optimizer, self.scheduler
@@ -355,31 +380,6 @@ class Trainer:
         if self._saver is not None:
             self._saver.wait()
 
-    def _open_saver(self) -> CheckpointSaver | None:
-        save, start = self.config.checkpoint.save, self.run.start_from
-        if save is None:
-            return None
-        if self._started_from is not None:
-            # The prior of the run may be this checkpoint.
-            self.run.in_use.add(Path(self._started_from))
-        goes_on = self.run.resuming and start.path.parent.resolve() == Path(save).resolve()
-        if has_checkpoint(save) and not goes_on:
-            log.warning(
-                "%s holds checkpoints up to iteration %d that this run does not go on from: its own will be the latest "
-                "there, and the ones of an --auto-resume; give another --save to keep the runs apart",
-                save,
-                read_info(save).iteration,
-            )
-        return CheckpointSaver(
-            save,
-            self.config,
-            self.parallel,
-            self.run.tokenizer,
-            head=spec_of(self.config).head,
-            generation_config=self.run.resolved.start.generation_config,
-            protected=self.run.in_use,
-        )
-
     def _resume(self) -> None:
         info = self.run.start_from
         load_training_state(
@@ -393,5 +393,7 @@ class Trainer:
         self.guard.load_state_dict(info.trainer_state["guard"])
         self._started_from = info.trainer_state["started_from"]
         self._validated_at = info.trainer_state["validated_at"]
+        if self._best is not None:
+            self._best.load_state_dict(info.trainer_state.get("best"), same_folder=goes_on_in_place(self.run))
         self.stage.load_state_dict(info.stage_state, read_records(info))
         self.iteration = info.iteration

@@ -17,6 +17,7 @@ from bad_inputs import (
     cases_configuration,
     cases_environment,
     cases_files,
+    cases_held_out,
     cases_hf_folders,
     cases_judges,
     cases_places,
@@ -44,6 +45,7 @@ TABLES: dict[str, list[BadInput]] = {
     "rollouts": cases_rollouts.CASES,
     "environment": cases_environment.CASES,
     "judge": cases_judges.CASES,
+    "held-out": cases_held_out.CASES,
     "place to write": cases_places.CASES,
 }
 """Cases by category."""

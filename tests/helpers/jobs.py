@@ -78,6 +78,10 @@ class Job:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def wait_for_iteration(self, save: Path, iteration: int) -> None:
         """Wait until the run has logged that step."""
         deadline = time.monotonic() + _PATIENCE_SECONDS

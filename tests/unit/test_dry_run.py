@@ -130,6 +130,24 @@ def test_rounds_of_brain_are_counted_from_the_prompts(dry_run, assets):
     assert shown["Not looked at, not on this machine"].count("- ") == 1  # the GPUs
 
 
+def test_what_validations_of_brain_answer_and_keep_is_said(dry_run, assets):
+    argv = ["brain", "--load", f"{assets}/policy", "--finetune", "--reward-load", f"{assets}/reward"]
+    argv += ["--train-data", f"{assets}/prompts.jsonl", "--seq-length", "128", "--max-new-tokens", "16"]
+    argv += ["--samples-per-prompt", "4", "--prompts-per-round", "16", "--global-batch-size", "8"]
+    assert dry_run(4, *argv)["Schedule"]["validations"] == "none"
+    argv += ["--valid-data", f"{assets}/sft.jsonl", "--max-valid-records", "9", "--eval-interval", "2"]
+    argv += ["--save", f"{assets}/brain", "--keep-best", "win_rate_reward", "--stop-at-kl", "5"]
+    shown = dry_run(4, *argv)["Schedule"]
+    assert shown["validations"].endswith("and before the first: 4")
+    answers = "9 held-out prompts: 2 answers each, and at the first one 2 of the prior, of at most 16 tokens"
+    assert shown["of a validation"] == answers
+    assert "improve win_rate_reward" in shown["also saved"] and "exceeds 5 nats" in shown["ends early"]
+    assert "3 answers each" in dry_run(4, *argv, "--temperature", "0.7")["Schedule"]["of a validation"]
+    argv[argv.index("win_rate_reward")] = "win_rate"
+    with pytest.raises(AssertionError):
+        dry_run(4, *argv)
+
+
 @pytest.mark.parametrize(("stage", "made", "data"), [("sft", SFTStage, "sft"), ("reward", RewardStage, "pairs")])
 def test_iterations_are_those_of_the_stage_that_reads_the_same_records(
     stage, made, data, assets, monkeypatch, capsys, request
@@ -285,3 +303,14 @@ def test_a_prior_that_is_a_reward_model_is_refused(assets, monkeypatch, capsys, 
     argv += ["--reward-load", f"{assets}/reward", "--train-data", f"{assets}/prompts.jsonl", "--seq-length", "128"]
     assert main([*argv, "--dry-run"]) == 2
     assert "holds a reward model, a policy model is needed here" in capsys.readouterr().err
+
+
+def test_the_parts_of_the_reward_are_named_and_no_server_is_asked(assets, monkeypatch, capsys, nothing_starts):
+    rewards = ["--reward-load", f"{assets}/reward", "--reward-function", "elsewhere/rule.py:right"]
+    rewards += ["--reward-url", "http://nowhere.invalid/x", "--reward-weights", "1,0.5,-2"]
+    argv = ["brain", "--load", f"{assets}/policy", "--finetune", "--train-data", f"{assets}/prompts.jsonl"]
+    assert main([*argv, *rewards, "--seq-length", "128", "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "reward: reward + 0.5 x right + -2 x nowhere.invalid" in text
+    assert "--reward-function elsewhere/rule.py: the code that it names" in text
+    assert "--reward-url http://nowhere.invalid/x: whether it answers; a dry run asks no server" in text

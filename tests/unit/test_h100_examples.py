@@ -22,13 +22,17 @@ MEMORY = "Memory per GPU, on the fullest (estimate)"
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496}  # of the model cards
 
 # tensor, pipeline, data; samples of a step; tokens of the longest sample
-RUNS = {
+RUNS = {  # one for each configuration
     "llama3_8b_sft": ((2, 1, 4), 64, 8192),
     "llama3_8b_reward": ((2, 1, 4), 128, 2048 + 2 * 1024),
     "llama3_8b_brain": ((2, 1, 4), 64, 1024 + 16 * 512),
     "llama3_70b_sft": ((4, 4, 4), 128, 4096),
     "llama3_70b_reward": ((4, 4, 4), 128, 2048 + 2 * 1024),
     "llama3_70b_brain": ((8, 2, 4), 64, 1024 + 16 * 512),
+}
+WITH_SERVERS = {  # of the same configurations
+    "llama3_8b_brain_vllm": ((2, 1, 2), 64, 1024 + 16 * 512),
+    "llama3_70b_brain_vllm": ((8, 2, 4), 64, 1024 + 16 * 512),
 }
 
 
@@ -80,17 +84,17 @@ def said(result):
 def test_every_configuration_has_its_script_and_is_among_those_tested():
     names = set(RUNS)
     assert {path.stem for path in EXAMPLES.glob("*.yaml")} == names
-    assert {path.stem for path in EXAMPLES.glob("llama3_*.sh")} == names
+    assert {path.stem for path in EXAMPLES.glob("llama3_*.sh")} == names | set(WITH_SERVERS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [*RUNS, *WITH_SERVERS])
 def test_a_dry_run_of_the_script_fits_an_h100_at_its_real_world_size(name, stand_in, monkeypatch, capsys):
     stand_in("python", 'echo "$WORLD_SIZE $LOCAL_WORLD_SIZE"; printf "%s\\n" "$@"')
     sizes, module, package, *argv = said(bash(f"{name}.sh", DRY_RUN="1"))
     assert (module, package) == ("-m", "megatron_brain")
     world_size, per_node = sizes.split()
-    (tensor, pipeline, data), samples, tokens = RUNS[name]
-    assert int(world_size) == tensor * pipeline * data and per_node == "8"
+    (tensor, pipeline, data), samples, tokens = (RUNS | WITH_SERVERS)[name]
+    assert int(world_size) == tensor * pipeline * data and per_node == str(min(8, int(world_size)))
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", world_size)
@@ -102,6 +106,7 @@ def test_a_dry_run_of_the_script_fits_an_h100_at_its_real_world_size(name, stand
     assert "warning" not in report["Layout"] and "warning" not in report[MEMORY]
     assert report["Batch"]["tokens of a step"].startswith(f"at most {samples * tokens:,}: {samples} ")
     assert report["Model"]["parameters"].startswith(f"{PARAMETERS[name.split('_')[1]]:,} ") or "reward" in name
+    assert ("vLLM" in report.get("Engine", {}).get("engine", "")) == (name in WITH_SERVERS)
     assert report["FP8"]["format"] == ("none: no FP8" if "brain" in name else "hybrid")
     check_memory(report, data)
 

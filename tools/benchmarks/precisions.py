@@ -56,7 +56,7 @@ class Model:
     def __init__(self, run: Run, precision: str, name: str, directory: Path, head: Head) -> None:
         self._run = run_in(run, precision)
         self._head = head
-        found = find_frozen(self._run.config, name, str(directory), head, self._run.parallel.world_size)
+        found = find_frozen(self._run.config, f"--{name}-load", str(directory), head, self._run.parallel.world_size)
         (self.chunk,) = self._run.load_frozen(found)
         self.take(self.weights())
 

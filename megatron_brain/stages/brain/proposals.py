@@ -114,7 +114,7 @@ class SampledResponses:
     def _hand_over(self, trainer: Trainer, chunks: Sequence[Chunk]) -> None:
         """Give the engine the weights, unless it has them."""
         label = "the prior" if self.from_prior else f"iteration {trainer.iteration}"
-        if not (self.from_prior and self._engine.keeps_weights and self._engine.holds == label):
+        if not (self._engine.keeps_weights and self._engine.holds == label):
             self._engine.take_weights(chunks, label)
 
     def _measure(self, *, sync: float, drawing: float, waiting: float | None = None) -> None:

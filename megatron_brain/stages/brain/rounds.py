@@ -22,6 +22,7 @@ from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutF
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
 from megatron_brain.stages.brain.scoring import score_responses
+from megatron_brain.stages.brain.spec import HELD_OUT
 from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
@@ -63,7 +64,7 @@ class RoundMaker:
         self._run, self._settings, self._objective = run, run.config.brain, objective
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
-        self._rewards, self.reward_scale = Rewards(run), Scale()
+        self.rewards, self.reward_scale = Rewards(run), Scale()
         self._placement = Placement(
             run.config.training,
             run.parallel,
@@ -72,7 +73,9 @@ class RoundMaker:
         )
         draws = self._settings.responses != "given" and self._settings.rollout_data is None
         self._prompts: Sequence[Prompt] = run.read(TRAIN_DATA) if draws else ()
-        self.engine = open_engine(run, self._prompts)
+        self.held_out: Sequence[Prompt] = run.read(HELD_OUT)
+        """The prompts of --valid-data."""
+        self.engine = open_engine(run, self._prompts, self.held_out)
         self._ahead: DrawnAhead | None = None
         self.proposal = self._open_proposal()
 
@@ -85,7 +88,7 @@ class RoundMaker:
             return GivenPairs(run, placement)
         if self._settings.responses == "rso":
             samples = SampledResponses(run, placement, self.prior, self.engine, self._prompts)
-            return RejectionSamples(run, placement, samples, self._rewards, self.reward_scale)
+            return RejectionSamples(run, placement, samples, self.rewards, self.reward_scale)
         if self._settings.rounds_ahead:
             self._ahead = DrawnAhead(run, placement, self.prior, self.engine, self._prompts)
             return self._ahead
@@ -94,7 +97,7 @@ class RoundMaker:
     def scoring_rows(self) -> list[Row]:
         """Where the prior and the reward come from, as rows of the banner."""
         prior = [] if self.prior.path is None else [("prior", self.prior.path)]
-        return [*prior, *self._rewards.rows()]
+        return [*prior, *self.rewards.rows()]
 
     def make(self, trainer: Trainer, number: int, *, is_last: bool) -> Round:
         """Make a round. Its metrics are the same on all ranks.
@@ -122,7 +125,7 @@ class RoundMaker:
         scored = time.perf_counter()
         self._write(rollouts, number)
         metrics = {"seconds_sampling": sampled - start, "seconds_scoring": scored - sampled, **self.proposal.metrics}
-        metrics |= self._metrics(rollouts, metrics["seconds_sampling"]) | self._rewards.metrics(rollouts)
+        metrics |= self._metrics(rollouts, metrics["seconds_sampling"]) | self.rewards.metrics(rollouts)
         return Round(number=number, steps=steps, rollouts=rollouts, metrics=metrics)
 
     def finish_ahead(self, trainer: Trainer) -> list[Rollout]:
@@ -175,7 +178,7 @@ class RoundMaker:
                 for response, value in score_responses(self._run, steps, chunks, head="policy"):
                     response.log_prior = value
         if self._is_missing("reward", rollouts):
-            self._rewards.score(steps, self.reward_scale)
+            self.rewards.score(steps, self.reward_scale)
 
     def _score_proposal(self, trainer: Trainer, steps: list[Step], rollouts: list[Rollout], number: int) -> None:
         """Compute log q' with the trainer's code, choose the log q' that makes the weights, and take it as log p where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from megatron_brain.config.checks import nearest_multiples, require_reward, require_set
@@ -11,20 +12,26 @@ from megatron_brain.config.run_length import length_by_rounds
 from megatron_brain.config.stage_spec import (
     TRAIN_DATA,
     TRAINING_SECTIONS,
+    VALID_DATA,
     Output,
     RecordSource,
     StageSpec,
     Work,
+    judge_code,
     prior_and_rewards,
     reward_code,
 )
 from megatron_brain.errors import ConfigError
+from megatron_brain.stages.generate.spec import read_prompts
 
 if TYPE_CHECKING:
     from megatron_brain.data.records import RecordReader
     from megatron_brain.data.tokenizer import Tokenizer
 
 ROLLOUTS = RecordSource(section="brain", name="rollout_data", holds="rollouts")
+
+HELD_OUT = dataclasses.replace(VALID_DATA, reader=read_prompts)
+"""The held-out prompts, which are prompts whatever the run trains on."""
 
 
 def _require(config: RunConfig) -> None:
@@ -37,6 +44,7 @@ def _require(config: RunConfig) -> None:
             )
     require_objective(config)
     _require_engine(config)
+    _require_held_out(config)
     if config.brain.rollout_data:
         _require_rollout_data(config)
         return
@@ -84,16 +92,22 @@ def _require_given_pairs(config: RunConfig) -> None:
         raise ConfigError("responses=given: pairs say which response is better, not by how much; add --alpha hard")
     if config.brain.refresh_proposal:
         raise ConfigError("responses=given: the pairs are no samples of the policy; add --no-refresh-proposal")
-    for part in config.scoring.rewards:
-        raise ConfigError(f"responses=given: pairs need no reward; drop {part.flag} {part.source}")
+    for part in config.scoring.rewards if config.data.valid_data is None else ():
+        raise ConfigError(
+            f"responses=given: pairs need no reward; drop {part.flag} {part.source}, or give --valid-data, "
+            "whose answers it scores"
+        )
 
 
 def _require_engine(config: RunConfig) -> None:
     """What only some engines can do, and only for some proposals."""
     brain, engine = config.brain, config.engine.engine
     draws = brain.responses != "given" and brain.rollout_data is None
-    if engine != "native" and not draws:
-        raise ConfigError(f"engine={engine}: nothing is drawn with --responses given or --rollout-data; drop it")
+    if engine != "native" and not draws and config.data.valid_data is None:
+        raise ConfigError(
+            f"engine={engine}: nothing is drawn with --responses given or --rollout-data but answers to --valid-data; "
+            "drop it, or give that"
+        )
     if brain.rounds_ahead and engine == "native":
         raise ConfigError(
             "rounds_ahead=1: the native engine draws on the devices that train, so it cannot draw at the same time; "
@@ -108,17 +122,29 @@ def _require_engine(config: RunConfig) -> None:
         raise ConfigError("proposal_logprobs=engine: log q' is known of responses that are drawn and all kept; drop it")
 
 
-def _sources(config: RunConfig) -> tuple[RecordSource]:
-    return (TRAIN_DATA if config.brain.rollout_data is None else ROLLOUTS,)
+def _require_held_out(config: RunConfig) -> None:
+    """What looks at answers to held-out prompts needs the prompts; they need a prior."""
+    if config.data.valid_data is None:
+        for name, value in (("judge", config.scoring.judge), ("stop_at_kl", config.brain.stop_at_kl)):
+            if value is not None:
+                raise ConfigError(f"{name}={value} needs --valid-data, the held-out prompts whose answers it looks at")
+    elif config.scoring.prior_load is None and not config.checkpoint.finetune:
+        raise ConfigError(
+            "prior_load is not set: answers to --valid-data are compared with the prior's; give --prior-load, or "
+            "--finetune if --load is the prior the run starts from"
+        )
+
+
+def _sources(config: RunConfig) -> tuple[RecordSource, ...]:
+    return (TRAIN_DATA if config.brain.rollout_data is None else ROLLOUTS, HELD_OUT)
 
 
 def _reader(config: RunConfig, tokenizer: Tokenizer) -> RecordReader:
-    from megatron_brain.data.records import PreferenceReader, PromptReader
+    from megatron_brain.data.records import PreferenceReader
 
     if config.brain.responses == "given":
         return PreferenceReader(tokenizer, config.data)
-    room, keeps = config.sampling.max_new_tokens, config.scoring.reads_records
-    return PromptReader(tokenizer, config.data, room=room, keeps_fields=keeps)
+    return read_prompts(config, tokenizer)
 
 
 def _work(config: RunConfig) -> Work:
@@ -129,8 +155,9 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=2 if given else config.sampling.samples_per_prompt,
         candidates_per_prompt=brain.rso_candidates if brain.responses == "rso" else None,
         draws=not given and brain.rollout_data is None,
+        answers_held_out=config.data.valid_data is not None,
         scoring=prior_and_rewards(config),
-        user_code=reward_code(config),
+        user_code=(*reward_code(config), *judge_code(config)),
     )
 
 

@@ -1,7 +1,7 @@
 """The brain stage: rounds of sampling, scoring and K optimizer steps (arXiv 2402.02479), with any objective."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.errors import ConfigError
 from megatron_brain.planning.summary import Row
 from megatron_brain.stages.brain.group_loss import GroupLoss, as_known, of_known
+from megatron_brain.stages.brain.held_out import HeldOut, held_out_metrics
 from megatron_brain.stages.brain.logprob_comparison import DIFFERENCES, WEIGHTS
 from megatron_brain.stages.brain.objectives import objective_of
 from megatron_brain.stages.brain.placement import Part, Step
@@ -19,6 +20,7 @@ from megatron_brain.stages.brain.rollouts import Rollout, rollout_from_dict
 from megatron_brain.stages.brain.rounds import Round, RoundMaker
 from megatron_brain.stages.dataset_stage import check_unchanged, fixed_settings
 from megatron_brain.stages.rewards.rewards import reward_metric_names
+from megatron_brain.training.best import Direction
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.same_data import as_state, require_same_as_before
@@ -52,10 +54,12 @@ class BrainStage:
         "ess_beta",
         "pair_accuracy",
         "clipped_fraction",
+        "win_rate_reward",
+        "win_rate_judge",
         "loss",
         "tokens_per_second",
     )
-    """The console shows those of these that the objective has."""
+    """The console shows those of these that the objective and the validations have."""
 
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
@@ -67,7 +71,13 @@ class BrainStage:
             of_proposal += ["seconds_weight_sync", "seconds_waiting_for_samples"]
         of_logprobs = (*DIFFERENCES, *(WEIGHTS if objective.fixes == "alpha" else ()))
         of_round = (*cls.occasional_metrics, *of_proposal, *of_logprobs, *reward_metric_names(config))
-        return (*loss.mean_metrics, *loss.max_metrics, *of_round)
+        names = (*loss.mean_metrics, *loss.max_metrics, *of_round, *held_out_metrics(config))
+        return tuple(dict.fromkeys(names))
+
+    @classmethod
+    def best_metrics(cls, config: RunConfig) -> Mapping[str, Direction]:
+        """The metrics of validations by which one checkpoint is better than another."""
+        return {name: direction for name, direction in held_out_metrics(config).items() if direction is not None}
 
     def __init__(self, run: Run) -> None:
         config = run.config
@@ -83,6 +93,10 @@ class BrainStage:
         self.train_iters, self.steps_per_round = length.train_iters, length.steps_per_round
         self._round: Round | None = None
         self._step: Step = []
+        self._held_out: HeldOut | None = None
+        if config.data.valid_data is not None:
+            maker = self._maker
+            self._held_out = HeldOut(run, maker.held_out, maker.engine, maker.prior, maker.rewards)
 
     def summary(self) -> list[Row]:
         """Rows for the models that score, the rounds, and the steps."""
@@ -154,8 +168,16 @@ class BrainStage:
         return self._group_loss.of_batch(output, batch)
 
     def validate(self, trainer: Trainer) -> dict[str, float]:
-        """Nothing: the evaluate stage compares policies on held-out prompts."""
-        return {}
+        """Metrics of the answers to the held-out prompts; empty if the run has none."""
+        if self._held_out is None:
+            return {}
+        # The engine cannot take other weights before it has drawn what was asked of it.
+        self._maker.finish_ahead(trainer)
+        return self._held_out.evaluate(trainer)
+
+    def end_reason(self) -> str | None:
+        """Why the run ends, if the policy is too far from the prior."""
+        return None if self._held_out is None else self._held_out.end_reason()
 
     def before_update(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Check the first step of a round, in which the policy is still the proposal.
@@ -196,13 +218,16 @@ class BrainStage:
             "rounds_ahead": self._config.brain.rounds_ahead,
             "reward_scale": self._maker.reward_scale.state_dict(),
             "data": as_state(self._corpora),
+            "held_out": None if self._held_out is None else self._held_out.state_dict(),
         }
 
     def records(self, trainer: Trainer) -> list[dict]:
         """Rollouts on this replica: those of the round, in whose middle a run may stop, and those drawn ahead. Only
-        weights that are gone by then could draw these again, so the save waits for them."""
+        weights that are gone by then could draw these again, so the save waits for them. And the replica's share of the
+        prior's answers to the held-out prompts."""
         ahead = [{_AHEAD: rollout.as_dict()} for rollout in self._maker.finish_ahead(trainer)]
-        return [*(rollout.as_dict() for rollout in self._round.rollouts), *ahead] if self._round else []
+        of_rounds = [*(rollout.as_dict() for rollout in self._round.rollouts), *ahead] if self._round else []
+        return of_rounds if self._held_out is None else [*of_rounds, *self._held_out.records()]
 
     def _fixed(self) -> dict:
         """Everything that determines the position in the prompts."""
@@ -232,10 +257,15 @@ class BrainStage:
                 "--finetune"
             )
         self._maker.reward_scale.load_state_dict(state.get("reward_scale", {}))
+        if self._held_out is not None:
+            of_prior = [record for record in records if "held_out" in record]
+            self._held_out.load_state_dict(state.get("held_out"), of_prior)
         # The rollouts were scored before, so they have all numbers that the objective needs.
         self._round = None
         found: dict[bool, list[Rollout]] = {False: [], True: []}
         for record in records:
+            if "held_out" in record:
+                continue
             rollout = rollout_from_dict(
                 record.get(_AHEAD, record), "the checkpoint's rollouts", needs_log_proposal=False
             )

@@ -2,18 +2,26 @@
 
 from megatron_brain.config.checks import require_reward, require_set
 from megatron_brain.config.run import RunConfig
-from megatron_brain.config.stage_spec import PROMPTS, ScoringModel, StageSpec, Work, prior_and_rewards, reward_code
+from megatron_brain.config.stage_spec import (
+    PROMPTS,
+    ScoringModel,
+    StageSpec,
+    Work,
+    judge_code,
+    prior_and_rewards,
+    reward_code,
+)
 from megatron_brain.stages.generate.spec import output, read_prompts
 
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.evaluate.judge is None:
+    if config.scoring.judge is None:
         require_reward(config, "--judge")
 
 
 def _work(config: RunConfig) -> Work:
-    baseline, judge = config.evaluate.baseline_load, config.evaluate.judge
+    baseline = config.evaluate.baseline_load
     models = prior_and_rewards(config)
     if baseline not in (None, config.scoring.prior_load):
         models = (*models, ScoringModel(name="baseline", flag="--baseline-load", head="policy", load=baseline))
@@ -22,7 +30,7 @@ def _work(config: RunConfig) -> Work:
         responses_per_prompt=config.sampling.samples_per_prompt,
         draws=True,
         scoring=models,
-        user_code=(*reward_code(config), *((("--judge", judge),) if judge else ())),
+        user_code=(*reward_code(config), *judge_code(config)),
     )
 
 

@@ -1,7 +1,7 @@
 """Reward model: a scalar head on the trunk, Bradley-Terry loss on preference pairs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.records import PreferencePair
 from megatron_brain.objectives.bradley_terry import bradley_terry_losses
 from megatron_brain.stages.dataset_stage import DatasetStage
+from megatron_brain.training.best import Direction
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 
@@ -20,6 +21,7 @@ class RewardStage(DatasetStage):
     """Samples are pairs; the loss is the mean over pairs of the global batch."""
 
     mean_metrics = ("accuracy", "reward_margin", "reward_chosen", "reward_rejected")
+    directions: Mapping[str, Direction] = {"loss": "lowest", "accuracy": "highest", "reward_margin": "highest"}
     shown_metrics = ("loss", "accuracy", "reward_margin", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:

@@ -152,7 +152,7 @@ class Rewards:
 def _scorer(part: RewardPart, run: Run) -> Scorer:
     settings = run.config.scoring
     if part.kind == "url":
-        return RewardServer(part, settings)
+        return RewardServer(part, settings, run.tokenizer)
     function = ScoringFunction(part.source, "reward_function", timeout=(settings.reward_timeout, "--reward-timeout"))
 
     def score(answers: Sequence[Answer]) -> list[float]:

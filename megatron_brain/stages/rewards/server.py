@@ -8,12 +8,14 @@ with lists of equal length, and the answer has status 200 and the JSON object `{
 number for each response, in order.
 
 An address whose path ends in `/classify` is asked in the form of vLLM's endpoint of that name. The input is the token
-ids of prompt and response, EOS included, so the served model must have the tokenizer of the run. The reward is the one
-output of the model before any activation, as ours is. Of a classifier with several outputs, `#INDEX` behind the address
-says which one is the reward.
+ids of prompt and response, EOS included, so the served model must have the tokenizer of the run; the ids of a sentence,
+which the server's `/detokenize` must turn into that sentence, show it. The reward is the one output of the model before
+any activation, as ours is. Of a classifier with several outputs, `#INDEX` behind the address says which one is the
+reward.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -25,9 +27,12 @@ import tenacity
 
 from megatron_brain.config.rewards import RewardPart
 from megatron_brain.config.stages import ScoringConfig
+from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.errors import ConfigError, short
 from megatron_brain.stages.rewards.answers import Answer
 
+_SENTENCE = "The quick brown fox jumps over 13 lazy dogs, doesn't it?"
+"""What the tokenizers of run and server are compared on."""
 _PASSING = (408, 425, 429)
 """Statuses below 500 that say that the same request may work later."""
 
@@ -98,18 +103,20 @@ class RewardServer:
     Args:
         part: the part of the reward, of the kind "url".
         settings: time limit, responses in a request, and requests under way at one time.
+        tokenizer: the run's. A vLLM server with another one is refused when it is first asked.
 
     Raises:
         ConfigError: what stands behind `#` is no index.
     """
 
-    def __init__(self, part: RewardPart, settings: ScoringConfig) -> None:
+    def __init__(self, part: RewardPart, settings: ScoringConfig, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._known = tokenizer, False
         self._what, self._settings = f"--reward-url {part.source}", settings
         self._url, place = urldefrag(part.source)
-        is_vllm = urlsplit(self._url).path.rstrip("/").endswith("/classify")
-        if place and not (is_vllm and place.isdecimal()):
+        self._is_vllm = urlsplit(self._url).path.endswith("/classify")
+        if place and not (self._is_vllm and place.isdecimal()):
             raise ConfigError(f"{self._what}: #{place} must be the index of an output, behind an address of /classify")
-        self._form: _Form = _VllmForm(int(place) if place else None) if is_vllm else _OwnForm()
+        self._form: _Form = _VllmForm(int(place) if place else None) if self._is_vllm else _OwnForm()
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """One finite number for each response, in order.
@@ -152,6 +159,8 @@ class RewardServer:
                 httpx2.AsyncClient(timeout=self._settings.reward_timeout) as client,
                 asyncio.TaskGroup() as tasks,
             ):
+                if self._is_vllm and not self._known:
+                    await self._compare_tokenizers(client, batches[0], problems)
                 for place in range(len(batches)):
                     tasks.create_task(work(client, place))
         except* ConfigError as group:
@@ -160,32 +169,47 @@ class RewardServer:
     async def _score_batch(
         self, client: httpx2.AsyncClient, answers: Sequence[Answer], problems: dict[int, str], place: int
     ) -> list[float]:
-        """Rewards of one request, which is repeated while its problem may pass. `problems` gets the latest problem."""
-        body = json.dumps(self._form.body(answers), ensure_ascii=False, allow_nan=False).encode()
+        """Rewards of one request. `problems` gets the latest problem at `place`."""
+        reply = await self._ask(client, self._url, self._form.body(answers), problems, place)
+        if reply.status_code != 200:
+            raise ConfigError(
+                f"{self._what} answered with status {reply.status_code} to {_named(answers)}: {reply.text[:1000]}"
+            )
+        return self._checked(reply, answers)
+
+    async def _compare_tokenizers(
+        self, client: httpx2.AsyncClient, answers: Sequence[Answer], problems: dict[int, str]
+    ) -> None:
+        """Raise ConfigError where vLLM's tokenizer makes another text of the ids of a sentence than the run's."""
+        url = self._url.removesuffix("/classify") + "/detokenize"
+        reply = await self._ask(client, url, {"tokens": self._tokenizer.encode(_SENTENCE)}, problems, 0)
+        text = reply.text
+        if reply.status_code == 200:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                text = str(reply.json()["prompt"])
+        if "".join(text.split()) != "".join(_SENTENCE.split()):
+            raise ConfigError(
+                f"{self._what}: {url} makes {short(text)} of the ids of {_SENTENCE!r}: the model that is served must "
+                "have the tokenizer of the run; serve another one, or give a server of our form that takes texts"
+            )
+        self._known = True
+
+    async def _ask(
+        self, client: httpx2.AsyncClient, url: str, body: dict[str, Any], problems: dict[int, str], place: int
+    ) -> httpx2.Response:
+        """The answer to a POST request, which is repeated while its problem may pass."""
+        content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_PassingError),
             wait=tenacity.wait_exponential_jitter(initial=0.2, max=10, jitter=0.2),
         ):
             with attempt:
                 try:
-                    reply = await self._post(client, body, answers)
+                    return await _post(client, url, content)
                 except _PassingError as error:
                     problems[place] = str(error)
                     raise
-        return self._checked(reply, answers)
-
-    async def _post(self, client: httpx2.AsyncClient, body: bytes, answers: Sequence[Answer]) -> httpx2.Response:
-        try:
-            reply = await client.post(self._url, content=body, headers={"content-type": "application/json"})
-        except httpx2.TransportError as error:
-            raise _PassingError(f"{type(error).__name__} {error}".rstrip()) from error
-        if reply.status_code >= 500 or reply.status_code in _PASSING:
-            raise _PassingError(f"status {reply.status_code}: {reply.text[:300]}")
-        if reply.status_code != 200:
-            raise ConfigError(
-                f"{self._what} answered with status {reply.status_code} to {_named(answers)}: {reply.text[:1000]}"
-            )
-        return reply
+        raise AssertionError("attempts have no end of their own")
 
     def _checked(self, reply: httpx2.Response, answers: Sequence[Answer]) -> list[float]:
         try:
@@ -212,3 +236,18 @@ def _named(answers: Sequence[Answer]) -> str:
     first, last = answers[0].record_id, answers[-1].record_id
     of = first if first == last else f"{first} to {last}"
     return f"the {len(answers)} responses to {of}" if len(answers) > 1 else f"the response to {of}"
+
+
+async def _post(client: httpx2.AsyncClient, url: str, content: bytes) -> httpx2.Response:
+    """The answer to one request.
+
+    Raises:
+        _PassingError: there was none, or its status says that there may be another one later.
+    """
+    try:
+        reply = await client.post(url, content=content, headers={"content-type": "application/json"})
+    except httpx2.TransportError as error:
+        raise _PassingError(f"{type(error).__name__} {error}".rstrip()) from error
+    if reply.status_code >= 500 or reply.status_code in _PASSING:
+        raise _PassingError(f"status {reply.status_code}: {reply.text[:300]}")
+    return reply

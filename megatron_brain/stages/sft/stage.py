@@ -1,7 +1,7 @@
 """Supervised fine-tuning on prompt/response records."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from megatron_brain.data.on_demand import OnDemand
 from megatron_brain.data.packing import pack_by_length
 from megatron_brain.objectives.sft import negative_log_likelihood
 from megatron_brain.stages.dataset_stage import DatasetStage
+from megatron_brain.training.best import Direction
 from megatron_brain.training.report import LossOutput
 from megatron_brain.training.run import Run
 from megatron_brain.training.trainer import Trainer
@@ -22,6 +23,7 @@ class SFTStage(DatasetStage):
     """Samples are sequences packed with records; the loss is the mean over response tokens of the global batch."""
 
     occasional_metrics = ("entropy", "top1_accuracy")
+    directions: Mapping[str, Direction] = {"loss": "lowest", "top1_accuracy": "highest"}
     shown_metrics = ("loss", "entropy", "top1_accuracy", "tokens_per_second")
 
     def __init__(self, run: Run) -> None:

@@ -154,3 +154,74 @@ def test_an_info_with_a_value_of_another_type_is_refused(name, value, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(DamagedError, match=f"{INFO} is damaged: its {name} is {value!r}".replace("[", r"\[")):
         read_info(tmp_path)
+
+
+def save_best(root, iteration, best):
+    write(root, iteration)
+    folders.publish(root, iteration, best)
+
+
+def test_the_best_checkpoint_is_read_by_its_link_and_never_removed(tmp_path):
+    save_best(tmp_path, 1, 1)
+    save_best(tmp_path, 2, 1)
+    save_best(tmp_path, 3, 1)
+    folders.keep_latest(tmp_path, 3, 1, [])
+    assert names(tmp_path) == ["iter_0000001", "iter_0000003"]
+    assert (read_info(tmp_path / "best").iteration, read_info(tmp_path).iteration) == (1, 3)
+    assert (tmp_path / "best").resolve() == (tmp_path / "iter_0000001").resolve()
+    save_best(tmp_path, 4, 4)
+    folders.keep_latest(tmp_path, 4, 2, [])
+    assert names(tmp_path) == ["iter_0000003", "iter_0000004"] and read_info(tmp_path / "best").iteration == 4
+
+
+def test_a_link_to_a_best_that_is_not_here_stays_and_one_to_a_replaced_checkpoint_goes(tmp_path):
+    save_best(tmp_path, 1, 1)
+    save_best(tmp_path, 2, 7)
+    assert read_info(tmp_path / "best").iteration == 1, "the best of the run is elsewhere"
+    save_best(tmp_path, 1, None)
+    assert not (tmp_path / "best").is_symlink(), "what the link named is replaced by another run's"
+    with pytest.raises(ConfigError, match="best does not exist"):
+        read_info(tmp_path / "best")
+
+
+def test_wherever_publishing_stops_the_best_checkpoint_can_be_read(tmp_path, monkeypatch):
+    """Every call that changes the file system crashes once. The best of before is replaced, or loses its rank."""
+    for iteration in (1, 2):
+        moments = 0
+        for moment in range(20):
+            root = tmp_path / f"{iteration}_{moment}"
+            save_best(root, 1, 1)
+            write(root, iteration, mark="new")
+            calls = 0
+
+            def crash_at(original, moment=moment):
+                def call(*args, **kwargs):
+                    nonlocal calls
+                    calls += 1
+                    if calls == moment + 1:
+                        raise Crash
+                    return original(*args, **kwargs)
+
+                return call
+
+            with monkeypatch.context() as patched:
+                for target, name in (
+                    (folders.Path, "rename"),
+                    (folders.Path, "replace"),
+                    (folders.Path, "symlink_to"),
+                    (folders, "sync_folder"),
+                    (folders, "write_whole"),
+                ):
+                    patched.setattr(target, name, crash_at(getattr(target, name)))
+                try:
+                    folders.publish(root, iteration, iteration)
+                    break
+                except Crash:
+                    moments += 1
+            assert read_info(root / "best").iteration in (1, iteration)
+            # The run goes on from the latest checkpoint and comes to this iteration again.
+            folders.remove_leftovers(root)
+            assert read_info(root).iteration in (1, iteration)
+            save_best(root, iteration, iteration)
+            assert read_info(root / "best").iteration == iteration
+        assert moments >= 5, "publishing was interrupted at every call"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.hf_models import HF_MODELS
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_brain.checkpointing import read_info
 from megatron_brain.conversion import to_checkpoint, to_hf
@@ -48,6 +48,50 @@ def test_a_model_goes_through_a_checkpoint_bit_equal(name, head, write_hf, into,
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
     assert not list(tmp_path.glob("*.unverified"))
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+def test_an_untied_export_of_a_tied_model_has_its_output_layer_and_computes_the_same(
+    name, write_hf, into, out_of, tmp_path, capsys
+):
+    source, checkpoint, out = write_hf(model=name, tie_word_embeddings=True), tmp_path / "checkpoint", tmp_path / "out"
+    assert into(source, checkpoint, "--no-compare") == 0
+    capsys.readouterr()
+    assert out_of(checkpoint, out, "--untie") == 0
+    assert "largest difference of the logits" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"] is False
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    [output] = after.keys() - before.keys()
+    [embedding] = [key for key in before if key.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))]
+    assert torch.equal(after[output], before[embedding])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # transformers reads the output layer that was written.
+    save_file({**after, output: after[output] + 1}, out / "model.safetensors", {"format": "pt"})
+    logits = [AutoModelForCausalLM.from_pretrained(path)(torch.tensor([[5, 6]])).logits for path in (source, out)]
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+def test_the_comparison_finds_an_output_layer_that_an_untied_export_has_otherwise(
+    write_hf, into, out_of, tmp_path, capsys, monkeypatch
+):
+    assert into(write_hf(tie_word_embeddings=True), tmp_path / "checkpoint", "--no-compare") == 0
+    monkeypatch.setattr(to_hf, "write_safetensors", broken(to_hf.write_safetensors, "lm_head.weight"))
+    assert out_of(tmp_path / "checkpoint", tmp_path / "out", "--untie") == 1
+    assert "hidden states agree everywhere" in capsys.readouterr().err
+
+
+def test_untie_changes_nothing_in_an_untied_policy_and_is_refused_for_a_reward_model(
+    write_hf, into, out_of, tmp_path, capsys
+):
+    source = write_hf(tie_word_embeddings=False)
+    assert into(source, tmp_path / "checkpoint", "--no-compare") == 0
+    assert out_of(tmp_path / "checkpoint", tmp_path / "out", "--untie", "--no-compare") == 0
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert into(write_hf("hf_reward", head="reward"), tmp_path / "reward", "--no-compare") == 0
+    capsys.readouterr()
+    assert out_of(tmp_path / "reward", tmp_path / "reward_out", "--untie") == 2
+    assert "is a reward model, which has no output layer to untie; drop the flag" in capsys.readouterr().err
 
 
 def test_a_chat_template_survives(write_hf, into, out_of, tmp_path):

@@ -1,10 +1,8 @@
 """One record has the same ids in every stage, and in what transformers reads after export."""
 
-import contextlib
 import types
 
 import pytest
-import torch
 from helpers.tiny_tokenizers import train_sentencepiece, write_hf_tokenizer
 from transformers import AutoTokenizer
 
@@ -13,8 +11,7 @@ from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReade
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_brain.generation import native
 from megatron_brain.generation.batch import Completion
-from megatron_brain.stages import answers
-from megatron_brain.stages.evaluate import stage as evaluate
+from megatron_brain.stages import answers, comparison
 
 PROMPT, ANSWER, WORSE = " hello \u6f22 world\nTL;DR:", " a short </s> summary\u2603 ", "no"
 TEMPLATE = (
@@ -50,18 +47,12 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
             seen["sampling"] = (prompts[0], (*group.responses[0][:-1], self.eos_id))
             return [[Completion(tokens=group.responses[0], logprob=0.0, finished=True)]]
 
-    def score_groups(chunks, groups, parallel, **_):
-        seen["evaluate"] = (groups[0][0].prompt, groups[0][0].responses[-1])
-        return [[torch.zeros(len(groups[0][0].responses))]]
-
     monkeypatch.setattr(native, "Sampler", Sampler)
-    monkeypatch.setattr(evaluate, "score_groups", score_groups)
     settings = types.SimpleNamespace(samples_per_prompt=1, seed=1, shared_prefix=True)
     config = types.SimpleNamespace(training=settings)
     run = types.SimpleNamespace(tokenizer=tokenizer, parallel=None, config=config)
-    [[sample]] = answers.sample_answers(run, native.NativeEngine(None, eos_id=tokenizer.eos_id), prompts, [0], settings)
-    reward = types.SimpleNamespace(loaded=contextlib.nullcontext)
-    evaluate._add_rewards(run, reward, [{}], prompts, {"policy": [sample], "baseline": [sample]})
+    answers.sample_answers(run, native.NativeEngine(None, eos_id=tokenizer.eos_id), prompts, [0], settings)
+    seen["evaluate"] = (prompts[0].tokens, comparison.reference_tokens(run, prompts[0]))
     tokenizer.export(folder / "exported", "policy")
     return seen, AutoTokenizer.from_pretrained(folder / "exported"), prompts[0]
 

@@ -12,7 +12,7 @@ from megatron_brain.data.corpus import num_tokens, read_corpus
 from megatron_brain.data.prepared.preparation import Preparation, prepare
 from megatron_brain.data.tokenizer import HuggingFaceTokenizer
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
-from megatron_brain.errors import ConfigError
+from megatron_brain.errors import ConfigError, RecordError
 
 USER = {"role": "user", "content": "hello, how are you?"}
 GOOD = {"role": "assistant", "content": "a short summary é\u2028"}
@@ -236,3 +236,25 @@ def test_settings_of_the_reader_are_kept(prepared, hf):
         info = json.load(file)
     limits = dataclasses.asdict(reading.config.data)
     assert info["settings"] == {name: limits.get(name, False) for name in info["settings"]}
+
+
+@pytest.mark.parametrize("form", ["indexed", "arrow"])
+def test_prepared_prompts_have_the_other_fields_where_a_reward_reads_them(form, prepared, hf):
+    records = [{"prompt": "p", "completion": "r", "answer": {"n": 1}, "id": 3}, {"prompt": "q"}]
+    raw, prefix = prepared(records, settings(hf, "brain"), form)
+    for keeps in (True, False):
+        reader = settings(hf, "brain").build()
+        reader.keeps_fields = keeps
+        expected, actual = read_corpus(raw, reader), read_corpus(prefix, reader)
+        assert list(actual.items) == expected.items and actual.contents == expected.contents
+        assert [item.fields for item in actual.items] == ([{"answer": {"n": 1}}, {}] if keeps else [None, None])
+
+
+def test_prepared_prompts_without_the_fields_that_a_reward_reads_are_refused(prepared, hf):
+    nan = float("nan")
+    _, prefix = prepared([{"prompt": "p", "answer": 1}, {"prompt": "q", "answer": nan}], settings(hf, "brain"))
+    reader = settings(hf, "brain").build()
+    read_corpus(prefix, reader)
+    reader.keeps_fields = True
+    with pytest.raises(RecordError, match=r"raw.jsonl:2: .* lacks the other fields of the record, which the reward"):
+        read_corpus(prefix, reader)

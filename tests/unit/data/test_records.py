@@ -1,9 +1,15 @@
+import datetime
+import json
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megatron_brain.config.data import DataConfig
 from megatron_brain.data.chat import Chat
 from megatron_brain.data.last_turn import render_prompt
 from megatron_brain.data.records import PreferenceReader, PromptReader, SFTReader, read_records
+from megatron_brain.data.sources import load_records
 from megatron_brain.errors import ConfigError, RecordError
 
 ROOMY = DataConfig(seq_length=512)
@@ -239,3 +245,51 @@ def test_a_cut_that_leaves_nothing_to_learn_drops_the_record_and_counts_it(hf_ma
     assert "1 dropped unlearned" in str(report)
     with pytest.raises(ConfigError, match="no record left"):
         read_records(SFTReader(hf_marked, limits, multi_turn_loss=True), at(unlearned))
+
+
+def test_other_fields_of_a_prompt_are_kept_where_a_reward_reads_them_and_only_there(hf, tmp_path):
+    tests = [{"input": [1, 2], "output": 3.5, "note": None}]
+    records = [
+        {"prompt": "sum", "completion": "three", "id": 7, "tests": tests, "answer": 3},
+        {"messages": [USER, GOOD], "answer": "ü", "source": {"page": 4}},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    kept, _ = read_records(PromptReader(hf, ROOMY, keeps_fields=True), load_records(str(path)))
+    assert [prompt.record for prompt in kept] == [
+        {"id": "7", "tests": [{"input": [1, 2], "output": 3.5}], "answer": 3, "completion": "three"},
+        {"id": f"{path}:2", "answer": "ü", "source": {"page": 4}, "completion": "a short summary"},
+    ]
+    plain, _ = read_records(PromptReader(hf, ROOMY), load_records(str(path)))
+    assert [(prompt.fields, prompt.record) for prompt in plain] == [(None, {})] * 2
+
+
+def test_a_column_of_a_table_is_a_field_like_one_of_jsonl(hf, tmp_path):
+    tests = [{"input": "1", "n": 2}]
+    rows = [{"prompt": "sum", "tests": tests, "answer": None}, {"prompt": "a", "answer": "x"}]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "prompts.parquet")
+    with (
+        pyarrow.OSFile(str(tmp_path / "prompts.arrow"), "wb") as file,
+        pyarrow.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    for name in ("prompts.parquet", "prompts.arrow"):
+        found, _ = read_records(PromptReader(hf, ROOMY, keeps_fields=True), load_records(str(tmp_path / name)))
+        assert [prompt.fields for prompt in found] == [{"tests": tests}, {"answer": "x"}]
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 2), b"x", float("nan")])
+def test_a_field_that_json_cannot_write_is_refused_where_a_reward_reads_it(value, hf):
+    record = {"prompt": "sum", "answer": {"of": [value]}}
+    read_records(PromptReader(hf, ROOMY), at(record))
+    with pytest.raises(RecordError, match=r"field 'answer', which the reward reads,.of\[0\] is"):
+        read_records(PromptReader(hf, ROOMY, keeps_fields=True), at(record))
+
+
+def test_the_fingerprint_covers_the_fields_where_a_reward_reads_them(hf):
+    records = [{"prompt": "sum", "answer": 3}, {"prompt": "sum", "answer": 4}, {"answer": 3, "prompt": "sum"}]
+    for keeps, distinct in ((True, [0, 1, 0]), (False, [0, 0, 0])):
+        reader = PromptReader(hf, ROOMY, keeps_fields=keeps)
+        hashes = [reader.hash(item) for item in read_records(reader, at(*records))[0]]
+        assert [hashes.index(found) for found in hashes] == distinct

@@ -75,8 +75,9 @@ def test_smoke_model_loads_with_padding_apart_from_end_of_text(example, monkeypa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     config = model.config
-    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 4, 2)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 2, 1)
     assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (64, 128, len(tokenizer))
+    assert config.head_dim == 32  # the fewest channels that vLLM has on a CPU
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert tokenizer("</s>").input_ids == [tokenizer.eos_token_id]

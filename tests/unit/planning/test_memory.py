@@ -173,6 +173,14 @@ def test_the_cache_holds_prompts_once_and_responses_but_their_last_token():
     assert phases(brain(), Layout(pipeline=2))["sampling"].kv_cache == memory.kv_cache // 2
 
 
+def test_held_out_prompts_are_not_shared_in_the_cache():
+    assert "validation" not in phases(brain())
+    memory = phases(brain(answers_held_out=True))["validation"]
+    # Without responses to share a prompt, a full batch holds as many prompts as responses.
+    places = 16 * (192 + 63)
+    assert memory.kv_cache == 8 * 2 * places * 32 * 4
+
+
 def test_offloaded_models_are_there_only_while_they_score():
     resident = brain()
     offloaded = dataclasses.replace(

@@ -41,15 +41,15 @@ def brain(**changes):
 
 
 def test_a_token_round_reads_weights_once_and_the_cache_of_every_response_by_hand():
-    """Two servers with 3 prompts of 2 responses: 6 rows. In each of 4 layers each row reads 6 + 2 tokens of 2 x 4
-    numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes 62
+    """Two servers with a response to each of 6 prompts: 6 rows. In each of 4 layers each row reads 6 + 2 tokens of
+    2 x 4 numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes 62
     bytes a logit and reads the output layer."""
     workload = brain()
     machine = ideal_machine(memory_bandwidth=1.0)
     linear = 2 * (LINEAR + 6 * (INPUTS + OUTPUTS))
     layers = 4 * (linear + 6 * (6 + 2) * 8 * 2 + 6 * layer_forward_bytes(workload, Layout()))
     choice = 2 * 8 * 32 + 6 * 32 * 62
-    prompts = prompt_timer(workload, Layout(), machine, 3).forward(0).total
+    prompts = prompt_timer(workload, Layout(), machine, 6).forward(0).total
     assert drawing_seconds(workload, Servers(count=2, tensor=1), machine) == prompts + 3 * layers + 4 * choice
 
 
@@ -97,9 +97,9 @@ def test_tensor_parallel_sizes_divide_heads_and_nodes():
 
 def test_a_sync_is_written_in_equal_parts_and_read_whole_by_every_node():
     """16 GPUs on 2 nodes write; bf16, and the tied output layer once more."""
-    model = small_model(untie_embeddings_and_output_weights=False)
+    model = small_model(untie_embeddings_and_output_weights=False, bf16=True)
     size = 2 * (total_parameters(model) + 32 * 8)
-    assert sync_bytes(model) == size
+    assert sync_bytes(model) == size == sync_bytes(dataclasses.replace(model, bf16=False)) / 2
     machine = ideal_machine(storage_bandwidth=4.0)
     layout, servers = Layout(tensor=2, data=8), Servers(count=3, tensor=2)
     assert sync_seconds(brain(model=model), layout, servers, machine) == (size / 2 / 4, size / 4)

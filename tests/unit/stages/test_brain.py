@@ -57,7 +57,7 @@ def test_what_is_checked_is_logged_once_a_round(objective, logged):
 
 
 def test_a_run_does_not_resume_with_another_objective_than_its_round_was_made_for():
-    made = SimpleNamespace(_fixed=dict, _corpora={}, _config=RunConfig(stage="brain"), _round="unset")
+    made = SimpleNamespace(_fixed=dict, _corpora={}, _config=RunConfig(stage="brain"), _round="unset", _held_out=None)
     made._maker = SimpleNamespace(prior=None, reward_scale=Scale())
     state = {"prior": None, "round": 0}
     with pytest.raises(ConfigError, match="made for dpo. Resume with --objective dpo, or start anew"):

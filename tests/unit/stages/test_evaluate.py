@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_brain.stages.evaluate.stage import _require_finite, summarize
+from megatron_brain.stages.comparison import require_finite
+from megatron_brain.stages.evaluate.stage import summarize
 
 ROWS = [
     {"prompt": "a", "reward/policy": 2.0, "reward/baseline": 1.0, "reward/reference": 3.0, "kl_to_prior": 0.5},
@@ -63,5 +64,5 @@ def test_equal_answers_tie_whatever_their_scores_and_others_do_not():
 def test_a_number_that_is_none_is_never_averaged_but_named_with_its_record(number):
     rows = [{"id": "d.jsonl:1", "kl_to_prior": 0.5}, {"id": "d.jsonl:2", "kl_to_prior": number}]
     with pytest.raises(FloatingPointError, match=f"kl_to_prior of d.jsonl:2 is {number}"):
-        _require_finite(rows)
-    _require_finite(rows[:1])
+        require_finite(rows)
+    require_finite(rows[:1])

@@ -167,3 +167,21 @@ def test_files_are_read_in_the_order_of_their_names(tmp_path):
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout_data=.*none.*matches no file"):
         rollout_files(str(tmp_path / "none*.jsonl"))
+
+
+def test_parts_of_the_reward_and_the_record_are_written_and_read_back_and_left_out_where_there_are_none(tmp_path):
+    plain, scored = rollout(0), rollout(1, reward_parts={"rule": 1.0, "rm": -0.25})
+    scored.record = {"id": "prompts.jsonl:1", "answer": {"n": [1, "ü"]}}
+    path = tmp_path / "round_0000.jsonl"
+    write_rollouts(path, [plain, scored])
+    assert read_rollouts(str(path)) == [plain, scored]
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert "record" not in first and "reward_parts" not in first["responses"][0]
+    assert second["record"] == scored.record and second["responses"][1]["reward_parts"] == {"rule": 1.0, "rm": -0.25}
+
+
+def test_a_part_of_the_reward_that_is_no_number_is_refused():
+    for value, shown in (("1", "'1'"), (float("nan"), "nan"), (True, "True")):
+        responses = [{"tokens": [3], "log_proposal": -1.0, "reward_parts": {"rule": value}}] * 2
+        with pytest.raises(ConfigError, match=f"r.jsonl:1: reward_parts has {shown} for rule"):
+            rollout_from_dict(record(responses=responses), "r.jsonl:1")

@@ -108,7 +108,7 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
     made._objective = OBJECTIVES[objective]
     made.proposal = SimpleNamespace(temperature=temperature, from_prior=from_prior)
     made.prior = SimpleNamespace(loaded=lambda: contextlib.nullcontext("prior"))
-    made._rewards, made.reward_scale = SimpleNamespace(score=score_with_rewards), None
+    made.rewards, made.reward_scale = SimpleNamespace(score=score_with_rewards), None
     made._score(SimpleNamespace(gathered_chunks=lambda: "policy"), [], [some], number)
     names = ("trainer_logprob", "log_prior", "reward")
     scored = [

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_brain.config.training import CheckpointConfig, TrainingConfig
+from megatron_brain.generation.engine import Interrupted
 from megatron_brain.runtime import signals
 from megatron_brain.training.trainer import Trainer
 
@@ -21,8 +22,12 @@ class Loop(Trainer):
         self.config = SimpleNamespace(
             training=TrainingConfig(eval_interval=2, **training), checkpoint=CheckpointConfig(save=save)
         )
-        self.parallel, self.stage, self.iteration = single, SimpleNamespace(train_iters=6), iteration
-        self._validated_at, self._saver = validated_at, None
+        self.parallel, self.stage, self.iteration = (
+            single,
+            SimpleNamespace(train_iters=6, end_reason=lambda: None),
+            iteration,
+        )
+        self._validated_at, self._saver, self._best = validated_at, None, None
         self.done, self._during = [], during
 
     def _logged_step(self):
@@ -106,6 +111,25 @@ def test_a_signal_during_a_validation_ends_the_run_before_another_step(single):
     with signals.noted():
         loop._train()
     assert loop.done == ["step", "step", "validate", "save"]
+
+
+@pytest.mark.parametrize(("last", "done"), [(6, ["step", "step", "save"]), (2, ["step", "step", "save"])])
+def test_a_validation_that_a_signal_cuts_short_is_made_by_the_run_that_goes_on(single, last, done):
+    class Cut(Loop):
+        _validate = Trainer._validate
+
+    def validate(trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Interrupted
+
+    loop = Cut(single, validated_at=0)
+    loop.stage = SimpleNamespace(train_iters=last, end_reason=lambda: None, validate=validate)
+    with signals.noted():
+        loop._train()
+    assert (loop.done, loop._validated_at) == (done, 0)
+    resumed = Loop(single, iteration=2, validated_at=loop._validated_at)
+    resumed._train()
+    assert resumed.done[0] == "validate"
 
 
 def test_a_step_that_stops_the_run_lets_a_save_in_the_background_end_first(single):

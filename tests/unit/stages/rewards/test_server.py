@@ -6,6 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,7 +67,7 @@ class Stub:
 def scorer(url, *, timeout=5.0, batch=2, concurrency=8):
     settings = ScoringConfig(reward_timeout=timeout, reward_batch_size=batch, reward_concurrency=concurrency)
     [part] = reward_parts(None, None, url, None)
-    return RewardServer(part, settings)
+    return RewardServer(part, settings, SimpleNamespace(encode=lambda text: [ord(letter) for letter in text]))
 
 
 def lengths(number, request):
@@ -151,6 +152,8 @@ def test_anything_but_a_number_for_each_response_is_an_error_that_names_the_reco
 
 
 def classified(request, *outputs):
+    if "tokens" in request:
+        return 200, {"prompt": "".join(map(chr, request["tokens"])).replace(" ", "  ")}
     data = [{"index": i, "probs": list(outputs), "label": None} for i in range(len(request["input"]))]
     return 200, {
         "data": [{**item, "probs": [ids[1] * x for x in item["probs"]]} for item, ids in zip(data, request["input"])][
@@ -162,8 +165,20 @@ def classified(request, *outputs):
 def test_vllm_gets_token_ids_and_its_one_output_before_the_activation_is_the_reward():
     with Stub(lambda number, request: classified(request, 0.5)) as stub:
         assert scorer(f"{stub.url}/classify")(ANSWERS) == [0.5, 1.0, 1.5, 2.0, 2.5]
-    path, request = min(stub.requests, key=lambda sent: sent[1]["input"])
+    (first, _), *others = stub.requests
+    assert first == "/detokenize"
+    path, request = min(others, key=lambda sent: sent[1]["input"])
     assert path == "/classify" and request == {"input": [[7, 1], [7, 2]], "use_activation": False}
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, {"prompt": "another text"}), (400, "ids out of range"), (404, "no such path")]
+)
+def test_a_served_model_with_another_tokenizer_is_refused(answer):
+    with Stub(lambda number, request: answer if "tokens" in request else classified(request, 0.5)) as stub:
+        message = refused(f"{stub.url}/classify")
+    assert "/detokenize makes " in message and "must have the tokenizer of the run" in message
+    assert [path for path, _ in stub.requests] == ["/detokenize"]
 
 
 def test_of_several_outputs_the_address_says_which_one_is_the_reward():

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# BRAIn of Llama-3 8B on one node of 8 H100: 4 train, and 4 draw the next round with vLLM. Not tested on a GPU yet.
+#
+#   DRY_RUN=1 bash examples/h100/llama3_8b_brain_vllm.sh        checks everything on any machine
+#   bash examples/h100/llama3_8b_brain_vllm.sh                  on the node
+#   LAUNCHER=slurm bash examples/h100/llama3_8b_brain_vllm.sh   submits it to Slurm
+#
+# As llama3_8b_brain.sh, with an export of the policy for the start of the servers, made once:
+#   python tools/convert_megatron_to_hf.py --load runs/llama3_8b/sft --save runs/llama3_8b/sft_hf --untie
+# VLLM_PYTHON=path names the Python of vLLM's environment. Flags given here go to the run. More in docs/clusters.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+runs=${RUNS:-runs/llama3_8b} data=${DATA:-data}
+# A stop waits for the round that is being drawn and scored: twenty minutes' notice instead of five.
+export SBATCH_ARGS="--signal=USR1@1200 ${SBATCH_ARGS:-}" PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-1180}
+export GPUS_PER_NODE=4 ENGINE_SERVERS=4 ENGINE_TENSOR_PARALLEL=1 MAX_MODEL_LEN=${MAX_MODEL_LEN:-1536}
+export ENGINE_MODEL=${ENGINE_MODEL:-$runs/sft_hf} ENGINE_DIR=${ENGINE_DIR:-$runs/engine}
+exec bash examples/h100/launch.sh 1 brain examples/h100/llama3_8b_brain.yaml \
+    --load "$runs/sft" --finetune --reward-load "$runs/reward" --save "$runs/brain" --auto-resume \
+    --rollout-dir "$runs/rollouts" --train-data "$data/prompts.jsonl" \
+    --engine vllm --engine-sync-dir "$runs/engine_sync" --engine-concurrency 556 --rounds-ahead 1 "$@"
