@@ -19,12 +19,16 @@ SOURCES = sorted(path for folder in ("megatron_brain", "tools", "examples") for 
 RAISE_VALUE_ERROR = {"examples/debian_tldr/judge.py": "a judge is a user's own function, which raises what it likes"}
 
 WRAP_OUR_CODE = {
+    "examples/reward_server.py": "what is called is the user's own function",
     "megatron_brain/checkpointing/save.py": "an error of the thread that writes is raised where the run waits for it",
     "megatron_brain/checkpointing/storage.py": "raised on all ranks, with the traceback on its own",
     "megatron_brain/conversion/workers.py": "raised on all ranks, and its traceback logged on its own",
     "megatron_brain/data/tables.py": "the rows are read one by one then, where a library's call alone is wrapped",
     "megatron_brain/data/tokenizer/training.py": "SentencePiece, which iterates, cannot pass it on: raised behind it",
+    "megatron_brain/generation/vllm/folders.py": "raised again behind the half folder that it removes",
+    "megatron_brain/generation/vllm/jobs.py": "raised on all ranks that wait for the job",
     "megatron_brain/user_functions.py": "what is called is the user's own function",
+    "tools/benchmarks/trainers.py": "raised in the thread that waits for the other",
 }
 """Files with a `try` around calls of our own functions, whose ValueErrors it catches, and why no bug is lost there."""
 

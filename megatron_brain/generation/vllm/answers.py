@@ -35,9 +35,10 @@ class Served:
 def read_served(url: str, body: Mapping[str, Any]) -> Served:
     """The model that `/v1/models` lists first; the others are adapters."""
     try:
-        return Served(name=str(body["data"][0]["id"]), longest=int(body["data"][0]["max_model_len"]))
+        name, longest = str(body["data"][0]["id"]), int(body["data"][0]["max_model_len"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise AnswerError(f"{url}/v1/models: {short(dict(body))} names no model: is it a vLLM server?") from error
+    return Served(name=name, longest=longest)
 
 
 def read_start_time(url: str, text: str) -> float:

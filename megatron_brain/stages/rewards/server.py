@@ -41,6 +41,10 @@ class _PassingError(Exception):
     """A request failed in a way that may pass."""
 
 
+class _FormError(Exception):
+    """An answer has another form than it must have."""
+
+
 class _Form(Protocol):
     """What is sent and what comes back."""
 
@@ -51,7 +55,7 @@ class _Form(Protocol):
         """The rewards in the JSON value that came back.
 
         Raises:
-            ValueError: it has another form; says which it must have.
+            _FormError: it has another form; says which it must have.
         """
 
 
@@ -65,7 +69,7 @@ class _OwnForm:
 
     def rewards(self, reply: Any) -> list[Any]:
         if not isinstance(reply, dict) or not isinstance(reply.get("rewards"), list):
-            raise ValueError('must be {"rewards": [...]}')
+            raise _FormError('must be {"rewards": [...]}')
         return list(reply["rewards"])
 
 
@@ -86,11 +90,11 @@ class _VllmForm:
         try:
             outputs = [item["probs"] for item in sorted(reply["data"], key=lambda item: item["index"])]
         except (TypeError, KeyError) as error:
-            raise ValueError('must be {"data": [{"index": 0, "probs": [...]}, ...]}, as vLLM writes it') from error
+            raise _FormError('must be {"data": [{"index": 0, "probs": [...]}, ...]}, as vLLM writes it') from error
         if self._place is None and any(len(output) != 1 for output in outputs):
-            raise ValueError("has several outputs for a response; put #INDEX of the one to take behind the address")
+            raise _FormError("has several outputs for a response; put #INDEX of the one to take behind the address")
         if any(len(output) <= (self._place or 0) for output in outputs):
-            raise ValueError(f"has fewer than {(self._place or 0) + 1} outputs for a response; give another #INDEX")
+            raise _FormError(f"has fewer than {(self._place or 0) + 1} outputs for a response; give another #INDEX")
         return [output[self._place or 0] for output in outputs]
 
 
@@ -213,8 +217,12 @@ class RewardServer:
 
     def _checked(self, reply: httpx2.Response, answers: Sequence[Answer]) -> list[float]:
         try:
-            rewards = self._form.rewards(reply.json())
-        except ValueError as error:
+            found = reply.json()
+        except ValueError:
+            found = None
+        try:
+            rewards = self._form.rewards(found)
+        except _FormError as error:
             raise ConfigError(
                 f"{self._what} answered to {_named(answers)} with {short(reply.text)}: the answer {error}"
             ) from error
