@@ -9,17 +9,19 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 
 stage=$1 config=$2
 shift 2
-asked=false
+asked=false run=
 # Slurm may signal only this shell. If the run gets the signal twice, nothing changes.
 # shellcheck disable=SC2329 # The traps call it.
 pass_on() {
     asked=true
-    kill -s "$1" "$run" 2> /dev/null
+    if [ -n "$run" ]; then kill -s "$1" "$run" 2> /dev/null; fi
 }
-python -m megatron_brain "$stage" --config "$config" "$@" &
-run=$!
+# The traps come before the run: a signal that arrives just after its start must not end this shell.
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
+python -m megatron_brain "$stage" --config "$config" "$@" &
+run=$!
+if $asked; then kill -s TERM "$run" 2> /dev/null; fi
 
 # A trapped signal ends `wait` early, so this waits again.
 status=128
