@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from megatron_brain.generation.vllm.folders import SyncFolders
 from megatron_brain.generation.vllm.handover import Giver, HandOver, Held
 from megatron_brain.generation.vllm.jobs import Job, wait_together
 from megatron_brain.generation.vllm.opening import open_servers, require_processed_logprobs
-from megatron_brain.generation.vllm.probes import Expected, mean_difference
+from megatron_brain.generation.vllm.probes import Expected, Values, mean_difference
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.runtime.parallel import Parallel
 
@@ -142,19 +143,11 @@ class VllmEngine:
         self.holds = None
         start = time.perf_counter()
         folder = self._folders.write(lambda place: self._write(chunks, place))
-        values = self._score(chunks, self._probes)
         written = time.perf_counter()
-        before = self._hand_over.expected if self._hand_over is not None else None
-        expected = Expected(
-            label=label,
-            values=values,
-            label_before=None if before is None else before.label,
-            values_before=None if before is None else before.values,
-        )
-        hand_over = HandOver(label=f"{self._run_id}/{folder.name} ({label})", folder=folder, expected=expected)
-        self._held = self._on_first(
-            lambda: self._give(hand_over), what=f"the vLLM servers took the weights over ({label})"
-        )
+        hand_over = HandOver(label=f"{self._run_id}/{folder.name} ({label})", folder=folder, expected=Future())
+        job = Job(self._give(hand_over)) if self._parallel.is_writer else None
+        values = self._expect(hand_over, chunks, label)
+        self._held = self._from_first(job, what=f"the vLLM servers took the weights over ({label})")
         self._hand_over, self.holds = hand_over, label
         self.difference = max(mean_difference(held.probes, values) for held in self._held)
         self._folders.remove_old()
@@ -168,6 +161,24 @@ class VllmEngine:
                 time.perf_counter() - written,
                 self.difference,
             )
+
+    def _expect(self, hand_over: HandOver, chunks: Sequence[PolicyModel], label: str) -> Values:
+        """Score the probes while the servers load. Whatever happens, what waits for the values hears of it."""
+        before = None if self._hand_over is None else self._hand_over.expected.result()
+        try:
+            values = self._score(chunks, self._probes)
+        except BaseException as error:
+            hand_over.expected.set_exception(error)
+            raise
+        hand_over.expected.set_result(
+            Expected(
+                label=label,
+                values=values,
+                label_before=None if before is None else before.label,
+                values_before=None if before is None else before.values,
+            )
+        )
+        return values
 
     def sample(
         self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int]], sampling: SamplingConfig
@@ -264,7 +275,10 @@ class VllmEngine:
 
     def _on_first(self, work: Callable[[], Coroutine[Any, Any, T]], *, what: str) -> T:
         """What a coroutine returns on rank 0, on all ranks."""
-        job = Job(work()) if self._parallel.is_writer else None
+        return self._from_first(Job(work()) if self._parallel.is_writer else None, what=what)
+
+    def _from_first(self, job: Job[T] | None, *, what: str) -> T:
+        """What rank 0's job returns, on all ranks."""
         found = wait_together(job, self._parallel, what=what)
         on_first: T = self._parallel.gather_over_world(found, self._parallel.host_group())[0]  # type: ignore[assignment]
         return on_first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,11 +36,12 @@ class HandOver:
     """One hand-over of weights.
 
     label: the servers keep it, so it is one that no other run uses.
+    expected: known when the trainer has scored the probes, which it does while the servers load.
     """
 
     label: str
     folder: Path
-    expected: Expected
+    expected: Future[Expected]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,8 @@ class Giver:
             raise HandOverError(
                 f"{fault}: it could not take over the weights of {hand_over.folder}. {_CURE}"
             ) from fault
-        if (problem := hand_over.expected.problem(held.probes, self.limit)) is not None:
+        expected = await asyncio.wrap_future(hand_over.expected)
+        if (problem := expected.problem(held.probes, self.limit)) is not None:
             raise HandOverError(
                 f"{server.url}: {problem}. Does the server share the model's output layer with its embedding? Then "
                 "start it from an untied export of this run's model (megatron-brain-convert megatron-to-hf --untie). "
@@ -111,7 +114,7 @@ class Giver:
                 while True:
                     held = await self._look(server)
                     named = held.weights_label in (None, hand_over.label)
-                    if named and hand_over.expected.problem(held.probes, self.limit) is None:
+                    if named and hand_over.expected.result().problem(held.probes, self.limit) is None:
                         return held
                     await asyncio.sleep(_POLL)
         except TimeoutError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -53,16 +55,14 @@ class Expected:
     def _is_nearer_to_before(self, found: Values) -> bool:
         """Whether the server's values are nearer to those of before, where the two can be told apart.
 
-        With s = new + e, e the rounding between server and trainer, |s - before|^2 - |s - new|^2 = |d|^2 + 2 e.d for
-        the change d = new - before. Its standard deviation is 2 sigma |d|. So a change of less than 2 * _CLEAR * sigma
-        says nothing. Sigma is taken from the nearer of the two.
+        For each token the squared distance to the new value minus that to the value of before is taken; its mean is
+        above 0 where the server has the weights of before. The mean must stand out of its own standard error: the
+        trainer's values are rounded too, so that most of the change from one to the next may be rounding.
         """
         assert self.values_before is not None
-        to_new = _squares(found, self.values)
-        to_before = _squares(found, self.values_before)
-        change = _squares(self.values, self.values_before)
-        variance = min(to_new, to_before) / _count(found)
-        return to_before < to_new and change > (2 * _CLEAR) ** 2 * variance
+        new, before = (_squares(found, values) for values in (self.values, self.values_before))
+        nearer = [a - b for a, b in zip(new, before, strict=True)]
+        return statistics.fmean(nearer) > _CLEAR * statistics.stdev(nearer) / math.sqrt(len(nearer))
 
 
 def mean_difference(one: Values, other: Values) -> float:
@@ -70,8 +70,8 @@ def mean_difference(one: Values, other: Values) -> float:
     return sum(abs(a - b) for a, b in _pairs(one, other)) / _count(one)
 
 
-def _squares(one: Values, other: Values) -> float:
-    return sum((a - b) ** 2 for a, b in _pairs(one, other))
+def _squares(one: Values, other: Values) -> list[float]:
+    return [(a - b) ** 2 for a, b in _pairs(one, other)]
 
 
 def _count(values: Values) -> int:
