@@ -148,7 +148,11 @@ def best_checkpoint(config: RunConfig, stage: Stage | type[Stage]) -> BestCheckp
 def train(run: Run, make_stage: type[Stage]) -> None:
     """Make a stage and train it to its last iteration."""
     check_metrics(run.config, make_stage)
-    trainer = Trainer(run, make_stage(run))
+    try:
+        trainer = Trainer(run, make_stage(run))
+    except Interrupted as why:
+        log.warning("stopped before the first step: %s", why)
+        return
     show_banner(run, [*trainer.stage.summary(), *overlap(trainer.wrapped)])
     trainer.train()
 

@@ -25,6 +25,7 @@ WRAP_OUR_CODE = {
     "megatron_brain/conversion/workers.py": "raised on all ranks, and its traceback logged on its own",
     "megatron_brain/data/tables.py": "the rows are read one by one then, where a library's call alone is wrapped",
     "megatron_brain/data/tokenizer/training.py": "SentencePiece, which iterates, cannot pass it on: raised behind it",
+    "megatron_brain/generation/vllm/engine.py": "raised again when the job that waits has heard of it",
     "megatron_brain/generation/vllm/folders.py": "raised again behind the half folder that it removes",
     "megatron_brain/generation/vllm/jobs.py": "raised on all ranks that wait for the job",
     "megatron_brain/user_functions.py": "what is called is the user's own function",

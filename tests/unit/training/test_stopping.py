@@ -10,6 +10,7 @@ import pytest
 from megatron_brain.config.training import CheckpointConfig, TrainingConfig
 from megatron_brain.generation.engine import Interrupted
 from megatron_brain.runtime import signals
+from megatron_brain.training import trainer
 from megatron_brain.training.trainer import Trainer
 
 
@@ -196,3 +197,12 @@ def test_a_signal_of_an_earlier_run_in_the_process_does_not_stop_the_next():
         assert signals.received() is signal.SIGTERM
     with signals.noted():
         assert signals.received() is None
+
+
+def test_a_run_that_is_asked_to_stop_while_it_waits_for_servers_ends_as_one_that_stopped(monkeypatch, caplog):
+    def make_stage(run):
+        raise Interrupted("SIGTERM (rank 0) while waiting for the vLLM servers")
+
+    monkeypatch.setattr(trainer, "check_metrics", lambda config, stage: None)
+    trainer.train(SimpleNamespace(config=None), make_stage)
+    assert "stopped before the first step: SIGTERM (rank 0) while waiting for the vLLM servers" in caplog.text
