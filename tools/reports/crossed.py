@@ -28,7 +28,12 @@ def crossed_interval(cells: numpy.ndarray, *, bounds: tuple[float, float] | None
 
     Banerjee's interval for a sum of means with unknown, unequal variances (Sankhya 22, 1960). For independent normal
     parts with exact chi-square estimates it covers at least 95%, whatever the ratio of the variances. It is exact if
-    only seeds differ (t with S - 1 degrees of freedom) or only prompts (t with P - 1).
+    only seeds differ (t with S - 1 degrees of freedom) or only prompts (t with P - 1). Seeds that are alike by chance
+    must not make it narrower than what is known well: it is at least
+
+        t(P-1) sqrt(max(MS_prompt, MS_rest) / (S P)),
+
+    the half width if training runs did not differ.
 
     A percentile bootstrap that draws seeds and prompts anew is too narrow for three seeds: their spread in the draws
     is only 2/3 of the variance, and nothing accounts for estimating it from two degrees of freedom. `docs/report.md`
@@ -56,8 +61,8 @@ def crossed_interval(cells: numpy.ndarray, *, bounds: tuple[float, float] | None
         rest = cells - of_seeds[:, None] - of_prompts[None, :] + value
         rest_square = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
         by_seeds = stats.t.ppf(_LEVEL, seeds - 1) ** 2
-        variance = by_seeds * seed_square + by_prompts * max(0.0, prompt_square - rest_square)
-        half = math.sqrt(variance / cells.size)
+        by_both = by_seeds * seed_square + by_prompts * max(0.0, prompt_square - rest_square)
+        half = math.sqrt(max(by_both, by_prompts * max(prompt_square, rest_square)) / cells.size)
     low, high = value - half, value + half
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])

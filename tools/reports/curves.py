@@ -32,9 +32,8 @@ def training_curves(settings: Sequence[Setting], keys: Sequence[str]) -> tuple[l
     for setting in settings:
         without = [str(run.seed) for run in setting.runs if run.lines is None]
         if without:
-            notes.append(
-                f"{setting.name} is not in the figures along training: seed {', '.join(without)} has no metrics.jsonl"
-            )
+            of_seeds = f"no metrics.jsonl of seed {', '.join(without)}"
+            notes.append(f"{setting.name} is not in the figures along training: {of_seeds}")
             continue
         found = [
             {line["iteration"]: line for line in run.lines or () if all(key in line for key in keys)}

@@ -1,11 +1,13 @@
 """The figures of a report, as PNG and SVG. Line styles and markers tell settings apart without colours."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy
 
 from megatron_brain.stages.intervals import Estimate
 from reports.curves import Curve, Sweep, sweeps, training_curves
@@ -131,23 +133,29 @@ def _distances(findings: Findings, folder: Path) -> Drawn:
     panels = [(key, curves) for key, curves, _ in found if curves]
     if not panels:
         return [], [*notes, f"no figure of the distance to the posterior: no run has {' or '.join(DISTANCES)}"]
-    titles = dict(zip(DISTANCES, ("KL(posterior || policy) (nats)", "KL(alpha || beta) (nats)"), strict=True))
+    titles = dict(zip(DISTANCES, ("KL(posterior ‖ policy) (nats)", "KL(alpha ‖ beta) (nats)"), strict=True))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained"
     )
     for axis, (key, curves) in zip(axes[0], panels, strict=True):
-        for curve in curves:
-            _mean_and_range(axis, curve, key, style(findings, curve.name))
+        for place, curve in enumerate(curves):
+            _mean_and_range(axis, curve, key, style(findings, curve.name), place - (len(curves) - 1) / 2)
         axis.set_xlabel("training step")
         axis.set_ylabel(titles[key])
-    caption = "Distance to the posterior on held-out prompts along training: mean of the seeds, and their range shaded."
+    caption = (
+        "Distance to the posterior on held-out prompts along training: mean of the seeds, and their range as a bar. "
+        "Lines are moved a little to the side of each other."
+    )
     return [_finish(figure, list(axes[0]), folder, "distance", caption)], notes
 
 
-def _mean_and_range(axis: Any, curve: Curve, key: str, look: dict[str, Any]) -> None:
-    values = curve.values[key]
-    axis.plot(curve.iterations, values.mean(axis=0), **look)
-    axis.fill_between(curve.iterations, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.12)
+def _mean_and_range(axis: Any, curve: Curve, key: str, look: dict[str, Any], place: float) -> None:
+    values, steps = curve.values[key], curve.iterations
+    mean = values.mean(axis=0)
+    # Bars of several settings at one step would hide each other.
+    aside = place * 0.05 * (numpy.diff(steps).min() if len(steps) > 1 else 1)
+    ends = [mean - values.min(axis=0), values.max(axis=0) - mean]
+    axis.errorbar(steps + aside, mean, yerr=ends, elinewidth=0.8, capsize=2, **look)
 
 
 def _win_rates(findings: Findings, folder: Path) -> Drawn:
@@ -193,34 +201,43 @@ def _judge_against_reward(findings: Findings, folder: Path) -> Drawn:
 def _by_numeric_settings(findings: Findings, folder: Path) -> Drawn:
     figures = []
     quantities = [each for each in (*findings.main, *findings.posterior) if each.key in _BY_SETTING]
-    for flag, lines in sweeps(findings.settings).items():
+    found = sweeps(findings.settings)
+    if found and not quantities:
+        return [], [f"no figure by {', '.join(found)}: no setting has {', '.join(_BY_SETTING)}"]
+    for flag, lines in found.items():
         shape = {"figsize": (4.2 * len(quantities), 3.6), "squeeze": False, "layout": "constrained"}
         figure, axes = pyplot.subplots(1, len(quantities), **shape)
         for axis, quantity in zip(axes[0], quantities, strict=True):
-            for number, line in enumerate(lines):
-                _along(
-                    axis, line, {name: findings.estimates.get((name, quantity.key)) for _, name in line.points}, number
-                )
-            values = sorted({value for line in lines for value, _ in line.points})
-            if values[0] > 0 and values[-1] / values[0] >= 4:
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(values, [f"{value:g}" for value in values])
-                axis.minorticks_off()
+            of_setting = {name: each for (name, key), each in findings.estimates.items() if key == quantity.key}
+            _along(axis, lines, of_setting)
             axis.set_xlabel(flag)
             axis.set_ylabel(quantity.title)
         caption = f"By {flag}, with 95% intervals over seeds and prompts."
         changing = sorted({name for line in lines for name in line.changing})
         if changing:
             caption += f" Along a line these change, too: {', '.join(changing)}."
-        figures.append(_finish(figure, list(axes[0]), folder, f"by_{flag.lstrip('-').replace('/', '_')}", caption))
+        name = "by_" + re.sub(r"\W", "_", flag.lstrip("-"))
+        figures.append(_finish(figure, list(axes[0]), folder, name, caption))
     return figures, []
 
 
-def _along(axis: Any, line: Sweep, found: dict[str, Estimate | None], number: int) -> None:
-    known = [(value, each) for value, name in line.points if (each := found[name]) is not None]
-    errors = [[_ends(each)[side][0] for _, each in known] for side in (0, 1)]
-    look = _style(number) | {"label": line.title, "capsize": 2, "elinewidth": 0.8}
-    axis.errorbar([value for value, _ in known], [each.value for _, each in known], yerr=errors, **look)
+def _along(axis: Any, lines: Sequence[Sweep], of_setting: dict[str, Estimate]) -> None:
+    """Draw one quantity along a flag, on a scale of doublings if its values span two or more."""
+    values = sorted({value for line in lines for value, _ in line.points})
+    doubling = values[0] > 0 and values[-1] / values[0] >= 4
+    for number, line in enumerate(lines):
+        known = [(value, of_setting[name]) for value, name in line.points if name in of_setting]
+        # Intervals of several lines at one value would hide each other.
+        place = number - (len(lines) - 1) / 2
+        step = 0.01 * place * (values[-1] - values[0])
+        aside = [value * 2 ** (0.05 * place) if doubling else value + step for value, _ in known]
+        errors = [[_ends(each)[side][0] for _, each in known] for side in (0, 1)]
+        look = _style(number) | {"label": line.title, "capsize": 2, "elinewidth": 0.8}
+        axis.errorbar(aside, [each.value for _, each in known], yerr=errors, **look)
+    if doubling:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.minorticks_off()
 
 
 def _estimates(findings: Findings, name: str, keys: Sequence[str]) -> list[Estimate] | None:

@@ -67,18 +67,18 @@ MAIN = (
     Quantity("reward/baseline", "reward of SFT", "mean training reward of the SFT model's answers", of_policy=False),
     Quantity("judge/policy", "judge", "mean score of the judge for the policy's answers"),
     Quantity("judge/baseline", "judge of SFT", "mean score of the judge for the SFT model's answers", of_policy=False),
-    Quantity("kl_to_prior", "KL to the prior", "KL(policy || prior) on fresh samples of temperature 1, nats"),
+    Quantity("kl_to_prior", "KL to the prior", "KL(policy ‖ prior) on fresh samples of temperature 1, nats"),
     Quantity("length/policy", "length", "tokens of the policy's answers"),
 )
 POSTERIOR = (
-    Quantity("posterior/kl_to_policy", "KL(posterior || policy)", "with the policy's exact probabilities, nats"),
-    Quantity("posterior/kl_from_policy", "KL(policy || posterior)", "on the policy's own samples, nats"),
-    Quantity("posterior/kl_alpha_beta", "KL(alpha || beta)", "self-normalised, over the samples of the prior, nats"),
+    Quantity("posterior/kl_to_policy", "KL(posterior ‖ policy)", "with the policy's exact probabilities, nats"),
+    Quantity("posterior/kl_from_policy", "KL(policy ‖ posterior)", "on the policy's own samples, nats"),
+    Quantity("posterior/kl_alpha_beta", "KL(alpha ‖ beta)", "self-normalised, over the samples of the prior, nats"),
     Quantity(GAIN, "share of the gain", "gain in reward over the prior, divided by that of the posterior"),
     Quantity("reward/plain", "reward, plain", "mean reward of the policy's samples of temperature 1"),
     Quantity("posterior/reward", "of the posterior", "the posterior's expected reward", of_policy=False),
     Quantity("posterior/prior_reward", "of the prior", "the prior's expected reward", of_policy=False),
-    Quantity("posterior/kl_to_prior", "KL(posterior || prior)", "nats", of_policy=False),
+    Quantity("posterior/kl_to_prior", "KL(posterior ‖ prior)", "nats", of_policy=False),
     Quantity(
         "posterior/ess_alpha", "ESS of alpha", "effective sample size of the posterior's weights", of_policy=False
     ),
@@ -95,7 +95,7 @@ def known(settings: Sequence[Setting]) -> tuple[list[Quantity], list[Quantity], 
     named = {quantity.key for quantity in POSTERIOR}
     keys = {key for setting in settings for run in setting.runs for key in run.rows[0]}
     others = sorted(key for key in keys - named if key.startswith("posterior/"))
-    further = [Quantity(key, key.removeprefix("posterior/"), f"`{key}` of evaluate") for key in others]
+    further = [Quantity(key, key.removeprefix("posterior/"), f"{key} of evaluate") for key in others]
     kept: tuple[list[Quantity], list[Quantity]] = ([], [])
     notes = []
     for table, quantities in zip(kept, (MAIN, (*POSTERIOR, *further)), strict=True):
@@ -124,7 +124,7 @@ def _fewer_prompts(settings: Sequence[Setting], quantities: Sequence[Quantity]) 
 
 
 def cells(runs: Sequence[Run], quantity: Quantity, *, beside: Sequence[Run] = ()) -> numpy.ndarray | None:
-    """Float `[seeds, prompts]` with the quantity as its mean; None if a run lacks it, or fewer than two prompts have it.
+    """Float `[seeds, prompts]` with the quantity as its mean; None if a run, or all prompts but one, lack it.
 
     Prompts without it, in these runs or in those `beside` them, are left out.
 

@@ -189,7 +189,7 @@ def _require_one(what: str, runs: Sequence[Run], values: Sequence[Hashable]) -> 
 
 def _by_setting(runs: Sequence[Run]) -> list[Setting]:
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (_natural(run.experiment), _natural(run.setting), run.seed)):
         groups[run.experiment, run.setting].append(run)
     for (experiment, setting), members in groups.items():
         where = f"{experiment}/{setting}"
@@ -207,5 +207,10 @@ def _by_setting(runs: Sequence[Run]) -> list[Setting]:
     for (experiment, setting), members in groups.items():
         label = members[0].label
         name = label if labels.count(label) == 1 else f"{label} ({experiment}/{setting})"
-        settings.append(Setting(name=name, runs=tuple(sorted(members, key=lambda run: run.seed))))
+        settings.append(Setting(name=name, runs=tuple(members)))
     return settings
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that puts n8 before n16."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -52,7 +52,7 @@ def _of_settings(title: str, quantities: Sequence[Quantity], findings: Findings)
         ]
         for setting in findings.settings
     ]
-    meanings = [f"{quantity.title} (`{quantity.key}`): {quantity.meaning}." for quantity in quantities]
+    meanings = [f"{quantity.title} ({quantity.key}): {quantity.meaning}." for quantity in quantities]
     return Table(title, ["setting", "seeds", "prompts", *(quantity.title for quantity in quantities)], rows, meanings)
 
 
@@ -87,10 +87,10 @@ def _of_runs(settings: Sequence[Setting]) -> Table:
 
 
 def interval(estimate: Estimate | None) -> str:
-    """A value and its interval with three decimals."""
+    """A value and its interval with three decimals. A line may break between them alone."""
     if estimate is None:
         return ABSENT
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f} [{estimate.low:.3f},\u00a0{estimate.high:.3f}]"
 
 
 def markdown(table: Table) -> str:

@@ -45,8 +45,16 @@ def test_mean_squares_by_hand():
     assert half_width([[1, 3], [5, 3]]) == pytest.approx(math.sqrt(12.7062**2 * 4 / 4), rel=1e-5)
 
 
+def test_seeds_that_are_alike_by_chance_do_not_narrow_it_below_what_the_answers_own_noise_allows():
+    noise = numpy.random.default_rng(0).normal(size=(3, 50))
+    alike = noise - noise.mean(axis=1, keepdims=True)
+    rest = alike - alike.mean(axis=0)
+    standard_error = math.sqrt((rest**2).sum() / (2 * 49) / 150)
+    assert half_width(alike) >= stats.t.ppf(0.975, 49) * standard_error > 0.1
+
+
 def test_the_interval_is_cut_at_the_bounds():
-    cells = numpy.array([[1.0, 1.0, 0.5], [1.0, 0.5, 1.0]])
+    cells = numpy.array([[1.0, 1.0, 1.0], [1.0, 0.5, 0.5]])
     assert crossed_interval(cells).high > 1
     assert crossed_interval(cells, bounds=(0, 1)).high == 1
 

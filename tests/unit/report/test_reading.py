@@ -32,6 +32,12 @@ def test_runs_are_found_at_any_depth_once_and_grouped_by_setting_in_the_order_of
     assert [line["iteration"] for line in settings[0].runs[0].lines] == list(range(9))
 
 
+def test_settings_come_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    for setting in ("n16", "n2", "n8"):
+        write_run(tmp_path, setting)
+    assert [each.place for each in read_settings([tmp_path])[0]] == ["baseline/n2", "baseline/n8", "baseline/n16"]
+
+
 def test_what_lies_below_a_run_is_no_run(tmp_path):
     folder = write_run(tmp_path)
     (folder / "brain" / "seed7").mkdir(parents=True)

@@ -62,10 +62,10 @@ def test_every_figure_is_there_in_both_forms_and_not_empty(made):
     [
         ("frontier", ["KL to the prior (nats)", "reward on held-out prompts", "posterior"]),
         ("frontier_end", ["KL to the prior (nats)", "reward of samples of temperature 1", "posterior"]),
-        ("distance", ["training step", "KL(posterior || policy) (nats)", "KL(alpha || beta) (nats)"]),
+        ("distance", ["training step", "KL(posterior ‖ policy) (nats)", "KL(alpha ‖ beta) (nats)"]),
         ("win_rates", ["win-rate: reward, vs SFT", "win-rate: reward, vs human", "win-rate: judge, vs SFT"]),
         ("judge_against_reward", ["training reward on held-out prompts", "judge on held-out prompts"]),
-        ("by_samples_per_prompt", ["--samples-per-prompt", "16", "KL(posterior || policy)"]),
+        ("by_samples_per_prompt", ["--samples-per-prompt", "16", "KL(posterior ‖ policy)"]),
     ],
 )
 def test_figures_name_their_axes_and_settings(made, name, labels):
@@ -147,7 +147,7 @@ def test_figures_without_numbers_are_left_out_and_named(tmp_path, capsys):
     said = capsys.readouterr().err
     for figure in ("frontier along training", "distance to the posterior", "judge against reward"):
         assert f"no figure of {figure}" in said or f"no figure of the {figure}" in said
-    assert "seed 0 has no metrics.jsonl" in said
+    assert "label of one is not in the figures along training: no metrics.jsonl of seed 0" in said
     assert said.replace("note: ", "").splitlines()[0] in Page((out / "report.html").read_text()).texts
 
 
