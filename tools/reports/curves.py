@@ -1,5 +1,6 @@
 """Numbers along training: validations of all seeds of a setting, and quantities by a numeric setting."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,32 +54,42 @@ def training_curves(settings: Sequence[Setting], keys: Sequence[str]) -> tuple[l
 
 @dataclass(frozen=True)
 class Sweep:
-    """Settings that differ in one numeric flag, in the order of its values; perhaps in other flags along with it."""
+    """Settings of an experiment whose names differ in one number, which is the value of a flag."""
 
     flag: str
     title: str
     points: list[tuple[float, str]]
-    """Values of the flag and names of settings."""
+    """Values of the flag, in their order, and names of settings."""
     changing: list[str]
     """Other flags that do not have one value in all of these settings."""
 
 
 def sweeps(settings: Sequence[Setting]) -> dict[str, list[Sweep]]:
-    """For each flag with several numeric values in run.json's `settings`: the series of settings along it.
+    """By each flag, the series of settings along it, such as `n2`, `n8` and `n16` along samples_per_prompt.
 
-    A series has one experiment and method and the same of all settings that are not numbers. If it then has two
-    settings of one value, the other numbers must be equal, too. Series of a single value are left out.
+    The flag is one of run.json's `settings` whose value is the number in the name. A setting without the flag, because
+    it has the flag's usual value, belongs to the series, too.
     """
-    found = {}
-    for flag in sorted({flag for setting in settings for flag in setting.runs[0].settings}):
-        having = [setting for setting in settings if number(setting.runs[0].settings.get(flag)) is not None]
-        if len({number(setting.runs[0].settings[flag]) for setting in having}) < 2:
-            continue
-        series = [part for group in _groups(having, flag, numbers=False) for part in _unique(group, flag)]
-        lines = [_sweep(flag, group) for group in series if len(group) > 1]
-        if lines:
-            found[flag] = lines
-    return found
+    groups: dict[tuple[str, str], list[tuple[float, Setting]]] = defaultdict(list)
+    for setting in settings:
+        folder = setting.runs[0].setting
+        for found in re.finditer(r"\d+(\.\d+)?", folder):
+            series = f"{folder[: found.start()]}#{folder[found.end() :]}"
+            groups[setting.runs[0].experiment, series].append((float(found[0]), setting))
+    by_flag: dict[str, list[Sweep]] = defaultdict(list)
+    for members in groups.values():
+        members.sort(key=lambda member: member[0])
+        for flag in _flags_of(members) if len(members) > 1 else ():
+            by_flag[flag].append(_sweep(flag, members))
+    return dict(by_flag)
+
+
+def _flags_of(members: Sequence[tuple[float, Setting]]) -> list[str]:
+    """Flags that have the number of the name in every setting that has them, and in more than one."""
+    values = [(value, setting.runs[0].settings) for value, setting in members]
+    flags = sorted({flag for _, told in values for flag in told})
+    having = {flag: [(value, number(told[flag])) for value, told in values if flag in told] for flag in flags}
+    return [flag for flag, pairs in having.items() if len(pairs) > 1 and all(value == given for value, given in pairs)]
 
 
 def number(value: Any) -> float | None:
@@ -91,30 +102,10 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _groups(settings: Sequence[Setting], flag: str, *, numbers: bool) -> list[list[Setting]]:
-    groups: dict[tuple[object, ...], list[Setting]] = defaultdict(list)
-    for setting in settings:
-        run = setting.runs[0]
-        others = {
-            name: str(value)
-            for name, value in run.settings.items()
-            if name != flag and (numbers or number(value) is None)
-        }
-        groups[run.experiment, run.method, *sorted(others.items())].append(setting)
-    return list(groups.values())
-
-
-def _unique(group: list[Setting], flag: str) -> list[list[Setting]]:
-    """The group, or its parts where it has two settings with one value of the flag."""
-    values = [number(setting.runs[0].settings[flag]) for setting in group]
-    return [group] if len(set(values)) == len(values) else _groups(group, flag, numbers=True)
-
-
-def _sweep(flag: str, group: list[Setting]) -> Sweep:
-    run = group[0].runs[0]
-    told = [setting.runs[0].settings for setting in group]
+def _sweep(flag: str, members: Sequence[tuple[float, Setting]]) -> Sweep:
+    told = [setting.runs[0].settings for _, setting in members]
     others = sorted({name for each in told for name in each} - {flag})
-    changing = [name for name in others if len({str(each.get(name)) for each in told}) > 1]
-    title = ", ".join([run.method, *(f"{name} {run.settings[name]}" for name in others if name not in changing)])
-    points = [(float(setting.runs[0].settings[flag]), setting.name) for setting in group]
-    return Sweep(flag, title, sorted(points), changing)
+    changing = [name for name in others if len({str(each[name]) for each in told if name in each}) > 1]
+    value, first = members[0]
+    title = re.sub(rf"(?<![\d.]){value:g}(?![\d.])", "…", first.name)
+    return Sweep(flag, title, [(value, setting.name) for value, setting in members], changing)

@@ -95,20 +95,20 @@ def answered_prompts(settings: Sequence[Setting], seed: int, count: int) -> list
 
 
 def _answered(runs: Sequence[tuple[str, Run]], place: int) -> AnsweredPrompt:
-    first = runs[0][1].rows[place]
+    rows = {name: run.rows[place] for name, run in runs if run.rows[place]}
+    first = next(iter(rows.values()))
     answers = []
     if first.get("reference") is not None:
         answers.append(_answer("Human reference", first, "reference"))
     # The settings' evaluations may have drawn different answers from the SFT model.
     by_sft: dict[str, list[str]] = {}
-    for name, run in runs:
-        if "baseline" in run.rows[place]:
-            by_sft.setdefault(run.rows[place]["baseline"], []).append(name)
-    for number, names in enumerate(by_sft.values()):
-        row = next(run.rows[place] for name, run in runs if name == names[0])
-        who = "SFT model" if number == 0 and len(by_sft) == 1 else f"SFT model, as evaluated with {', '.join(names)}"
-        answers.append(_answer(who, row, "baseline"))
-    answers += [_answer(name, run.rows[place], "policy") for name, run in runs]
+    for name, row in rows.items():
+        if "baseline" in row:
+            by_sft.setdefault(row["baseline"], []).append(name)
+    for names in by_sft.values():
+        who = "SFT model" if len(by_sft) == 1 else f"SFT model, as evaluated with {', '.join(names)}"
+        answers.append(_answer(who, rows[names[0]], "baseline"))
+    answers += [_answer(name, row, "policy") for name, row in rows.items()]
     return AnsweredPrompt(first["prompt"], answers)
 
 

@@ -93,7 +93,7 @@ def known(settings: Sequence[Setting]) -> tuple[list[Quantity], list[Quantity], 
     Numbers `posterior/...` that are not in POSTERIOR follow with their keys as titles.
     """
     named = {quantity.key for quantity in POSTERIOR}
-    keys = {key for setting in settings for run in setting.runs for key in run.rows[0]}
+    keys = {key for setting in settings for run in setting.runs for key in run.answered[0]}
     others = sorted(key for key in keys - named if key.startswith("posterior/"))
     further = [Quantity(key, key.removeprefix("posterior/"), f"{key} of evaluate") for key in others]
     kept: tuple[list[Quantity], list[Quantity]] = ([], [])
@@ -115,7 +115,7 @@ def _fewer_prompts(settings: Sequence[Setting], quantities: Sequence[Quantity]) 
     notes = []
     for setting in settings:
         tables = {quantity.title: cells(setting.runs, quantity) for quantity in quantities}
-        every = len(setting.runs[0].rows)
+        every = len(setting.runs[0].answered)
         counts = {title: table.shape[1] for title, table in tables.items() if table is not None}
         for count in sorted({*counts.values()} - {every}):
             titles = ", ".join(title for title, number in counts.items() if number == count)
@@ -135,7 +135,9 @@ def cells(runs: Sequence[Run], quantity: Quantity, *, beside: Sequence[Run] = ()
     if any(_column(run, name) is None for run in (*runs, *beside) for name in names):
         return None
     # Only the first prompts may have samples of the prior (--posterior-prompts), so the last name decides.
-    shared = _shared_prompts((*runs, *beside), names[-1])
+    shared = _shared_prompts(runs, names[-1])
+    if beside:
+        shared &= _shared_prompts(beside, names[-1])
     if shared.sum() < 2:
         return None
     tables = [_table(runs, name)[:, shared] for name in names]
@@ -180,15 +182,16 @@ def _column(run: Run, key: str) -> numpy.ndarray | None:
     return None if numpy.isnan(known).all() else known
 
 
-def _wins(run: Run, key: str) -> list[float] | list[None]:
+def _wins(run: Run, key: str) -> list[float | None]:
     """1, 0 or 1/2 of each prompt, as evaluate counts them; all None if a prompt lacks a score."""
     _, kind, players = key.split("/")
     one, other = players.split("_vs_")
     needed = (f"{kind}/{one}", f"{kind}/{other}")
-    if any(name not in row for row in run.rows for name in needed):
+    if any(name not in row for row in run.answered for name in needed):
         return [None] * len(run.rows)
-    ties = [row.get(one) is not None and row.get(one) == row.get(other) for row in run.rows]
-    return wins(*([row[name] for row in run.rows] for name in needed), ties=ties)
+    ties = [row.get(one) is not None and row.get(one) == row.get(other) for row in run.answered]
+    won = iter(wins(*([row[name] for row in run.answered] for name in needed), ties=ties))
+    return [next(won) if row else None for row in run.rows]
 
 
 def _shared_prompts(runs: Sequence[Run], key: str) -> numpy.ndarray:

@@ -1,5 +1,6 @@
 """Reads the runs of experiments, and refuses to compare what is not comparable."""
 
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +13,8 @@ from typing import Any
 from megatron_brain.errors import ConfigError
 
 RUN, EVALUATION, METRICS = "run.json", "evaluation.json", "metrics.jsonl"
+SHARED = "shared"
+"""Folder of the stages that runs share; what is below is no run."""
 
 _OF_RUN = {
     "experiment": str,
@@ -48,11 +51,16 @@ class Run:
     versions: dict[str, str]
     settings: dict[str, Any]
     rows: list[dict[str, Any]]
-    """One object for each held-out prompt, as the evaluate stage wrote them."""
+    """One object for each held-out prompt of the report, as the evaluate stage wrote it; empty where it wrote none."""
     means: dict[str, float]
     """The means that the evaluate stage wrote."""
     lines: list[dict[str, Any]] | None
     """The lines of metrics.jsonl in the order of their iterations; None where there is no such file."""
+
+    @property
+    def answered(self) -> list[dict[str, Any]]:
+        """The rows that are not empty."""
+        return [row for row in self.rows if row]
 
 
 @dataclass(frozen=True)
@@ -77,24 +85,35 @@ def read_settings(places: Sequence[Path]) -> tuple[list[Setting], list[str]]:
     """All finished runs at or below the places, by setting.
 
     Returns:
-        the settings, in the order of their names; and a sentence for each run that has not ended, which is left out.
+        the settings, in the order of their names; and sentences on runs that are left out because they have not ended,
+        and on settings with fewer prompts than others.
 
     Raises:
         ConfigError: a place is missing, no finished run is there, a file is not what it should be, or runs cannot be
             compared: other data, other prompts, the same seed twice, other settings in one folder.
     """
-    finished, left_out = [], []
+    finished, notes = [], []
     for folder in _run_folders(places):
         missing = [name for name in (RUN, EVALUATION) if not (folder / name).is_file()]
         if missing:
-            left_out.append(f"{folder} has no {' and no '.join(missing)}: the run has not ended, and is left out")
+            why = "was not evaluated" if missing == [EVALUATION] else "has not ended"
+            notes.append(f"{folder} has no {' and no '.join(missing)}: the run {why}, and is left out")
         else:
             finished.append(_read_run(folder))
     if not finished:
-        told = "".join(f"\n  {sentence}" for sentence in left_out)
+        told = "".join(f"\n  {sentence}" for sentence in notes)
         raise ConfigError(f"no finished run at or below {', '.join(map(str, places))}{told}")
-    _require_same_data(finished)
-    return _by_setting(finished), left_out
+    _require_one("hashes of the data", finished, [run.data_hash for run in finished])
+    settings = _by_setting(_with_same_prompts(finished))
+    every = len(settings[0].runs[0].rows)
+    fewer = {setting.name: len(setting.runs[0].answered) for setting in settings}
+    notes += [
+        f"{name} has {count} of the {every} prompts: compare it with others by their differences, which are over the "
+        "prompts that both have"
+        for name, count in fewer.items()
+        if count < every
+    ]
+    return settings, notes
 
 
 def _run_folders(places: Sequence[Path]) -> list[Path]:
@@ -114,7 +133,7 @@ def _descend(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for below in sorted(folder.iterdir()):
-        if below.is_dir():
+        if below.is_dir() and below.name != SHARED:
             yield from _descend(below)
 
 
@@ -170,12 +189,32 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _require_same_data(runs: Sequence[Run]) -> None:
-    _require_one("hashes of the data", runs, [run.data_hash for run in runs])
-    _require_one("numbers of prompts", runs, [len(run.rows) for run in runs])
-    prompts = [tuple((row["prompt"], row.get("reference")) for row in run.rows) for run in runs]
-    numbers = {prompt: f"list {number}" for number, prompt in enumerate(dict.fromkeys(prompts), start=1)}
-    _require_one("lists of prompts and references", runs, [numbers[each] for each in prompts])
+def _with_same_prompts(runs: Sequence[Run]) -> list[Run]:
+    """The runs with their rows in the order of the longest list of prompts.
+
+    Raises:
+        ConfigError: a run has prompts, or references, that are not in that list.
+    """
+    longest = max(runs, key=lambda run: len(run.rows))
+    places = {_identity(row): place for place, row in enumerate(longest.rows)}
+    if len(places) < len(longest.rows):
+        raise ConfigError(f"{longest.folder / EVALUATION}: has a prompt with the same reference twice")
+    ordered = []
+    for run in runs:
+        rows: list[dict[str, Any]] = [{} for _ in longest.rows]
+        for row in run.rows:
+            if _identity(row) not in places:
+                raise ConfigError(
+                    f"{run.folder} has another prompt or reference than {longest.folder}, so they cannot be compared: "
+                    f"{row['prompt'][:60]!r}"
+                )
+            rows[places[_identity(row)]] = row
+        ordered.append(dataclasses.replace(run, rows=rows))
+    return ordered
+
+
+def _identity(row: dict[str, Any]) -> tuple[str, str | None]:
+    return row["prompt"], row.get("reference")
 
 
 def _require_one(what: str, runs: Sequence[Run], values: Sequence[Hashable]) -> None:
@@ -194,6 +233,9 @@ def _by_setting(runs: Sequence[Run]) -> list[Setting]:
     for (experiment, setting), members in groups.items():
         where = f"{experiment}/{setting}"
         _require_one(f"labels in {where}", members, [run.label for run in members])
+        answered = [tuple(bool(row) for row in run.rows) for run in members]
+        _require_one(f"numbers of prompts in {where}", members, [sum(places) for places in answered])
+        _require_one(f"choices of prompts in {where}", members, [hash(places) for places in answered])
         _require_one(f"methods in {where}", members, [run.method for run in members])
         _require_one(f"settings in {where}", members, [json.dumps(run.settings, sort_keys=True) for run in members])
         by_seed: dict[int, list[str]] = defaultdict(list)

@@ -47,7 +47,7 @@ def _of_settings(title: str, quantities: Sequence[Quantity], findings: Findings)
         [
             setting.name,
             str(len(setting.runs)),
-            str(len(setting.runs[0].rows)),
+            str(len(setting.runs[0].answered)),
             *(interval(findings.estimates.get((setting.name, quantity.key))) for quantity in quantities),
         ]
         for setting in findings.settings
@@ -112,7 +112,7 @@ def settings_csv(findings: Findings) -> str:
     lines = []
     for setting in findings.settings:
         run = setting.runs[0]
-        line: list[object] = [run.experiment, run.setting, run.label, run.method, len(setting.runs), len(run.rows)]
+        line: list[object] = [run.experiment, run.setting, run.label, run.method, len(setting.runs), len(run.answered)]
         for quantity in quantities:
             found = findings.estimates.get((setting.name, quantity.key))
             line += ["", "", ""] if found is None else [found.value, found.low, found.high]
@@ -128,7 +128,7 @@ def seeds_csv(findings: Findings) -> str:
         for run in setting.runs:
             tables = [cells([run], quantity) for quantity in quantities]
             means = ["" if table is None else float(table.mean()) for table in tables]
-            lines.append([run.experiment, run.setting, run.seed, len(run.rows), *means])
+            lines.append([run.experiment, run.setting, run.seed, len(run.answered), *means])
     return _csv(["experiment", "setting", "seed", "prompts", *(quantity.key for quantity in quantities)], lines)
 
 

@@ -157,6 +157,27 @@ def test_runs_with_a_number_for_different_prompts_are_refused(tmp_path):
         findings(tmp_path)
 
 
+def test_a_setting_with_some_of_the_prompts_is_compared_by_these_alone(tmp_path):
+    write_run(tmp_path, "whole", rows=rows_of([1.0, 2.0, 3.0, 9.0]))
+    write_run(tmp_path, "part", rows=rows_of([5.0, 6.0, 8.0, 0.0])[:3])
+    found = findings(tmp_path)
+    assert found.estimates["label of part", "reward/policy"].value == pytest.approx(19 / 3)
+    assert found.estimates["label of part", WIN].value == 1.0
+    (pair,) = numbers(found, "reward/policy").values()
+    assert (pair.one, pair.estimate) == ("label of part", crossed_interval(numpy.array([[4.0, 4.0, 5.0]])))
+
+
+def test_replies_without_a_verdict_leave_their_prompts_out_and_that_is_said(tmp_path):
+    for seed, winners in ((0, ["policy", "tie", "baseline", None]), (1, ["policy", "policy", "policy", "tie"])):
+        rows = rows_of([1.0, 2.0, 3.0, 4.0])
+        for row, winner in zip(rows, winners, strict=True):
+            row["llm/policy_vs_baseline"] = {"winner": winner, "verdicts": []}
+        write_run(tmp_path, seed=seed, rows=rows)
+    found = findings(tmp_path)
+    assert found.estimates["label of one", "win_rate/llm/policy_vs_baseline"].value == 4.5 / 6
+    assert "label of one: 3 of 4 prompts have win-rate: language model, vs SFT" in found.notes
+
+
 def test_unknown_numbers_of_the_posterior_are_shown_by_their_keys(tmp_path):
     write_run(tmp_path, rows=rows_of([1.0, 2.0, 3.0, 4.0], posterior__new=[1.0, 2.0, 3.0, 6.0]))
     table = next(each for each in shown_tables(findings(tmp_path)) if each.title == "The posterior")

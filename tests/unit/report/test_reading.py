@@ -1,6 +1,7 @@
 """Which runs a report reads, and which it refuses to compare."""
 
 import json
+import shutil
 
 import pytest
 from helpers.run_folders import rows_of, training_lines, write_run
@@ -38,9 +39,10 @@ def test_settings_come_in_the_order_of_the_numbers_in_their_names(tmp_path):
     assert [each.place for each in read_settings([tmp_path])[0]] == ["baseline/n2", "baseline/n8", "baseline/n16"]
 
 
-def test_what_lies_below_a_run_is_no_run(tmp_path):
+def test_what_lies_below_a_run_or_a_folder_of_shared_stages_is_no_run(tmp_path):
     folder = write_run(tmp_path)
     (folder / "brain" / "seed7").mkdir(parents=True)
+    (tmp_path / "shared" / "seed1").mkdir(parents=True)
     settings, left_out = read_settings([tmp_path])
     assert settings[0].seeds == (0,) and left_out == []
 
@@ -59,8 +61,8 @@ def test_a_run_that_has_not_ended_is_left_out_and_named(tmp_path):
     (tmp_path / "baseline" / "one" / "seed2").mkdir()
     settings, left_out = read_settings([tmp_path])
     assert settings[0].seeds == (0,)
-    assert left_out[0].startswith(f"{unfinished} has no evaluation.json: ")
-    assert "seed2 has no run.json and no evaluation.json" in left_out[1]
+    assert left_out[0].startswith(f"{unfinished} has no evaluation.json: the run was not evaluated")
+    assert "seed2 has no run.json and no evaluation.json: the run has not ended" in left_out[1]
 
 
 def test_without_a_finished_run_there_is_no_report(tmp_path):
@@ -75,16 +77,35 @@ def test_other_data_are_refused_with_the_runs_of_each(tmp_path):
     assert "hashes of the data" in said and f"{'cd' * 32}: {other}" in said and f"{'ab' * 32}: {one}" in said
 
 
-def test_another_number_of_prompts_and_other_prompts_are_refused(tmp_path):
-    write_run(tmp_path, seed=0)
-    write_run(tmp_path, seed=1, rows=rows_of([1.0, 2.0, 3.0], prompts=("a", "b", "c")))
-    assert "numbers of prompts" in refusal(tmp_path)
+def test_another_number_of_prompts_in_a_setting_and_other_choices_of_them_are_refused(tmp_path):
+    rows = rows_of([1.0, 2.0, 3.0, 4.0])
+    write_run(tmp_path, "whole")
+    write_run(tmp_path, seed=0, rows=rows[:3])
+    fewer = write_run(tmp_path, seed=1, rows=rows[:2])
+    said = refusal(tmp_path)
+    assert "numbers of prompts in baseline/one" in said and f"2: {fewer}" in said
+    shutil.rmtree(fewer)
+    write_run(tmp_path, seed=1, rows=rows[1:])
+    assert "choices of prompts in baseline/one" in refusal(tmp_path)
 
 
-def test_other_prompts_in_the_same_number_are_refused(tmp_path):
+def test_a_setting_with_some_of_the_prompts_is_named_and_its_rows_stand_beside_those_of_the_others(tmp_path):
+    rows = rows_of([1.0, 2.0, 3.0, 4.0])
+    write_run(tmp_path, "whole", rows=rows)
+    write_run(tmp_path, "part", rows=[rows[3], rows[1]])
+    (part, whole), notes = read_settings([tmp_path])
+    assert [row.get("reward/policy") for row in part.runs[0].rows] == [None, 2.0, None, 4.0]
+    assert len(whole.runs[0].answered) == 4
+    assert [note.split(":")[0] for note in notes] == ["label of part has 2 of the 4 prompts"]
+
+
+def test_other_prompts_and_other_references_are_refused(tmp_path):
     write_run(tmp_path, seed=0)
-    write_run(tmp_path, seed=1, rows=rows_of([1.0, 2.0, 3.0, 4.0], prompts=("a", "b", "c", "d")))
-    assert "lists of prompts" in refusal(tmp_path)
+    other = write_run(tmp_path, seed=1, rows=rows_of([1.0, 2.0, 3.0, 4.0], prompts=("a", "b", "c", "d")))
+    assert f"{other} has another prompt or reference" in refusal(tmp_path)
+    shutil.rmtree(other)
+    write_run(tmp_path, seed=1, rows=[row | {"reference": "x"} for row in rows_of([1.0, 2.0, 3.0, 4.0])])
+    assert "has another prompt or reference" in refusal(tmp_path)
 
 
 def test_the_same_seed_twice_is_refused(tmp_path):
