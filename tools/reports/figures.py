@@ -28,7 +28,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
 REWARD, JUDGE, KL = "validation/reward_mean", "validation/judge_mean", "validation/kl_to_prior"
 POSTERIOR_POINT = ("validation/posterior_kl_to_prior", "validation/posterior_reward")
 DISTANCES = ("validation/posterior_kl_to_policy", "validation/posterior_kl_alpha_beta")
-_AT_THE_END = ("kl_to_prior", "reward/plain", "posterior/kl_to_prior", "posterior/reward")
+_AT_THE_END = ("kl_to_prior", "reward/plain")
+_POSTERIOR_AT_THE_END = ("posterior/kl_to_prior", "posterior/reward")
 _WIN_RATES = [quantity for quantity in MAIN if quantity.key.startswith("win_rate/")]
 _BY_SETTING = ("win_rate/reward/policy_vs_baseline", "win_rate/judge/policy_vs_baseline", "posterior/kl_to_policy")
 
@@ -79,7 +80,7 @@ def _frontier(findings: Findings, folder: Path) -> Drawn:
     curves, notes = training_curves(findings.settings, [KL, REWARD])
     if not curves:
         return [], [*notes, f"no figure of the frontier along training: no run has {KL} and {REWARD}"]
-    points, _ = training_curves(findings.settings, [*POSTERIOR_POINT])
+    points, _ = training_curves(findings.settings, POSTERIOR_POINT)
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for curve in curves:
         kl, reward = curve.values[KL], curve.values[REWARD]
@@ -108,22 +109,26 @@ def _frontier(findings: Findings, folder: Path) -> Drawn:
 
 def _frontier_at_the_end(findings: Findings, folder: Path) -> Drawn:
     found = {setting.name: _estimates(findings, setting.name, _AT_THE_END) for setting in findings.settings}
-    complete = {name: values for name, values in found.items() if values is not None}
-    if not complete:
-        return [], [f"no figure of the frontier at the end: no setting has {', '.join(_AT_THE_END)}"]
+    if not any(found.values()):
+        return [], [f"no figure of the frontier at the end: no setting has {' and '.join(_AT_THE_END)}"]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for number, (name, (kl, reward, best_kl, best_reward)) in enumerate(complete.items()):
-        look = style(findings, name) | {"linestyle": "none", "markersize": 6}
-        axes.errorbar(kl.value, reward.value, xerr=_ends(kl), yerr=_ends(reward), elinewidth=0.8, capsize=2, **look)
-        star = {"color": "0.35", "markeredgecolor": "black", "label": None if number else "posterior"}
-        axes.plot(best_kl.value, best_reward.value, "*", markersize=13, **star)
+    star: dict[str, Any] = {"color": "0.35", "markeredgecolor": "black", "markersize": 13, "label": "posterior"}
+    for name, of_policy in found.items():
+        if of_policy is not None:
+            kl, reward = of_policy
+            look = style(findings, name) | {"linestyle": "none", "markersize": 6}
+            axes.errorbar(kl.value, reward.value, xerr=_ends(kl), yerr=_ends(reward), elinewidth=0.8, capsize=2, **look)
+        of_posterior = _estimates(findings, name, _POSTERIOR_AT_THE_END)
+        if of_posterior is not None:
+            axes.plot(of_posterior[0].value, of_posterior[1].value, "*", **star)
+            star["label"] = None
     axes.set_xlabel("KL to the prior (nats)")
     axes.set_ylabel("reward of samples of temperature 1")
     caption = (
         "Reward against KL to the prior of the trained policies, on the samples of evaluate at temperature 1, with 95% "
         "intervals. Stars: the posterior, as each setting's evaluation estimates it."
     )
-    notes = [f"{name} is not in the frontier at the end" for name in found if name not in complete]
+    notes = [f"{name} is not in the frontier at the end" for name, of_policy in found.items() if of_policy is None]
     return [_finish(figure, [axes], folder, "frontier_end", caption)], notes
 
 

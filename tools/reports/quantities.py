@@ -97,16 +97,18 @@ def known(settings: Sequence[Setting]) -> tuple[list[Quantity], list[Quantity], 
     others = sorted(key for key in keys - named if key.startswith("posterior/"))
     further = [Quantity(key, key.removeprefix("posterior/"), f"{key} of evaluate") for key in others]
     kept: tuple[list[Quantity], list[Quantity]] = ([], [])
-    notes = []
+    notes, nowhere = [], []
     for table, quantities in zip(kept, (MAIN, (*POSTERIOR, *further)), strict=True):
         for quantity in quantities:
             lacking = [setting.name for setting in settings if cells(setting.runs, quantity) is None]
             if len(lacking) < len(settings):
                 table.append(quantity)
             if len(lacking) == len(settings) and not quantity.optional:
-                notes.append(f"no setting has {quantity.key} ({quantity.title}) in all its runs: it is not shown")
+                nowhere.append(quantity.key)
             elif 0 < len(lacking) < len(settings):
                 notes.append(f"{quantity.key} ({quantity.title}) has no number for {', '.join(lacking)}: runs lack it")
+    if nowhere:
+        notes.append(f"no setting has these in all its runs, so they are not shown: {', '.join(nowhere)}")
     return *kept, [*notes, *_fewer_prompts(settings, (*kept[0], *kept[1]))]
 
 

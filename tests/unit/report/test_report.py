@@ -151,6 +151,13 @@ def test_figures_without_numbers_are_left_out_and_named(tmp_path, capsys):
     assert said.replace("note: ", "").splitlines()[0] in Page((out / "report.html").read_text()).texts
 
 
+def test_a_setting_without_the_posterior_is_in_the_frontier_at_the_end(tmp_path):
+    write_run(tmp_path, rows=rows_of([1.0, 2.0, 3.0, 4.0], reward__plain=[1.0, 2.0, 3.0, 4.0]))
+    assert report.main([str(tmp_path / "baseline"), "--out", str(tmp_path / "out")]) == 0
+    shown = text_of((tmp_path / "out" / "figures" / "frontier_end.svg").read_text())
+    assert "label of one" in shown and "posterior" not in shown
+
+
 def test_a_mistake_is_one_message(tmp_path, capsys):
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: no finished run")
