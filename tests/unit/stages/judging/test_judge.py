@@ -138,7 +138,9 @@ def test_verdicts_are_used_again_without_a_call_unless_what_they_depend_on_chang
         assert len(stub.requests) == 4
         assert compared(make(stub.url)) == first
         assert len(stub.requests) == 4
-        for change in ({"judge_model": "other"}, {"judge_max_tokens": 99}, {"judge_template": None}):
+        (tmp_path / "other.jinja").write_text(f"?{TEMPLATE}")
+        other_template = {"judge_template": str(tmp_path / "other.jinja")}
+        for change in ({"judge_model": "other"}, {"judge_max_tokens": 99}, other_template):
             before = len(stub.requests)
             compared(make(stub.url, **change))
             assert len(stub.requests) == before + 4, change
@@ -170,7 +172,7 @@ def test_the_cap_compares_the_first_prompts_with_all_others_and_says_so(make, ca
     with StubJson(chat_judge(longer)) as stub:
         compared(make(stub.url), given, max_calls=7)
         assert len(stub.requests) == 4
-        assert "only the first 1 of 3 prompts are compared" in caplog.text
+        assert "the judge compares the first 1 of 3 prompts" in caplog.text
         assert [(PAIR in row, OTHER_PAIR in row) for row in given] == [(True, True), (False, False), (False, False)]
         counts = count_verdicts(given)
         assert [(c["prompts"], c["compared"]) for c in counts.values()] == [(3, 1), (3, 1)]
