@@ -1,7 +1,10 @@
 """A language model that judges: one rank asks it while the others wait, and an error is that of all."""
 
 import json
+import os
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from helpers.stub_json import StubJson, chat_judge
 from distributed.runs import start
 from distributed.world import Context, Layout, at
 from megatron_brain.errors import AgreedError
+from megatron_brain.files import write_whole
 
 _PROMPTS = 3
 
@@ -18,7 +22,8 @@ some = at(lambda layout: layout.name in ("tp2_sp", "pp2", "dp2"))
 
 @some
 def case_one_rank_asks_a_language_judge_and_the_report_is_that_of_one_process(layout: Layout, context: Context) -> None:
-    with _shared_stub(chat_judge(lambda message: "A" if len(message) % 3 else "tie")) as (stub, url):
+    place = context.shared / f"judge_{context.world_size}_{layout.name}.url"
+    with _shared_stub(chat_judge(lambda message: "A" if len(message) % 3 else "tie"), place) as (stub, url):
         report = _evaluated(layout, context, url, "judged")
     if stub is not None:
         assert len(stub.requests) == 2 * _PROMPTS, "the policy is the baseline, so only the reference is compared with"
@@ -34,8 +39,9 @@ def case_one_rank_asks_a_language_judge_and_the_report_is_that_of_one_process(la
 
 @some
 def case_a_language_judge_that_fails_ends_all_ranks_with_one_message(layout: Layout, context: Context) -> None:
+    place = context.shared / f"refusing_judge_{context.world_size}_{layout.name}.url"
     with (
-        _shared_stub(lambda number, request: (400, "no such model")) as (_, url),
+        _shared_stub(lambda number, request: (400, "no such model"), place) as (_, url),
         pytest.raises(AgreedError, match="answered with status 400 on .*no such model") as caught,
     ):
         _evaluated(layout, context, url, "refused")
@@ -45,21 +51,18 @@ def case_a_language_judge_that_fails_ends_all_ranks_with_one_message(layout: Lay
 
 
 @contextmanager
-def _shared_stub(reply):
-    """A server that the first rank runs (None on the others), and its address."""
-    if torch.distributed.get_rank() == 0:
+def _shared_stub(reply, place: Path):
+    """A server that the first rank runs (None on the others), and its address, which it leaves in a file."""
+    if os.environ.get("RANK", "0") == "0":
         with StubJson(reply) as stub:
-            yield stub, _from_first(stub.url)
+            write_whole(place, stub.url)
+            yield stub, stub.url
             torch.distributed.barrier()
     else:
-        yield None, _from_first(None)
+        while not place.exists():
+            time.sleep(0.01)
+        yield None, place.read_text()
         torch.distributed.barrier()
-
-
-def _from_first(value):
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
 
 
 def _evaluated(layout: Layout, context: Context, url: str, name: str) -> dict | None:
