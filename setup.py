@@ -26,6 +26,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["megatron_brain", "megatron_brain.*"]),
+    package_data={"megatron_brain.stages.judging": ["default.jinja"]},
     entry_points={
         "console_scripts": [
             "megatron-brain = megatron_brain.__main__:entry",

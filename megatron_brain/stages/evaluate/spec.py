@@ -4,6 +4,7 @@ from megatron_brain.config.checks import require_reward, require_set
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import (
     PROMPTS,
+    Output,
     ScoringModel,
     StageSpec,
     Work,
@@ -16,8 +17,8 @@ from megatron_brain.stages.generate.spec import output, read_prompts
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.judge is None:
-        require_reward(config, "--judge")
+    if config.scoring.judge is None and config.judging.judge_url is None:
+        require_reward(config, "--judge", "--judge-url")
 
 
 def _work(config: RunConfig) -> Work:
@@ -34,14 +35,25 @@ def _work(config: RunConfig) -> Work:
     )
 
 
+def verdict_file(config: RunConfig) -> str:
+    """The place of the verdicts of a language model."""
+    return config.judging.judge_cache or f"{config.generate.output}.verdicts.jsonl"
+
+
+def _outputs(config: RunConfig) -> tuple[Output, ...]:
+    if config.judging.judge_url is None:
+        return output(config)
+    return *output(config), Output(flag="--judge-cache", place=verdict_file(config))
+
+
 EVALUATE = StageSpec(
     name="evaluate",
     help="compare checkpoints on held-out prompts",
     code="megatron_brain.stages.evaluate.stage:main",
-    sections=("sampling", "engine", "scoring", "generate", "evaluate"),
+    sections=("sampling", "engine", "scoring", "generate", "evaluate", "judging"),
     require=_require,
     sources=lambda config: (PROMPTS,),
     reader=read_prompts,
     work=_work,
-    outputs=output,
+    outputs=_outputs,
 )

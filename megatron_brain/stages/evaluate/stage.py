@@ -20,6 +20,13 @@ from megatron_brain.stages.comparison import (
     wins_over,
 )
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.evaluate.llm_judge import (
+    add_verdicts,
+    describe_llm_judge,
+    llm_metrics,
+    llm_report,
+    open_llm_judge,
+)
 from megatron_brain.stages.intervals import Estimate, bootstrap
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
@@ -39,6 +46,7 @@ def main(run: Run) -> None:
     settings, scoring = run.config.evaluate, run.config.scoring
     prompts = read_prompts(run)
     judge = open_judge(scoring.judge, prompts)
+    llm_judge = open_llm_judge(run)
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
@@ -47,7 +55,7 @@ def main(run: Run) -> None:
     # A baseline that is the prior is not loaded twice.
     other = settings.baseline_load not in (None, scoring.prior_load)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
-    models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge}
+    models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge, **describe_llm_judge(run)}
     show_banner(run, [*((name, place) for name, place in models.items() if place is not None), *rewards.rows()])
     one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
     engine = open_engine(run, prompts)
@@ -70,6 +78,7 @@ def main(run: Run) -> None:
                 named["reference"] = reference_tokens(run, prompt)
         add_rewards(rewards, Scale(), rows, {i: prompts[i] for i in mine}, answers)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
+    add_verdicts(run, llm_judge, everything)
     if run.parallel.is_writer:
         if judge is not None:
             add_judge_scores(judge, everything, _ANSWERS)
@@ -79,15 +88,13 @@ def main(run: Run) -> None:
 def _write_report(run: Run, rows: list[dict]) -> None:
     settings = run.config.evaluate
     require_finite(rows)
-    metrics = {
-        name: dataclasses.asdict(estimate)
-        for name, estimate in summarize(
-            rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed
-        ).items()
-    }
+    estimates = summarize(rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed)
+    estimates |= llm_metrics(run, rows)
+    metrics = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
     report = {
         "num_prompts": len(rows),
         "metrics": metrics,
+        **llm_report(run, rows),
         "examples": [
             {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
             for r in rows[: settings.num_examples]
