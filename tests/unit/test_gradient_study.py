@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.assets import SIZES, write_assets
 from mechanism.pools import Samples, gram_matrix, last_parameters
-from mechanism.sketch import Sketch
+from mechanism.sketch import DIMENSIONS, Sketch
 
 from megatron_brain.checkpointing import CheckpointSaver, TrainingState
 from megatron_brain.config.model import ModelConfig
@@ -76,19 +76,27 @@ def test_inner_products_are_those_of_each_response_alone(single, layers):
     assert sum(parameter.numel() for parameter in parameters) == exact.size(1)
     lengths = exact.norm(dim=1)
     error = (found - exact @ exact.t()) / (lengths[:, None] * lengths)
-    assert error.abs().max() < 0.03
+    # Five standard errors, which the few parameters of the tiny model stay far below.
+    assert error.abs().max() < 5 * (2 / DIMENSIONS) ** 0.5
 
 
 def test_the_error_of_a_sketch_is_that_of_its_dimensions():
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 5000, generator=generator)
     parts = [(each[:1234].view(2, 617), each[1234:]) for each in (one, other)]
-    sketches = [Sketch(parts[0], seed=seed, dimensions=128) for seed in range(300)]
+    sketches = [Sketch(parts[0], seed=seed, dimensions=127) for seed in range(300)]
     squares = torch.tensor([sketch(parts[0]).square().sum() for sketch in sketches]) / one.square().sum()
     products = torch.tensor([(sketch(parts[0]) * sketch(parts[1])).sum() for sketch in sketches])
     assert squares.mean() == pytest.approx(1.0, abs=0.03)
-    assert squares.std() == pytest.approx((2 / 128) ** 0.5, rel=0.2)
+    assert squares.std() == pytest.approx((2 / 127) ** 0.5, rel=0.2)
     assert products.mean() == pytest.approx((one @ other).item(), abs=4 * products.std().item() / 300**0.5)
+
+
+def test_a_gradient_in_one_column_has_no_larger_error():
+    one = torch.zeros(4096, 64)
+    one[:, 7] = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    squares = torch.tensor([Sketch([one], seed=seed, dimensions=509)([one]).square().sum() for seed in range(100)])
+    assert (squares / one.square().sum()).std() == pytest.approx((2 / 509) ** 0.5, rel=0.3)
 
 
 def test_more_layers_than_the_model_has_are_refused(single):
@@ -101,12 +109,12 @@ def flags(folder, single, **changed):
     proposal = checkpoint(folder / "proposal", folder, single)
     moved = checkpoint(folder / "moved", folder, single, moved=0.05)
     (folder / "rule.py").write_text(
-        "def spaces(prompts, responses, records):\n    return [float(each.count(' ')) for each in responses]\n"
+        "def rule(prompts, responses, records):\n    return [float(len(set(each))) for each in responses]\n"
     )
     given = {
         **{"proposal": proposal, "policies": f"{proposal},{moved}", "prompts": folder / "prompts.jsonl"},
-        **{"reward-function": f"{folder / 'rule.py'}:spaces", "reward-temperature": 1.0, "max-new-tokens": 6},
-        **{"max-prompt-length": 60, "max-prompts": 3, "samples": 32, "sizes": "2,8", "layers": 2, "threads": 1},
+        **{"reward-function": f"{folder / 'rule.py'}:rule", "reward-temperature": 5.0, "max-new-tokens": 6},
+        **{"max-prompt-length": 60, "max-prompts": 4, "samples": 96, "sizes": "2,8", "layers": 2, "threads": 1},
         **{"output": folder / "study.json", "csv": folder / "study.csv", "figure": folder / "study.svg"},
     }
     return [f"--{name}={value}" for name, value in {**given, **changed}.items()]

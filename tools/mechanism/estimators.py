@@ -77,6 +77,10 @@ def measure(
     taken between one half and the other: their errors are independent, so they add nothing on average. The bias is the
     product of the differences (E G - reference) of the halves; in a difference the errors mostly cancel.
 
+    The reference is alpha of a whole half, as of one large group. To lower the noise, a multiple of the same with beta,
+    which estimates E_policy[g] = 0, is subtracted from every estimate (`_less_zero`). Both are corrected by the
+    jackknife (`large_group`).
+
     Args:
         pool: N samples.
         log_policy: log q_theta `[N]` float64.
@@ -91,7 +95,11 @@ def measure(
     totals = {(baseline, n): dict.fromkeys(MOMENTS, 0.0) for n in sizes for baseline in BASELINES}
     for _ in range(splits):
         halves = _halves(len(gram), generator)
-        references = [reference_weights(pool, half, reward_temperature) for half in halves]
+        references = [large_group(pool.log_alpha(half, reward_temperature), half, len(gram)) for half in halves]
+        zeros = [
+            large_group(policy_log_weights(log_policy[half], pool.log_proposal[half]), half, len(gram))
+            for half in halves
+        ]
         for n in sizes:
             drawn = [_partitions(half, n, permutations, generator) for half in halves]
             log_alpha = [pool.log_alpha(groups, reward_temperature) for groups in drawn]
@@ -100,7 +108,7 @@ def measure(
                     group_weights(log_policy[groups], pool.log_proposal[groups], known, baseline=baseline)
                     for groups, known in zip(drawn, log_alpha, strict=True)
                 ]
-                for name, value in _moments(gram, drawn, weights, references).items():
+                for name, value in _moments(gram, drawn, weights, references, zeros).items():
                     totals[baseline, n][name] += value / splits
     return totals
 
@@ -117,18 +125,19 @@ def group_weights(log_policy: Tensor, log_proposal: Tensor, log_alpha: Tensor, *
     return weights.view(shape)
 
 
-def reference_weights(pool: Pool, half: Tensor, temperature: float) -> Tensor:
-    """Weights `[N]` on the samples `half` that estimate E_posterior[g], with a bias of order 1/N^2.
+def large_group(log_weights: Tensor, places: Tensor, count: int) -> Tensor:
+    """Weights `[count]` of the samples at `places` in an estimate of an expected value of g, zero for the others.
 
-    They are the self-normalised alpha of all of `half`, as of one large group, corrected by the jackknife: N times the
-    estimate, less N - 1 times the mean of the estimates that leave out one sample (Quenouille 1956). Nothing is
-    subtracted that aims at E_policy[g] = 0: that would become noisy as the policy drifts.
+    They are normalised weights of all these samples, as of one large group, whose bias of order 1/N is removed by the
+    jackknife: N times the estimate, less N - 1 times the mean of those that leave out one sample (Quenouille 1956).
+
+    Args:
+        log_weights: log alpha, for E_posterior[g], or log beta, for E_policy[g], of the samples `[N]`.
     """
-    alpha = pool.log_alpha(half, temperature).exp()
-    count = len(half)
-    rest = 1.0 / (1.0 - alpha)
-    left_out = alpha * (rest.sum() - rest) / count
-    return torch.zeros_like(pool.reward).index_copy(0, half, count * alpha - (count - 1) * left_out)
+    size = len(places)
+    without_one = log_weights.expand(size, size).masked_fill(torch.eye(size, dtype=torch.bool), -torch.inf)
+    weights = size * log_weights.softmax(0) - (size - 1) * without_one.softmax(1).mean(0)
+    return weights.new_zeros(count).index_copy(0, places, weights)
 
 
 def drift(log_policy: Tensor, log_proposal: Tensor) -> dict[str, float]:
@@ -163,9 +172,14 @@ def _partitions(half: Tensor, n: int, permutations: int, generator: torch.Genera
 
 
 def _moments(
-    gram: Tensor, drawn: Sequence[Tensor], weights: Sequence[Tensor], references: Sequence[Tensor]
+    gram: Tensor,
+    drawn: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    references: Sequence[Tensor],
+    zeros: Sequence[Tensor],
 ) -> dict[str, float]:
-    """MOMENTS of one baseline and group size, from places and weights `[permutations, groups, n]` of both halves."""
+    """MOMENTS of one baseline and group size, from places and weights `[permutations, groups, n]` of both halves, and
+    weights `[N]` of reference and zero."""
     squared, variance, means = [], [], []
     for groups, each in zip(drawn, weights, strict=True):
         permutations, count, _ = groups.shape
@@ -174,15 +188,27 @@ def _moments(
         partitions.scatter_add_(1, groups.reshape(permutations, -1), each.reshape(permutations, -1) / count)
         of_means = ((partitions @ gram) * partitions).sum(1)
         squared.append(squares.mean())
+        # Groups of one partition are independent, so this is their unbiased sample variance.
         variance.append(((squares.sum(1) - count * of_means) / (count - 1)).mean())
         means.append(partitions.mean(0))
-    first, second = means
     off = [mean - reference for mean, reference in zip(means, references, strict=True)]
-    along = (first @ gram @ references[1] + second @ gram @ references[0]) / 2
+    mean, reference, off = (_less_zero(pair, zeros, gram.diagonal()) for pair in (means, references, off))
     return {
         "squared": torch.stack(squared).mean().item(),
         "variance": torch.stack(variance).mean().item(),
         "bias_squared": (off[0] @ gram @ off[1]).item(),
-        "along_reference": along.item(),
-        "reference_squared": (references[0] @ gram @ references[1]).item(),
+        "along_reference": ((mean[0] @ gram @ reference[1] + mean[1] @ gram @ reference[0]) / 2).item(),
+        "reference_squared": (reference[0] @ gram @ reference[1]).item(),
     }
+
+
+def _less_zero(pair: Sequence[Tensor], zeros: Sequence[Tensor], squares: Tensor) -> list[Tensor]:
+    """The estimates of both halves, as weights `[N]`, less a multiple of what estimates zero on the same half.
+
+    The multiple is the one that leaves the least noise if the gradients, of squared lengths `squares`, are not
+    correlated. It comes from the other half, so that it is independent of the estimate of zero.
+    """
+    multiples = [
+        (squares * each * zero).sum() / (squares * zero * zero).sum() for each, zero in zip(pair, zeros, strict=True)
+    ]
+    return [each - multiple * zero for each, multiple, zero in zip(pair, multiples[::-1], zeros, strict=True)]

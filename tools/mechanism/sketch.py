@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIMENSIONS = 2**15
-"""k: 0.8% error of a square, and 128 KiB a sample, so that a pool of hundreds fits into memory."""
+DIMENSIONS = 32_749
+"""k: 0.8% error of a square, and 128 KiB a sample, so that a pool of hundreds fits into memory. It is prime, so that
+the entries of one column of a weight are added to different sums. A few columns may hold much of a gradient.
+"""
 
 
 class Sketch:
@@ -35,9 +37,11 @@ class Sketch:
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
         """The sketch `[k]` float32, on the CPU."""
-        total = torch.zeros(self._dimensions)
+        total, before = torch.zeros(self._dimensions), 0
         for signs, gradient in zip(self._signs, gradients, strict=True):
             signed = gradient.flatten().float().cpu() * signs
-            whole = F.pad(signed, (0, -len(signed) % self._dimensions))
+            # Each parameter goes on where the one before it ended, so that small ones do not share the first sums.
+            whole = F.pad(signed, (before, -(before + len(signed)) % self._dimensions))
             total += whole.view(-1, self._dimensions).sum(0)
+            before = (before + len(signed)) % self._dimensions
         return total
