@@ -30,8 +30,8 @@ def threads():
 
 
 def a_model(single):
-    # Weights large enough for tokens to differ in probability.
-    model = resolve(ModelConfig(**SIZES, init_method_std=0.2), None, "the test")
+    # Weights so large that few tokens are likely, for their gradients to have something in common.
+    model = resolve(ModelConfig(**SIZES, init_method_std=0.5), None, "the test")
     (chunk,) = build_model(model, ParallelConfig(), single, head="policy", seed=1)
     return model, chunk.eval().requires_grad_(False)
 
@@ -104,26 +104,32 @@ def test_more_layers_than_the_model_has_are_refused(single):
         last_parameters(a_model(single)[1], 5)
 
 
-def flags(folder, single, **changed):
-    write_assets(folder)
-    proposal = checkpoint(folder / "proposal", folder, single)
-    moved = checkpoint(folder / "moved", folder, single, moved=0.05)
-    (folder / "rule.py").write_text(
-        "def rule(prompts, responses, records):\n    return [float(len(set(each))) for each in responses]\n"
-    )
+def flags(folder, **changed):
     given = {
-        **{"proposal": proposal, "policies": f"{proposal},{moved}", "prompts": folder / "prompts.jsonl"},
-        **{"reward-function": f"{folder / 'rule.py'}:rule", "reward-temperature": 5.0, "max-new-tokens": 6},
-        **{"max-prompt-length": 60, "max-prompts": 4, "samples": 96, "sizes": "2,8", "layers": 2, "threads": 1},
-        **{"output": folder / "study.json", "csv": folder / "study.csv", "figure": folder / "study.svg"},
+        **{"proposal": folder / "proposal", "policies": f"{folder / 'proposal'},{folder / 'moved'}"},
+        **{"prompts": folder / "prompts.jsonl", "reward-function": f"{folder / 'rule.py'}:rule"},
+        **{"reward-temperature": 0.5, "max-new-tokens": 2, "max-prompt-length": 60, "max-prompts": 4, "samples": 96},
+        **{"sizes": "2,8", "layers": 2, "threads": 1, "output": folder / "study.json"},
     }
     return [f"--{name}={value}" for name, value in {**given, **changed}.items()]
 
 
-def test_the_whole_study_of_a_tiny_model(single, threads, tmp_path):
+@pytest.fixture
+def models(single, threads, tmp_path):
+    """A folder with data, a proposal, a policy that has moved, and a rule for rewards."""
+    write_assets(tmp_path)
+    checkpoint(tmp_path / "proposal", tmp_path, single)
+    checkpoint(tmp_path / "moved", tmp_path, single, moved=0.05)
+    (tmp_path / "rule.py").write_text(
+        "def rule(prompts, responses, records):\n    return [float(each[:1].isalpha()) for each in responses]\n"
+    )
+    return tmp_path
+
+
+def test_the_whole_study_of_a_tiny_model(models):
     pytest.importorskip("matplotlib")
-    assert gradient_study.main(flags(tmp_path, single)) == 0
-    report = json.loads((tmp_path / "study.json").read_text())
+    assert gradient_study.main(flags(models, csv=models / "study.csv", figure=models / "study.svg")) == 0
+    report = json.loads((models / "study.json").read_text())
     proposal, moved = report["policies"]
     assert proposal["drift"] == {
         "kl_from_proposal": 0.0,
@@ -144,23 +150,28 @@ def test_the_whole_study_of_a_tiny_model(single, threads, tmp_path):
         assert later["self-normalized", n]["variance"] != later["unnormalized", n]["variance"]
         assert at_start["self-normalized", n]["variance"]["value"] < at_start["none", n]["variance"]["value"]
     assert at_start["none", 8]["variance"]["value"] < at_start["none", 2]["variance"]["value"]
-    rows = list(csv.DictReader((tmp_path / "study.csv").open()))
+    rows = list(csv.DictReader((models / "study.csv").open()))
     assert len(rows) == 2 * 3 * 2
     assert float(rows[0]["variance"]) == proposal["figures"][0]["variance"]["value"]
-    assert "<svg" in (tmp_path / "study.svg").read_text()
+    assert "<svg" in (models / "study.svg").read_text()
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"sizes": "2,16"}, "at least 64"),
+        ({"sizes": "2,32"}, "at least 128"),
         ({"sizes": "1,2"}, "at least two responses"),
         ({"sizes": "two"}, "numbers with commas"),
         ({"reward-temperature": 0}, "greater than 0"),
         ({"layers": 0}, "--layers 0"),
-        ({"policies": "nowhere"}, "nowhere"),
     ],
 )
-def test_impossible_settings_are_named(changed, said, single, threads, tmp_path, capsys):
-    assert gradient_study.main(flags(tmp_path, single, **changed)) == 2
+def test_impossible_settings_are_named(changed, said, tmp_path, capsys):
+    assert gradient_study.main(flags(tmp_path, **changed)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_missing_policy_is_named_before_anything_is_drawn(models, capsys):
+    assert gradient_study.main(flags(models, policies=f"{models / 'proposal'},{models / 'nowhere'}")) == 2
+    said = capsys.readouterr().err
+    assert "nowhere" in said and "drawn" not in said

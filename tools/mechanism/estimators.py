@@ -18,6 +18,7 @@ the pool are independent. Everything that is measured is a square or a product o
 gradients themselves are not needed: the Gram matrix of their inner products is enough.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -150,7 +151,7 @@ def drift(log_policy: Tensor, log_proposal: Tensor) -> dict[str, float]:
     """
     log_ratio = log_policy - log_proposal
     log_beta = policy_log_weights(log_policy, log_proposal)
-    log_mean = torch.logsumexp(log_ratio, dim=0) - torch.tensor(float(len(log_ratio))).log()
+    log_mean = torch.logsumexp(log_ratio, dim=0) - math.log(len(log_ratio))
     return {
         "kl_from_proposal": -log_ratio.mean().item(),
         "kl_to_proposal": ((log_beta.exp() * log_ratio).sum() - log_mean).item(),
