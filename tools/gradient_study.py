@@ -59,9 +59,13 @@ def main(argv: Sequence[str]) -> int:
     study = _Study(run, args)
     report = {
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        **study.report(),
+        **study.describe(),
+        "policies": [],
     }
-    write_whole(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    for place in args.policies:
+        report["policies"].append(study.of_policy(place))
+        # The report of the policies so far is kept if the study is stopped.
+        write_whole(args.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if args.csv:
         write_whole(args.csv, as_csv(report))
     if args.figure:
@@ -178,8 +182,8 @@ class _Study:
         self._pools = [Pool(log_prior=p, reward=reward, log_proposal=q) for p, reward, q in numbers]
         self._say("scored", "proposal, prior and rewards")
 
-    def report(self) -> dict:
-        """Of the pools, and of every policy: drift, figures and the moments of every prompt."""
+    def describe(self) -> dict:
+        """What the pools are: prompts, distinct responses of a pool, and effective sample size of alpha as a share."""
         temperature = self._args.reward_temperature
         whole = torch.arange(self._args.samples)
         ess = [effective_sample_size(pool.log_alpha(whole, temperature)).item() for pool in self._pools]
@@ -188,10 +192,10 @@ class _Study:
             "prompts": len(self._pools),
             "distinct_responses": statistics.fmean(distinct),
             "ess_alpha": statistics.fmean(ess) / self._args.samples,
-            "policies": [self._of_policy(place) for place in self._args.policies],
         }
 
-    def _of_policy(self, place: str) -> dict:
+    def of_policy(self, place: str) -> dict:
+        """A policy's drift, its figures, and the moments of every prompt."""
         args = self._args
         chunk = self._load(self._found[place])
         log_policy = self._log_probabilities(chunk)
@@ -211,6 +215,9 @@ class _Study:
             )
             moments.append(found)
             self._say(place, f"{len(moments)} of {len(self._samples)} prompts")
+        figures = summarize(moments, bootstrap_samples=args.bootstrap_samples, seed=args.seed)
+        if figures[0]["cosine"]["value"] is None:
+            self._say(place, "the reference is lost in its noise: use more --samples or --max-prompts")
         drifts = [drift(q, pool.log_proposal) for q, pool in zip(log_policy, self._pools, strict=True)]
         return {
             "policy": place,
@@ -219,7 +226,7 @@ class _Study:
                 name: (max if name == "max_ratio" else statistics.fmean)([each[name] for each in drifts])
                 for name in drifts[0]
             },
-            "figures": summarize(moments, bootstrap_samples=args.bootstrap_samples, seed=args.seed),
+            "figures": figures,
             "moments": [
                 {"prompt": samples.rollout.id, "baseline": baseline, "n": n, **values}
                 for samples, found in zip(self._samples, moments, strict=True)

@@ -12,8 +12,6 @@ import torch
 from mechanism import estimators
 from mechanism.summary import summarize
 
-from megatron_brain.errors import ConfigError
-
 PRIOR, REWARDS = numpy.array([0.4, 0.3, 0.2, 0.1]), numpy.array([0.0, 1.0, -1.0, 0.5])
 PROPOSAL, POLICY = numpy.array([0.3, 0.3, 0.2, 0.2]), numpy.array([0.2, 0.1, 0.3, 0.4])
 TEMPERATURE = 0.7
@@ -46,8 +44,8 @@ def enumerated(baseline, n, policy):
     }
 
 
-def measured(policy, *, pools=60, samples=128):
-    """MOMENTS of many pools."""
+def measured(policy, *, pools=200, samples=32):
+    """MOMENTS of many pools, so small that what is wrong in the order of 1/N shows."""
     generator = numpy.random.default_rng(0)
     found = []
     for seed in range(pools):
@@ -73,13 +71,13 @@ def measured(policy, *, pools=60, samples=128):
 
 
 def misses(found, policy):
-    """The moments whose mean over pools is more than four standard errors, or 5% and 0.001, from the enumeration."""
+    """The moments whose mean over pools is more than three and a half standard errors from the enumeration."""
     missed = []
     for baseline, n in itertools.product(estimators.BASELINES, SIZES):
         for name, exact in enumerated(baseline, n, policy).items():
             values = numpy.array([each[baseline, n][name] for each in found])
             error = values.std(ddof=1) / math.sqrt(len(values))
-            if abs(values.mean() - exact) > min(4 * error + 1e-9, 0.05 * abs(exact) + 0.003):
+            if abs(values.mean() - exact) > 3.5 * error + 1e-9:
                 missed.append((baseline, n, name, values.mean(), exact, error))
     return missed
 
@@ -136,6 +134,15 @@ def test_a_large_group_is_finite_where_one_sample_has_all_weight():
     torch.testing.assert_close(found, torch.tensor([3 - 2 * 2 / 3, -2 / 3, 0.0]).double())
 
 
+def test_the_multiple_of_zero_that_is_subtracted_comes_from_the_other_half():
+    squares = torch.tensor([1.0, 1.0, 4.0, 4.0])
+    zeros = [torch.tensor([1.0, -1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0, -1.0])]
+    # The second half of each estimate is uncorrelated with its zero.
+    pair = [2 * zeros[0] + zeros[0].abs(), 5 * zeros[1] + zeros[1].abs()]
+    found = estimators._less_zero(pair, zeros, squares)
+    assert [each.tolist() for each in found] == [[-2.0, 4.0, 0.0, 0.0], [0.0, 0.0, 4.0, -2.0]]
+
+
 def test_drift_by_hand():
     found = estimators.drift(torch.tensor([0.0, math.log(3.0)]).double(), torch.zeros(2).double())
     assert found == {
@@ -172,12 +179,14 @@ def test_figures_are_ratios_of_sums_over_prompts():
     assert (by_baseline["none"]["variance"]["low"], by_baseline["none"]["variance"]["high"]) == (0.75, 2.75)
 
 
-def test_a_reference_that_is_lost_in_its_noise_is_refused():
-    with pytest.raises(ConfigError, match="--samples"):
-        summarize([moments(reference_squared=-1.0)], bootstrap_samples=10, seed=0)
+def test_nothing_is_relative_to_a_reference_that_is_lost_in_its_noise():
+    rows = summarize([moments(reference_squared=-1.0)], bootstrap_samples=10, seed=0)
+    (none,) = (row for row in rows if row["baseline"] == "none")
+    assert none["variance"] == none["cosine"] == {"value": None, "low": None, "high": None}
+    assert none["mean_squared_error_ratio"]["value"] == 1.0
 
 
 def test_an_end_of_an_interval_is_open_where_draws_lose_the_reference():
     rows = summarize([moments(), moments(reference_squared=-3.0)], bootstrap_samples=200, seed=0)
     (none,) = (row for row in rows if row["baseline"] == "none")
-    assert none["bias"]["high"] is None
+    assert none["bias"]["high"] is None and none["bias"]["low"] == 0.5

@@ -56,7 +56,10 @@ def draw(report: dict, path: Path) -> None:
 def _draw_row(row: Sequence, points: Sequence[tuple[float, dict]], label: str) -> None:
     for panel, (name, title) in zip(row, _PANELS.items(), strict=True):
         for baseline, style in _STYLES.items():
-            places, values, below, above = zip(*_points(points, baseline, name), strict=True)
+            known = list(_points(points, baseline, name))
+            if not known:
+                continue
+            places, values, below, above = zip(*known, strict=True)
             panel.errorbar(
                 places, values, (below, above), label=baseline, markersize=4, linewidth=1.2, capsize=2, **style
             )
@@ -71,8 +74,15 @@ def _draw_row(row: Sequence, points: Sequence[tuple[float, dict]], label: str) -
 def _points(
     points: Sequence[tuple[float, dict]], baseline: str, name: str
 ) -> Iterator[tuple[float, float, float, float]]:
-    """Place, value, and distances to the ends of the interval, where an open end has none."""
+    """Place, value, and distances to the ends of the interval, of the values that are known. An open end has none."""
     for place, row in points:
         if row["baseline"] == baseline:
             value, low, high = row[name].values()
-            yield place, value, max(0.0, value - low), 0.0 if high is None else max(0.0, high - value)
+            if value is None:
+                continue
+            yield (
+                place,
+                value,
+                0.0 if low is None else max(0.0, value - low),
+                0.0 if high is None else max(0.0, high - value),
+            )

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy
 
 from mechanism.estimators import MOMENTS
-from megatron_brain.errors import ConfigError
 from megatron_brain.objectives.brain import Baseline
 
 Moments = Mapping[tuple[Baseline, int], Mapping[str, float]]
@@ -25,21 +24,13 @@ counts by the size of its gradient, as in training. R is the reference E_posteri
 def summarize(prompts: Sequence[Moments], *, bootstrap_samples: int, seed: int) -> list[dict]:
     """A row for every baseline and group size, with each of FIGURES as {value, low, high}.
 
-    The ends are those of a 95% percentile interval by bootstrap over prompts; all rows draw the same prompts. An end is
-    None where it is infinite: some draws have no reference that differs from 0.
-
-    Raises:
-        ConfigError: the reference does not differ from 0.
+    The ends are those of a 95% percentile interval by bootstrap over prompts; all rows draw the same prompts. A value
+    or an end is None where |R|^2 is estimated as 0 or less, because the reference is lost in its noise.
     """
     keys = list(prompts[0])
     # [prompts, keys, moments]
     table = numpy.array([[[each[key][name] for name in MOMENTS] for key in keys] for each in prompts])
     whole = _figures(table.sum(0)[None], keys)
-    if not numpy.isfinite(whole).all():
-        raise ConfigError(
-            "the reference gradient is lost in its noise: its square is estimated as "
-            f"{table.sum(0)[0, MOMENTS.index('reference_squared')]:.3g}; use more --samples or --max-prompts"
-        )
     draws = numpy.random.default_rng(seed).integers(len(prompts), size=(bootstrap_samples, len(prompts)))
     drawn = _figures(numpy.stack([table[draw].sum(0) for draw in draws]), keys)
     low, high = numpy.percentile(drawn, [2.5, 97.5], axis=0, method="nearest")
@@ -48,7 +39,11 @@ def summarize(prompts: Sequence[Moments], *, bootstrap_samples: int, seed: int) 
             "baseline": baseline,
             "n": n,
             **{
-                name: {"value": float(whole[0, row, at]), "low": _end(low[row, at]), "high": _end(high[row, at])}
+                name: {
+                    "value": _finite(whole[0, row, at]),
+                    "low": _finite(low[row, at]),
+                    "high": _finite(high[row, at]),
+                }
                 for at, name in enumerate(FIGURES)
             },
         }
@@ -73,5 +68,5 @@ def _figures(sums: numpy.ndarray, keys: Sequence[tuple[Baseline, int]]) -> numpy
     return numpy.stack([*relative, cosine, error / of_self_normalized], axis=-1)
 
 
-def _end(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return float(value) if numpy.isfinite(value) else None
