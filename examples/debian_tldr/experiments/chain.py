@@ -151,16 +151,19 @@ class Chain:
     def _prior(self, seed: int, split: str) -> Step:
         """The evaluation of the SFT model, which draws and scores the samples of the prior that all policies meet."""
         place = self._of_seed(seed)
-        prompts = self.sizes.test_prompts if split == "test" else self.sizes.valid_prompts
+        data = self._posterior_data(seed, split)
+        # Brain drops overlong records of --valid-data, and the samples must be those of the prompts that it has.
+        overlong = {"overlong": "drop"} if split == "valid" else {}
         return self._evaluate(
             f"shared/seed{seed}/prior_{split}",
             seed,
             split,
             policy=self.shared / "sft",
-            prompts=prompts,
+            prompts=self.sizes.test_prompts if split == "test" else self.sizes.valid_prompts,
             output=place / f"prior_{split}.json",
             needs=["shared/sft", f"shared/seed{seed}/reward"],
-            writes=self._posterior_data(seed, split),
+            flags=overlong,
+            writes=(data, data.with_name(f"{data.name}.json")),
             kind=f"prior_{split}",
         )
 
@@ -250,7 +253,8 @@ class Chain:
         output: Path,
         needs: list[str],
         loads: tuple[str, ...] = (),
-        writes: Path | None = None,
+        flags: Flags | None = None,
+        writes: tuple[Path, ...] = (),
         kind: str = "evaluate",
     ) -> Step:
         words = ["--load", str(policy), "--prior-load", str(self.shared / "sft")]
@@ -264,11 +268,11 @@ class Chain:
             "evaluate",
             [*words, *posterior, "--output", str(output)],
             kind=kind,
-            flags=self.sizes.evaluate,
+            flags={**self.sizes.evaluate, **(flags or {})},
             needs=[*needs, "shared/data", *self._judge_needs()],
             loads=loads,
-            outputs=(output,) if writes is None else (output, writes),
-            fresh=(output,) if writes is None else (output, writes),
+            outputs=(output, *writes),
+            fresh=(output, *writes),
         )
 
     def _posterior_words(self, seed: int, split: str) -> list[str]:
