@@ -122,8 +122,8 @@ class State:
             {
                 "step": step.name,
                 "started": started,
-                "seconds": round(seconds, 1),
-                "machine_seconds": round(machine_seconds, 1),
+                "seconds": round(seconds, 3),
+                "machine_seconds": round(machine_seconds, 3),
                 "outcome": outcome,
             },
         )
