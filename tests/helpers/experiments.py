@@ -21,6 +21,7 @@ MODULES = (
     "execute",
     "status",
     "choose",
+    "run",
 )
 
 TRAIN = """
@@ -76,12 +77,11 @@ class StubPlans:
         outputs = tuple(self.work / output for output in outputs)
         return self.modules.steps.Step(
             name=name,
-            kind=name.rsplit("/", 1)[-1],
             command=("python", "-c", code, *map(str, words)),
             needs=tuple(needs),
             outputs=outputs,
             environment={},
-            **{"minutes": 0.01, "fresh": outputs} | more,
+            **{"kind": "stub", "minutes": 0.01, "fresh": outputs} | more,
         )
 
     def write(self, name: str, text: str, needs=(), **more):

@@ -282,3 +282,58 @@ def test_the_log_has_the_machine_time_of_every_command(stub, modules):
     assert [line["outcome"] for line in lines] == ["finished", "finished"]
     table = modules.status.status_lines(plan, modules.state.State(stub.work), 2, at_work=False)
     assert any("machine time" in line for line in table)
+
+
+@pytest.fixture
+def session(stub, modules, monkeypatch):
+    """Runs the script with a stub plan and options; returns its exit status."""
+
+    def run(plan, *options):
+        monkeypatch.setattr(modules.run, "make_plan", lambda *_, **__: plan)
+        monkeypatch.setattr(sys, "argv", ["run.py", "stub.yaml", "--work", str(stub.work), *options])
+        try:
+            modules.run.main()
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return run
+
+
+def test_the_exit_status_tells_whether_all_is_done_failed_or_left(stub, session, capsys):
+    good, bad = stub.write("good", "1"), stub.script("bad", "raise SystemExit(1)", outputs=["bad"])
+    assert session(stub.plan(stub.write("good", "1", minutes=5.0)), "--max-minutes", "1") == 3
+    assert "left: 1 steps, about 2 minutes: good" in capsys.readouterr().out
+    assert session(stub.plan(good)) == 0
+    assert "all 1 steps are done" in capsys.readouterr().out
+    assert session(stub.plan(good, bad)) == 1
+    assert "FAILED: bad: ended with status 1; its output is in" in capsys.readouterr().out
+    sessions = [json.loads(line) for line in (stub.work / "log" / "sessions.jsonl").read_text().splitlines()]
+    assert [one["status"] for one in sessions] == [3, 0, 1]
+
+
+def test_status_and_dry_run_show_what_is_done_and_left_and_run_nothing(stub, session, capsys):
+    plan = stub.plan(stub.write("x/a", "1"), stub.write("x/b", "it's", needs=["x/a"]), stub.write("y/c", "3"))
+    session(stub.plan(stub.write("x/a", "1")))
+    capsys.readouterr()
+    assert session(plan, "--dry-run") is None
+    shown = capsys.readouterr().out
+    assert "# x/b, about 0.0 minutes\npython -c" in shown and """'it'"'"'s'""" in shown
+    assert session(plan, "--status") is None
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[1][:3] == ["x", "partly", "done"] and table[1][-1] == "b"
+    assert table[2][:2] == ["y", "left"] and table[2][-1] == "c"
+    assert stub.calls() == ["x/a"]
+
+
+def test_the_time_left_follows_how_long_finished_steps_of_the_kind_took(stub, modules):
+    def step(name, **more):
+        return stub.write(name, "1", minutes=10.0, kind="brain", **more)
+
+    first, rest = step("a"), [step("b"), step("c", slots=2)]
+    stub.run(stub.plan(first))
+    state, path = modules.state.State(stub.work), stub.work / "state" / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1200.0}))
+    plan = stub.plan(first, *rest)
+    # Steps of the kind took twice as long as expected. One job of two has half of the machine, two processes all of it.
+    assert modules.status.minutes_left(plan, state, state.conditions(plan.steps), jobs=2) == pytest.approx(20 / 2 + 20)
