@@ -7,6 +7,7 @@ WORK/EXPERIMENT/SETTING/seed<S>/   a run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -300,13 +301,17 @@ class Chain:
         return [] if self.smoke else ["shared/judge"]
 
     def _brain_minutes(self, flags: Flags, data: str) -> float:
-        """Minutes of a run: validations, and a time for each response that is drawn, scored and trained on."""
+        """Minutes of a run: its start, its validations, and each response that is drawn, scored and trained on."""
         samples = RESPONSES_OF_A_PAIR if data == "pairs" else flags["samples_per_prompt"]
         groups, minutes = flags["train_iters"] * flags["global_batch_size"], self.sizes.minutes
         work = groups * samples * minutes["brain_per_1000"] / 1000
         if flags.get("responses") == "rso":
             work += groups * flags["rso_candidates"] * minutes["candidates_per_1000"] / 1000
-        return minutes["brain"] + work
+        validations = 0
+        if self.sizes.valid_prompts:
+            # Before the first step, after every interval, and after the last step.
+            validations = 1 + math.ceil(flags["train_iters"] / (flags.get("eval_interval") or flags["train_iters"]))
+        return minutes["brain"] + validations * minutes["validation"] + work
 
     def _stage(
         self,

@@ -44,8 +44,9 @@ class Sizes:
     brain: Flags = field(default_factory=dict)
     """Settings of every run of the brain stage. An experiment and its settings may change them."""
     minutes: dict[str, float] = field(default_factory=dict)
-    """Minutes that a step of each kind takes while all jobs run. `brain` are those of a run's start and validations,
-    `brain_per_1000` those of 1000 responses, `candidates_per_1000` those of 1000 candidates of RSO."""
+    """Minutes that a step of each kind takes while all jobs run. `brain` are those of a run's start and end,
+    `validation` those of one, `brain_per_1000` those of 1000 responses, `candidates_per_1000` those of 1000 candidates
+    of RSO."""
 
 
 @dataclass(frozen=True, kw_only=True)
