@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -121,10 +122,12 @@ class Executor:
             if not self._running:
                 return
             time.sleep(POLL_SECONDS)
-            for job in [job for job in self._running.values() if job.process.poll() is not None]:
-                del self._running[job.step.name]
-                self._ended(job)
-                self._look()
+            for job in list(self._running.values()):
+                before = children_cpu_seconds()
+                if job.process.poll() is not None:
+                    del self._running[job.step.name]
+                    self._ended(job, children_cpu_seconds() - before)
+                    self._look()
             if self._asked_at is not None and time.monotonic() - self._asked_at > 60 * STOP_MINUTES:
                 self._kill(f"it has not ended {STOP_MINUTES:g} minutes after SIGTERM")
 
@@ -194,13 +197,13 @@ class Executor:
             )
         self._running[step.name] = Job(step, process, now(), time.monotonic())
 
-    def _ended(self, job: Job) -> None:
+    def _ended(self, job: Job, cpu_seconds: float) -> None:
         step, status = job.step, job.process.returncode
         seconds = time.monotonic() - job.clock
         why = self._why_unfinished(step) if status == 0 else f"ended with status {status}"
         outcome = "finished" if why is None else "stopped" if status == 0 or self._asked_at is not None else "failed"
-        machine = seconds * min(step.slots, self._jobs) / self._jobs
-        self._state.add_time(step, job.started, seconds, machine, outcome)
+        times = {"seconds": seconds, "machine_seconds": seconds * min(step.slots, self._jobs) / self._jobs}
+        self._state.add_time(step, job.started, {**times, "cpu_seconds": cpu_seconds}, outcome)
         if why is None:
             self._state.finish(step)
             say(f"{step.name}: finished after {seconds / 60:.1f} minutes")
@@ -238,6 +241,12 @@ class Executor:
         for job in self._running.values():
             say(f"{job.step.name}: killed, because {why}")
             os.killpg(job.process.pid, signal.SIGKILL)
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of all ended children and of those that they waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def say(text: str) -> None:

@@ -97,7 +97,7 @@ class State:
         marker = self.marker(step.name)
         goes_on = step.resumes and step.checkpoint is not None and saved_iteration(step.checkpoint) is not None
         if marker is None or marker["identity"] != identity or not goes_on:
-            marker = {"started": now(), "seconds": 0.0, "machine_seconds": 0.0}
+            marker = {"started": now(), "seconds": 0.0, "machine_seconds": 0.0, "cpu_seconds": 0.0}
             self.clear(step)
         marker |= {"identity": identity, "done": False, "removed": False, "kind": step.kind, "minutes": step.minutes}
         write_json(self._marker_path(step.name), marker)
@@ -111,22 +111,18 @@ class State:
             else:
                 path.unlink(missing_ok=True)
 
-    def add_time(self, step: Step, started: str, seconds: float, machine_seconds: float, outcome: str) -> None:
-        """Count the time of a command that ended."""
+    def add_time(self, step: Step, started: str, times: Mapping[str, float], outcome: str) -> None:
+        """Count the times of a command that ended.
+
+        Args:
+            times: `seconds` by the clock, `machine_seconds` for which it had the whole machine, and `cpu_seconds`.
+        """
         marker = self._known(step.name)
-        marker["seconds"] += seconds
-        marker["machine_seconds"] += machine_seconds
+        for name, value in times.items():
+            marker[name] += value
         write_json(self._marker_path(step.name), marker)
-        self.append(
-            "steps",
-            {
-                "step": step.name,
-                "started": started,
-                "seconds": round(seconds, 3),
-                "machine_seconds": round(machine_seconds, 3),
-                "outcome": outcome,
-            },
-        )
+        rounded = {name: round(value, 3) for name, value in times.items()}
+        self.append("steps", {"step": step.name, "started": started, **rounded, "outcome": outcome})
 
     def append(self, log: str, entry: Mapping[str, Any]) -> None:
         """Add a line to `WORK/log/LOG.jsonl`."""

@@ -273,12 +273,15 @@ def test_other_data_change_all_that_was_made_of_them(stub):
     assert conditions(stub, plan) == dict.fromkeys(plan.steps, "changed") | {"shared/data": "done"}
 
 
-def test_the_log_has_the_machine_time_of_every_command(stub, modules):
-    plan = stub.plan(stub.write("a", "1"), stub.write("both", "1", slots=2))
+def test_the_log_has_the_machine_time_and_the_cpu_time_of_every_command(stub, modules):
+    busy = "import sys, time; open(sys.argv[1], 'w')\nwhile time.process_time() < 0.5: pass"
+    a = stub.script("a", busy, stub.work / "a", outputs=["a"])
+    plan = stub.plan(a, stub.write("both", "1", slots=2))
     stub.run(plan)
     lines = [json.loads(line) for line in (stub.work / "log" / "steps.jsonl").read_text().splitlines()]
     share = {line["step"]: line["machine_seconds"] / line["seconds"] for line in lines}
     assert share == {"a": pytest.approx(0.5, abs=0.1), "both": 1.0}
+    assert 0.5 <= lines[0]["cpu_seconds"] < 1.5 and lines[1]["cpu_seconds"] < 0.5
     assert [line["outcome"] for line in lines] == ["finished", "finished"]
     table = modules.status.status_lines(plan, modules.state.State(stub.work), 2, at_work=False)
     assert any("machine time" in line for line in table)
