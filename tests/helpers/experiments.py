@@ -34,6 +34,7 @@ signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
 folder.mkdir(parents=True, exist_ok=True)
 latest = folder / "latest_checkpointed_iteration.txt"
 done = int(latest.read_text()) if latest.exists() else 0
+print("begins after", done, flush=True)
 def save():
     (folder / f"iter_{done:07d}").mkdir(exist_ok=True)
     latest.write_text(str(done))

@@ -60,7 +60,7 @@ def test_steps_run_once_in_the_order_of_their_needs_and_a_second_session_has_not
 
 
 def test_as_many_steps_run_at_one_time_as_there_are_jobs_and_one_of_two_processes_runs_alone(stub):
-    code = "import sys, time; print(time.time()); time.sleep(0.3); open(sys.argv[1], 'w').write(str(time.time()))"
+    code = "import sys, time; print(time.time()); time.sleep(0.6 if sys.argv[1][-1] == 'b' else 0.2); open(sys.argv[1], 'w').write(str(time.time()))"
     steps = [
         stub.script(n, code, stub.work / n, outputs=[n], slots=2 if n == "both" else 1) for n in ("a", "b", "both")
     ]
@@ -137,6 +137,7 @@ def test_max_minutes_stops_a_stage_which_saves_and_the_next_session_goes_on_from
     assert stub.run(plan).left == []
     lines = (stub.work / "brain" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 301))
+    assert f"begins after {saved}\n" in (stub.work / "log" / "brain.log").read_text()
 
 
 def test_a_step_that_cannot_be_interrupted_is_not_started_with_too_little_time_left(stub):
@@ -255,7 +256,9 @@ def test_a_policy_whose_checkpoint_was_removed_is_trained_again_where_it_is_eval
     stub.run(run_plan(stub))
     assert stub.run(run_plan(stub, "[]"), rerun_changed=True).left == []
     metrics = (stub.work / "stub/x/seed1/brain/metrics.jsonl").read_text()
-    assert len(metrics.splitlines()) == 3, "the second training began anew"
+    assert len(metrics.splitlines()) == 3
+    log = (stub.work / "log/stub/x/seed1/brain.log").read_text()
+    assert log.count("begins after 0\n") == 2
     assert (stub.work / "stub/x/seed1/evaluation.json").read_text() == "[]"
 
 
