@@ -60,7 +60,10 @@ def test_steps_run_once_in_the_order_of_their_needs_and_a_second_session_has_not
 
 
 def test_as_many_steps_run_at_one_time_as_there_are_jobs_and_one_of_two_processes_runs_alone(stub):
-    code = "import sys, time; print(time.time()); time.sleep(0.6 if sys.argv[1][-1] == 'b' else 0.2); open(sys.argv[1], 'w').write(str(time.time()))"
+    code = (
+        "import sys, time; print(time.time()); time.sleep(0.6 if sys.argv[1][-1] == 'b' else 0.2); "
+        "open(sys.argv[1], 'w').write(str(time.time()))"
+    )
     steps = [
         stub.script(n, code, stub.work / n, outputs=[n], slots=2 if n == "both" else 1) for n in ("a", "b", "both")
     ]
