@@ -29,29 +29,28 @@ class Chain:
     """
 
     def __init__(self, work: Path, sizes: Sizes) -> None:
-        self.work, self.sizes = work, sizes
-        self.shared, self.data = work / "shared", work / "shared" / "data"
-        self.smoke = sizes.model == "smoke"
-        self.judge = "score_rouge" if self.smoke else "score"
+        self._work, self._sizes = work, sizes
+        self._shared, self._data = work / "shared", work / "shared" / "data"
+        self._smoke = sizes.model == "smoke"
+        self._judge = "score_rouge" if self._smoke else "score"
 
     def shared_steps(self) -> list[Step]:
         """The stages that all runs share, in their order."""
-        shared, sizes, fetch = self.shared, self.sizes, "shared/judge"
+        shared, sizes = self._shared, self._sizes
         parts = ["sft", "pair_prompts", "pair_records", "brain_prompts"]
         counts = [sizes.sft_records, sizes.pair_prompts, sizes.pair_packages, sizes.brain_prompts]
-        base = ["--smoke", "--tokenizer-data", str(self.data / "train.jsonl")] if self.smoke else []
-        judge_needs = [] if self.smoke else [fetch]
+        base = ["--smoke", "--tokenizer-data", str(self._data / "train.jsonl")] if self._smoke else []
         steps = [
             self._script(
                 "data",
-                ["fetch_data.py", "--out", str(self.data), "--max-prompt-words", "60"],
-                outputs=(self.data / "manifest.json", *(self.data / name for name in SPLITS)),
-                digests=tuple(self.data / name for name in SPLITS),
+                ["fetch_data.py", "--out", str(self._data), "--max-prompt-words", "60"],
+                outputs=(self._data / "manifest.json", *(self._data / name for name in SPLITS)),
+                digests=tuple(self._data / name for name in SPLITS),
             ),
             self._script(
                 "parts",
                 [
-                    *("split_data.py", "--data", str(self.data / "train.jsonl"), "--out", str(shared / "parts")),
+                    *("split_data.py", "--data", str(self._data / "train.jsonl"), "--out", str(shared / "parts")),
                     *(f"{name}={count}" for name, count in zip(parts, counts, strict=True)),
                 ],
                 needs=["shared/data"],
@@ -60,7 +59,7 @@ class Chain:
             self._script(
                 "base_hf",
                 ["fetch_model.py", "--out", str(shared / "base_hf"), *base],
-                needs=["shared/data"] if self.smoke else [],
+                needs=["shared/data"] if self._smoke else [],
                 outputs=(shared / "base_hf" / "config.json",),
             ),
             self._step(
@@ -77,15 +76,15 @@ class Chain:
                 "pairs",
                 [
                     *("make_preferences.py", "--sft", str(shared / "parts" / "pair_records.jsonl")),
-                    *("--samples", str(shared / "samples.jsonl"), "--judge", self.judge),
+                    *("--samples", str(shared / "samples.jsonl"), "--judge", self._judge),
                     *("--valid-share", "0.2", "--out", str(shared / "pairs")),
                 ],
-                needs=["shared/parts", "shared/samples", *judge_needs],
+                needs=["shared/parts", "shared/samples", *self._judge_needs()],
                 outputs=(shared / "pairs" / "train.jsonl", shared / "pairs" / "valid.jsonl"),
                 fresh=(shared / "pairs",),
             ),
         ]
-        if not self.smoke:
+        if not self._smoke:
             place = shared / "judge"
             outputs = (place / "model.safetensors",)
             steps.insert(2, self._script("judge", ["fetch_judge.py", "--out", str(place)], outputs=outputs))
@@ -93,36 +92,36 @@ class Chain:
 
     def _sft(self) -> Step:
         """SFT as the quickstart does it: on two pipeline stages, with all cores."""
-        words = ["--load", str(self.shared / "base"), "--finetune", "--save", str(self.shared / "sft")]
-        words += ["--train-data", str(self.shared / "parts" / "sft.jsonl")]
-        words += ["--valid-data", str(self.data / "valid.jsonl"), "--max-valid-records", str(self.sizes.test_prompts)]
-        words += ["--train-epochs", "null", "--train-iters", str(self.sizes.sft_iters)]
+        words = ["--load", str(self._shared / "base"), "--finetune", "--save", str(self._shared / "sft")]
+        words += ["--train-data", str(self._shared / "parts" / "sft.jsonl")]
+        words += ["--valid-data", str(self._data / "valid.jsonl"), "--max-valid-records", str(self._sizes.sft_valid)]
+        words += ["--train-epochs", "null", "--train-iters", str(self._sizes.sft_iters)]
         words += ["--pipeline-model-parallel-size", "2", "--no-save-optim"]
         return self._stage(
             "shared/sft",
             "sft",
             words,
-            flags=self.sizes.sft,
+            flags=self._sizes.sft,
             needs=["shared/base", "shared/parts"],
-            outputs=(latest(self.shared / "sft"),),
-            fresh=(self.shared / "sft",),
-            iterations=self.sizes.sft_iters,
-            checkpoint=self.shared / "sft",
+            outputs=(latest(self._shared / "sft"),),
+            fresh=(self._shared / "sft",),
+            iterations=self._sizes.sft_iters,
+            checkpoint=self._shared / "sft",
             resumes=False,
             slots=2,
         )
 
     def _samples(self) -> Step:
         """Samples of the SFT model, of which the judge makes preference pairs."""
-        output = self.shared / "samples.jsonl"
-        words = ["--load", str(self.shared / "sft"), "--temperature", "1.0", "--samples-per-prompt", "4"]
-        words += ["--prompts", str(self.shared / "parts" / "pair_prompts.jsonl"), "--output", str(output)]
+        output = self._shared / "samples.jsonl"
+        words = ["--load", str(self._shared / "sft"), "--temperature", "1.0", "--samples-per-prompt", "4"]
+        words += ["--prompts", str(self._shared / "parts" / "pair_prompts.jsonl"), "--output", str(output)]
         return self._stage(
             "shared/samples",
             "generate",
             words,
             config="evaluate",
-            flags=self.sizes.generate,
+            flags=self._sizes.generate,
             needs=["shared/sft", "shared/parts"],
             outputs=(output,),
             fresh=(output,),
@@ -131,10 +130,10 @@ class Chain:
 
     def seed_steps(self, seed: int) -> list[Step]:
         """The stages that all runs of a seed share: the reward model, and what it says of the SFT model's answers."""
-        folder, sizes = self.shared / f"seed{seed}", self.sizes
-        words = ["--load", str(self.shared / "sft"), "--finetune", "--save", str(folder / "reward")]
-        words += ["--train-data", str(self.shared / "pairs" / "train.jsonl"), "--max-train-records", str(sizes.pairs)]
-        words += ["--valid-data", str(self.shared / "pairs" / "valid.jsonl")]
+        folder, sizes = self._shared / f"seed{seed}", self._sizes
+        words = ["--load", str(self._shared / "sft"), "--finetune", "--save", str(folder / "reward")]
+        words += ["--train-data", str(self._shared / "pairs" / "train.jsonl"), "--max-train-records", str(sizes.pairs)]
+        words += ["--valid-data", str(self._shared / "pairs" / "valid.jsonl")]
         words += ["--train-epochs", "null", "--train-iters", str(sizes.reward_iters), "--no-save-optim"]
         reward = self._stage(
             f"shared/seed{seed}/reward",
@@ -159,8 +158,8 @@ class Chain:
             f"shared/seed{seed}/prior_{split}",
             seed,
             split,
-            policy=self.shared / "sft",
-            prompts=self.sizes.test_prompts if split == "test" else self.sizes.valid_prompts,
+            policy=self._shared / "sft",
+            prompts=self._sizes.test_prompts if split == "test" else self._sizes.valid_prompts,
             output=place / f"prior_{split}.json",
             needs=["shared/sft", f"shared/seed{seed}/reward"],
             flags=overlong,
@@ -175,17 +174,17 @@ class Chain:
             flags: all settings of the brain stage that differ from its YAML file.
             data: `prompts`, or `pairs`.
         """
-        folder, seeds, shared = self.work / name / "brain", self._of_seed(seed), f"shared/seed{seed}"
-        train = self.shared / ("pairs/train.jsonl" if data == "pairs" else "parts/brain_prompts.jsonl")
-        words = ["--load", str(self.shared / "sft"), "--finetune", "--reward-load", str(seeds / "reward")]
+        folder, seeds, shared = self._work / name / "brain", self._of_seed(seed), f"shared/seed{seed}"
+        train = self._shared / ("pairs/train.jsonl" if data == "pairs" else "parts/brain_prompts.jsonl")
+        words = ["--load", str(self._shared / "sft"), "--finetune", "--reward-load", str(seeds / "reward")]
         words += ["--save", str(folder), "--auto-resume", "--seed", str(seed), "--train-data", str(train)]
         needs = ["shared/sft", f"{shared}/reward", "shared/pairs" if data == "pairs" else "shared/parts"]
-        if self.sizes.valid_prompts:
-            words += ["--valid-data", str(self.data / "valid.jsonl")]
-            words += ["--max-valid-records", str(self.sizes.valid_prompts), *self._judge_words()]
+        if self._sizes.valid_prompts:
+            words += ["--valid-data", str(self._data / "valid.jsonl")]
+            words += ["--max-valid-records", str(self._sizes.valid_prompts), *self._judge_words()]
             words += self._posterior_words(seed, "valid")
             needs += self._judge_needs()
-            if self.sizes.valid_posterior_samples:
+            if self._sizes.valid_posterior_samples:
                 needs.append(f"{shared}/prior_valid")
         return self._stage(
             f"{name}/brain",
@@ -208,19 +207,19 @@ class Chain:
             f"{name}/evaluate",
             seed,
             "test",
-            policy=self.work / name / "brain",
-            prompts=self.sizes.test_prompts,
-            output=self.work / name / "evaluation.json",
+            policy=self._work / name / "brain",
+            prompts=self._sizes.test_prompts,
+            output=self._work / name / "evaluation.json",
             needs=[f"{name}/brain", "shared/sft", f"{shared}/reward"]
-            + ([f"{shared}/prior_test"] if self.sizes.test_posterior_samples else []),
+            + ([f"{shared}/prior_test"] if self._sizes.test_posterior_samples else []),
             loads=(f"{name}/brain",),
         )
 
     def best_of(self, name: str, seed: int, count: int) -> Step:
         """Best of n of the SFT model, from the scored samples of the prior."""
-        place, output = self._of_seed(seed), self.work / name / "evaluation.json"
+        place, output = self._of_seed(seed), self._work / name / "evaluation.json"
         words = ["best_of_n.py", "--posterior-data", str(self._posterior_data(seed, "test")), "--n", str(count)]
-        words += ["--evaluation", str(place / "prior_test.json"), "--judge", self.judge]
+        words += ["--evaluation", str(place / "prior_test.json"), "--judge", self._judge]
         words += ["--seed", str(seed), "--output", str(output)]
         needs = [f"shared/seed{seed}/prior_test", *self._judge_needs()]
         return self._script("best_of", words, name=f"{name}/best_of", needs=needs, outputs=(output,), fresh=(output,))
@@ -232,15 +231,15 @@ class Chain:
             metric: what is compared, of the last validation of each run.
             runs: setting and name of each run.
         """
-        words = [f"{EXAMPLE}/experiments/choose.py", "--metric", metric, "--out", str(self.work / "tuned.yaml")]
+        words = [f"{EXAMPLE}/experiments/choose.py", "--metric", metric, "--out", str(self._work / "tuned.yaml")]
         for setting, name in runs:
             ((flag, (value,)),) = setting.grid.items()
-            words.append(f"{grid_name(setting)}:{flag}:{value:g}:{self.work / name / 'brain' / 'metrics.jsonl'}")
+            words.append(f"{grid_name(setting)}:{flag}:{value:g}:{self._work / name / 'brain' / 'metrics.jsonl'}")
         return self._step(
             f"{experiment}/choose",
             ["python", *words],
             needs=[f"{name}/brain" for _, name in runs],
-            outputs=(self.work / "tuned.yaml",),
+            outputs=(self._work / "tuned.yaml",),
         )
 
     def _evaluate(
@@ -258,18 +257,18 @@ class Chain:
         writes: tuple[Path, ...] = (),
         kind: str = "evaluate",
     ) -> Step:
-        words = ["--load", str(policy), "--prior-load", str(self.shared / "sft")]
+        words = ["--load", str(policy), "--prior-load", str(self._shared / "sft")]
         words += ["--reward-load", str(self._of_seed(seed) / "reward"), *self._judge_words(), "--seed", str(seed)]
-        words += ["--prompts", str(self.data / f"{split}.jsonl"), "--max-prompts", str(prompts)]
+        words += ["--prompts", str(self._data / f"{split}.jsonl"), "--max-prompts", str(prompts)]
         posterior = self._posterior_words(seed, split)
         if posterior:
-            posterior += flag_words({"reward_temperature": self.sizes.brain["reward_temperature"]})
+            posterior += flag_words({"reward_temperature": self._sizes.brain["reward_temperature"]})
         return self._stage(
             name,
             "evaluate",
             [*words, *posterior, "--output", str(output)],
             kind=kind,
-            flags={**self.sizes.evaluate, **(flags or {})},
+            flags={**self._sizes.evaluate, **(flags or {})},
             needs=[*needs, "shared/data", *self._judge_needs()],
             loads=loads,
             outputs=(output, *writes),
@@ -278,7 +277,7 @@ class Chain:
 
     def _posterior_words(self, seed: int, split: str) -> list[str]:
         """Flags of the distance to the posterior. All runs of a seed measure it with the same samples of the prior."""
-        sizes = self.sizes
+        sizes = self._sizes
         samples = sizes.test_posterior_samples if split == "test" else sizes.valid_posterior_samples
         if not samples:
             return []
@@ -292,23 +291,23 @@ class Chain:
         return self._of_seed(seed) / f"posterior_{split}.jsonl"
 
     def _of_seed(self, seed: int) -> Path:
-        return self.shared / f"seed{seed}"
+        return self._shared / f"seed{seed}"
 
     def _judge_words(self) -> list[str]:
-        return ["--judge", f"{EXAMPLE}/judge.py:{self.judge}"]
+        return ["--judge", f"{EXAMPLE}/judge.py:{self._judge}"]
 
     def _judge_needs(self) -> list[str]:
-        return [] if self.smoke else ["shared/judge"]
+        return [] if self._smoke else ["shared/judge"]
 
     def _brain_minutes(self, flags: Flags, data: str) -> float:
         """Minutes of a run: its start, its validations, and each response that is drawn, scored and trained on."""
         samples = RESPONSES_OF_A_PAIR if data == "pairs" else flags["samples_per_prompt"]
-        groups, minutes = flags["train_iters"] * flags["global_batch_size"], self.sizes.minutes
+        groups, minutes = flags["train_iters"] * flags["global_batch_size"], self._sizes.minutes
         work = groups * samples * minutes["brain_per_1000"] / 1000
         if flags.get("responses") == "rso":
             work += groups * flags["rso_candidates"] * minutes["candidates_per_1000"] / 1000
         validations = 0
-        if self.sizes.valid_prompts:
+        if self._sizes.valid_prompts:
             # Before the first step, after every interval, and after the last step.
             validations = 1 + math.ceil(flags["train_iters"] / (flags.get("eval_interval") or flags["train_iters"]))
         return minutes["brain"] + validations * minutes["validation"] + work
@@ -340,12 +339,12 @@ class Chain:
         self, name: str, command: list[str], *, kind: str | None = None, minutes: float | None = None, **more: Any
     ) -> Step:
         kind = kind or name.rsplit("/", 1)[-1]
-        environment = {**ENVIRONMENT, "TLDR_JUDGE_DIR": str(self.shared / "judge")}
+        environment = {**ENVIRONMENT, "TLDR_JUDGE_DIR": str(self._shared / "judge")}
         return Step(
             name=name,
             kind=kind,
             command=tuple(command),
-            minutes=self.sizes.minutes.get(kind, 0.5) if minutes is None else minutes,
+            minutes=self._sizes.minutes.get(kind, 0.5) if minutes is None else minutes,
             environment=environment,
             **{key: tuple(value) if isinstance(value, list) else value for key, value in more.items()},
         )

@@ -26,6 +26,7 @@ class Sizes:
     """`real` fetches SmolLM2-135M and MiniLM, `smoke` makes a tiny random model and judges by ROUGE alone."""
     sft_records: int
     sft_iters: int
+    sft_valid: int
     pair_prompts: int
     pair_packages: int
     pairs: int

@@ -57,6 +57,13 @@ def test_runs_of_a_seed_share_stages_and_steps_come_after_what_they_need(modules
         seen.add(name)
 
 
+def test_all_experiments_of_full_size_share_the_same_steps_in_one_work(modules, work):
+    known = {}
+    for name in set(EXPERIMENTS) - {"reduced", "smoke"}:
+        for step in plan_of(modules, name, work).steps.values():
+            assert known.setdefault(step.name, step) == step
+
+
 def test_the_seed_of_a_run_moves_reward_model_training_and_evaluation(modules, work):
     plan = plan_of(modules, "baseline", work, only=["none-k8"], seeds=[7])
     seeds = {name: words[words.index("--seed") + 1] for name, _, words in stages_of(plan) if "--seed" in words}
