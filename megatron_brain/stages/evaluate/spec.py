@@ -8,16 +8,26 @@ from megatron_brain.config.stage_spec import (
     StageSpec,
     Work,
     judge_code,
+    posterior_output,
     prior_and_rewards,
     reward_code,
 )
+from megatron_brain.errors import ConfigError
 from megatron_brain.stages.generate.spec import output, read_prompts
 
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.judge is None:
+    posterior = config.posterior
+    if posterior.posterior_samples:
+        require_reward(config)
+    elif config.scoring.judge is None:
         require_reward(config, "--judge")
+    if not posterior.posterior_samples and posterior.reward_temperature != 1.0:
+        raise ConfigError(
+            f"reward_temperature={posterior.reward_temperature} is read with --posterior-samples alone: give that, or "
+            "leave it out"
+        )
 
 
 def _work(config: RunConfig) -> Work:
@@ -38,10 +48,10 @@ EVALUATE = StageSpec(
     name="evaluate",
     help="compare checkpoints on held-out prompts",
     code="megatron_brain.stages.evaluate.stage:main",
-    sections=("sampling", "engine", "scoring", "generate", "evaluate"),
+    sections=("sampling", "engine", "scoring", "posterior", "generate", "evaluate"),
     require=_require,
     sources=lambda config: (PROMPTS,),
     reader=read_prompts,
     work=_work,
-    outputs=output,
+    outputs=lambda config: (*output(config), posterior_output(config)),
 )
