@@ -196,7 +196,7 @@ def test_evaluations_wait_for_the_round_that_is_drawn_ahead(folder, tmp_path, mo
             "megatron_brain.stages.brain.rounds.open_engine",
             lambda run, *prompts, lazy=lazy: CopyingEngine(run, lazy=lazy),
         )
-        for extra in ([], held_out(folder, "--eval-interval", "1")):
+        for extra in ([], held_out(folder, "--eval-interval", "1", "--posterior-samples", "4")):
             save = tmp_path / f"{lazy}_{len(extra)}"
             make(folder, *ahead, *extra, "--save", str(save)).train()
             plain = [{k: v for k, v in line.items() if not k.startswith("validation/")} for line in numbers(save)]

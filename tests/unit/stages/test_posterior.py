@@ -8,15 +8,18 @@ import pytest
 import torch
 from helpers.assets import SIZES, size_flags, write_assets
 
+from megatron_brain.checkpointing import load_weights, read_info
 from megatron_brain.config.loader import load_config
 from megatron_brain.data.groups import Group
 from megatron_brain.errors import AgreedError
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.stages.evaluate.stage import main as evaluate
+from megatron_brain.stages.reward.stage import RewardStage
 from megatron_brain.stages.sft.stage import SFTStage
 from megatron_brain.training.start import open_run
 from megatron_brain.training.trainer import Trainer
 from megatron_brain.training.validation import score_groups
+from megatron_brain.user_functions import ScoringFunction
 
 PROMPTS, TAU, VOCABULARY = 4, 0.5, SIZES["vocab_size"]
 RULES = '''
@@ -69,14 +72,16 @@ def measured(folder, tmp_path_factory):
     return report(folder, output, "--posterior-samples", "512", *data)
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def rollouts(folder):
-    return [json.loads(line) for line in (folder / "prior_samples.jsonl").read_text().splitlines()]
+    return read(folder / "prior_samples.jsonl")
 
 
 def log_probabilities(folder, run, checkpoint, prompts):
     """log-probability of every response to each prompt, `[prompts, vocabulary]`."""
-    from megatron_brain.checkpointing import load_weights, read_info
-
     chunks = run.build_model("policy")
     load_weights(read_info(str(folder / checkpoint)), chunks, head="policy", verify=False)
     everything = tuple((token,) for token in range(VOCABULARY))
@@ -197,8 +202,6 @@ def test_what_else_the_report_says_is_what_it_says_without_samples(folder, measu
 
 
 def test_equal_samples_are_scored_once(folder, tmp_path):
-    from megatron_brain.user_functions import ScoringFunction
-
     seen = []
     original = ScoringFunction.__call__
 
@@ -210,7 +213,7 @@ def test_equal_samples_are_scored_once(folder, tmp_path):
         patch.setattr(ScoringFunction, "__call__", noted)
         data = ["--posterior-data", str(tmp_path / "p.jsonl")]
         report(folder, tmp_path / "o.json", "--posterior-samples", "512", *data)
-    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    lines = read(tmp_path / "p.jsonl")
     distinct = {(line["id"], response["tokens"][0]) for line in lines for response in line["responses"]}
     assert len(seen[0]) == len(distinct) < PROMPTS * 512 == sum(len(line["responses"]) for line in lines)
 
@@ -254,6 +257,24 @@ def test_an_edited_reward_function_is_another_reward(folder, tmp_path):
         report(folder, tmp_path / "o.json", *data, *function)
 
 
+def test_several_reward_models_are_one_reward_for_all_policies_that_a_file_measures(folder, tmp_path):
+    models = []
+    for seed in ("1", "2"):
+        models.append(str(tmp_path / f"reward_{seed}"))
+        flags = ["--train-data", str(folder / "pairs.jsonl"), "--load", str(folder / "prior"), "--finetune"]
+        flags += ["--seq-length", "64", "--no-progress", "--train-iters", "1", "--seed", seed, "--save", models[-1]]
+        run = open_run(load_config("reward", flags))
+        Trainer(run, RewardStage(run)).save()
+    data = ["--posterior-samples", "8", "--posterior-data", str(tmp_path / "p.jsonl"), "--reward-function", "null"]
+    rewards = ["--reward-load", ",".join(models)]
+    first, _ = report(folder, tmp_path / "o.json", *data, *rewards)
+    other, _ = report(folder, tmp_path / "o.json", *data, *rewards, policy="prior")
+    for name in ("reward/baseline", "posterior/prior_reward", "posterior/reward"):
+        assert [row[name] for row in first["rows"]] == pytest.approx([row[name] for row in other["rows"]], abs=1e-5)
+    every = [response["reward"] for line in read(tmp_path / "p.jsonl") for response in line["responses"]]
+    assert abs(statistics.fmean(every)) < 0.5, "standardised"
+
+
 @pytest.fixture
 def brain(folder):
     """Makes a run of brain with held-out prompts."""
@@ -271,7 +292,7 @@ def brain(folder):
 
 
 def numbers(save):
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    lines = read(save / "metrics.jsonl")
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
@@ -302,7 +323,7 @@ def test_a_resumed_run_gives_the_same_distances_with_and_without_a_file(brain, f
         assert numbers(tmp_path / name)[-1] == numbers(tmp_path / "whole")[-1]
     assert (tmp_path / "whole" / "best").exists()
     # The file serves evaluate, too: same prompts, prior and reward.
-    read = ["--posterior-data", str(tmp_path / "p.jsonl"), "--posterior-samples", "64"]
-    found, _ = report(folder, tmp_path / "o.json", *read, policy="prior")
+    shared = ["--posterior-data", str(tmp_path / "p.jsonl"), "--posterior-samples", "64"]
+    found, _ = report(folder, tmp_path / "o.json", *shared, policy="prior")
     own = numbers(tmp_path / "whole")[0]
     assert found["metrics"]["posterior/reward"]["value"] == pytest.approx(own["validation/posterior_reward"])
