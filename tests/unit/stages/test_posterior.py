@@ -45,11 +45,11 @@ def folder(single, tmp_path_factory):
     folder = tmp_path_factory.mktemp("posterior")
     write_assets(folder)
     (folder / "rules.py").write_text(RULES)
-    flags = ["--train-data", str(folder / "sft.jsonl"), "--seq-length", "64", "--no-progress", "--train-iters", "4"]
+    flags = ["--train-data", str(folder / "sft.jsonl"), "--seq-length", "64", "--no-progress", "--train-iters", "3"]
     flags += ["--lr-decay-style", "constant", "--lr", "1e-2", "--global-batch-size", "4"]
     start = ["--tokenizer-model", str(folder / "tokenizer"), *size_flags(num_layers=1)]
     run = open_run(load_config("sft", [*flags, *start, "--save", str(folder / "prior")]))
-    Trainer(run, SFTStage(run)).save()
+    Trainer(run, SFTStage(run)).train()
     moved = ["--load", str(folder / "prior"), "--finetune", "--save", str(folder / "policy")]
     run = open_run(load_config("sft", [*flags, *moved]))
     Trainer(run, SFTStage(run)).train()
@@ -273,6 +273,9 @@ def test_several_reward_models_are_one_reward_for_all_policies_that_a_file_measu
         assert [row[name] for row in first["rows"]] == pytest.approx([row[name] for row in other["rows"]], abs=1e-5)
     every = [response["reward"] for line in read(tmp_path / "p.jsonl") for response in line["responses"]]
     assert abs(statistics.fmean(every)) < 0.5, "standardised"
+    (folder / "shuffled.jsonl").write_text("".join(reversed((folder / "sft.jsonl").read_text().splitlines(True))))
+    with pytest.raises(AgreedError, match="prompt 1 of the run is another one"):
+        report(folder, tmp_path / "o.json", *data, *rewards, "--prompts", str(folder / "shuffled.jsonl"))
 
 
 @pytest.fixture
