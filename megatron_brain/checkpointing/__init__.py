@@ -21,6 +21,7 @@ from megatron_brain.checkpointing.folders import (
     read_records,
     require_files,
 )
+from megatron_brain.checkpointing.index import index_checksum
 from megatron_brain.checkpointing.load import load_training_state, load_weights
 from megatron_brain.checkpointing.save import (
     CheckpointSaver,
@@ -36,6 +37,7 @@ __all__ = [
     "TrainingState",
     "check_best",
     "has_checkpoint",
+    "index_checksum",
     "load_training_state",
     "load_weights",
     "publish_checkpoint",

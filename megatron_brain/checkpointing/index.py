@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_brain.checkpointing.boxes import BoxPart, tiles
+from megatron_brain.checkpointing.checksums import file_checksum
 from megatron_brain.checkpointing.errors import COPY, DamagedError
 from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
@@ -104,6 +105,12 @@ def read_index(folder: Path) -> Index:
     except (DamagedError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, error) from error
     return Index(folder, boxes)
+
+
+def index_checksum(folder: Path) -> str:
+    """A checksum of the list of tensors, which has the checksums of all values. It tells apart checkpoints of other
+    weights, wherever they are."""
+    return file_checksum(folder / INDEX)
 
 
 def _damaged(path: Path, error: Exception) -> DamagedError:

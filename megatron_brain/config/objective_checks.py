@@ -1,7 +1,6 @@
 """Checks that objective, responses and their settings fit together."""
 
-import dataclasses
-
+from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.objectives import OBJECTIVE_TRAITS
 from megatron_brain.config.run import RunConfig
 from megatron_brain.errors import ConfigError
@@ -73,10 +72,12 @@ def require_rejection_sampling(config: RunConfig) -> None:
 def _check_unread(config: RunConfig) -> None:
     """Raise ConfigError for a changed setting that the run would not read."""
     brain = config.brain
-    default = {field.name: field.default for field in dataclasses.fields(brain)}
+    fields = stage_fields(config.stage)
     read = set(OBJECTIVE_TRAITS[brain.objective].settings)
     if brain.responses == "rso":
         read |= {"reward_temperature", *_RSO_SETTINGS}
+    if config.posterior.posterior_samples:
+        read.add("reward_temperature")
     if OBJECTIVE_TRAITS[brain.objective].needs_log_proposal:
         read |= {"max_refresh_error", "max_sampler_difference"}
     if not brain.refresh_proposal:
@@ -84,8 +85,8 @@ def _check_unread(config: RunConfig) -> None:
         read.add("max_sampler_difference")
     settings = {name for traits in OBJECTIVE_TRAITS.values() for name in traits.settings}
     for name in sorted(settings | {"max_refresh_error", "max_sampler_difference", *_RSO_SETTINGS}):
-        value = getattr(brain, name)
-        if name in read or value == default[name]:
+        value = getattr(config.section(fields[name].section), name)
+        if name in read or value == fields[name].default:
             continue
         if name in _RSO_SETTINGS:
             raise ConfigError(f"{name}={value} is read with --responses rso alone: leave it out, or choose that")

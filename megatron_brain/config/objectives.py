@@ -8,7 +8,7 @@ class ObjectiveTraits:
     """What settings have to fit, known without torch. All of it follows from the objective's class."""
 
     settings: tuple[str, ...]
-    """Fields of `BrainConfig` that the constructor takes."""
+    """Settings of the brain stage that the constructor takes, by name."""
     group_multiple: int = 1
     """The number of a group's responses is a multiple of this."""
     needs_log_proposal: bool = True

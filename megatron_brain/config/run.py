@@ -11,6 +11,7 @@ from megatron_brain.config.judging import JudgingConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
 from megatron_brain.config.parallel import ParallelConfig
+from megatron_brain.config.posterior import PosteriorConfig
 from megatron_brain.config.stages import (
     BrainConfig,
     EvaluateConfig,
@@ -43,6 +44,7 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     brain: BrainConfig = field(default_factory=BrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_brain.config.run import RunConfig
@@ -141,6 +142,12 @@ class Output:
     flag: str
     place: str | None
     is_folder: bool = False
+
+
+def posterior_output(config: RunConfig) -> Output:
+    """The file of --posterior-data, where the run writes it: one that exists is read."""
+    place = config.posterior.posterior_data
+    return Output(flag="--posterior-data", place=None if place is None or Path(place).exists() else place)
 
 
 def _nothing(config: RunConfig) -> tuple[()]:

@@ -133,9 +133,6 @@ class BrainConfig:
     objective: str = field(default="brain", metadata={"choices": OBJECTIVE_TRAITS})
     """Loss of a group; docs/stages.md has the formulas and the settings that each reads."""
 
-    reward_temperature: float = 1.0
-    """Temperature tau: the posterior is proportional to p(y|x) exp(r(x,y)/tau)."""
-
     baseline: Literal["self-normalized", "unnormalized", "none"] = "self-normalized"
     """Weight on grad log q(y_i): alpha_i - beta_i, alpha_i - (1/n) q/q', or alpha_i."""
 
@@ -195,7 +192,7 @@ class BrainConfig:
 
     def __post_init__(self) -> None:
         limits = ("clip_ratio", "max_refresh_error", "max_sampler_difference")
-        for name in ("reward_temperature", "policy_strength", *limits):
+        for name in ("policy_strength", *limits):
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError(f"{name}={value}: must be positive")

@@ -196,6 +196,8 @@ def _schedule(found: Findings) -> Rows:
     rows.append(("validations", _every(interval, total, before=1) if config.data.valid_data else "none"))
     if spec_of(config).work(config).answers_held_out:
         rows.append(("of a validation", _held_out(found)))
+    if config.posterior.posterior_samples:
+        rows.append(("of the first validation", _prior_samples(config)))
     if config.brain.stop_at_kl is not None:
         rows.append(("ends early", f"where the held-out KL to the prior exceeds {config.brain.stop_at_kl:g} nats"))
     if found.resolved.start.resuming:
@@ -210,6 +212,14 @@ def _held_out(found: Findings) -> str:
     plain = (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
     each = "2 answers each" if plain else "3 answers each, one of them for the KL"
     return f"{prompts}: {each}, and at the first one 2 of the prior, of at most {sampling.max_new_tokens} tokens"
+
+
+def _prior_samples(config: RunConfig) -> str:
+    """The samples of the prior by which the distance to the posterior is measured."""
+    settings = config.posterior
+    prompts = "all" if settings.posterior_prompts is None else f"the first {settings.posterior_prompts:,}"
+    where = "" if settings.posterior_data is None else f", in {settings.posterior_data}"
+    return f"{settings.posterior_samples} samples of the prior for each of {prompts} prompts, scored once{where}"
 
 
 def _iterations(found: Findings) -> str:
@@ -237,7 +247,9 @@ def _every(interval: int | None, total: int | None, *, before: int = 0) -> str:
 
 
 def _prompts(found: Findings) -> Rows:
-    return [("prompts", "not known: not on this machine" if found.num_samples is None else str(found.num_samples))]
+    config, count = found.config, found.num_samples
+    rows = [("prompts", "not known: not on this machine" if count is None else str(count))]
+    return [*rows, ("posterior", _prior_samples(config))] if config.posterior.posterior_samples else rows
 
 
 def _fp8(config: RunConfig, workload: Workload) -> Rows:

@@ -29,6 +29,12 @@ def held_out_seeds(seed: int, places: Sequence[int]) -> list[list[int]]:
     return sample_seeds(seed, [-1 - place for place in places], 1)
 
 
+def posterior_seeds(seed: int, places: Sequence[int], samples: int) -> list[list[int]]:
+    """Seeds of samples of the prior to held-out prompts, given the prompts' places. No other sample has them: the first
+    of each key is the prompt's in `held_out_seeds`."""
+    return [of_prompt[1:] for of_prompt in sample_seeds(seed, [-1 - place for place in places], samples + 1)]
+
+
 def draw_uniforms(seed: int, count: int) -> numpy.ndarray:
     """`[count]` float64 in [0, 1) from a seed. A larger count begins with the draws of a smaller one."""
     return numpy.random.Generator(numpy.random.Philox(key=seed)).random(count)

@@ -27,6 +27,28 @@ def bootstrap(values: Sequence[float], *, samples: int, seed: int) -> Estimate:
     return Estimate(float(data.mean()), float(low), float(high))
 
 
+def bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], *, samples: int, seed: int
+) -> Estimate | None:
+    """The ratio of two means over the same prompts, with an interval as `bootstrap` makes it: both means are those of
+    the same resampled prompts. With a seed they are resampled as `bootstrap` does it.
+
+    Args:
+        numerators, denominators: a number for each prompt; denominators are not negative.
+
+    Returns:
+        None where all denominators of some resampling are 0, so that the interval has no end.
+    """
+    pairs = numpy.asarray([numerators, denominators], dtype=numpy.float64)
+    assert pairs.shape[1] and (pairs[1] >= 0).all(), "no values to average, or a negative denominator"
+    draws = numpy.random.default_rng(seed).integers(pairs.shape[1], size=(samples, pairs.shape[1]))
+    above, below = pairs[:, draws].mean(axis=2)
+    if not below.all():
+        return None
+    low, high = numpy.percentile(above / below, [2.5, 97.5])
+    return Estimate(float(pairs[0].mean() / pairs[1].mean()), float(low), float(high))
+
+
 def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequence[bool] | None = None) -> list[float]:
     """1 where a score beats the other, 0 where it loses, one half for a tie; one entry per prompt.
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from megatron_brain.checkpointing import index_checksum
 from megatron_brain.config.stage_spec import Head
 from megatron_brain.errors import ConfigError
 from megatron_brain.models.offload import HostWeights
@@ -40,6 +41,14 @@ class FrozenModel:
         """The checkpoint's folder."""
         return None if self._found is None else str(self._found.info.path.resolve())
 
+    def fingerprint(self) -> str:
+        """A checksum that tells the checkpoint's weights apart from others, wherever they are.
+
+        Raises:
+            ConfigError: there is no checkpoint.
+        """
+        return index_checksum(self._require_found().info.path)
+
     def point_to(self, directory: str | None) -> None:
         """Use another checkpoint. The model must not have been used yet."""
         assert self._chunks is None, "the model is loaded already"
@@ -54,6 +63,11 @@ class FrozenModel:
             run.parallel,
         )
 
+    def _require_found(self) -> FrozenCheckpoint:
+        if self._found is None:
+            raise ConfigError(f"the {self._name} model is needed: give --{self._name}-load")
+        return self._found
+
     @contextmanager
     def loaded(self) -> Iterator[list[Chunk]]:
         """The model's chunks in evaluation mode. They are usable inside the context only.
@@ -62,9 +76,7 @@ class FrozenModel:
             ConfigError: there is no checkpoint.
         """
         if self._chunks is None:
-            if self._found is None:
-                raise ConfigError(f"the {self._name} model is needed: give --{self._name}-load")
-            self._chunks = self._run.load_frozen(self._found)
+            self._chunks = self._run.load_frozen(self._require_found())
             if self._offload:
                 self._weights = HostWeights(self._chunks)
         if self._weights is None:

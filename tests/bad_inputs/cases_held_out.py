@@ -38,6 +38,15 @@ def _rollouts_alone(site):
     return [argument for argument in argv if argument != "--finetune"]
 
 
+def _evaluate(*flags: str) -> Maker:
+    return lambda site: site.assets.evaluate("--reward-load", str(site.assets.reward), *flags)
+
+
+def _foreign_samples(site):
+    site.write("prior.jsonl", "{}\n")
+    return _evaluate("--posterior-samples", "8", "--posterior-data", "prior.jsonl")(site)
+
+
 def _in_the_way(site: Site):
     site.write("saved/best/somebodys.txt", "mine")
     return _sft("--valid-data", str(site.assets.records("sft")), "--keep-best", "loss")(site)
@@ -71,6 +80,46 @@ CASES = [
         _brain("--max-new-tokens", "64"),
         r"max_new_tokens=64 leaves no room",
         r"seq_length=64",
+    ),
+    # The distance to the posterior.
+    BadInput(
+        "a distance on no prompts",
+        _brain("--posterior-samples", "8", records=None),
+        r"posterior_samples=8",
+        r"needs --valid-data",
+    ),
+    BadInput(
+        "one sample of the prior", _evaluate("--posterior-samples", "1"), r"posterior_samples=1", r"use 2 or more"
+    ),
+    BadInput(
+        "a distance without a reward",
+        lambda site: site.assets.evaluate("--judge", "j.py:f", "--posterior-samples", "8"),
+        r"no reward: the evaluate stage needs",
+        r"--reward-load, --reward-function or --reward-url$",
+    ),
+    BadInput(
+        "a file of no samples",
+        _evaluate("--posterior-data", "prior.jsonl"),
+        r"posterior_data=prior.jsonl is read with --posterior-samples alone",
+        r"give that, or leave it out",
+    ),
+    BadInput(
+        "a file of samples with another ending",
+        _evaluate("--posterior-samples", "8", "--posterior-data", "prior.json"),
+        r"posterior_data=prior.json",
+        r"ends in .jsonl",
+    ),
+    BadInput(
+        "a temperature that nothing reads",
+        _evaluate("--reward-temperature", "2"),
+        r"reward_temperature=2.0 is read with --posterior-samples alone",
+        r"leave it out",
+    ),
+    BadInput(
+        "samples that somebody else has written",
+        _foreign_samples,
+        r"posterior_data=prior.jsonl: prior.jsonl.json does not say what it was made with",
+        r"give the name of a new file",
     ),
     # The best checkpoint.
     BadInput(

@@ -1,4 +1,9 @@
-"""Answers to held-out prompts and their numbers are those of one process, also in a run that another layout resumes."""
+"""Answers to held-out prompts and their numbers are those of one process, also in a run that another layout resumes.
+
+The distance to the posterior is one of the numbers.
+"""
+
+import json
 
 import pytest
 
@@ -14,9 +19,13 @@ some = at(lambda layout: layout.name in ("tp2_sp", "pp2", "dp2", "tp2_dp2", "dp4
 
 @some
 def case_held_out_answers_and_their_numbers(layout: Layout, context: Context) -> None:
-    saved = context.shared / "held_out_run"
-    trainer = _open(layout, context, _PROMPTS, *(["--save", str(saved)] if context.world_size == 1 else []))
+    saved, samples = context.shared / "held_out_run", context.shared / f"prior_{context.world_size}_{layout.name}.jsonl"
+    extra = ["--save", str(saved)] if context.world_size == 1 else []
+    trainer = _open(layout, context, _PROMPTS, *extra, "--posterior-data", str(samples))
     found = evaluated(trainer)
+    written = [json.loads(line) for line in samples.read_text().splitlines()]
+    drawn = [[response["tokens"] for response in line["responses"]] for line in written]
+    assert drawn == context.reference("prior_samples", drawn) and list(map(len, drawn)) == [4] * 5
     if context.world_size == 1:
         trainer.save()
     for _ in range(2):
@@ -29,7 +38,7 @@ def case_held_out_answers_and_their_numbers(layout: Layout, context: Context) ->
 def case_a_resumed_run_keeps_the_priors_answers_at_any_layout(layout: Layout, context: Context) -> None:
     """The checkpoint is that of one process."""
     start = ["--load", str(context.shared / "held_out_run"), "--prior-load", str(context.shared / "prior")]
-    resumed = _open(layout, context, _PROMPTS, *start)
+    resumed = _open(layout, context, _PROMPTS, *start)  # It draws the samples of the prior again.
     resumed.stage._held_out._answer_by_prior = None  # It is not called.
     for _ in range(2):
         step(resumed)
@@ -38,7 +47,8 @@ def case_a_resumed_run_keeps_the_priors_answers_at_any_layout(layout: Layout, co
 
 @at(lambda layout: layout.name in ("dp2", "dp4"))
 def case_fewer_held_out_prompts_than_replicas(layout: Layout, context: Context) -> None:
-    _expect_reference("held_out_few", evaluated(_open(layout, context, _FEW)), context)
+    read = ["--posterior-data", str(context.shared / "prior_of_one_process.jsonl")]
+    _expect_reference("held_out_few", evaluated(_open(layout, context, _FEW, *read)), context)
 
 
 @at(lambda layout: layout.name in ("dp2", "pp2"))
@@ -58,6 +68,7 @@ def _open(layout: Layout, context: Context, prompts: int, *extra: str):
         judge.write_text("def score(prompts, responses, references):\n    return [len(text) for text in responses]\n")
     held_out = ["--valid-data", str(context.assets / "sft.jsonl"), "--max-valid-records", str(prompts)]
     held_out += ["--judge", f"{judge}:score", "--train-iters", "9"]
+    held_out += ["--posterior-samples", "4", "--posterior-prompts", "5"]
     flags = [*brain_flags(context), "--lr", "1e-2", *held_out, *extra]
     if "--load" in extra:
         flags.remove("--finetune")

@@ -190,8 +190,11 @@ def test_the_stages_that_do_not_train_have_a_dry_run_too(dry_run, assets, stage)
     argv = ["--load", f"{assets}/policy", "--prompts", f"{assets}/prompts.jsonl", "--output", "/no/o.json"]
     if stage == "evaluate":
         argv += ["--prior-load", f"{assets}/policy", "--reward-load", f"{assets}/reward"]
+        argv += ["--posterior-samples", "64", "--posterior-prompts", "9", "--posterior-data", "/no/prior.jsonl"]
     shown = dry_run(2, stage, *argv, "--seq-length", "128", "--max-new-tokens", "16")
     assert shown["Schedule"]["prompts"] == "40"
+    samples = "64 samples of the prior for each of the first 9 prompts, scored once, in /no/prior.jsonl"
+    assert shown["Schedule"].get("posterior") == (samples if stage == "evaluate" else None)
     assert float(shown["Memory per GPU, on the fullest (estimate)"]["total"].split()[0]) < 1
 
 

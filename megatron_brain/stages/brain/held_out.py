@@ -16,6 +16,7 @@ from megatron_brain.generation.batch import Completion
 from megatron_brain.generation.engine import Engine
 from megatron_brain.generation.seeds import held_out_seeds
 from megatron_brain.models.provider import Chunk
+from megatron_brain.objectives.posterior import DISTANCES
 from megatron_brain.stages.answers import gather_rows, my_share
 from megatron_brain.stages.comparison import (
     add_judge_scores,
@@ -26,6 +27,8 @@ from megatron_brain.stages.comparison import (
     require_finite,
     wins_over,
 )
+from megatron_brain.stages.posterior import add_distances
+from megatron_brain.stages.prior_samples import THE_PRIOR, PriorSamples
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.best import Direction
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 _TEXTS_SHOWN = 3
 _WAYS = {"sampled": "", "greedy": "greedy_"}
 """How prompts are answered, with the beginnings of the names of the metrics."""
+_DIVERGENCES = ("kl_alpha_beta", "kl_to_policy")
+"""The distances to the posterior that the policy has. The others are the posterior's own, or say how sure they are."""
 
 
 def held_out_metrics(config: RunConfig) -> dict[str, Direction | None]:
@@ -53,6 +58,8 @@ def held_out_metrics(config: RunConfig) -> dict[str, Direction | None]:
             found |= {f"{way}{kind}_mean": "highest", f"{way}prior_{kind}_mean": None}
             found[f"{way}win_rate_{kind}"] = "highest"
         found |= {f"{way}reward/{name}": direction for name, direction in _parts(config).items()}
+    if config.posterior.posterior_samples:
+        found |= {f"posterior_{name}": "lowest" if name in _DIVERGENCES else None for name in DISTANCES}
     if "judge" in kinds:
         found |= {f"{way}win_rate_judge_reference": "highest" for way in _WAYS.values()}
         found["reference_judge_mean"] = None
@@ -85,7 +92,7 @@ class HeldOut:
         rewards: the parts of the reward; without any, answers get no rewards.
 
     Raises:
-        AgreedError: on all ranks: the judge cannot be used.
+        AgreedError: on all ranks: the judge or --posterior-data cannot be used.
     """
 
     def __init__(
@@ -99,6 +106,9 @@ class HeldOut:
         self._judge = read_on_all(lambda: open_judge(judge, prompts), run.parallel)
         sampling = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
         self._ways = {"sampled": sampling, "greedy": dataclasses.replace(sampling, temperature=0.0)}
+        self._samples: PriorSamples | None = None
+        if run.config.posterior.posterior_samples:
+            self._samples = PriorSamples(run, prompts, engine, prior, rewards, self._scale)
         self._by_prior: list[dict] | None = None
         """The rows of all prompts with the prior's answers."""
         self._kl: float | None = None
@@ -112,9 +122,11 @@ class HeldOut:
         Raises:
             Interrupted: on all ranks, if the process was asked to stop while the engine drew.
             FloatingPointError: on all ranks, if a model gives a number that is not finite.
-            AgreedError: on all ranks, if the judge fails.
+            AgreedError: on all ranks, if the judge or the reward fails.
         """
         start = time.perf_counter()
+        if self._samples is not None:
+            self._samples.rollouts()  # Several reward models are standardised by them.
         if self._by_prior is None:
             self._by_prior = self._answer_by_prior()
         rows = self._answer(trainer.gathered_chunks(), f"iteration {trainer.iteration}")
@@ -139,7 +151,7 @@ class HeldOut:
 
     def _answer_by_prior(self) -> list[dict]:
         with self._prior.loaded() as chunks:
-            drawn = self._draw(chunks, "the prior", self._ways)
+            drawn = self._draw(chunks, THE_PRIOR, self._ways)
         named = {f"prior_{way}": samples for way, samples in drawn.items()}
         rows = self._scored_rows(named)
         return self._judged(self._gather(rows), [*named, "reference"])
@@ -152,6 +164,8 @@ class HeldOut:
         answered = [self._prompts[i] for i in self._mine]
         for row, difference in zip(rows, log_ratios(self._run, policy, self._prior, answered, of_policy), strict=True):
             row["kl_to_prior"] = difference
+        if self._samples is not None:
+            add_distances(self._run, self._samples, policy, dict(zip(self._mine, rows, strict=True)))
         return self._judged(self._gather(rows), [*drawn])
 
     def _draw(
@@ -210,7 +224,8 @@ class HeldOut:
             yield f"held_out/{place}", "\n".join(lines)
 
     def state_dict(self) -> dict:
-        """JSON-able state, the same on all ranks."""
+        """JSON-able state, the same on all ranks. The samples of the prior are not in it, which would be megabytes in
+        every checkpoint: they are in --posterior-data, or drawn again with the same draws."""
         return {"made_with": self._made_with(), "kl_to_prior": self._kl, "reward_scale": self._scale.state_dict()}
 
     def records(self) -> list[dict]:
@@ -262,6 +277,8 @@ def summarize(rows: Sequence[dict], kinds: Sequence[str], parts: Sequence[str] =
         kinds: the kinds of scores that all answers have: `reward`, `judge`.
         parts: names of the parts of the reward, where it has several.
 
+    Distances to the posterior are averaged over the rows that have them, the first ones or all.
+
     Returns:
         the metrics that `held_out_metrics` names, without `seconds`.
     """
@@ -285,6 +302,10 @@ def summarize(rows: Sequence[dict], kinds: Sequence[str], parts: Sequence[str] =
         metrics |= {f"{beginning}reward/{part}": mean(f"reward/{part}/{way}") for part in parts}
         if "judge" in kinds:
             metrics[f"{beginning}win_rate_judge_reference"] = win_rate("judge", way, "reference")
+    measured = [row for row in rows if "posterior/reward" in row]
+    if measured:
+        means = {name: statistics.fmean(row[f"posterior/{name}"] for row in measured) for name in DISTANCES}
+        metrics |= {f"posterior_{name}": value for name, value in means.items()}
     if "judge" in kinds:
         metrics["reference_judge_mean"] = mean("judge/reference")
     return metrics

@@ -1,18 +1,22 @@
 """Makes the objective of a run, and registers objectives from outside the package."""
 
-import dataclasses
 import inspect
 
+from megatron_brain.config.fields import stage_fields
 from megatron_brain.config.objectives import OBJECTIVE_TRAITS, ObjectiveTraits
-from megatron_brain.config.stages import BrainConfig
+from megatron_brain.config.run import RunConfig
 from megatron_brain.objectives.objective import Objective
 from megatron_brain.objectives.registry import OBJECTIVES, make_objective
 
 
-def objective_of(settings: BrainConfig) -> Objective:
+def objective_of(config: RunConfig) -> Objective:
     """The objective that a run's settings ask for."""
-    names = OBJECTIVE_TRAITS[settings.objective].settings
-    return make_objective(settings.objective, {name: getattr(settings, name) for name in names})
+    name, fields = config.brain.objective, stage_fields("brain")
+    settings = {
+        setting: getattr(config.section(fields[setting].section), setting)
+        for setting in OBJECTIVE_TRAITS[name].settings
+    }
+    return make_objective(name, settings)
 
 
 def register_objective(name: str, kind: type[Objective]) -> None:
@@ -20,7 +24,7 @@ def register_objective(name: str, kind: type[Objective]) -> None:
 
     Args:
         name: what `--objective` takes.
-        kind: its class. The constructor takes fields of `BrainConfig` by name, or nothing.
+        kind: its class. The constructor takes settings of the brain stage by name, or nothing.
     """
     assert name not in OBJECTIVES, f"there are two objectives called {name}"
     OBJECTIVES[name], OBJECTIVE_TRAITS[name] = kind, traits_of(kind)
@@ -29,8 +33,8 @@ def register_objective(name: str, kind: type[Objective]) -> None:
 def traits_of(kind: type[Objective]) -> ObjectiveTraits:
     """What the configuration has to know of an objective's class."""
     settings = tuple(inspect.signature(kind).parameters)
-    unknown = set(settings) - {field.name for field in dataclasses.fields(BrainConfig)}
-    assert not unknown, f"{kind.__name__} takes {sorted(unknown)}, which are no fields of BrainConfig"
+    unknown = set(settings) - stage_fields("brain").keys()
+    assert not unknown, f"{kind.__name__} takes {sorted(unknown)}, which are no settings of the brain stage"
     return ObjectiveTraits(
         settings=settings, group_multiple=kind.group_multiple, needs_log_proposal="log_proposal" in kind.needs
     )

@@ -12,6 +12,7 @@ ways:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_brain.config.run import RunConfig
 from megatron_brain.config.training import TrainingConfig
 from megatron_brain.data.group_schedule import GroupLengths, plan_groups
 from megatron_brain.data.groups import Group
@@ -58,6 +59,16 @@ class Placement:
     ) -> None:
         self._training, self._parallel = training, parallel
         self._interleaved, self._round_to = interleaved, round_to or parallel.tp_size
+
+    @classmethod
+    def of(cls, config: RunConfig, parallel: Parallel) -> "Placement":
+        """The placement of a run's settings."""
+        return cls(
+            config.training,
+            parallel,
+            interleaved=config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+            round_to=config.fp8.packed_multiple(config.parallel),
+        )
 
     @property
     def _budget(self) -> int | None:

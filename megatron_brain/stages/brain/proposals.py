@@ -260,7 +260,7 @@ def read_round(config: RunConfig, path: str) -> list[Rollout]:
         ConfigError: they do not fill whole batches, do not fit the model's vocabulary or --seq-length, or lack numbers
             that no given model computes.
     """
-    objective, batch = objective_of(config.brain), config.training.global_batch_size
+    objective, batch = objective_of(config), config.training.global_batch_size
     rollouts = read_rollouts(path, needs_log_proposal="log_proposal" in objective.needs)
     for rollout in rollouts:
         _check_tokens(config, rollout, path)

@@ -122,7 +122,7 @@ class RejectionSamples:
         chosen = accept(
             [response.reward for response in responses],
             count,
-            temperature=settings.reward_temperature,
+            temperature=self._run.config.posterior.reward_temperature,
             uniforms=draw_uniforms(
                 sample_seed(self._run.config.training.seed, key, _SAMPLE_KEY), num_draws(len(responses), count)
             ).tolist(),

@@ -65,12 +65,7 @@ class RoundMaker:
         scoring = run.config.scoring
         self.prior = FrozenModel(run, "prior", _prior_folder(run.config), head="policy", offload=scoring.offload_prior)
         self.rewards, self.reward_scale = Rewards(run), Scale()
-        self._placement = Placement(
-            run.config.training,
-            run.parallel,
-            interleaved=run.config.parallel.num_layers_per_virtual_pipeline_stage is not None,
-            round_to=run.config.fp8.packed_multiple(run.config.parallel),
-        )
+        self._placement = Placement.of(run.config, run.parallel)
         draws = self._settings.responses != "given" and self._settings.rollout_data is None
         self._prompts: Sequence[Prompt] = run.read(TRAIN_DATA) if draws else ()
         self.held_out: Sequence[Prompt] = run.read(HELD_OUT)

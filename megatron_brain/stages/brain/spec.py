@@ -18,6 +18,7 @@ from megatron_brain.config.stage_spec import (
     StageSpec,
     Work,
     judge_code,
+    posterior_output,
     prior_and_rewards,
     reward_code,
 )
@@ -125,7 +126,11 @@ def _require_engine(config: RunConfig) -> None:
 def _require_held_out(config: RunConfig) -> None:
     """What looks at answers to held-out prompts needs the prompts; they need a prior."""
     if config.data.valid_data is None:
-        for name, value in (("judge", config.scoring.judge), ("stop_at_kl", config.brain.stop_at_kl)):
+        for name, value in (
+            ("judge", config.scoring.judge),
+            ("stop_at_kl", config.brain.stop_at_kl),
+            ("posterior_samples", config.posterior.posterior_samples or None),
+        ):
             if value is not None:
                 raise ConfigError(f"{name}={value} needs --valid-data, the held-out prompts whose answers it looks at")
     elif config.scoring.prior_load is None and not config.checkpoint.finetune:
@@ -133,6 +138,8 @@ def _require_held_out(config: RunConfig) -> None:
             "prior_load is not set: answers to --valid-data are compared with the prior's; give --prior-load, or "
             "--finetune if --load is the prior the run starts from"
         )
+    if config.posterior.posterior_samples:
+        require_reward(config)
 
 
 def _sources(config: RunConfig) -> tuple[RecordSource, ...]:
@@ -165,7 +172,7 @@ BRAIN = StageSpec(
     name="brain",
     help="BRAIn: match the reward-conditioned posterior",
     code="megatron_brain.stages.brain.stage:BrainStage",
-    sections=(*TRAINING_SECTIONS, "sampling", "engine", "scoring", "brain"),
+    sections=(*TRAINING_SECTIONS, "sampling", "engine", "scoring", "posterior", "brain"),
     rounds=True,
     require=_require,
     sources=_sources,
@@ -173,5 +180,8 @@ BRAIN = StageSpec(
     reads=("max_new_tokens",),
     length=length_by_rounds,
     work=_work,
-    outputs=lambda config: (Output(flag="--rollout-dir", place=config.brain.rollout_dir, is_folder=True),),
+    outputs=lambda config: (
+        Output(flag="--rollout-dir", place=config.brain.rollout_dir, is_folder=True),
+        posterior_output(config),
+    ),
 )

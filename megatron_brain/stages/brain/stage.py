@@ -56,6 +56,7 @@ class BrainStage:
         "clipped_fraction",
         "win_rate_reward",
         "win_rate_judge",
+        "posterior_kl_alpha_beta",
         "loss",
         "tokens_per_second",
     )
@@ -64,7 +65,7 @@ class BrainStage:
     @classmethod
     def metric_names(cls, config: RunConfig) -> tuple[str, ...]:
         """Names of the metrics that the stage logs with the run's objective."""
-        objective = objective_of(config.brain)
+        objective = objective_of(config)
         loss = GroupLoss(objective)
         of_proposal = ["distinct_candidates"] if config.brain.responses == "rso" else []
         if config.engine.engine != "native":
@@ -83,7 +84,7 @@ class BrainStage:
         config = run.config
         self._config, self._corpora = config, run.corpora
         self.shared_prefix = config.training.shared_prefix
-        objective = objective_of(config.brain)
+        objective = objective_of(config)
         self._group_loss, self._refresh_check = GroupLoss(objective), objective.refresh_check
         self.mean_metrics, self.max_metrics = self._group_loss.mean_metrics, self._group_loss.max_metrics
         self._maker = RoundMaker(run, objective)

@@ -9,16 +9,26 @@ from megatron_brain.config.stage_spec import (
     StageSpec,
     Work,
     judge_code,
+    posterior_output,
     prior_and_rewards,
     reward_code,
 )
+from megatron_brain.errors import ConfigError
 from megatron_brain.stages.generate.spec import output, read_prompts
 
 
 def _require(config: RunConfig) -> None:
     require_set(config, "checkpoint.load", "generate.prompts", "generate.output", "scoring.prior_load")
-    if config.scoring.judge is None and config.judging.judge_url is None:
+    posterior = config.posterior
+    if posterior.posterior_samples:
+        require_reward(config)
+    elif config.scoring.judge is None and config.judging.judge_url is None:
         require_reward(config, "--judge", "--judge-url")
+    if not posterior.posterior_samples and posterior.reward_temperature != 1.0:
+        raise ConfigError(
+            f"reward_temperature={posterior.reward_temperature} is read with --posterior-samples alone: give that, or "
+            "leave it out"
+        )
 
 
 def _work(config: RunConfig) -> Work:
@@ -41,16 +51,15 @@ def verdict_file(config: RunConfig) -> str:
 
 
 def _outputs(config: RunConfig) -> tuple[Output, ...]:
-    if config.judging.judge_url is None:
-        return output(config)
-    return *output(config), Output(flag="--judge-cache", place=verdict_file(config))
+    verdicts = None if config.judging.judge_url is None else verdict_file(config)
+    return *output(config), posterior_output(config), Output(flag="--judge-cache", place=verdicts)
 
 
 EVALUATE = StageSpec(
     name="evaluate",
     help="compare checkpoints on held-out prompts",
     code="megatron_brain.stages.evaluate.stage:main",
-    sections=("sampling", "engine", "scoring", "generate", "evaluate", "judging"),
+    sections=("sampling", "engine", "scoring", "posterior", "generate", "evaluate", "judging"),
     require=_require,
     sources=lambda config: (PROMPTS,),
     reader=read_prompts,

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_brain.checkpointing import load_weights
+from megatron_brain.config.stages import SamplingConfig
+from megatron_brain.data.records import Prompt
 from megatron_brain.files import write_whole
+from megatron_brain.generation.batch import Completion
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.stages.comparison import (
     add_judge_scores,
@@ -27,7 +30,9 @@ from megatron_brain.stages.evaluate.llm_judge import (
     llm_report,
     open_llm_judge,
 )
-from megatron_brain.stages.intervals import Estimate, bootstrap
+from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_ratio
+from megatron_brain.stages.posterior import add_distances, add_kl_from_policy
+from megatron_brain.stages.prior_samples import THE_PRIOR, PriorSamples
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.banner import show_banner
@@ -51,38 +56,64 @@ def main(run: Run) -> None:
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
     prior = FrozenModel(run, "prior", scoring.prior_load, head="policy", offload=scoring.offload_prior)
-    rewards = Rewards(run)
+    rewards, scale = Rewards(run), Scale()
     # A baseline that is the prior is not loaded twice.
     other = settings.baseline_load not in (None, scoring.prior_load)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
     models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge, **describe_llm_judge(run)}
-    show_banner(run, [*((name, place) for name, place in models.items() if place is not None), *rewards.rows()])
-    one = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
     engine = open_engine(run, prompts)
+    asked = run.config.posterior.posterior_samples
+    posterior = PriorSamples(run, prompts, engine, prior, rewards, scale) if asked else None
+    places = [(name, place) for name, place in models.items() if place is not None]
+    show_banner(run, [*places, *rewards.rows(), *([] if posterior is None else posterior.rows())])
+
+    def draw(sampling: SamplingConfig) -> list[Completion]:
+        return [sample for [sample] in sample_answers(run, engine, prompts, mine, sampling)]
+
+    answer = dataclasses.replace(run.config.sampling, samples_per_prompt=1)
     engine.take_weights(policy, f"--load {run.config.checkpoint.load}")
-    drawn = {"policy": [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]}
     # These are samples of the policy itself, at temperature 1, for any temperature of the answers.
-    plain = dataclasses.replace(one, temperature=1.0, top_p=1.0, top_k=0)
-    of_policy = [samples[0] for samples in sample_answers(run, engine, prompts, mine, plain)]
+    of_policy = draw(dataclasses.replace(answer, temperature=1.0, top_p=1.0, top_k=0))
+    drawn = {"policy": draw(answer)}
     with baseline.loaded() as chunks:
-        engine.take_weights(chunks, f"the baseline {baseline.path}")
-        drawn["baseline"] = [samples[0] for samples in sample_answers(run, engine, prompts, mine, one)]
+        engine.take_weights(chunks, f"the baseline {baseline.path}" if other else THE_PRIOR)
+        drawn["baseline"] = draw(answer)
+    if posterior is not None:
+        drawn["plain"] = of_policy
+        # Their rewards come first: several reward models are then standardised by them, for any policy.
+        posterior.rollouts()
     rows = [describe(run, prompts[i], {name: drawn[name][k] for name in drawn}) for k, i in enumerate(mine)]
-    answered = [prompts[i] for i in mine]
-    for row, difference in zip(rows, log_ratios(run, policy, prior, answered, of_policy), strict=True):
+    answered = {i: prompts[i] for i in mine}
+    for row, difference in zip(rows, log_ratios(run, policy, prior, [*answered.values()], of_policy), strict=True):
         row["kl_to_prior"] = difference
     if rewards.parts:
-        answers = [{name: samples[k].tokens for name, samples in drawn.items()} for k in range(len(mine))]
-        for prompt, named in zip(answered, answers, strict=True):
-            if prompt.reference is not None:
-                named["reference"] = reference_tokens(run, prompt)
-        add_rewards(rewards, Scale(), rows, {i: prompts[i] for i in mine}, answers)
+        _add_rewards(run, rewards, scale, rows, answered, drawn)
+    if posterior is not None:
+        by_place = dict(zip(mine, rows, strict=True))
+        add_distances(run, posterior, policy, by_place)
+        add_kl_from_policy(run, posterior, by_place)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
     add_verdicts(run, llm_judge, everything)
     if run.parallel.is_writer:
         if judge is not None:
             add_judge_scores(judge, everything, _ANSWERS)
         _write_report(run, everything)
+
+
+def _add_rewards(
+    run: Run,
+    rewards: Rewards,
+    scale: Scale,
+    rows: Sequence[dict],
+    answered: Mapping[int, Prompt],
+    drawn: Mapping[str, Sequence[Completion]],
+) -> None:
+    """Add the rewards of all answers and of the references to the rows."""
+    answers = [{name: samples[k].tokens for name, samples in drawn.items()} for k in range(len(rows))]
+    for prompt, named in zip(answered.values(), answers, strict=True):
+        if prompt.reference is not None:
+            named["reference"] = reference_tokens(run, prompt)
+    add_rewards(rewards, scale, rows, answered, answers)
 
 
 def _write_report(run: Run, rows: list[dict]) -> None:
@@ -110,11 +141,14 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
     """Means and win-rates with 95% intervals over prompts.
 
     Args:
-        rows: one row per prompt, with numbers `kind/answer` and `kl_to_prior`, and the texts of the answers.
+        rows: one row per prompt, with numbers `kind/answer` and `kl_to_prior`, and the texts of the answers. The first
+            ones, or all, may have distances to the posterior, `posterior/NAME`.
 
     Returns:
-        the mean of every number. For the kinds reward and judge, if all prompts have both scores, also
-        `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference`, `.../baseline_vs_reference`. Equal texts tie.
+        the mean of every number, of distances over the rows that have them. For the kinds reward and judge, if all
+        prompts have both scores, also `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference`,
+        `.../baseline_vs_reference`. Equal texts tie. With distances `posterior/reward_gain_reached`: how much of the
+        posterior's gain in expected reward over the prior the policy's own samples have.
     """
     columns = {
         name: [row[name] for row in rows]
@@ -126,4 +160,15 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
             won = wins_over(rows, kind, one, other)
             if won is not None:
                 columns[f"win_rate/{kind}/{one}_vs_{other}"] = won
-    return {name: bootstrap(values, samples=bootstrap_samples, seed=seed) for name, values in columns.items()}
+    measured = [row for row in rows if "posterior/reward" in row]
+    for name in measured[0] if measured else ():
+        if name.startswith("posterior/"):
+            columns[name] = [row[name] for row in measured]
+    found = {name: bootstrap(values, samples=bootstrap_samples, seed=seed) for name, values in columns.items()}
+    if measured:
+        gained = [row["reward/plain"] - row["posterior/prior_reward"] for row in measured]
+        possible = [max(0.0, row["posterior/reward"] - row["posterior/prior_reward"]) for row in measured]
+        reached = bootstrap_ratio(gained, possible, samples=bootstrap_samples, seed=seed)
+        if reached is not None:
+            found["posterior/reward_gain_reached"] = reached
+    return found

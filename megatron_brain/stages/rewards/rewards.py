@@ -4,6 +4,9 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import xxhash
 
 from megatron_brain.config.rewards import RewardPart, describe
 from megatron_brain.config.run import RunConfig
@@ -63,6 +66,26 @@ class Rewards:
             rows.append((name, str(path)))
         is_plain = len(self.parts) == 1 and self.parts[0].weight == 1
         return rows if is_plain else [*rows, ("reward", describe(self.parts))]
+
+    def fingerprints(self) -> list[str]:
+        """What tells the reward apart from others: kind, weight and contents of each part. A server's contents are not
+        known, so that its address stands for them. With several parts, their names too.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        found = []
+        for part in self.parts:
+            if part.kind == "model":
+                contents = self._models[part.name].fingerprint()
+            elif part.kind == "function":
+                file, _, function = part.source.rpartition(":")
+                contents = f"{function} {xxhash.xxh3_64_hexdigest(Path(file).read_bytes())}"
+            else:
+                contents = part.source
+            name = f"{part.name}: " if len(self.parts) > 1 else ""
+            found.append(f"{name}{part.weight:g} x {part.kind} {contents}")
+        return found
 
     def score(self, steps: Sequence[Step], scale: Scale) -> None:
         """Fill in `reward_parts` and `reward` of all responses in `steps`.

@@ -29,6 +29,7 @@ REQUIRED = {
 RSO = {"responses": "rso", "objective": "rso-hinge", "refresh_proposal": False}
 VLLM = {"engine": "vllm", "engine_url": "http://host:8000", "engine_sync_dir": "sync"}
 JUDGE = {"judge_url": "http://host:8000/v1", "judge_model": "m"}
+POSTERIOR = {"posterior_samples": 8, "valid_data": "v.jsonl", "reward_load": "reward"}
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 
 # Values other than the default where the generic choice below breaks a check, and what they need beside them.
@@ -49,6 +50,10 @@ SPECIAL = {
     "keep_latest": (2, {"save": "out"}),
     "keep_best": ("loss", {"save": "out", "valid_data": "v.jsonl"}),
     "stop_at_kl": (5.0, {"valid_data": "v.jsonl"}),
+    "reward_temperature": (0.5, POSTERIOR),
+    "posterior_samples": (64, POSTERIOR),
+    "posterior_prompts": (50, POSTERIOR),
+    "posterior_data": ("some/path with space.jsonl", POSTERIOR),
     "judge": ("j.py:score", {"valid_data": "v.jsonl"}),
     "max_prompt_length": (100, {}),
     "max_response_length": (100, {}),

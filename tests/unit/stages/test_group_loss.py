@@ -26,7 +26,7 @@ def objective(name):
         return Toy()
     config = RunConfig(stage="brain")
     config.brain.objective, config.brain.policy_strength, config.brain.clip_ratio = name, 0.5, 0.3
-    return objective_of(config.brain)
+    return objective_of(config)
 
 
 def rollouts_of(made):

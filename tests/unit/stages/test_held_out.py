@@ -15,7 +15,8 @@ from megatron_brain.config.run import RunConfig
 from megatron_brain.data.records import Prompt
 from megatron_brain.errors import AgreedError
 from megatron_brain.generation.batch import Completion
-from megatron_brain.generation.seeds import held_out_seeds, sample_seed
+from megatron_brain.generation.seeds import held_out_seeds, posterior_seeds, sample_seed
+from megatron_brain.objectives.posterior import DISTANCES
 from megatron_brain.stages import comparison
 from megatron_brain.stages.brain.held_out import HeldOut, held_out_metrics, summarize
 from megatron_brain.stages.brain.stage import BrainStage
@@ -96,10 +97,16 @@ def test_the_names_that_the_console_knows_are_those_that_an_evaluation_gives(sco
     config.data.valid_data = "v"
     for name, value in scoring.items():
         setattr(config.scoring, name, value)
-    given = {*summarize(rows(*kinds), kinds), "seconds"}
+    made = rows(*kinds)
+    if "reward" in kinds:
+        config.posterior.posterior_samples = 8
+        made[0] |= {f"posterior/{name}": 0.25 for name in DISTANCES}
+        assert summarize(made, kinds)["posterior_kl_to_policy"] == 0.25, "the other prompts have no samples"
+        assert held_out_metrics(config)["posterior_kl_to_policy"] == "lowest"
+    given = {*summarize(made, kinds), "seconds"}
     assert set(held_out_metrics(config)) == given and given <= set(metric_names(config, BrainStage))
     shown = [name for name in BrainStage.shown_metrics if name in given]
-    assert "kl_to_prior" in shown and len(shown) <= 4, "the line of a validation is short"
+    assert "kl_to_prior" in shown and len(shown) <= 5, "the line of a validation is short"
 
 
 def test_the_kl_is_the_mean_of_the_log_ratio_of_samples_by_hand(monkeypatch):
@@ -127,7 +134,8 @@ def test_the_kl_is_the_mean_of_the_log_ratio_of_samples_by_hand(monkeypatch):
 def test_no_held_out_answer_has_the_seed_of_a_response_that_trains():
     places = range(300)
     held_out = {seed for [seed] in held_out_seeds(7, places)}
-    assert len(held_out) == 300
+    held_out |= {seed for of_prompt in posterior_seeds(7, places, 8) for seed in of_prompt}
+    assert len(held_out) == 300 * 9
     assert not held_out & {sample_seed(7, key, sample) for key in places for sample in (-1, *range(8))}
 
 
@@ -190,7 +198,7 @@ def test_evaluations_wait_for_the_round_that_is_drawn_ahead(folder, tmp_path, mo
             "megatron_brain.stages.brain.rounds.open_engine",
             lambda run, *prompts, lazy=lazy: CopyingEngine(run, lazy=lazy),
         )
-        for extra in ([], held_out(folder, "--eval-interval", "1")):
+        for extra in ([], held_out(folder, "--eval-interval", "1", "--posterior-samples", "4")):
             save = tmp_path / f"{lazy}_{len(extra)}"
             make(folder, *ahead, *extra, "--save", str(save)).train()
             plain = [{k: v for k, v in line.items() if not k.startswith("validation/")} for line in numbers(save)]

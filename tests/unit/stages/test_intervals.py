@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from megatron_brain.stages.intervals import bootstrap, wins
+from megatron_brain.stages.intervals import bootstrap, bootstrap_ratio, wins
 
 
 def test_wins_count_one_losses_zero_and_ties_one_half():
@@ -68,3 +68,22 @@ def test_interval_follows_from_the_seed():
 def test_no_values_are_refused():
     with pytest.raises(AssertionError, match="no values"):
         bootstrap([], samples=10, seed=0)
+
+
+def test_a_ratio_of_means_by_hand_and_its_interval_by_the_same_resampled_prompts():
+    above, below = [1.0, 0.0, 2.0, 5.0], [2.0, 1.0, 4.0, 3.0]
+    found = bootstrap_ratio(above, below, samples=500, seed=3)
+    assert found.value == pytest.approx(8 / 10)
+    draws = numpy.random.default_rng(3).integers(4, size=(500, 4))
+    ratios = [sum(above[i] for i in draw) / sum(below[i] for i in draw) for draw in draws]
+    assert (found.low, found.high) == pytest.approx(tuple(numpy.percentile(ratios, [2.5, 97.5])))
+
+
+def test_a_ratio_that_is_the_same_for_all_prompts_has_no_width():
+    found = bootstrap_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0], samples=100, seed=0)
+    assert found.low == found.value == found.high == 0.5
+
+
+def test_a_ratio_to_nothing_has_no_interval():
+    assert bootstrap_ratio([1.0, 2.0], [0.0, 0.0], samples=10, seed=0) is None
+    assert bootstrap_ratio([1.0, 2.0], [0.0, 1.0], samples=100, seed=0) is None, "some resamplings have only zeros"

@@ -113,10 +113,11 @@ def candidates(*rewards, tokens=None):
     return Rollout(id="prompts.jsonl:7", index=3, prompt_tokens=(1, 2), responses=responses)
 
 
-def proposal(*, samples=4, number_of_candidates=8, drawn=(), **brain):
+def proposal(*, samples=4, number_of_candidates=8, drawn=(), reward_temperature=1.0, **brain):
     """Rejection sampling of what was drawn, without a model: responses that have no reward get their first token."""
     config = RunConfig(stage="brain")
     config.sampling.samples_per_prompt, config.brain.rso_candidates = samples, number_of_candidates
+    config.posterior.reward_temperature = reward_temperature
     for name, value in brain.items():
         setattr(config.brain, name, value)
     layout = SimpleNamespace(

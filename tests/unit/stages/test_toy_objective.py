@@ -106,6 +106,6 @@ def test_a_name_is_registered_once_and_constructors_take_settings_that_exist(toy
         def __init__(self, *, no_such_setting: float) -> None:
             pass
 
-    with pytest.raises(AssertionError, match=r"Stranger takes \['no_such_setting'\], which are no fields of"):
+    with pytest.raises(AssertionError, match=r"Stranger takes \['no_such_setting'\], which are no settings of"):
         register_objective("stranger", Stranger)
     assert "stranger" not in OBJECTIVES
