@@ -45,7 +45,7 @@ from megatron_brain.objectives.importance import effective_sample_size
 from megatron_brain.stages.answers import read_prompts, sample_answers
 from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.rewards.rewards import Rewards
-from megatron_brain.startup.disk import find_frozen
+from megatron_brain.startup.disk import FrozenCheckpoint, find_frozen
 from megatron_brain.training.run import Run
 from megatron_brain.training.start import open_run
 
@@ -223,7 +223,7 @@ class _Study:
             "policy": place,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "drift": {
-                name: (max if name == "max_ratio" else statistics.fmean)([each[name] for each in drifts])
+                name: (max if name == "max_log_ratio" else statistics.fmean)([each[name] for each in drifts])
                 for name in drifts[0]
             },
             "figures": figures,
@@ -234,10 +234,10 @@ class _Study:
             ],
         }
 
-    def _find(self, flag: str, place: str):
+    def _find(self, flag: str, place: str) -> FrozenCheckpoint:
         return find_frozen(self._run.config, flag, place, "policy", self._run.parallel.world_size)
 
-    def _load(self, found) -> Chunk:
+    def _load(self, found: FrozenCheckpoint) -> Chunk:
         (chunk,) = self._run.load_frozen(found)
         return chunk
 

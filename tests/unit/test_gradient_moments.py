@@ -149,7 +149,7 @@ def test_drift_by_hand():
         "kl_from_proposal": pytest.approx(-math.log(3) / 2),
         # beta is 1/4, 3/4, and the mean ratio is 2.
         "kl_to_proposal": pytest.approx(0.75 * math.log(3) - math.log(2)),
-        "max_ratio": pytest.approx(3.0),
+        "max_log_ratio": pytest.approx(math.log(3)),
         "ess_beta": pytest.approx(1 / (1 / 16 + 9 / 16) / 2),
     }
 

@@ -147,7 +147,7 @@ def drift(log_policy: Tensor, log_proposal: Tensor) -> dict[str, float]:
     Returns:
         kl_from_proposal: KL(proposal || policy), a plain mean over the samples. kl_to_proposal: KL(policy || proposal)
         by self-normalised importance sampling; it cannot exceed log N and is too small where few samples have all the
-        weight. max_ratio: the largest q_theta/q'. ess_beta: effective sample size of beta, as a share of N.
+        weight. max_log_ratio: the largest log(q_theta/q'). ess_beta: effective sample size of beta, as a share of N.
     """
     log_ratio = log_policy - log_proposal
     log_beta = policy_log_weights(log_policy, log_proposal)
@@ -155,7 +155,7 @@ def drift(log_policy: Tensor, log_proposal: Tensor) -> dict[str, float]:
     return {
         "kl_from_proposal": -log_ratio.mean().item(),
         "kl_to_proposal": ((log_beta.exp() * log_ratio).sum() - log_mean).item(),
-        "max_ratio": log_ratio.max().exp().item(),
+        "max_log_ratio": log_ratio.max().item(),
         "ess_beta": effective_sample_size(log_beta).item() / len(log_ratio),
     }
 

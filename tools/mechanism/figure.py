@@ -19,7 +19,8 @@ _PANELS = {
 def draw(report: dict, path: Path) -> None:
     """Draw figures against the group size, a row for each policy, and in a last row against drift at one group size.
 
-    Markers and line styles tell the baselines apart, so the figure is legible in grey. Bars are 95% intervals.
+    Markers and line styles tell the baselines apart, so the figure is legible in grey. Bars are 95% intervals; a bar
+    without an end goes beyond the figure.
     """
     import matplotlib
 
@@ -63,11 +64,12 @@ def _draw_row(row: Sequence, points: Sequence[tuple[float, dict]], label: str) -
             panel.errorbar(
                 places, values, (below, above), label=baseline, markersize=4, linewidth=1.2, capsize=2, **style
             )
-        if name != "cosine":
-            # A bias that is lost in its noise is drawn at 0, so the scale is linear near 0.
-            panel.set_yscale("symlog" if name == "bias" else "log", **({"linthresh": 0.1} if name == "bias" else {}))
+        if name not in ("bias", "cosine"):
+            panel.set_yscale("log")
+            for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                set_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         panel.set_ylabel(title, fontsize=8)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(labelsize=8, which="both")
     row[len(row) // 2].set_xlabel(label, fontsize=8, loc="left")
 
 
