@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_module_the_mark_of_types_and_the_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_brain").rglob("*.py")}
     assert modules <= names
-    assert "megatron_brain/py.typed" in names
+    assert {"megatron_brain/py.typed", "megatron_brain/stages/judging/default.jinja"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "tools", "examples"))]
 
