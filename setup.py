@@ -26,6 +26,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["megatron_brain", "megatron_brain.*"]),
+    package_data={"megatron_brain.stages.judging": ["default.jinja"]},
     entry_points={
         "console_scripts": [
             "megatron-brain = megatron_brain.__main__:entry",
@@ -60,6 +61,7 @@ setup(
         ],
         "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
         "dev": ["pre-commit>=4.0"],
+        "report": ["matplotlib>=3.8", "scipy>=1.11"],
         "examples": ["gguf>=0.10", "accelerate>=1.0", "rouge-score>=0.1.2", "scikit-learn>=1.4"],
         # NVIDIA Apex is not listed: the package of that name on PyPI is something else.
         "gpu": ["transformer-engine[pytorch]"],

@@ -26,7 +26,7 @@ if [ "${1:-}" = --python ]; then
     VENV=${VENV:-.venv-$2}
     shift 2
 fi
-source tools/environment.sh test docs examples
+source tools/environment.sh test docs examples report
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check .
 ruff format --check .

@@ -43,8 +43,8 @@ class DataConfig:
     train_split: str = "train"
     """Split of a hub data set to train on."""
 
-    valid_split: str = "validation"
-    """Split of a hub data set to validate on."""
+    valid_split: str = "validation,test"
+    """Split of a hub data set to validate on or to answer; with commas the first of these that it has."""
 
     max_train_records: int | None = None
     """Largest number of training records; the first ones are used. Unset: all."""

@@ -7,6 +7,7 @@ from megatron_brain.config.data import DataConfig, TokenizerConfig
 from megatron_brain.config.engine import EngineConfig
 from megatron_brain.config.fp8 import Fp8Config
 from megatron_brain.config.guards import GuardConfig
+from megatron_brain.config.judging import JudgingConfig
 from megatron_brain.config.model import ModelConfig
 from megatron_brain.config.optimizer import OptimizerConfig
 from megatron_brain.config.parallel import ParallelConfig
@@ -47,6 +48,7 @@ class RunConfig:
     brain: BrainConfig = field(default_factory=BrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
     more: dict[str, Any] = field(default_factory=dict)
     """Sections of a stage that is defined elsewhere, by name."""
 

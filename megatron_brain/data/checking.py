@@ -19,6 +19,7 @@ from itertools import islice
 import numpy
 
 from megatron_brain.config.template_date import now
+from megatron_brain.data.conversations import NEXT_TURN
 from megatron_brain.data.lengths import Ids, ReadReport
 from megatron_brain.data.prepared.info import refuse_prepared
 from megatron_brain.data.reading_settings import ReadingSettings
@@ -30,8 +31,6 @@ from megatron_brain.data.workers import map_in_order
 from megatron_brain.errors import RecordError, UserError
 
 _CHUNK = 2000
-_NEXT_TURN = "\n\nHuman:"
-"""The beginning of the next turn of a plain-text dialogue."""
 _MUCH_FALLBACK = 0.1
 """A record gets a warning where at least this share of its tokens are single bytes."""
 
@@ -211,6 +210,8 @@ class RecordChecker:
             except RecordError as error:
                 on_error(where, error)
                 continue
+            if (reason := tokenised.draft.left_out) is not None:
+                problems.append(Problem(where, "dialogue left out", reason, False))
             problems += [Problem(where, *hint, False) for hint in self._token_hints(tokenised)]
             if item is None and counts["dropped_unlearned"] > unlearned:
                 left = "the cut to the length limits leaves nothing that is learned (weight 0)"
@@ -249,8 +250,8 @@ class RecordChecker:
             hints = (missing_space(draft.prompt, response) for response in draft.responses)
             if (hint := next(filter(None, hints), None)) is not None:
                 yield hint
-            if any(_NEXT_TURN in response for response in draft.responses):
-                yield "turns in an answer", f"an answer holds {_NEXT_TURN!r}: the dialogues part before their last turn"
+            if any(NEXT_TURN in response for response in draft.responses):
+                yield "turns in an answer", f"an answer holds {NEXT_TURN!r}, where the next turn begins"
 
 
 def _check_chunk(checker: RecordChecker, chunk: Sequence[RawRecord]) -> _Checked:

@@ -23,6 +23,9 @@ Messages = list[dict[str, Any]]
 DIALOGUE_CUE = "\n\nAssistant:"
 """The text before each answer in plain-text dialogues such as Anthropic/hh-rlhf."""
 
+NEXT_TURN = "\n\nHuman:"
+"""The text before each turn of the user in such dialogues."""
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_content", "thought", "thoughts")
 """Fields of a message that hold thoughts before the answer. A record whose thoughts no template writes is refused."""
 
@@ -133,24 +136,36 @@ def split_shared_messages(chosen: Messages, rejected: Messages, where: str) -> t
     return chosen[:-1], chosen[-1:], rejected[-1:]
 
 
+class UnusableDialogueError(RecordError):
+    """A row of plain-text dialogues that holds no two answers to one prompt. Readers leave it out and count it, because
+    published data sets have such rows."""
+
+
 def split_shared_dialogue(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
     """Prompt, chosen and rejected answer of two plain-text dialogues (the format of Anthropic/hh-rlhf).
 
     The prompt ends with the last ``"\\n\\nAssistant:"`` that both share.
 
     Raises:
-        RecordError: they share none.
+        UnusableDialogueError: they are dialogues, and they part before their last turn or one ends without an answer.
+        RecordError: they are no dialogues.
     """
     shared = os.path.commonprefix([chosen, rejected])
     end = shared.rfind(DIALOGUE_CUE) + len(DIALOGUE_CUE)
-    if end < len(DIALOGUE_CUE):
+    are_dialogues = all(DIALOGUE_CUE in text or NEXT_TURN in text for text in (chosen, rejected))
+    if end < len(DIALOGUE_CUE) and not are_dialogues:
         raise RecordError(
             where,
             "no shared prompt",
             f"no 'prompt', and 'chosen' and 'rejected' do not share a beginning that ends with "
             f"{DIALOGUE_CUE!r}; give the prompt as its own field",
         )
-    return chosen[:end], chosen[end:], rejected[end:]
+    answers = chosen[end:], rejected[end:]
+    if end < len(DIALOGUE_CUE) or any(cue in text for cue in (DIALOGUE_CUE, NEXT_TURN) for text in answers):
+        raise UnusableDialogueError(where, "dialogue left out", "the two dialogues do not part in their last answer")
+    if not all(map(str.strip, answers)):
+        raise UnusableDialogueError(where, "dialogue left out", "a dialogue ends without an answer")
+    return chosen[:end], *answers
 
 
 def refuse_text_of_messages(value: Any, key: str, where: str) -> None:

@@ -44,10 +44,14 @@ class Draft:
     record_id: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Of a prompt: the fields of the record that make neither the prompt nor the reference."""
+    left_out: str | None = None
+    """Why the record is left out, in words; None: it is not. It then has no texts."""
 
 
 def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: str, *, multi_turn_loss: bool) -> Draft:
     """Draft of a response to learn. With `multi_turn_loss` it holds ids and a mask that counts every assistant turn.
+
+    Of a preference the chosen answer is learned.
 
     Raises:
         RecordError: the record cannot be used; names the place and the cure.
@@ -61,7 +65,7 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
             "preferences); remove the record, or the field if it says something else",
         )
     if "messages" not in record:
-        prompt, (response,), kind = _prompt_and_answers(tokenizer, record, ["completion"], where)
+        prompt, (response, *_), kind = _prompt_and_answers(tokenizer, record, _learned_fields(record), where)
         return Draft(where=where, prompt=prompt, responses=[response], kind=kind)
     chat = _chat(tokenizer, record, conversations.check_messages(record["messages"], "messages", where), where)
     if multi_turn_loss:
@@ -70,6 +74,14 @@ def draft_demonstration(tokenizer: Tokenizer, record: Mapping[str, Any], where: 
     prompt, response = render_last_turn(chat)
     _require_weight(chat.messages[-1], "messages", where)
     return Draft(where=where, prompt=prompt, responses=[response], kind="chat")
+
+
+def _learned_fields(record: Mapping[str, Any]) -> list[str]:
+    """The field of the answer to learn, first: `completion`, or of a preference `chosen`. A rejected answer is read as
+    for a reward model, so that both stages take the same records and the same prompts."""
+    if record.get("completion") is not None or record.get("chosen") is None:
+        return ["completion"]
+    return ["chosen"] if record.get("rejected") is None else ["chosen", "rejected"]
 
 
 def draft_preference(tokenizer: Tokenizer, record: Mapping[str, Any], where: str) -> Draft:

@@ -112,6 +112,11 @@ class PackedBatch:
         masked = torch.where(self.loss_mask, values.float(), 0.0)
         return torch.zeros(self.num_responses, device=values.device).index_add(0, self.response_index, masked)
 
+    def split_per_response(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values `[N]` of counted response tokens for each of the `R` responses: `[tokens of the response]`."""
+        counts = torch.bincount(self.response_index[self.loss_mask], minlength=self.num_responses)
+        return torch.split(values[self.loss_mask], counts.tolist())
+
 
 def packed_length(groups: Sequence[Group], *, shared_prefix: bool, multiple_of: int = 1) -> int:
     """Length of the packed sequence of `groups` in tokens, rounded up to a multiple of `multiple_of`."""

@@ -40,6 +40,8 @@ class ReadReport:
     dropped_overlong: int = 0
     dropped_unlearned: int = 0
     """Records dropped because all learned answers come after the cut."""
+    dropped_dialogues: int = 0
+    """Plain-text dialogues dropped because they part before their last answer, or end without one."""
     truncated_prompt: int = 0
     truncated_response: int = 0
     duplicates: int = 0

@@ -8,6 +8,7 @@ prepare or check data all use these two steps, so all of them find the same erro
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 import numpy
 
 from megatron_brain.data.contents import Contents, contents_of, hash_item
+from megatron_brain.data.conversations import UnusableDialogueError
 from megatron_brain.data.drafts import Draft, draft_demonstration, draft_preference, draft_prompt
 from megatron_brain.data.groups import Group
 from megatron_brain.data.json_values import require_json
@@ -37,7 +39,11 @@ from megatron_brain.data.tokenizer.base import Before
 from megatron_brain.data.tokenizer.fingerprint import tokenizer_fingerprint
 from megatron_brain.errors import ConfigError, RecordError, UserError
 
+log = logging.getLogger(__name__)
+
 _BATCH = 1000
+_MOST_NAMED = 5
+"""Records that are left out and that the log names."""
 
 Item = TypeVar("Item")
 ItemKind = Literal["group", "pair", "prompt"]
@@ -180,6 +186,8 @@ class RecordReader(ABC, Generic[Item]):
         for where, record in records:
             try:
                 draft = self.draft(where, record)
+            except UnusableDialogueError as error:
+                draft = Draft(where=where, prompt="", left_out=error.message)
             except UserError as error:
                 if on_error is None:
                     raise
@@ -191,6 +199,9 @@ class RecordReader(ABC, Generic[Item]):
         draft, prompt, responses = tokenised
         where, mask = draft.where, draft.loss_mask
         counts["read"] += 1
+        if draft.left_out is not None:
+            counts["dropped_dialogues"] += 1
+            return None
         _require_tokens(draft, prompt)
         if any(response == (self.tokenizer.eos_id,) for response in responses):
             raise RecordError(
@@ -213,7 +224,8 @@ class SFTReader(RecordReader[Group]):
     """Groups of one response to learn.
 
     Records: ``{"prompt": text, "completion": text}``, the same with lists of messages, or ``{"messages": [...]}``
-    (the response is the last assistant turn; with `multi_turn_loss` the loss counts every assistant turn).
+    (the response is the last assistant turn; with `multi_turn_loss` the loss counts every assistant turn). Of a
+    preference, as the reward stage takes it, the chosen answer is learned.
     """
 
     stage, item_kind, num_responses = "sft", "group", 1
@@ -298,6 +310,9 @@ class PromptReader(RecordReader[Prompt]):
     def fit(self, tokenised: Tokenised, counts: Counter[str]) -> Prompt | None:
         draft, prompt, _ = tokenised
         counts["read"] += 1
+        if draft.left_out is not None:
+            counts["dropped_dialogues"] += 1
+            return None
         _require_tokens(draft, prompt)
         if len(prompt) > self.longest:
             what = f"prompt of {len(prompt)} tokens where {self.longest} leave room for a response"
@@ -337,11 +352,15 @@ def read_records(reader: RecordReader[Item], records: Iterable[Record]) -> tuple
     items, seen = [], set()
     for tokenised in reader.tokenise(records):
         item = reader.fit(tokenised, counts)
+        if (reason := tokenised.draft.left_out) is not None and counts["dropped_dialogues"] <= _MOST_NAMED:
+            log.warning("%s is left out: %s", tokenised.draft.where, reason)
         if item is not None:
             items.append(item)
             ids = reader.ids(item)
             counts["duplicates"] += ids in seen
             seen.add(ids)
+    if counts["dropped_dialogues"] > _MOST_NAMED:
+        log.warning("%d dialogues are left out; tools/check_data.py names all", counts["dropped_dialogues"])
     return items, make_report(counts, len(items), reader.limits)
 
 

@@ -37,7 +37,8 @@ def load_records(source: str, split: str | None = None, limit: int | None = None
         source: a .jsonl or .json file (also compressed: .jsonl.gz, .jsonl.zst), a .parquet or .arrow file, a glob of
             such files (read in the order of their names), a folder that `datasets.save_to_disk` wrote, or the hub name
             of a data set.
-        split: which split of a saved `DatasetDict` or hub data set; other sources have none and ignore it.
+        split: which split of a saved `DatasetDict` or hub data set, with commas the first of these that it has; other
+            sources have none and ignore it.
         limit: read only the first so many records.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from megatron_brain.errors import ConfigError, RecordError
 if TYPE_CHECKING:
     import datasets
     import pyarrow
+
+log = logging.getLogger(__name__)
 
 CURE = "copy it here again, let this user read it, or give it the ending of its kind"
 """What the user can do where a file cannot be read."""
@@ -108,13 +111,15 @@ def read_hub(source: str, split: str | None) -> Iterator[Row]:
 
 
 def _read_split(source: str, loaded: Any, split: str | None) -> Iterator[Row]:
-    """Rows of a `Dataset`, or of one split of a `DatasetDict`."""
+    """Rows of a `Dataset`, or of one split of a `DatasetDict`: the first that it has of those in `split`."""
     if isinstance(loaded, dict):
-        if split is None and len(loaded) == 1:
-            split = next(iter(loaded))
-        if split not in loaded:
+        wanted = list(loaded) if split is None and len(loaded) == 1 else (split or "").split(",")
+        found = next((name for name in wanted if name in loaded), None)
+        if found is None:
             raise ConfigError(f"{source}: no split {split!r}; it has {', '.join(loaded)}")
-        source, loaded = f"{source}[{split}]", loaded[split]
+        if found != wanted[0]:
+            log.info("%s: it has no split %s; %s is read", source, wanted[0], found)
+        source, loaded = f"{source}[{found}]", loaded[found]
     return _read_data_set(source, loaded)
 
 

@@ -1,5 +1,6 @@
 """The samples of one batch, and which of them are still drawn."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +15,18 @@ _COMPACT_AT = 0.75
 class Completion:
     """One response.
 
-    tokens: they include EOS where the model gave it. logprob: sum over the tokens of the log of the probability that
-    each was drawn with, after temperature, top-k and top-p (so 0 when greedy). finished: whether it ends in EOS.
+    tokens: they include EOS where the model gave it. token_logprobs: for each token the log of the probability that it
+    was drawn with, in nats, after temperature, top-k and top-p (so 0 when greedy). finished: whether it ends in EOS.
     """
 
     tokens: tuple[int, ...]
-    logprob: float
+    token_logprobs: tuple[float, ...]
     finished: bool
+
+    @property
+    def logprob(self) -> float:
+        """Sum over the tokens, in nats."""
+        return math.fsum(self.token_logprobs)
 
 
 class Batch:
@@ -30,14 +36,14 @@ class Batch:
         ids: `[P, n]`, number of the sample that each row draws, counted over the whole batch, prompt-major.
         live: `[P, n]` bool, whether the row's sample goes on; the tokens of other rows are ignored.
         live_counts: number of live samples of each prompt.
-        logprobs: `[samples]` float64, on the last pipeline stage.
+        logprobs: `[samples, max_new_tokens]` float64 of the tokens drawn so far, on the last pipeline stage.
     """
 
     def __init__(self, prompts: int, samples: int, max_new_tokens: int, device: torch.device) -> None:
         self.ids = torch.arange(prompts * samples, device=device).view(prompts, samples)
         self.live = torch.ones_like(self.ids, dtype=torch.bool)
         self.live_counts = [samples] * prompts
-        self.logprobs = torch.zeros(prompts * samples, dtype=torch.float64, device=device)
+        self.logprobs = torch.zeros(prompts * samples, max_new_tokens, dtype=torch.float64, device=device)
         # No token id is negative: a -1 is a token that was not drawn.
         self._tokens = torch.full((prompts * samples, max_new_tokens), -1, device=device)
 
@@ -50,7 +56,7 @@ class Batch:
         tokens, logprobs = tokens.view_as(self.ids), logprobs.view_as(self.ids)
         ids = self.ids[self.live]
         self._tokens[ids, step] = tokens[self.live]
-        self.logprobs[ids] += logprobs[self.live]
+        self.logprobs[ids, step] = logprobs[self.live]
         lost = (self.live & (tokens < 0)).any()
         self.live &= tokens != eos_id
         *self.live_counts, is_lost = torch.cat([self.live.sum(dim=1), lost[None]]).tolist()
@@ -85,7 +91,8 @@ class Batch:
     def samples(self, eos_id: int) -> list[Completion]:
         """All samples in the order of their numbers."""
         found = []
-        for row, logprob in zip(self._tokens.tolist(), self.logprobs.tolist(), strict=True):
+        for row, logprobs in zip(self._tokens.tolist(), self.logprobs.tolist(), strict=True):
             tokens = tuple(token for token in row if token >= 0)
-            found.append(Completion(tokens=tokens, logprob=logprob, finished=tokens[-1] == eos_id))
+            drawn_with = tuple(logprobs[: len(tokens)])
+            found.append(Completion(tokens=tokens, token_logprobs=drawn_with, finished=tokens[-1] == eos_id))
         return found

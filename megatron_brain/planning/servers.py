@@ -45,9 +45,10 @@ class Servers:
 
 
 def drawing_seconds(workload: Workload, servers: Servers, machine: Machine) -> float:
-    """Seconds in which the servers draw a round, whose responses are spread evenly.
+    """Seconds in which the servers draw a round, whose prompts are spread evenly.
 
-    A server computes each of its prompts once. Then its places stay full until its responses are drawn: R responses of
+    A server computes each of its prompts once, and draws all responses to it if there are enough prompts for all
+    servers. Then its places stay full until its responses are drawn: R responses of
     L tokens take R L / b token rounds with b places.
 
     Raises:
@@ -55,8 +56,7 @@ def drawing_seconds(workload: Workload, servers: Servers, machine: Machine) -> f
     """
     workload = dataclasses.replace(workload, precision="bf16")
     layout, responses = Layout(tensor=servers.tensor), _responses(workload, servers)
-    # Those to one prompt go to different servers, as far as there are so many.
-    prompts = min(workload.prompts_per_round, responses)
+    prompts = math.ceil(workload.prompts_per_round / servers.count)
     rows = at_one_time(workload, servers, machine)
     waves = responses / rows
     tokens = (workload.response_length - 1) * _layers_seconds(workload, layout, machine, rows)
@@ -73,8 +73,8 @@ def at_one_time(workload: Workload, servers: Servers, machine: Machine) -> int:
     layout = Layout(tensor=servers.tensor)
     weights = _BF16 * pipeline_stage_parameters(untied(workload.model), layout, 0)
     room = _UTILIZATION * machine.memory_bytes - _WORKSPACE - weights
-    # Responses to a prompt on one server share its blocks; at the worst, all are at their end at the same time.
-    sharing = max(1.0, workload.drawn_per_prompt / servers.count)
+    # Responses to a prompt share its blocks; at the worst, all are at their end at the same time.
+    sharing = min(workload.drawn_per_prompt, _responses(workload, servers))
     tokens = workload.prompt_length / sharing + workload.response_length
     each = _BF16 * key_value_width(workload.model, servers.tensor) * workload.model.num_layers * tokens
     if room < each:

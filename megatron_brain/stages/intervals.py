@@ -1,6 +1,7 @@
 """Statistics of comparisons over prompts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -58,3 +59,30 @@ def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequen
     assert not any(score != score for score in (*scores, *other_scores)), "a score is NaN: there is no winner"
     ties = [False] * len(scores) if ties is None else ties
     return [0.5 if tie or a == b else float(a > b) for a, b, tie in zip(scores, other_scores, ties, strict=True)]
+
+
+def bootstrap_statistic(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[[numpy.ndarray], numpy.ndarray],
+    *,
+    samples: int,
+    seed: int,
+) -> Estimate | None:
+    """A statistic of several numbers per prompt with a percentile bootstrap interval over prompts.
+
+    Args:
+        columns: `[columns, prompts]`, at least one prompt.
+        statistic: makes `[samples]` of `[columns, samples, prompts]`; NaN where it has no value.
+
+    Returns:
+        the estimate, whose interval is over the resamplings with a value; None if the prompts themselves, or all
+        resamplings, give none.
+    """
+    data = numpy.asarray(columns, dtype=numpy.float64)
+    value = float(statistic(data[:, None, :])[0])
+    draws = numpy.random.default_rng(seed).integers(data.shape[1], size=(samples, data.shape[1]))
+    resampled = statistic(data[:, draws])
+    if math.isnan(value) or numpy.isnan(resampled).all():
+        return None
+    low, high = numpy.nanpercentile(resampled, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))

@@ -47,8 +47,10 @@ def connect(resolved: ResolvedRun) -> Run:
 
 def _check_places(config: RunConfig, parallel: Parallel) -> None:
     """Raise AgreedError if a rank cannot write to a place of the run. Otherwise this would show only at the end."""
-    folders = {"--tensorboard-dir": config.logging.tensorboard_dir, "--save": config.checkpoint.save}
-    problems = [folder_problem(*item) for item in folders.items() if item[1] is not None and spec_of(config).trains]
+    folders = {"--engine-sync-dir": config.engine.engine_sync_dir}
+    if spec_of(config).trains:
+        folders |= {"--tensorboard-dir": config.logging.tensorboard_dir, "--save": config.checkpoint.save}
+    problems = [folder_problem(*item) for item in folders.items() if item[1] is not None]
     for output in spec_of(config).outputs(config):
         if output.place is not None:
             problem = folder_problem if output.is_folder else file_problem

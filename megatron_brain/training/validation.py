@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_brain.config.stage_spec import Head
-from megatron_brain.data.groups import Group
+from megatron_brain.data.groups import Group, PackedBatch
 from megatron_brain.models.provider import Chunk
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.training.report import LossOutput, reduce_reports
@@ -73,6 +73,29 @@ def score_groups(
         a `[n]` float32 tensor on the CPU for each group of each micro-batch, on all pipeline stages.
     """
     scored: list[list[Tensor]] = []
+    for batch, output in outputs_of_groups(
+        chunks, micro_batches, parallel, shared_prefix=shared_prefix, window=window, temperature=temperature
+    ):
+        values = output if head == "reward" else batch.sum_per_response(output)
+        scored.append(list(values.split([len(group.responses) for group in batch.groups])))
+    return scored
+
+
+def outputs_of_groups(
+    chunks: Sequence[Chunk],
+    micro_batches: Sequence[Sequence[Group]],
+    parallel: Parallel,
+    *,
+    shared_prefix: bool,
+    window: int = _WINDOW,
+    temperature: float = 1.0,
+) -> Iterator[tuple[PackedBatch, Tensor]]:
+    """What a model computes for this replica's groups, with the arguments of `score_groups`.
+
+    Yields:
+        each micro-batch, packed, and on the CPU, on all pipeline stages, what the model gives for it: log-probabilities
+        `[N]` of tokens (policy) or rewards `[R]` (reward model).
+    """
     for start in range(0, len(micro_batches), window):
         batches = pack_micro_batches(
             micro_batches[start : start + window],
@@ -82,9 +105,7 @@ def score_groups(
         )
         batches = [dataclasses.replace(batch, temperature=temperature) for batch in batches]
         for batch, output in zip(batches, forward(chunks, batches, parallel), strict=True):
-            values = output.cpu() if head == "reward" else batch.sum_per_response(output.cpu())
-            scored.append(list(values.split([len(group.responses) for group in batch.groups])))
-    return scored
+            yield batch, output.cpu()
 
 
 def token_logprobs(

@@ -99,6 +99,12 @@ CASES = [
     BadInput("a file for rollouts", _file(brain("--rollout-dir", "x")), r"--rollout-dir x: .*" + _IS_FILE, _FOLDER),
     BadInput("rollouts under /proc", brain("--rollout-dir", "/proc/x"), r"--rollout-dir /proc/x: " + _PROC, _FOLDER),
     BadInput(
+        "weights for servers under /proc",
+        brain("--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--engine-sync-dir", "/proc/x"),
+        r"--engine-sync-dir /proc/x: " + _PROC,
+        _FOLDER,
+    ),
+    BadInput(
         "a folder for samples",
         _beside("folder", generate("--output", "x")),
         r"--output x: is a folder",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.assets import SIZES, write_assets
 from helpers.console import strange_lines
+from helpers.stub_json import StubJson, chat_judge
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -186,17 +187,22 @@ def test_generate_and_evaluate_write_their_reports(chain):
     rows = [json.loads(line) for line in (chain / "generated.jsonl").read_text().splitlines()]
     assert len(rows) == 10
     assert all(row["responses"][0] == row["responses"][1] for row in rows), "greedy answers differ"
-    stage(
-        *("evaluate", "--load", str(chain / "brain"), "--prior-load", str(chain / "sft"), *shared),
-        *("--reward-load", str(chain / "reward"), "--judge", f"{Path(__file__).with_name('toy_judge.py')}:score"),
-        *("--output", str(chain / "evaluation.json")),
-    )
+    with StubJson(chat_judge(lambda message: "A")) as judge:
+        stage(
+            *("evaluate", "--load", str(chain / "brain"), "--prior-load", str(chain / "sft"), *shared),
+            *("--reward-load", str(chain / "reward"), "--judge", f"{Path(__file__).with_name('toy_judge.py')}:score"),
+            *("--judge-url", judge.url, "--judge-model", "first", "--output", str(chain / "evaluation.json")),
+        )
     report = json.loads((chain / "evaluation.json").read_text())
     assert report["num_prompts"] == 10 and len(report["examples"]) == 3
     for name in ("kl_to_prior", "win_rate/reward/policy_vs_baseline", "win_rate/judge/policy_vs_reference"):
         estimate = report["metrics"][name]
         assert estimate["low"] <= estimate["value"] <= estimate["high"]
     assert report["metrics"]["judge/reference"]["value"] == 1
+    assert report["metrics"]["win_rate/llm/policy_vs_reference"]["value"] == 0.5
+    assert report["llm_judge"]["comparisons"]["policy_vs_reference"]["compared"] == 10
+    verdicts = (chain / "evaluation.json.verdicts.jsonl").read_text().splitlines()
+    assert len(verdicts) == len(judge.requests) >= 20
 
 
 def test_exported_models_load_in_transformers_and_answer(chain):

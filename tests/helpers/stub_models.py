@@ -111,7 +111,7 @@ class PolicyOfFolder:
             [tuple(request["prompt"]) for request in requests],
             seeds=[[request.get("seed", 0)] for request in requests],
         )
-        return [(list(sample.tokens), _shares(sample.logprob, len(sample.tokens))) for [sample] in drawn]
+        return [(list(sample.tokens), list(sample.token_logprobs)) for [sample] in drawn]
 
     def prompt_logprobs(self, sequence: Sequence[int]) -> list[float]:
         import torch
@@ -138,9 +138,3 @@ class PolicyOfFolder:
 
         tokens, layout = torch.tensor([list(sequence)]), PackedLayout(segments=(Segment(0, len(sequence)),))
         return self._chunks[0].trunk(tokens, torch.arange(len(sequence))[None], layout)[:, 0]
-
-
-def _shares(total: float, count: int) -> list[float]:
-    """Numbers that sum to the total: the sampler does not tell the log-probability of each token."""
-    equal = [total / count] * (count - 1)
-    return [*equal, total - math.fsum(equal)]

@@ -262,6 +262,8 @@ def _write_part(worker: _Worker, part: _Part) -> int:
     records = ((where, parse_record(where, raw)) for where, raw in part.records)
     for row, tokenised in enumerate(reader.tokenise(records), start=part.first_row):
         item = reader.fit(tokenised, counts)
+        if tokenised.draft.left_out is not None:
+            continue
         sums["text_bytes"] += _text_bytes(tokenised, reader)
         sums["text_tokens"] += len(tokenised.prompt) + sum(map(len, tokenised.responses))
         if item is not None:

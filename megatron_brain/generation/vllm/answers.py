@@ -86,10 +86,9 @@ def read_completion(
         count = len(logprobs) if isinstance(logprobs, list) else 0
         raise AnswerError(f"{url}: answered with {len(tokens)} tokens and the log-probabilities of {count}")
     _require_logprobs(url, logprobs)
-    greedy = sampling.temperature == 0
-    return Completion(
-        tokens=tuple(tokens), logprob=0.0 if greedy else math.fsum(logprobs), finished=tokens[-1] == eos_id
-    )
+    if sampling.temperature == 0:
+        logprobs = [0.0] * len(tokens)
+    return Completion(tokens=tuple(tokens), token_logprobs=tuple(logprobs), finished=tokens[-1] == eos_id)
 
 
 def read_prompt_logprobs(url: str, choice: Mapping[str, Any], prompt: Prompt) -> list[float]:

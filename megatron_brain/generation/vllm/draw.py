@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential_jitter
 
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.errors import UserError
 from megatron_brain.generation.batch import Completion
-from megatron_brain.generation.engine import Prompt
 from megatron_brain.generation.vllm.client import Server, UnavailableError
 from megatron_brain.generation.vllm.handover import Giver, HandOver, Held
-from megatron_brain.generation.vllm.spread import Spread
+from megatron_brain.generation.vllm.spread import Question, Spread, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +24,6 @@ _MOST_RESTARTS = 3
 
 class NoAnswerError(UserError):
     """The servers gave no answer within the time limit. It names each server and what it said."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A response to draw. `place`: its own among those of the round."""
-
-    place: int
-    prompt: Prompt
-    seed: int
 
 
 class Drawing:
@@ -88,7 +76,7 @@ class Drawing:
                     self._prove(server)
                 watch = group.create_task(self._watch())
                 while missing := [question for question in questions if question.place not in self._found]:
-                    await self._ask_all(deque(missing))
+                    await self._ask_all(missing)
                     await self._prove_answers()
                 watch.cancel()
                 for proof in self._proofs.values():
@@ -97,17 +85,23 @@ class Drawing:
             raise first_error(errors) from errors
         return [self._found[question.place][1] for question in questions]
 
-    async def _ask_all(self, waiting: deque[Question]) -> None:
+    async def _ask_all(self, questions: Sequence[Question]) -> None:
+        waiting = Waiting(questions)
+
         async def ask_next() -> None:
             while waiting:
-                await self._ask_until_answered(waiting.popleft())
+                server = await self._spread.take()
+                if not waiting:  # The last question was taken while this waited for a place.
+                    await self._spread.give_back(server)
+                    return
+                await self._ask_until_answered(server, waiting.take(server))
 
         # No more at one time than have a place: one that is asked again gets the next place, not the last.
-        count = min(len(waiting), self._most * len(self._servers))
+        count = min(len(questions), self._most * len(self._servers))
         await asyncio.gather(*(self._group.create_task(ask_next()) for _ in range(count)))
 
-    async def _ask_until_answered(self, question: Question) -> None:
-        server = await self._spread.take()
+    async def _ask_until_answered(self, server: int, question: Question) -> None:
+        """Ask a server at which a place was taken, and others if it fails."""
         try:
             async with asyncio.timeout(self._timeout):
                 async for attempt in AsyncRetrying(

@@ -20,12 +20,13 @@ from megatron_brain.errors import ConfigError
 from megatron_brain.generation.batch import Completion
 from megatron_brain.generation.engine import Prompt
 from megatron_brain.generation.vllm.client import Server, UnavailableError
-from megatron_brain.generation.vllm.draw import Drawing, Question, first_error
+from megatron_brain.generation.vllm.draw import Drawing, first_error
 from megatron_brain.generation.vllm.folders import SyncFolders
 from megatron_brain.generation.vllm.handover import Giver, HandOver, Held
 from megatron_brain.generation.vllm.jobs import Job, wait_together
 from megatron_brain.generation.vllm.opening import open_servers, require_processed_logprobs
 from megatron_brain.generation.vllm.probes import Expected, Values, mean_difference
+from megatron_brain.generation.vllm.spread import Question
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.runtime.parallel import Parallel
 

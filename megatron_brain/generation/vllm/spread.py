@@ -1,9 +1,54 @@
-"""Spreads requests over servers by load, and keeps them from servers that failed."""
+"""Spreads the prompts of a round over servers by load, and keeps requests from servers that failed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_brain.generation.engine import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A response to draw. `place`: its own among those of the round."""
+
+    place: int
+    prompt: Prompt
+    seed: int
+
+
+class Waiting:
+    """Questions that wait for a server.
+
+    A server gets all responses of a prompt if it can, because it then computes the prompt once. It gets the next prompt
+    that nobody has begun when its own is used up, and helps with the longest one when all are begun.
+    """
+
+    def __init__(self, questions: Iterable[Question]) -> None:
+        self._of_prompt: dict[Prompt, deque[Question]] = {}
+        for question in questions:
+            self._of_prompt.setdefault(question.prompt, deque()).append(question)
+        self._fresh = deque(self._of_prompt)
+        self._own: dict[int, Prompt] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._of_prompt)
+
+    def take(self, server: int) -> Question:
+        """The next question for a server; there must be one."""
+        own = self._own.get(server)
+        if own is None or own not in self._of_prompt:
+            own = self._fresh.popleft() if self._fresh else max(self._of_prompt, key=self._left)
+            self._own[server] = own
+        question = self._of_prompt[own].popleft()
+        if not self._of_prompt[own]:
+            del self._of_prompt[own]
+        return question
+
+    def _left(self, prompt: Prompt) -> int:
+        return len(self._of_prompt[prompt])
 
 
 class Spread:

@@ -48,13 +48,14 @@ def compare_logprobs(
 
 
 def _differences(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean is of the sums over responses, which make the weights; the largest is of single tokens."""
     responses = [response for rollout in rollouts for response in rollout.responses]
-    differences = [abs(response.trainer_logprob - response.sampler_logprob) for response in responses]
-    per_token = [value / len(each.tokens) for value, each in zip(differences, responses, strict=True)]
     return {
-        "difference": sum(differences),
+        "difference": sum(abs(response.trainer_logprob - response.sampler_logprob) for response in responses),
         "tokens": sum(len(response.tokens) for response in responses),
-        "sampler_logprob_largest_difference": max(per_token, default=0.0),
+        "sampler_logprob_largest_difference": max(
+            (response.largest_token_difference for response in responses), default=0.0
+        ),
     }
 
 

@@ -138,6 +138,7 @@ class SampledResponses:
                         text=tokenizer.decode_response(sample.tokens),
                         finished=sample.finished,
                         sampler_logprob=sample.logprob,
+                        sampler_token_logprobs=sample.token_logprobs if self.temperature is not None else None,
                         log_proposal=sample.logprob if self.temperature is None else None,
                     )
                     for sample in samples

@@ -129,7 +129,8 @@ class RejectionSamples:
         )
         # A single response makes a pair with itself, which is a tie.
         accepted = [responses[i] for i in chosen] or responses * 2
-        # sampler_logprob is the probability of being drawn, not that of being accepted.
+        # What the sampler says is the probability of being drawn, not that of being accepted.
+        unknown = {"sampler_logprob": None, "sampler_token_logprobs": None}
         return dataclasses.replace(
-            candidates, responses=[dataclasses.replace(response, sampler_logprob=None) for response in accepted]
+            candidates, responses=[dataclasses.replace(response, **unknown) for response in accepted]
         )

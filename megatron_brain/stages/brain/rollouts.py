@@ -11,7 +11,8 @@ A file holds one JSON object per prompt:
 the round. Other objectives fix another number (`preference`, `advantage`).
 
 sampler_logprob and trainer_logprob are log q' as the engine that drew the response and the model that trains compute
-it; log_proposal is the one of the two that makes the weights.
+it; log_proposal is the one of the two that makes the weights. A response that a checkpoint holds before the trainer has
+computed it also has `sampler_token_logprobs`, the engine's values of the single tokens.
 
 A response that is read back needs its tokens. If the objective uses log q', it also needs log_proposal, which is the
 log-probability under the distribution that it was drawn from, or sampler_logprob, the sampling engine's value of the
@@ -59,6 +60,8 @@ class Response:
     text: str = ""
     finished: bool = True
     sampler_logprob: float | None = None
+    sampler_token_logprobs: tuple[float, ...] | None = None
+    """What sampler_logprob is the sum of, until `compare_tokens` has read it."""
     trainer_logprob: float | None = None
     log_proposal: float | None = None
     log_prior: float | None = None
@@ -67,6 +70,15 @@ class Response:
     """What each part of the reward says, by its name."""
     fixed: dict[str, float] = field(default_factory=dict)
     """The number that the objective has fixed for the round, by its name."""
+    largest_token_difference: float | None = None
+    """Largest difference of a token's log-probability between sampler and trainer, in nats. No file has it."""
+
+    def compare_tokens(self, trainer: Sequence[float]) -> None:
+        """Compare the sampler's log-probabilities of the tokens with the trainer's, and forget them."""
+        if self.sampler_token_logprobs is not None:
+            pairs = zip(self.sampler_token_logprobs, trainer, strict=True)
+            self.largest_token_difference = max(abs(sampler - trained) for sampler, trained in pairs)
+            self.sampler_token_logprobs = None
 
     def value(self, name: str) -> float | None:
         """A number of the response; None if it is not known."""
@@ -112,8 +124,10 @@ class Rollout:
         if not self.record:
             del record["record"]
         for response in record["responses"]:
-            if not response["reward_parts"]:
-                del response["reward_parts"]
+            del response["largest_token_difference"]
+            for name in ("reward_parts", "sampler_token_logprobs"):
+                if not response[name]:
+                    del response[name]
             response |= response.pop("fixed")
         return record
 
@@ -159,7 +173,8 @@ def _fixed() -> list[str]:
 
 def _check_fields(values: object, kind: type, needed: Sequence[str], where: str) -> None:
     """Raise ConfigError if an object of a file lacks a field, or has one that is unknown or of another type."""
-    what, known = f"a {kind.__name__.lower()}", [field.name for field in fields(kind) if field.name != "fixed"]
+    what = f"a {kind.__name__.lower()}"
+    known = [field.name for field in fields(kind) if field.name not in ("fixed", "largest_token_difference")]
     fixed = _fixed() if kind is Response else []
     known += fixed
     if not isinstance(values, dict):
@@ -197,10 +212,23 @@ def _make_floats(response: Response, where: str) -> None:
         if name in _LOG_PROBABILITIES and value > _ROUNDING:
             raise ConfigError(f"{where}: {name} is {value}; the logarithm of a probability is at most 0")
         setattr(response, name, float(value))
+    if response.sampler_token_logprobs is not None:
+        response.sampler_token_logprobs = _token_logprobs(response, where)
     for name, value in response.reward_parts.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ConfigError(f"{where}: reward_parts has {short(value)} for {name}; it must be a finite number")
         response.reward_parts[name] = float(value)
+
+
+def _token_logprobs(response: Response, where: str) -> tuple[float, ...]:
+    told = response.sampler_token_logprobs
+    is_right = isinstance(told, (list, tuple)) and len(told) == len(response.tokens)
+    if not is_right or not all(type(value) in (int, float) and math.isfinite(value) for value in told):
+        raise ConfigError(
+            f"{where}: sampler_token_logprobs is {short(told)}; it must have a finite number for each of the "
+            f"{len(response.tokens)} tokens"
+        )
+    return tuple(float(value) for value in told)
 
 
 def rollout_files(pattern: str) -> list[str]:

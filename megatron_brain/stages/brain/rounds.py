@@ -21,7 +21,7 @@ from megatron_brain.stages.brain.placement import Placement, Step, rollouts_in
 from megatron_brain.stages.brain.proposals import GivenPairs, Proposal, RolloutFiles, SampledResponses
 from megatron_brain.stages.brain.rejection_sampling import RejectionSamples
 from megatron_brain.stages.brain.rollouts import Rollout, write_rollouts
-from megatron_brain.stages.brain.scoring import score_responses
+from megatron_brain.stages.brain.scoring import score_responses, score_tokens
 from megatron_brain.stages.brain.spec import HELD_OUT
 from megatron_brain.stages.engine import open_engine
 from megatron_brain.stages.rewards.rewards import Rewards
@@ -186,10 +186,9 @@ class RoundMaker:
         if self._is_missing("trainer_logprob", rollouts):
             # The code that trains computes log q', in its micro-batches. So beta is exactly 1/n before the first step.
             with self._weights_that_drew(trainer, number) as chunks:
-                for response, value in score_responses(
-                    self._run, steps, chunks, head="policy", temperature=temperature
-                ):
+                for response, value, of_tokens in score_tokens(self._run, steps, chunks, temperature=temperature):
                     response.trainer_logprob = value
+                    response.compare_tokens(of_tokens.tolist())
         of_engine = self._settings.proposal_logprobs == "engine"
         for response in (response for rollout in rollouts for response in rollout.responses):
             response.log_proposal = response.sampler_logprob if of_engine else response.trainer_logprob

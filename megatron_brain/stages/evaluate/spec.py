@@ -4,6 +4,7 @@ from megatron_brain.config.checks import require_reward, require_set
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import (
     PROMPTS,
+    Output,
     ScoringModel,
     StageSpec,
     Work,
@@ -21,8 +22,8 @@ def _require(config: RunConfig) -> None:
     posterior = config.posterior
     if posterior.posterior_samples:
         require_reward(config)
-    elif config.scoring.judge is None:
-        require_reward(config, "--judge")
+    elif config.scoring.judge is None and config.judging.judge_url is None:
+        require_reward(config, "--judge", "--judge-url")
     if not posterior.posterior_samples and posterior.reward_temperature != 1.0:
         raise ConfigError(
             f"reward_temperature={posterior.reward_temperature} is read with --posterior-samples alone: give that, or "
@@ -44,14 +45,26 @@ def _work(config: RunConfig) -> Work:
     )
 
 
+def verdict_file(config: RunConfig) -> str:
+    """The place of the verdicts of a language model."""
+    return config.judging.judge_cache or f"{config.generate.output}.verdicts.jsonl"
+
+
+def _outputs(config: RunConfig) -> tuple[Output, ...]:
+    files = (*output(config), posterior_output(config))
+    if config.judging.judge_url is None:
+        return files
+    return *files, Output(flag="--judge-cache", place=verdict_file(config))
+
+
 EVALUATE = StageSpec(
     name="evaluate",
     help="compare checkpoints on held-out prompts",
     code="megatron_brain.stages.evaluate.stage:main",
-    sections=("sampling", "engine", "scoring", "posterior", "generate", "evaluate"),
+    sections=("sampling", "engine", "scoring", "posterior", "generate", "evaluate", "judging"),
     require=_require,
     sources=lambda config: (PROMPTS,),
     reader=read_prompts,
     work=_work,
-    outputs=lambda config: (*output(config), posterior_output(config)),
+    outputs=_outputs,
 )

@@ -22,6 +22,13 @@ from megatron_brain.stages.comparison import (
     wins_over,
 )
 from megatron_brain.stages.engine import open_engine
+from megatron_brain.stages.evaluate.llm_judge import (
+    add_verdicts,
+    describe_llm_judge,
+    llm_metrics,
+    llm_report,
+    open_llm_judge,
+)
 from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_ratio
 from megatron_brain.stages.posterior import add_distances, add_kl_from_policy
 from megatron_brain.stages.prior_samples import THE_PRIOR, PriorSamples
@@ -34,8 +41,6 @@ from megatron_brain.training.run import Run
 log = logging.getLogger(__name__)
 
 _ANSWERS = ("policy", "baseline", "reference")
-_AT_ONCE = 16
-"""Prompts whose answers a reward model scores in sequences of one padded length."""
 
 
 def main(run: Run) -> None:
@@ -43,6 +48,7 @@ def main(run: Run) -> None:
     settings, scoring = run.config.evaluate, run.config.scoring
     prompts = read_prompts(run)
     judge = open_judge(scoring.judge, prompts)
+    llm_judge = open_llm_judge(run)
     mine = my_share(prompts, run.parallel)
     policy = run.build_model("policy")
     load_weights(run.start_from, policy, head="policy", verify=run.config.checkpoint.verify)
@@ -51,7 +57,7 @@ def main(run: Run) -> None:
     # A baseline that is the prior is not loaded twice.
     other = settings.baseline_load not in (None, scoring.prior_load)
     baseline = FrozenModel(run, "baseline", settings.baseline_load, head="policy") if other else prior
-    models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge}
+    models = {"baseline": baseline.path, "prior": prior.path, "judge": scoring.judge, **describe_llm_judge(run)}
     engine = open_engine(run, prompts)
     asked = run.config.posterior.posterior_samples
     posterior = PriorSamples(run, prompts, engine, prior, rewards, scale) if asked else None
@@ -81,6 +87,7 @@ def main(run: Run) -> None:
         add_distances(run, posterior, policy, by_place)
         add_kl_from_policy(run, posterior, by_place)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
+    add_verdicts(run, llm_judge, everything)
     if run.parallel.is_writer:
         if judge is not None:
             add_judge_scores(judge, everything, _ANSWERS)
@@ -106,15 +113,13 @@ def _add_rewards(
 def _write_report(run: Run, rows: list[dict]) -> None:
     settings = run.config.evaluate
     require_finite(rows)
-    metrics = {
-        name: dataclasses.asdict(estimate)
-        for name, estimate in summarize(
-            rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed
-        ).items()
-    }
+    estimates = summarize(rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed)
+    estimates |= llm_metrics(run, rows)
+    metrics = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
     report = {
         "num_prompts": len(rows),
         "metrics": metrics,
+        **llm_report(run, rows),
         "examples": [
             {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
             for r in rows[: settings.num_examples]

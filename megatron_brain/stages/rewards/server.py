@@ -16,29 +16,22 @@ reward.
 
 import asyncio
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 from urllib.parse import urldefrag, urlsplit
 
 import httpx2
-import tenacity
 
 from megatron_brain.config.rewards import RewardPart
 from megatron_brain.config.stages import ScoringConfig
 from megatron_brain.data.tokenizer import Tokenizer
 from megatron_brain.errors import ConfigError, short
+from megatron_brain.stages.posting import post_until_answered
 from megatron_brain.stages.rewards.answers import Answer
 
 _SENTENCE = "The quick brown fox jumps over 13 lazy dogs, doesn't it?"
 """What the tokenizers of run and server are compared on."""
-_PASSING = (408, 425, 429)
-"""Statuses below 500 that say that the same request may work later."""
-
-
-class _PassingError(Exception):
-    """A request failed in a way that may pass."""
 
 
 class _FormError(Exception):
@@ -202,18 +195,7 @@ class RewardServer:
         self, client: httpx2.AsyncClient, url: str, body: dict[str, Any], problems: dict[int, str], place: int
     ) -> httpx2.Response:
         """The answer to a POST request, which is repeated while its problem may pass."""
-        content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-        async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_PassingError),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10, jitter=0.2),
-        ):
-            with attempt:
-                try:
-                    return await _post(client, url, content)
-                except _PassingError as error:
-                    problems[place] = str(error)
-                    raise
-        raise AssertionError("attempts have no end of their own")
+        return await post_until_answered(client, url, body, note=lambda problem: problems.update({place: problem}))
 
     def _checked(self, reply: httpx2.Response, answers: Sequence[Answer]) -> list[float]:
         try:
@@ -244,18 +226,3 @@ def _named(answers: Sequence[Answer]) -> str:
     first, last = answers[0].record_id, answers[-1].record_id
     of = first if first == last else f"{first} to {last}"
     return f"the {len(answers)} responses to {of}" if len(answers) > 1 else f"the response to {of}"
-
-
-async def _post(client: httpx2.AsyncClient, url: str, content: bytes) -> httpx2.Response:
-    """The answer to one request.
-
-    Raises:
-        _PassingError: there was none, or its status says that there may be another one later.
-    """
-    try:
-        reply = await client.post(url, content=content, headers={"content-type": "application/json"})
-    except httpx2.TransportError as error:
-        raise _PassingError(f"{type(error).__name__} {error}".rstrip()) from error
-    if reply.status_code >= 500 or reply.status_code in _PASSING:
-        raise _PassingError(f"status {reply.status_code}: {reply.text[:300]}")
-    return reply

@@ -158,7 +158,7 @@ SIZES = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-h
         (
             "evaluate",
             "--load c --prompts p --output o --prior-load s",
-            "needs --reward-load, --reward-function, --reward-url or --judge",
+            "needs --reward-load, --reward-function, --reward-url, --judge or --judge-url",
         ),
         ("sft", "--train-data t --load c --eval-interval 5", "--valid-data"),
         ("sft", "--train-data t --load c --train-iters 10 --lr-warmup-iters 10", "lr_warmup_iters=10"),

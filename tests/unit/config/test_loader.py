@@ -29,6 +29,7 @@ REQUIRED = {
 RSO = {"responses": "rso", "objective": "rso-hinge", "refresh_proposal": False}
 VLLM = {"engine": "vllm", "engine_url": "http://host:8000", "engine_sync_dir": "sync"}
 POSTERIOR = {"posterior_samples": 8, "valid_data": "v.jsonl", "reward_load": "reward"}
+JUDGE = {"judge_url": "http://host:8000/v1", "judge_model": "m"}
 FP8 = {"fp8_format": "hybrid", "bf16": True}
 
 # Values other than the default where the generic choice below breaks a check, and what they need beside them.
@@ -73,6 +74,8 @@ SPECIAL = {
     "reward_function": ("rules.py:right,rules.py:short", {}),
     "reward_url": ("http://host:8000/rewards,https://other", {}),
     "reward_weights": ("0.5,-2", {"reward_function": "rules.py:right", "reward_load": "reward"}),
+    "judge_url": ("http://host:8000/v1", {"judge_model": "m"}),
+    **{name: ("a name", JUDGE) for name in ("judge_model", "judge_template", "judge_cache")},
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),

@@ -198,5 +198,5 @@ def test_what_truncation_leaves_nothing_of_and_turns_inside_of_an_answer_are_war
     report = check([path], [], reading)
     assert ("nothing learned, dropped", 1, False) in problems(report)
     early = [f"\n\nHuman: hello\n\nAssistant:{said}\n\nHuman: sure?\n\nAssistant: yes" for said in (" so", " no")]
-    path = write(tmp_path / "b.jsonl", [{"chosen": early[0], "rejected": early[1]}])
+    path = write(tmp_path / "b.jsonl", [{"prompt": "what?", "chosen": early[0], "rejected": early[1]}])
     assert ("turns in an answer", 1, False) in problems(check([path], [], settings(hf_marked, "reward")))

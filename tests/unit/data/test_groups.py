@@ -93,6 +93,14 @@ def test_sum_per_response_adds_the_counted_tokens_of_each():
     assert values.grad.tolist() == [1, 0, 10, 10, 10, 100, 100]
 
 
+def test_split_per_response_gives_each_response_its_counted_tokens():
+    groups = [Group(prompt=(1, 2), responses=((3, 4, 5), (6,))), Group(prompt=(7,), responses=((8, 9),))]
+    batch = pack_groups(groups, shared_prefix=True, length=16)
+    parts = batch.split_per_response(batch.targets)
+    assert [part.tolist() for part in parts] == [[3, 4, 5], [6], [8, 9]]
+    assert pack_groups([], shared_prefix=True, length=4).split_per_response(torch.zeros(0)) == ()
+
+
 def test_sum_per_response_leaves_out_uncounted_infinities_and_adds_in_float32():
     batch = pack_groups([PAIR], shared_prefix=True)
     values = torch.tensor([256.0, -torch.inf, 256.0, 1.0, 1.0], dtype=torch.bfloat16)

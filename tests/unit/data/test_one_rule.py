@@ -45,7 +45,9 @@ def walk(tokenizer, folder, monkeypatch, *, sft, pair):
 
         def generate(self, prompts, **_):
             seen["sampling"] = (prompts[0], (*group.responses[0][:-1], self.eos_id))
-            return [[Completion(tokens=group.responses[0], logprob=0.0, finished=True)]]
+            return [
+                [Completion(tokens=group.responses[0], token_logprobs=(0.0,) * len(group.responses[0]), finished=True)]
+            ]
 
     monkeypatch.setattr(native, "Sampler", Sampler)
     settings = types.SimpleNamespace(samples_per_prompt=1, seed=1, shared_prefix=True)

@@ -149,6 +149,7 @@ def test_dropped_and_truncated_records_are_counted(hf):
         "kept": 2,
         "dropped_overlong": 1,
         "dropped_unlearned": 0,
+        "dropped_dialogues": 0,
         "truncated_prompt": 0,
         "truncated_response": 0,
         "duplicates": 1,

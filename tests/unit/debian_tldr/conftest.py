@@ -21,6 +21,8 @@ def example():
         "make_preferences",
         "summary",
         "fetch_judge",
+        "best_of_n",
+        "split_data",
     )
     sys.path.insert(0, str(EXAMPLE))
     try:

@@ -18,7 +18,7 @@ from megatron_brain.generation.seeds import sample_seed, sample_seeds
 from megatron_brain.models.architecture import resolve
 from megatron_brain.models.attention import PackedLayout
 from megatron_brain.models.provider import build_model
-from megatron_brain.training.validation import score_groups
+from megatron_brain.training.validation import outputs_of_groups, score_groups
 
 VOCABULARY = 300
 NO_EOS = 10_000
@@ -97,6 +97,11 @@ def test_logprob_is_the_policys_own_and_counts_eos(model, single, temperature):
     expected = torch.cat(scored)
     sampled = torch.tensor([sample.logprob for samples in results for sample in samples])
     torch.testing.assert_close(sampled, expected, atol=1e-5, rtol=1e-6)
+    [(batch, output)] = outputs_of_groups([model], [groups], single, shared_prefix=True, temperature=temperature)
+    drawn = [sample for samples in results for sample in samples]
+    for sample, of_tokens in zip(drawn, batch.split_per_response(output), strict=True):
+        assert len(sample.token_logprobs) == len(sample.tokens)
+        torch.testing.assert_close(torch.tensor(sample.token_logprobs), of_tokens, atol=1e-5, rtol=1e-6)
 
 
 def test_logprob_counts_temperature_top_k_and_top_p(model, single):

@@ -26,8 +26,8 @@ def read(answer, temperature=1.0):
 
 
 def test_a_response_ends_with_eos_or_is_as_long_as_it_may_be():
-    assert read(choice([8, 9, 10])) == Completion(tokens=(8, 9, 10), logprob=-1.5, finished=False)
-    assert read(choice([8, 7], reason="stop")) == Completion(tokens=(8, 7), logprob=-1.0, finished=True)
+    assert read(choice([8, 9, 10])) == Completion(tokens=(8, 9, 10), token_logprobs=(-0.5,) * 3, finished=False)
+    assert read(choice([8, 7], reason="stop")) == Completion(tokens=(8, 7), token_logprobs=(-0.5,) * 2, finished=True)
     assert read(choice([8, 9, 7], reason="stop")).finished
 
 

@@ -41,15 +41,15 @@ def brain(**changes):
 
 
 def test_a_token_round_reads_weights_once_and_the_cache_of_every_response_by_hand():
-    """Two servers with a response to each of 6 prompts: 6 rows. In each of 4 layers each row reads 6 + 2 tokens of
-    2 x 4 numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes 62
-    bytes a logit and reads the output layer."""
+    """Two servers with both responses to 3 of 6 prompts each: 6 rows. In each of 4 layers each row reads 6 + 2 tokens
+    of 2 x 4 numbers in bf16; unlike in our sampler, a prompt's part is read by each of its responses. The choice takes
+    62 bytes a logit and reads the output layer."""
     workload = brain()
     machine = ideal_machine(memory_bandwidth=1.0)
     linear = 2 * (LINEAR + 6 * (INPUTS + OUTPUTS))
     layers = 4 * (linear + 6 * (6 + 2) * 8 * 2 + 6 * layer_forward_bytes(workload, Layout()))
     choice = 2 * 8 * 32 + 6 * 32 * 62
-    prompts = prompt_timer(workload, Layout(), machine, 6).forward(0).total
+    prompts = prompt_timer(workload, Layout(), machine, 3).forward(0).total
     assert drawing_seconds(workload, Servers(count=2, tensor=1), machine) == prompts + 3 * layers + 4 * choice
 
 

@@ -111,7 +111,9 @@ def test_the_names_that_the_console_knows_are_those_that_an_evaluation_gives(sco
 
 def test_the_kl_is_the_mean_of_the_log_ratio_of_samples_by_hand(monkeypatch):
     prompts = [Prompt(tokens=(1, 2), text="", reference=None, record_id=name) for name in "ab"]
-    samples = [Completion(tokens=tokens, logprob=0.0, finished=True) for tokens in ((3, 4), (5,))]
+    samples = [
+        Completion(tokens=tokens, token_logprobs=(0.0,) * len(tokens), finished=True) for tokens in ((3, 4), (5,))
+    ]
     scores = {"policy": (-1.0, -2.0), "prior": (-3.5, -1.5)}
 
     def score(chunks, groups, parallel, *, head, shared_prefix):
@@ -293,7 +295,7 @@ def test_equal_settings_draw_once(folder):
 
         def sample(self, prompts, *, seeds, sampling):
             calls.append(sampling.temperature)
-            return [[Completion(tokens=(5,), logprob=0.0, finished=False)] for _ in prompts]
+            return [[Completion(tokens=(5,), token_logprobs=(0.0,), finished=False)] for _ in prompts]
 
     for temperature, expected in ((1.0, [1.0, 0.0]), (0.5, [0.5, 0.0, 1.0])):
         trainer = make(folder, *held_out(folder, "--temperature", str(temperature)))

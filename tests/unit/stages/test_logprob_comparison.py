@@ -17,7 +17,14 @@ BRAIN = Brain(baseline="self-normalized", alpha="soft", policy_strength=1.0, rew
 def rollout(*numbers):
     """A group of responses of two tokens with log q' of trainer and engine, log p and reward."""
     names = ("trainer_logprob", "sampler_logprob", "log_prior", "reward")
-    responses = [Response(tokens=(1, 2), **dict(zip(names, values, strict=True))) for values in numbers]
+    responses = []
+    for values in numbers:
+        response = Response(tokens=(1, 2), **dict(zip(names, values, strict=True)))
+        # The first token of the trainer is 0.2 below that of the sampler; the second one has the rest.
+        sampler, trainer = response.sampler_logprob, response.trainer_logprob
+        response.sampler_token_logprobs = (-0.5, sampler + 0.5)
+        response.compare_tokens((-0.7, trainer + 0.7))
+        responses.append(response)
     return Rollout(id="p", index=0, prompt_tokens=(1,), responses=responses)
 
 
@@ -37,7 +44,7 @@ def test_the_differences_and_weights_of_a_group_by_hand():
     assert found == pytest.approx(
         {
             "sampler_logprob_difference": 0.4 / 4,
-            "sampler_logprob_largest_difference": 0.3 / 2,
+            "sampler_logprob_largest_difference": 0.3,
             "ess_alpha_trainer": ess(trainer),
             "ess_alpha_engine": ess(engine),
             "ess_beta_engine": ess(beta),

@@ -48,6 +48,27 @@ def test_a_checkpoint_carries_rollouts_through_json():
     assert rollout_from_dict(json.loads(json.dumps(rollout().as_dict())), "ckpt") == rollout()
 
 
+def test_a_checkpoint_keeps_the_log_probabilities_of_tokens_until_the_trainer_has_compared_them():
+    drawn = rollout(sampler_logprob=-1.5)
+    for each in drawn.responses:
+        each.sampler_token_logprobs = (-1.5 / len(each.tokens),) * len(each.tokens)
+    read = rollout_from_dict(json.loads(json.dumps(drawn.as_dict())), "ckpt")
+    assert read == drawn
+    first = read.responses[0]
+    first.compare_tokens((-0.75, -1.25))
+    assert (first.largest_token_difference, first.sampler_token_logprobs) == (0.5, None)
+    written = read.as_dict()["responses"]
+    assert "sampler_token_logprobs" not in written[0] and "largest_token_difference" not in written[0]
+    assert written[1]["sampler_token_logprobs"] == (-1.5,)
+
+
+@pytest.mark.parametrize("told", [[-1.0], [-1.0, None], "ab", [-1.0, float("nan")]])
+def test_log_probabilities_that_are_not_those_of_the_tokens_are_refused(told):
+    responses = [{"tokens": [3, 4], "log_proposal": -1.0, "sampler_token_logprobs": told}] * 2
+    with pytest.raises(ConfigError, match="f:1: sampler_token_logprobs is .*a finite number for each of the 2 tokens"):
+        rollout_from_dict(record(responses=responses), "f:1")
+
+
 def test_a_minimal_record_of_another_engine_is_enough():
     read = rollout_from_dict(record(), "f:1")
     assert read.responses[1] == Response(tokens=(5,), log_proposal=-2.0)

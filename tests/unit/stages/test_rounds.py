@@ -55,7 +55,10 @@ def test_the_proposal_is_not_the_policy_where_the_engine_says_log_q_or_has_drawn
 
 
 def test_the_log_q_that_makes_the_weights_is_the_trainers_or_the_engines(monkeypatch):
-    monkeypatch.setattr(rounds, "score_responses", lambda run, steps, chunks, **_: ((r, -4.0) for r in some.responses))
+    def score_tokens(run, steps, chunks, **_):
+        yield from ((response, -4.0, torch.tensor([-4.0])) for response in some.responses)
+
+    monkeypatch.setattr(rounds, "score_tokens", score_tokens)
     for side, expected in (("trainer", -4.0), ("engine", -3.0)):
         some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,), sampler_logprob=-3.0)])
         made = maker()
@@ -99,7 +102,11 @@ def test_only_what_the_objective_needs_is_scored(objective, temperature, from_pr
         for response, value in score_responses(None, steps, "reward", head="reward"):
             response.reward = value
 
+    def score_tokens(*arguments, **options):
+        yield from ((*scored, torch.zeros(1)) for scored in score_responses(*arguments, head="policy", **options))
+
     monkeypatch.setattr(rounds, "score_responses", score_responses)
+    monkeypatch.setattr(rounds, "score_tokens", score_tokens)
     some = Rollout(id="p", index=0, prompt_tokens=(1,), responses=[Response(tokens=(1,)), Response(tokens=(2,))])
     if temperature is None and objective == "brain":
         for response in some.responses:

@@ -1,14 +1,13 @@
 """Reward servers over real sockets: what is sent, what comes back, what is tried again and what is told."""
 
 import importlib.util
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.stub_json import StubJson
 
 from megatron_brain.config.rewards import reward_parts
 from megatron_brain.config.stages import ScoringConfig
@@ -21,47 +20,6 @@ ANSWERS = [
     Answer(prompt=f"p{i}", response="y" * i, record={"id": f"d:{i}", "n": i}, record_id=f"d:{i}", tokens=(7, i))
     for i in range(1, 6)
 ]
-
-
-class Stub:
-    """A server that answers each request with what `reply` makes of its number and JSON: (status, JSON or text)."""
-
-    def __init__(self, reply):
-        self.requests, self.most, now, lock = [], 0, set(), threading.Lock()
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    number = len(stub.requests)
-                    stub.requests.append((self.path, request))
-                    now.add(number)
-                    stub.most = max(stub.most, len(now))
-                status, answer = reply(number, request)
-                body = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-                with lock:
-                    now.discard(number)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def scorer(url, *, timeout=5.0, batch=2, concurrency=8):
@@ -85,7 +43,7 @@ def test_the_form_is_the_documented_one_and_answers_come_back_in_order_however_l
         time.sleep(0.05 * (request["records"][0]["n"] == 1))
         return lengths(number, request)
 
-    with Stub(slow_first) as stub:
+    with StubJson(slow_first) as stub:
         assert scorer(f"{stub.url}/any?x=1")(ANSWERS) == [1.0, 2.0, 3.0, 4.0, 5.0]
     sent = sorted(stub.requests, key=lambda request: request[1]["records"][0]["n"])
     assert sent[0] == (
@@ -100,27 +58,27 @@ def test_no_more_requests_are_under_way_than_allowed():
         time.sleep(0.02)
         return lengths(number, request)
 
-    with Stub(slow) as stub:
+    with StubJson(slow) as stub:
         scorer(stub.url, batch=1, concurrency=2)(ANSWERS)
     assert stub.most == 2 and len(stub.requests) == 5
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
 def test_what_may_pass_is_tried_again(status):
-    with Stub(lambda number, request: (status, "busy") if number == 0 else lengths(number, request)) as stub:
+    with StubJson(lambda number, request: (status, "busy") if number == 0 else lengths(number, request)) as stub:
         assert scorer(stub.url, batch=9)(ANSWERS) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert len(stub.requests) == 2
 
 
 def test_a_server_that_stays_broken_is_told_with_its_last_answer_and_the_records():
-    with Stub(lambda number, request: (503, "loading the model")) as stub:
+    with StubJson(lambda number, request: (503, "loading the model")) as stub:
         message = refused(stub.url, timeout=0.5, batch=3)
     assert "no rewards within --reward-timeout 0.5 seconds for 2 of 2 requests" in message
     assert "the 3 responses to d:1 to d:3: status 503: loading the model" in message
 
 
 def test_a_server_that_is_not_there_or_does_not_answer_ends_in_the_set_time():
-    with Stub(lambda number, request: time.sleep(1.5) or lengths(number, request)) as stub:
+    with StubJson(lambda number, request: time.sleep(1.5) or lengths(number, request)) as stub:
         start = time.monotonic()
         assert "d:1 to d:5: no answer yet" in refused(stub.url, timeout=0.3, batch=9)
         assert time.monotonic() - start < 1
@@ -128,7 +86,7 @@ def test_a_server_that_is_not_there_or_does_not_answer_ends_in_the_set_time():
 
 
 def test_a_mistake_is_told_at_once_with_the_body_of_the_answer():
-    with Stub(lambda number, request: (422, '{"detail": "no field prompts"}')) as stub:
+    with StubJson(lambda number, request: (422, '{"detail": "no field prompts"}')) as stub:
         message = refused(stub.url, batch=9)
     assert f'--reward-url {stub.url} answered with status 422 to the 5 responses to d:1 to d:5: {{"detail"' in message
     assert len(stub.requests) == 1
@@ -147,7 +105,7 @@ def test_a_mistake_is_told_at_once_with_the_body_of_the_answer():
     ],
 )
 def test_anything_but_a_number_for_each_response_is_an_error_that_names_the_record(answer, message):
-    with Stub(lambda number, request: (200, answer)) as stub:
+    with StubJson(lambda number, request: (200, answer)) as stub:
         assert message in refused(stub.url, batch=9)
 
 
@@ -163,7 +121,7 @@ def classified(request, *outputs):
 
 
 def test_vllm_gets_token_ids_and_its_one_output_before_the_activation_is_the_reward():
-    with Stub(lambda number, request: classified(request, 0.5)) as stub:
+    with StubJson(lambda number, request: classified(request, 0.5)) as stub:
         assert scorer(f"{stub.url}/classify")(ANSWERS) == [0.5, 1.0, 1.5, 2.0, 2.5]
     (first, _), *others = stub.requests
     assert first == "/detokenize"
@@ -175,14 +133,14 @@ def test_vllm_gets_token_ids_and_its_one_output_before_the_activation_is_the_rew
     "answer", [(200, {"prompt": "another text"}), (400, "ids out of range"), (404, "no such path")]
 )
 def test_a_served_model_with_another_tokenizer_is_refused(answer):
-    with Stub(lambda number, request: answer if "tokens" in request else classified(request, 0.5)) as stub:
+    with StubJson(lambda number, request: answer if "tokens" in request else classified(request, 0.5)) as stub:
         message = refused(f"{stub.url}/classify")
     assert "/detokenize makes " in message and "must have the tokenizer of the run" in message
     assert [path for path, _ in stub.requests] == ["/detokenize"]
 
 
 def test_of_several_outputs_the_address_says_which_one_is_the_reward():
-    with Stub(lambda number, request: classified(request, 0.5, -1.0)) as stub:
+    with StubJson(lambda number, request: classified(request, 0.5, -1.0)) as stub:
         assert scorer(f"{stub.url}/classify#1")(ANSWERS) == [-1.0, -2.0, -3.0, -4.0, -5.0]
         assert "several outputs for a response; put #INDEX" in refused(f"{stub.url}/classify")
         assert "fewer than 3 outputs" in refused(f"{stub.url}/classify#2")

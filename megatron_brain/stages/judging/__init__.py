@@ -1,0 +1,1 @@
+"""Comparison of answers by a language model over HTTP."""

@@ -1,0 +1,83 @@
+"""A language model that judges: one rank asks it while the others wait, and an error is that of all."""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.stub_json import StubJson, chat_judge
+
+from distributed.runs import start
+from distributed.world import Context, Layout, at
+from megatron_brain.errors import AgreedError
+from megatron_brain.files import write_whole
+
+_PROMPTS = 3
+
+some = at(lambda layout: layout.name in ("tp2_sp", "pp2", "dp2"))
+
+
+@some
+def case_one_rank_asks_a_language_judge_and_the_report_is_that_of_one_process(layout: Layout, context: Context) -> None:
+    place = context.shared / f"judge_{context.world_size}_{layout.name}.url"
+    with _shared_stub(chat_judge(lambda message: "A" if len(message) % 3 else "tie"), place) as (stub, url):
+        report = _evaluated(layout, context, url, "judged")
+    if stub is not None:
+        assert len(stub.requests) == 2 * _PROMPTS, "the policy is the baseline, so only the reference is compared with"
+        told = {
+            "rows": [row["llm/policy_vs_reference"] for row in report["rows"]],
+            "metrics": {name: value for name, value in report["metrics"].items() if "llm" in name},
+            "counts": report["llm_judge"]["comparisons"],
+        }
+        assert told == context.reference("judged", told)
+        assert told["metrics"]["win_rate/llm/policy_vs_baseline"]["value"] == 0.5
+        assert told["counts"]["policy_vs_baseline"]["equal_texts"] == _PROMPTS
+
+
+@some
+def case_a_language_judge_that_fails_ends_all_ranks_with_one_message(layout: Layout, context: Context) -> None:
+    place = context.shared / f"refusing_judge_{context.world_size}_{layout.name}.url"
+    with (
+        _shared_stub(lambda number, request: (400, "no such model"), place) as (_, url),
+        pytest.raises(AgreedError, match="answered with status 400 on .*no such model") as caught,
+    ):
+        _evaluated(layout, context, url, "refused")
+    told: list = [None] * layout.size
+    torch.distributed.all_gather_object(told, str(caught.value))
+    assert len(set(told)) == 1
+
+
+@contextmanager
+def _shared_stub(reply, place: Path):
+    """A server that the first rank runs (None on the others), and its address, which it leaves in a file."""
+    if os.environ.get("RANK", "0") == "0":
+        with StubJson(reply) as stub:
+            write_whole(place, stub.url)
+            yield stub, stub.url
+            torch.distributed.barrier()
+    else:
+        while not place.exists():
+            time.sleep(0.01)
+        yield None, place.read_text()
+        torch.distributed.barrier()
+
+
+def _evaluated(layout: Layout, context: Context, url: str, name: str) -> dict | None:
+    """The report of an evaluation, on the rank that writes it. Ranks hear of each other every 20 ms."""
+    from megatron_brain.config.loader import load_config
+    from megatron_brain.stages.evaluate import llm_judge
+    from megatron_brain.stages.evaluate.stage import main
+    from megatron_brain.training.start import open_run
+
+    output = context.shared / f"{name}_{context.world_size}_{layout.name}.json"
+    model = str(start("sft", context))
+    flags = ["--load", model, "--prior-load", model, "--prompts", str(context.assets / "sft.jsonl")]
+    flags += ["--max-prompts", str(_PROMPTS), "--max-new-tokens", "8", "--seq-length", "64", "--output", str(output)]
+    flags += ["--judge-url", url, "--judge-model", "m", "--judge-timeout", "20", "--no-progress", *layout.flags()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm_judge, "_SLICE", 0.02)
+        main(open_run(load_config("evaluate", flags)))
+    return json.loads(output.read_text()) if output.exists() and torch.distributed.get_rank() == 0 else None

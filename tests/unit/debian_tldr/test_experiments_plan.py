@@ -1,0 +1,191 @@
+"""The configurations of the experiments: what they expand to, and what a mistake in one is told."""
+
+import itertools
+import json
+
+import pytest
+import yaml
+from helpers.experiments import FOLDER, importable
+
+EXPERIMENTS = sorted(file.stem for file in FOLDER.glob("*.yaml") if file.name != "common.yaml")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with importable() as found:
+        yield found
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A WORK in which everything is tuned."""
+    names = [setting["name"] for setting in yaml.safe_load((FOLDER / "tuning.yaml").read_text())["settings"]]
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({name: {"flags": {"lr": 4.5e-5}} for name in names}))
+    return tmp_path
+
+
+def plan_of(modules, name, work, **options):
+    return modules.plan.make_plan(FOLDER / f"{name}.yaml", work, **options)
+
+
+def stages_of(plan):
+    """Stage and arguments of each command that runs megatron_brain."""
+    for step in plan.steps.values():
+        words = list(step.command)
+        if "megatron_brain" in words:
+            place = words.index("megatron_brain")
+            yield step.name, words[place + 1], words[place + 2 :]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_command_of_every_experiment_has_settings_that_its_stage_takes(modules, work, name, monkeypatch):
+    from megatron_brain.config.loader import load_config
+
+    monkeypatch.chdir(FOLDER.parents[2])
+    for _, stage, arguments in stages_of(plan_of(modules, name, work)):
+        load_config(stage, arguments)
+
+
+def test_runs_of_a_seed_share_stages_and_steps_come_after_what_they_need(modules, work):
+    plan = plan_of(modules, "baseline", work)
+    assert len(plan.runs) == 27
+    assert [name for name in plan.steps if name.endswith("/reward")] == [f"shared/seed{s}/reward" for s in (1, 2, 3)]
+    assert sum(name.startswith("shared/") for name in plan.steps) == 8 + 3 * 3
+    seen = set()
+    for name, step in plan.steps.items():
+        assert set(step.needs) <= seen
+        seen.add(name)
+
+
+def test_all_experiments_of_full_size_share_the_same_steps_in_one_work(modules, work):
+    known = {}
+    for name in set(EXPERIMENTS) - {"reduced", "smoke"}:
+        for step in plan_of(modules, name, work).steps.values():
+            assert known.setdefault(step.name, step) == step
+
+
+def test_the_seed_of_a_run_moves_reward_model_training_and_evaluation(modules, work):
+    plan = plan_of(modules, "baseline", work, only=["none-k8"], seeds=[7])
+    seeds = {name: words[words.index("--seed") + 1] for name, _, words in stages_of(plan) if "--seed" in words}
+    assert set(seeds.values()) == {"7"}
+    assert {name.rsplit("/", 1)[1] for name in seeds} == {"reward", "prior_test", "prior_valid", "brain", "evaluate"}
+    brain = plan.steps["baseline/none-k8/seed7/brain"].command
+    assert brain[brain.index("--reward-load") + 1] == str(work / "shared/seed7/reward")
+
+
+def test_all_settings_of_the_baselines_differ_in_baseline_and_rounds_alone(modules, work):
+    plan = plan_of(modules, "baseline", work, seeds=[1])
+    flags = [flags_of(words) for name, stage, words in stages_of(plan) if stage == "brain"]
+    varied = {name for name in flags[0] if len({one[name] for one in flags}) > 1}
+    assert varied == {"--baseline", "--refresh-interval", "--prompts-per-round", "--save"}
+    # Every round is used up by its K steps, so all runs see as many prompts.
+    assert all(
+        int(one["--prompts-per-round"]) == int(one["--refresh-interval"]) * int(one["--global-batch-size"])
+        for one in flags
+    )
+
+
+def test_equal_compute_is_the_same_number_of_responses_a_step(modules, work):
+    plan = plan_of(modules, "samples", work, seeds=[1])
+    flags = {name.split("/")[1]: flags_of(words) for name, stage, words in stages_of(plan) if stage == "brain"}
+    responses = {name: int(f["--global-batch-size"]) * int(f["--samples-per-prompt"]) for name, f in flags.items()}
+    assert {count for name, count in responses.items() if name.endswith("equal-compute")} == {32}
+    assert responses["self-normalized-k8"] == 32
+    assert {flags[name]["--global-batch-size"] for name in ("n2", "n4", "n16", "n32")} == {"4"}
+
+
+def flags_of(words):
+    """Values of a command's flags by their names; the last one of a flag counts, as for the stage."""
+    return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
+
+
+def test_a_setting_that_is_the_same_as_another_has_its_steps_and_its_own_folder(modules, work):
+    plan = plan_of(modules, "ladder", work, only=["brain"], seeds=[2])
+    (run,) = plan.runs
+    other = "baseline/self-normalized-k8/seed2"
+    assert run.steps == (f"{other}/brain", f"{other}/evaluate")
+    assert (run.folder, run.source) == (work / "ladder/brain/seed2", work / other)
+    assert (run.setting.label, run.name) == ("BRAIn", "ladder/brain/seed2")
+    own = plan_of(modules, "baseline", work, seeds=[2]).steps
+    assert all(plan.steps[name] == own[name] for name in plan.steps)
+
+
+def test_tuned_values_are_read_and_their_absence_is_told_with_the_cure(modules, work, tmp_path):
+    command = plan_of(modules, "ladder", work, seeds=[1]).steps["ladder/soft/seed1/brain"].command
+    assert command[command.index("--lr") + 1] == "4.5e-05"
+    (work / "tuned.yaml").unlink()
+    with pytest.raises(modules.user_errors.UserError, match=r"tuned.yaml has no values for .*; run run.py tuning.yaml"):
+        plan_of(modules, "ladder", work)
+    command = plan_of(modules, "ladder", work, draft=True).steps["ladder/soft/seed1/brain"].command
+    assert command[command.index("--lr") + 1] == "TUNED"
+
+
+def test_every_tuned_name_of_the_experiments_is_tuned_with_the_flags_that_it_has_there(modules):
+    read = modules.settings.read_experiment
+    tuned = {}
+    for setting in read(FOLDER / "tuning.yaml").settings:
+        flags = {name: value for name, value in setting.flags.items() if name != "lr"}
+        tuned[modules.settings.grid_name(setting)] = (setting.data, flags)
+    # K = 64 is tuned as K = 32, and the number of samples as n = 8.
+    other = {"baseline": "-k64", "samples": ""}
+    for name in ("baseline", "samples", "ladder", "methods"):
+        for setting in read(FOLDER / f"{name}.yaml").settings:
+            if setting.tuned is not None:
+                assert setting.tuned in tuned
+                if not (name in other and setting.name.endswith(other[name])):
+                    assert tuned[setting.tuned] == (setting.data, setting.flags), setting.name
+
+
+def test_the_choice_takes_the_value_with_the_lowest_last_metric_and_keeps_earlier_choices(modules, tmp_path):
+    def metrics(name, *values):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"iteration": i, "validation/kl": v}) + "\n" for i, v in enumerate(values)))
+        return path
+
+    runs = [
+        ("a", "lr", 1e-5, metrics("1", 0.1, 0.9)),
+        ("a", "lr", 3e-5, metrics("2", 0.9, 0.5)),
+        ("a", "lr", 1e-4, metrics("3", 0.9, float("nan"))),
+        ("b", "lr", 1e-5, metrics("4", 0.3)),
+        ("b", "lr", 3e-5, metrics("5", 0.2)),
+        ("b", "lr", 3e-5, metrics("6", 0.6)),
+    ]
+    choices = modules.choose.choose(runs, "validation/kl")
+    assert {name: choice["flags"] for name, choice in choices.items()} == {"a": {"lr": 3e-5}, "b": {"lr": 1e-5}}
+    assert choices["b"]["reached"] == {"lr 1e-05": 0.3, "lr 3e-05": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": [{"name": "a"}]}, r"setting 1: needs label"),
+        ({"settings": [{"name": "a", "label": "A", "flag": {}}]}, r"unknown key flag; known are name, label"),
+        ({"seeds": 3}, r"seeds=3 must be a list"),
+        ({"seeds": [1, 1]}, r"must be different numbers"),
+        ({"settings": [{"name": "a", "label": "A"}] * 2}, r"two settings are called a"),
+        ({"settings": [{"name": "a", "label": "A", "data": "pears"}]}, r"data='pears' must be prompts or pairs"),
+        ({"settings": [{"name": "a", "label": "A", "grid": {"lr": ["1e-5"]}}]}, r"write 1.0e-5"),
+        ({"settings": [{"name": "a", "label": "A", "best_of": 4}]}, r"best-of-n and a number `best_of` go together"),
+        ({"settings": [{"name": "a", "label": "A", "same_as": "b/c", "flags": {"lr": 1}}]}, r"leave out flags"),
+        ({"choose_by": "validation/loss"}, r"compares the values of a grid, and it has none"),
+        ({"sizes": {"prompts": 3}}, r"with sizes of x: unknown key prompts"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_named(modules, tmp_path, change, told):
+    content = {"question": "?", "seeds": [1], "settings": [{"name": "a", "label": "A", "flags": {"lr": 1}}]}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content | change))
+    with pytest.raises(modules.user_errors.UserError, match=told):
+        modules.plan.make_plan(tmp_path / "x.yaml", tmp_path)
+
+
+def test_an_unknown_experiment_or_setting_is_told_with_those_that_exist(modules, work):
+    with pytest.raises(modules.user_errors.UserError, match=r"there are baseline.yaml, ladder.yaml"):
+        plan_of(modules, "nothing", work)
+    with pytest.raises(modules.user_errors.UserError, match=r"--only nope: .*it has self-normalized-k8"):
+        plan_of(modules, "baseline", work, only=["nope"])
+
+
+def test_a_key_that_stands_twice_is_an_error(modules, tmp_path):
+    (tmp_path / "x.yaml").write_text("question: a\nquestion: b\n")
+    with pytest.raises(modules.user_errors.UserError, match=r"line 1: 'question' stands twice"):
+        modules.settings.read_experiment(tmp_path / "x.yaml")

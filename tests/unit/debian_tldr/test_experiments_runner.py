@@ -1,0 +1,348 @@
+"""The runner of the experiments with stub commands: what it runs, skips, resumes, refuses and records."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers.experiments import FOLDER, StubPlans, importable
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with importable() as found:
+        found.execute.POLL_SECONDS = 0.01
+        yield found
+
+
+@pytest.fixture
+def stub(modules, tmp_path):
+    return StubPlans(modules, tmp_path / "work")
+
+
+def conditions(stub, plan):
+    return stub.modules.state.State(stub.work).conditions(plan.steps)
+
+
+def wait_until(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def trains(stub) -> bool:
+    """Whether the step `brain` has logged a line."""
+    metrics = stub.work / "brain" / "metrics.jsonl"
+    return metrics.exists() and bool(metrics.read_text())
+
+
+def stop_when_it_trains(stub):
+    """Send SIGTERM to this process as soon as the step `brain` trains."""
+
+    def stop():
+        wait_until(lambda: trains(stub))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+
+
+def test_steps_run_once_in_the_order_of_their_needs_and_a_second_session_has_nothing_to_do(stub):
+    plan = stub.plan(stub.write("a", "1"), stub.write("b", "2", needs=["a"]), stub.write("c", "3", needs=["b"]))
+    assert stub.run(plan).left == []
+    assert stub.calls() == ["a", "b", "c"]
+    assert stub.run(plan).left == []
+    assert stub.calls() == ["a", "b", "c"]
+
+
+def test_as_many_steps_run_at_one_time_as_there_are_jobs_and_one_of_two_processes_runs_alone(stub):
+    code = (
+        "import sys, time; print(time.time()); time.sleep(0.6 if sys.argv[1][-1] == 'b' else 0.2); "
+        "open(sys.argv[1], 'w').write(str(time.time()))"
+    )
+    steps = [
+        stub.script(n, code, stub.work / n, outputs=[n], slots=2 if n == "both" else 1) for n in ("a", "b", "both")
+    ]
+    stub.run(stub.plan(*steps))
+    start = {s.name: float((stub.work / "log" / f"{s.name}.log").read_text().splitlines()[-1]) for s in steps}
+    end = {s.name: float((stub.work / s.name).read_text()) for s in steps}
+    assert start["b"] < end["a"] and start["a"] < end["b"]
+    assert start["both"] >= max(end["a"], end["b"])
+
+
+def test_a_failing_step_names_its_log_and_stops_only_what_needs_it(stub, capsys):
+    fails = stub.script("bad", "print('the reason'); raise SystemExit(7)", outputs=["bad"])
+    plan = stub.plan(fails, stub.write("after", "1", needs=["bad"]), stub.write("other", "1"))
+    outcome = stub.run(plan)
+    assert outcome.left == ["bad", "after"] and list(outcome.failed) == ["bad"]
+    log = stub.work / "log" / "bad.log"
+    assert "status 7" in outcome.failed["bad"] and str(log) in outcome.failed["bad"] and "the reason" in log.read_text()
+    assert "the reason" in capsys.readouterr().out
+    assert stub.calls() == ["other"]
+
+
+def test_a_command_that_ends_well_without_its_outputs_has_failed(stub):
+    outcome = stub.run(stub.plan(stub.script("empty", "", outputs=["empty.json"])))
+    assert outcome.left == ["empty"]
+    assert stub.modules.state.State(stub.work).marker("empty")["done"] is False
+
+
+def test_a_changed_command_is_refused_and_says_what_changed_and_a_rerun_makes_all_that_depends_on_it_anew(stub):
+    def plan(text):
+        return stub.plan(stub.write("a", text), stub.write("b", "2", needs=["a"]), stub.write("other", "3"))
+
+    stub.run(plan("old"))
+    with pytest.raises(
+        stub.modules.user_errors.UserError, match=r"a \(and 1 more\).* had old .* has new.*--rerun-changed"
+    ):
+        stub.run(plan("new"))
+    assert (stub.work / "a").read_text() == "old"
+    stub.run(plan("new"), rerun_changed=True)
+    assert (stub.work / "a").read_text() == "new"
+    assert stub.calls()[3:] == ["a", "b"]
+
+
+def test_a_changed_settings_file_is_a_changed_step(stub, modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(modules.steps, "ROOT", tmp_path)
+    (tmp_path / "brain.yaml").write_text("lr: 1")
+    plan = stub.plan(stub.write("a", "1", reads=(tmp_path / "brain.yaml",)))
+    stub.run(plan)
+    (tmp_path / "brain.yaml").write_text("lr: 2")
+    with pytest.raises(modules.user_errors.UserError, match=r"brain.yaml had another content"):
+        stub.run(plan)
+
+
+def test_an_interrupted_step_of_another_configuration_is_not_gone_on_with(stub):
+    stub.slow("brain")
+    stop_when_it_trains(stub)
+    outcome = stub.run(stub.plan(stub.train("brain", 1000)))
+    assert outcome.left == ["brain"] and not outcome.failed
+    changed = stub.plan(stub.train("brain", 3))
+    with pytest.raises(stub.modules.user_errors.UserError, match="brain was made with another configuration"):
+        stub.run(changed)
+    stub.run(changed, rerun_changed=True)
+    assert len((stub.work / "brain" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_max_minutes_stops_a_stage_which_saves_and_the_next_session_goes_on_from_there(stub, capsys):
+    plan = stub.plan(stub.train("brain", 300, minutes=0.0), stub.write("after", "1", needs=["brain"]))
+    slow = stub.slow("brain")
+    outcome = stub.run(plan, minutes=0.03)
+    slow.unlink()
+    saved = int((stub.work / "brain" / "latest_checkpointed_iteration.txt").read_text())
+    assert outcome.left == ["brain", "after"] and not outcome.failed and 0 < saved < 300
+    assert "--max-minutes is over" in capsys.readouterr().out
+    assert conditions(stub, plan)["brain"] == "begun"
+    assert stub.run(plan).left == []
+    lines = (stub.work / "brain" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 301))
+    assert f"begins after {saved}\n" in (stub.work / "log" / "brain.log").read_text()
+
+
+def test_a_step_that_cannot_be_interrupted_is_not_started_with_too_little_time_left(stub):
+    plan = stub.plan(stub.write("long", "1", minutes=5.0), stub.write("short", "1", minutes=0.0))
+    assert stub.run(plan, minutes=1).left == ["long"]
+    assert stub.calls() == ["short"]
+
+
+def test_a_signal_stops_the_steps_that_run_and_starts_no_more(stub):
+    plan = stub.plan(stub.train("brain", 1000), stub.write("after", "1", needs=["brain"]))
+    stub.slow("brain")
+    stop_when_it_trains(stub)
+    outcome = stub.run(plan)
+    assert outcome.left == ["brain", "after"] and not outcome.failed
+    assert (stub.work / "brain" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_a_stage_that_somebody_else_stopped_is_not_taken_for_finished(stub):
+    code = "import sys; from pathlib import Path; p = Path(sys.argv[1]); p.mkdir(); " + (
+        "(p / 'latest_checkpointed_iteration.txt').write_text('3')"
+    )
+    folder = stub.work / "brain"
+    outputs = [folder / "latest_checkpointed_iteration.txt"]
+    step = stub.script("brain", code, folder, outputs=outputs, checkpoint=folder, iterations=5, resumes=True)
+    outcome = stub.run(stub.plan(step))
+    assert outcome.left == ["brain"] and not outcome.failed
+
+
+def test_the_lock_is_held_by_a_step_whose_runner_was_killed(stub, modules):
+    code = (
+        f"import sys; sys.path[:0] = {[str(FOLDER.parents[2] / 'tests')]!r}\n"
+        "from helpers.experiments import StubPlans, importable\n"
+        "from pathlib import Path\n"
+        "with importable() as modules:\n"
+        f"    stub = StubPlans(modules, Path({str(stub.work)!r}))\n"
+        "    stub.run(stub.plan(stub.train('brain', 1000)))\n"
+    )
+    slow = stub.slow("brain")
+    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    wait_until(lambda: trains(stub))
+    runner.kill()
+    runner.wait()
+    plan = stub.plan(stub.train("brain", 1000))
+    try:
+        assert modules.lock.is_locked(stub.work)
+        with pytest.raises(modules.user_errors.UserError, match=f"in use by process {runner.pid} on .*--work"):
+            stub.run(plan)
+    finally:
+        (child,) = children_with(str(stub.work / "brain"))
+        os.kill(child, signal.SIGKILL)
+    wait_until(lambda: not modules.lock.is_locked(stub.work))
+    slow.unlink()
+    # Nothing was saved, so the step begins anew.
+    assert stub.run(plan).left == []
+    assert len((stub.work / "brain" / "metrics.jsonl").read_text().splitlines()) == 1000
+
+
+def children_with(word: str) -> list[int]:
+    """Processes that have the word on their command line as an argument of its own."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                words = open(f"/proc/{entry}/cmdline", "rb").read().decode().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if word in words:
+                found.append(int(entry))
+    return found
+
+
+def run_plan(stub, evaluation="{}"):
+    brain, result = "stub/x/seed1/brain", "stub/x/seed1/evaluation.json"
+    data = stub.write("shared/data", "records", digests=(stub.work / "shared/data",))
+    evaluate = stub.write(result, evaluation, needs=[brain], loads=(brain,))
+    return stub.plan(data, stub.train(brain, 3, needs=["shared/data"]), evaluate, runs=[("x", [brain, result])])
+
+
+def test_a_finished_run_has_its_record_metrics_and_evaluation_and_no_checkpoints(stub, capsys):
+    plan = run_plan(stub)
+    stub.run(plan)
+    folder = stub.work / "stub" / "x" / "seed1"
+    record = json.loads((folder / "run.json").read_text())
+    expected = {
+        "experiment": "stub",
+        "setting": "x",
+        "label": "X",
+        "method": "brain",
+        "seed": 1,
+        "settings": {"lr": 0.5},
+    }
+    assert expected.items() <= record.items()
+    assert record["commands"] == [list(step.command) for step in plan.steps.values()]
+    assert record["started"] <= record["ended"] and record["seconds"] > 0
+    assert {"python", "torch", "megatron-core", "transformers", "commit"} == set(record["versions"])
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (folder / "evaluation.json").read_text() == "{}"
+    assert not list((folder / "brain").glob("iter_*")) and "removed its checkpoints" in capsys.readouterr().out
+    assert stub.run(plan).left == []
+
+
+def test_the_hash_of_the_data_is_that_of_their_checksums(stub, modules):
+    stub.run(run_plan(stub))
+    record = json.loads((stub.work / "stub/x/seed1/run.json").read_text())
+    digest = modules.steps.file_hash(stub.work / "shared" / "data")
+    assert record["data_hash"] == modules.records.hash_of({"shared/data": digest})
+    assert modules.records.hash_of({"shared/data": "0"}) != record["data_hash"]
+
+
+def test_checkpoints_stay_if_asked(stub):
+    stub.run(run_plan(stub), keep_checkpoints=True)
+    assert list((stub.work / "stub/x/seed1/brain").glob("iter_*"))
+
+
+def test_a_policy_whose_checkpoint_was_removed_is_trained_again_where_it_is_evaluated_in_another_way(stub):
+    stub.run(run_plan(stub))
+    assert stub.run(run_plan(stub, "[]"), rerun_changed=True).left == []
+    metrics = (stub.work / "stub/x/seed1/brain/metrics.jsonl").read_text()
+    assert len(metrics.splitlines()) == 3
+    log = (stub.work / "log/stub/x/seed1/brain.log").read_text()
+    assert log.count("begins after 0\n") == 2
+    assert (stub.work / "stub/x/seed1/evaluation.json").read_text() == "[]"
+
+
+def test_other_data_change_all_that_was_made_of_them(stub):
+    plan = run_plan(stub)
+    stub.run(plan)
+    # The command is the same, but what it fetches now is another text.
+    (stub.work / "state/shared/data.json").unlink()
+    (stub.work / "shared/data").unlink()
+    step = plan.steps["shared/data"]
+    state = stub.modules.state.State(stub.work)
+    state.begin(step)
+    step.outputs[0].write_text("other records")
+    state.finish(step)
+    assert conditions(stub, plan) == dict.fromkeys(plan.steps, "changed") | {"shared/data": "done"}
+
+
+def test_the_log_has_the_machine_time_and_the_cpu_time_of_every_command(stub, modules):
+    busy = "import sys, time; open(sys.argv[1], 'w')\nwhile time.process_time() < 0.5: pass"
+    a = stub.script("a", busy, stub.work / "a", outputs=["a"])
+    plan = stub.plan(a, stub.write("both", "1", slots=2))
+    stub.run(plan)
+    lines = [json.loads(line) for line in (stub.work / "log" / "steps.jsonl").read_text().splitlines()]
+    share = {line["step"]: line["machine_seconds"] / line["seconds"] for line in lines}
+    assert share == {"a": pytest.approx(0.5, abs=0.1), "both": 1.0}
+    assert 0.5 <= lines[0]["cpu_seconds"] < 1.5 and lines[1]["cpu_seconds"] < 0.5
+    assert [line["outcome"] for line in lines] == ["finished", "finished"]
+    table = modules.status.status_lines(plan, modules.state.State(stub.work), 2, at_work=False)
+    assert any("machine time" in line for line in table)
+
+
+@pytest.fixture
+def session(stub, modules, monkeypatch):
+    """Runs the script with a stub plan and options; returns its exit status."""
+
+    def run(plan, *options):
+        monkeypatch.setattr(modules.run, "make_plan", lambda *_, **__: plan)
+        monkeypatch.setattr(sys, "argv", ["run.py", "stub.yaml", "--work", str(stub.work), *options])
+        try:
+            modules.run.main()
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return run
+
+
+def test_the_exit_status_tells_whether_all_is_done_failed_or_left(stub, session, capsys):
+    good, bad = stub.write("good", "1"), stub.script("bad", "raise SystemExit(1)", outputs=["bad"])
+    assert session(stub.plan(stub.write("good", "1", minutes=5.0)), "--max-minutes", "1") == 3
+    assert "left: 1 steps, about 2 minutes: good" in capsys.readouterr().out
+    assert session(stub.plan(good)) == 0
+    assert "all 1 steps are done" in capsys.readouterr().out
+    assert session(stub.plan(good, bad)) == 1
+    assert "FAILED: bad: ended with status 1; its output is in" in capsys.readouterr().out
+    sessions = [json.loads(line) for line in (stub.work / "log" / "sessions.jsonl").read_text().splitlines()]
+    assert [one["status"] for one in sessions] == [3, 0, 1]
+
+
+def test_status_and_dry_run_show_what_is_done_and_left_and_run_nothing(stub, session, capsys):
+    plan = stub.plan(stub.write("x/a", "1"), stub.write("x/b", "it's", needs=["x/a"]), stub.write("y/c", "3"))
+    session(stub.plan(stub.write("x/a", "1")))
+    capsys.readouterr()
+    assert session(plan, "--dry-run") is None
+    shown = capsys.readouterr().out
+    assert "# x/b, about 0.0 minutes\npython -c" in shown and """'it'"'"'s'""" in shown
+    assert session(plan, "--status") is None
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[1][:3] == ["x", "partly", "done"] and table[1][-1] == "b"
+    assert table[2][:2] == ["y", "left"] and table[2][-1] == "c"
+    assert stub.calls() == ["x/a"]
+
+
+def test_the_time_left_follows_how_long_finished_steps_of_the_kind_took(stub, modules):
+    def step(name, **more):
+        return stub.write(name, "1", minutes=10.0, kind="brain", **more)
+
+    first, rest = step("a"), [step("b"), step("c", slots=2)]
+    stub.run(stub.plan(first))
+    state, path = modules.state.State(stub.work), stub.work / "state" / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1200.0}))
+    plan = stub.plan(first, *rest)
+    # Steps of the kind took twice as long as expected. One job of two has half of the machine, two processes all of it.
+    assert modules.status.minutes_left(plan, state, state.conditions(plan.steps), jobs=2) == pytest.approx(20 / 2 + 20)

@@ -1,0 +1,1 @@
+"""What `tools/report.py` makes of the runs of an experiment."""
