@@ -42,8 +42,6 @@ from megatron_brain.training.run import Run
 log = logging.getLogger(__name__)
 
 _ANSWERS = ("policy", "baseline", "reference")
-_AT_ONCE = 16
-"""Prompts whose answers a reward model scores in sequences of one padded length."""
 
 
 def main(run: Run) -> None:

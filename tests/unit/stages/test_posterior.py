@@ -182,6 +182,11 @@ def test_samples_of_a_file_are_not_drawn_again_and_give_the_same_numbers(folder,
     data = ["--posterior-data", str(folder / "prior_samples.jsonl")]
     again, _ = report(folder, tmp_path / "o.json", "--posterior-samples", "512", *data)
     assert again == measured[0]
+    greedy, _ = report(folder, tmp_path / "o.json", "--posterior-samples", "512", "--temperature", "0", *data)
+    for row, at_temperature_one in zip(greedy["rows"], again["rows"], strict=True):
+        of_posterior = [name for name in row if "posterior" in name]
+        assert all(row[name] == at_temperature_one[name] for name in (*of_posterior, "plain", "reward/plain"))
+    assert [row["policy"] for row in greedy["rows"]] != [row["plain"] for row in greedy["rows"]]
     fewer, _ = report(folder, tmp_path / "o.json", "--posterior-samples", "8", "--posterior-prompts", "2", *data)
     monkeypatch.undo()
     drawn, _ = report(folder, tmp_path / "o.json", "--posterior-samples", "8", "--posterior-prompts", "2")
