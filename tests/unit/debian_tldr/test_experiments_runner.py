@@ -60,18 +60,23 @@ def test_steps_run_once_in_the_order_of_their_needs_and_a_second_session_has_not
 
 
 def test_as_many_steps_run_at_one_time_as_there_are_jobs_and_one_of_two_processes_runs_alone(stub):
+    """a and b each wait for the start of the other. Then b goes on for a while, in which `both` must not start."""
     code = (
-        "import sys, time; print(time.time()); time.sleep(0.6 if sys.argv[1][-1] == 'b' else 0.2); "
-        "open(sys.argv[1], 'w').write(str(time.time()))"
+        "import sys, time\nfrom pathlib import Path\n"
+        "own, other = Path(sys.argv[1]), Path(sys.argv[2])\nprint(time.time())\n"
+        "own.with_suffix('.started').touch()\n"
+        "while not other.with_suffix('.started').exists(): time.sleep(0.01)\n"
+        "if own.name == 'b': time.sleep(0.5)\n"
+        "own.write_text(str(time.time()))"
     )
+    others = {"a": "b", "b": "a", "both": "both"}
     steps = [
-        stub.script(n, code, stub.work / n, outputs=[n], slots=2 if n == "both" else 1) for n in ("a", "b", "both")
+        stub.script(name, code, stub.work / name, stub.work / other, outputs=[name], slots=1 + (name == "both"))
+        for name, other in others.items()
     ]
-    stub.run(stub.plan(*steps))
-    start = {s.name: float((stub.work / "log" / f"{s.name}.log").read_text().splitlines()[-1]) for s in steps}
-    end = {s.name: float((stub.work / s.name).read_text()) for s in steps}
-    assert start["b"] < end["a"] and start["a"] < end["b"]
-    assert start["both"] >= max(end["a"], end["b"])
+    assert stub.run(stub.plan(*steps)).left == []
+    started = float((stub.work / "log" / "both.log").read_text().splitlines()[-1])
+    assert started >= max(float((stub.work / name).read_text()) for name in "ab")
 
 
 def test_a_failing_step_names_its_log_and_stops_only_what_needs_it(stub, capsys):
