@@ -46,7 +46,7 @@ def write_record(plan: Plan, run: Run, state: State) -> None:
         "commands": [list(step.command) for name, step in plan.steps.items() if name in names],
         "started": markers[0]["started"],
         "ended": markers[-1]["ended"],
-        "seconds": round(sum(marker["machine_seconds"] for marker in markers), 1),
+        "seconds": round(sum(marker["machine_seconds"] for marker in markers), 3),
         "versions": versions(),
         "settings": run.flags,
         "results": results(run, state),

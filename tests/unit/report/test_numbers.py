@@ -150,10 +150,10 @@ def test_numbers_of_the_first_prompts_alone_are_averaged_over_these(tmp_path):
 
 def test_runs_with_a_number_for_different_prompts_are_refused(tmp_path):
     for seed, without in ((0, 3), (1, 2)):
-        rows = rows_of([1.0, 2.0, 3.0, 4.0], posterior__reward=[1.0, 1.0, 1.0, 1.0])
-        del rows[without]["posterior/reward"]
+        rows = rows_of([1.0, 2.0, 3.0, 4.0], posterior__kl_to_policy=[1.0, 1.0, 1.0, 1.0])
+        del rows[without]["posterior/kl_to_policy"]
         write_run(tmp_path, seed=seed, rows=rows)
-    with pytest.raises(ConfigError, match="posterior/reward for different prompts"):
+    with pytest.raises(ConfigError, match="posterior/kl_to_policy for different prompts"):
         findings(tmp_path)
 
 
