@@ -36,6 +36,11 @@ ROUNDING_OF = {"float32": ROUNDING, "bfloat16": 0.25}
 """Two tokens whose logits are closer than this may change places. bfloat16 has a step of 0.125 from 16 on, and what a
 server computes there depends on which requests are in one batch."""
 
+LOGPROBS_OF = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 0.5)}
+"""Limits of the mean difference between log q' of trainer and server, per token, and of the largest of a token. Logits
+from 16 to 32 have steps of 0.125 in bfloat16. The 135M model differs by 9e-6 and 3e-5 in float32, by 0.015 and 0.21 in
+bfloat16."""
+
 TINY = (
     *("--num-layers", "2", "--hidden-size", "128", "--ffn-hidden-size", "192", "--num-attention-heads", "4"),
     *("--num-query-groups", "2", "--vocab-size", "320", "--max-position-embeddings", "256"),
@@ -152,15 +157,17 @@ def tiny(tmp_path_factory) -> Iterator[tuple[Path, str]]:
         yield work, url
 
 
-def expect_rounds(output: str, folder: Path, *, rounds: int, steps: int) -> None:
+def expect_rounds(output: str, folder: Path, *, rounds: int, steps: int, dtype: str = "float32") -> None:
     """Check that every step was logged, and that the weights of every round were handed over and verified."""
+    mean, largest = LOGPROBS_OF[dtype]
     logged = metrics(folder)
     assert [line["iteration"] for line in logged if "loss" in line] == list(range(1, steps + 1))
     refreshed = [line for line in logged if "seconds_weight_sync" in line]
     assert len(refreshed) == rounds
     for line in refreshed:
         assert line["seconds_weight_sync"] > 0 and line["seconds_waiting_for_samples"] >= 0
-        assert 0 <= line["sampler_logprob_difference"] <= line["sampler_logprob_largest_difference"] < 0.1
+        assert 0 <= line["sampler_logprob_difference"] <= line["sampler_logprob_largest_difference"] < largest
+        assert line["sampler_logprob_difference"] < mean
     assert output.count("1 vLLM servers hold the weights of ") == rounds, output[-3000:]
     difference = max(line["sampler_logprob_difference"] for line in refreshed)
     seconds = ", ".join(f"{line['seconds_weight_sync']:.2f}" for line in refreshed)
@@ -197,7 +204,7 @@ def test_rounds_of_a_real_model_run(layout, real, tmp_path):
         *("--train-iters", 2, *bf16, "--engine", "vllm", "--engine-url", url, "--engine-sync-dir", tmp_path / "sync"),
         processes=processes,
     )
-    expect_rounds(output, tmp_path / layout.replace(" ", "_"), rounds=2, steps=2)
+    expect_rounds(output, tmp_path / layout.replace(" ", "_"), rounds=2, steps=2, dtype=dtype)
 
 
 @needs("VLLM_PYTHON")
