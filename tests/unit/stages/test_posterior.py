@@ -353,8 +353,18 @@ def test_samples_are_scored_in_micro_batches_of_trainings_size(brain):
 def test_a_resumed_run_compares_the_prior_of_its_checkpoint_with_the_file(brain, folder, tmp_path):
     """The folder that the run began from holds newer weights by then."""
     sft = shutil.copytree(folder / "prior", tmp_path / "sft")
-    data = ["--posterior-samples", "8", "--posterior-data", str(tmp_path / "p.jsonl"), "--save-interval", "2"]
-    flags = [*data, "--load", str(sft), "--finetune", "--save", str(tmp_path / "run"), "--auto-resume"]
+    data = ["--posterior-samples", "8", "--posterior-data", str(tmp_path / "p.jsonl")]
+    flags = [
+        *data,
+        "--save-interval",
+        "2",
+        "--load",
+        str(sft),
+        "--finetune",
+        "--save",
+        str(tmp_path / "run"),
+        "--auto-resume",
+    ]
     brain(*flags, "--train-iters", "2").train()
     [newer] = (folder / "policy").glob("iter_*")
     shutil.copytree(newer, sft / "iter_0000099")
@@ -386,7 +396,9 @@ def test_a_file_with_rewards_of_another_scale_than_the_held_out_answers_is_refus
     other = brain("--posterior-samples", "8").stage._held_out._samples
     other._path, other._is_read = first._path, None
     other._scale.load_state_dict({"one": [0.0, 3.0]})
-    with pytest.raises(AgreedError, match=r"p.jsonl: its rewards have the zero and unit .*2.0.* goes on with have .*3.0"):
+    with pytest.raises(
+        AgreedError, match=r"p.jsonl: its rewards have the zero and unit .*2.0.* goes on with have .*3.0"
+    ):
         other.open()
     other._scale.load_state_dict({"one": [0.0, 2.0]})
     other.open()
