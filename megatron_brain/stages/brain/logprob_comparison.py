@@ -53,7 +53,7 @@ def compare_logprobs(
 def _differences(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The mean is of the sums over responses, which make the weights; the largest is of single tokens."""
     responses = [response for rollout in rollouts for response in rollout.responses]
-    found = {
+    found: dict[str, float] = {
         "difference": sum(abs(response.trainer_logprob - response.sampler_logprob) for response in responses),
         "tokens": sum(len(response.tokens) for response in responses),
     }
