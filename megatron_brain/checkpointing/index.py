@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_brain.checkpointing.boxes import BoxPart, tiles
-from megatron_brain.checkpointing.checksums import file_checksum
+from megatron_brain.checkpointing.checksums import json_checksum
 from megatron_brain.checkpointing.errors import COPY, DamagedError
 from megatron_brain.errors import ConfigError
 from megatron_brain.files import write_whole
@@ -108,9 +108,29 @@ def read_index(folder: Path) -> Index:
 
 
 def index_checksum(folder: Path) -> str:
-    """A checksum of the list of tensors, which has the checksums of all values. It tells apart checkpoints of other
-    weights, wherever they are."""
-    return file_checksum(folder / INDEX)
+    """A checksum of the names, dtypes, shapes and values of all tensors. It tells apart checkpoints of other weights,
+    wherever they are and whichever files hold them. Equal weights that another layout has cut into other boxes count as
+    other ones.
+
+    A checkpoint without checksums, of an early version, is told by the sizes and times of its files. So a copy of it
+    may count as another one.
+
+    Raises:
+        DamagedError, ConfigError: as `read_index`.
+    """
+    index = read_index(folder)
+    found: dict[str, Any] = {}
+    for key, boxes in index.boxes.items():
+        first = boxes[0].part
+        found[key] = [
+            str(first.dtype),
+            first.shape,
+            sorted([box.part.offset, box.part.size, box.checksum or ""] for box in boxes),
+        ]
+    if not index.has_checksums:
+        stats = {file.name: file.stat() for file in folder.glob(DATA_FILES)}
+        found[""] = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return json_checksum(found)
 
 
 def _damaged(path: Path, error: Exception) -> DamagedError:

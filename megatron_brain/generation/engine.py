@@ -9,6 +9,9 @@ from megatron_brain.models.gpt import PolicyModel
 
 Prompt = tuple[int, ...]
 
+THE_PRIOR = "the prior"
+"""What an engine calls the prior's weights."""
+
 
 class Interrupted(Exception):  # noqa: N818 # It is no error.
     """The process was asked to stop while it waited for responses. All ranks raise it together."""

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_brain.config.run import RunConfig
 from megatron_brain.data.records import Prompt
 from megatron_brain.errors import ConfigError, RecordError
 from megatron_brain.files import write_whole
-from megatron_brain.generation.engine import Engine
+from megatron_brain.generation.engine import THE_PRIOR, Engine
 from megatron_brain.generation.seeds import posterior_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.planning.summary import Row
@@ -28,10 +29,7 @@ from megatron_brain.training.same_data import read_on_all, require_same_rollouts
 
 log = logging.getLogger(__name__)
 
-THE_PRIOR = "the prior"
-"""What an engine calls the prior's weights."""
-
-_DESCRIBED = {"prior", "reward", "max_new_tokens", "places", "reward_scale"}
+_DESCRIBED = {"prior", "reward", "max_new_tokens", "precision", "places", "reward_scale"}
 """What the description beside a file of samples says."""
 
 
@@ -44,15 +42,12 @@ class PriorSamples:
     samples to a prompt are one object, which is scored once. All ranks call all methods.
 
     Args:
-        run: the run. Its --posterior-data is read here, if it exists.
+        run: the run.
         prompts: all held-out prompts.
         engine: what draws the samples. It gets the weights of the prior.
         prior: the prior p.
         rewards: the parts of the reward, at least one.
         scale: zero and unit of several reward models: measured on the samples, if nothing else was scored before.
-
-    Raises:
-        AgreedError: on all ranks: --posterior-data has other prompts, or was made with another prior or reward.
     """
 
     def __init__(
@@ -71,8 +66,21 @@ class PriorSamples:
         self._placement = Placement.of(run.config, run.parallel)
         self._path = None if settings.posterior_data is None else Path(settings.posterior_data)
         self._rollouts: list[Rollout] | None = None
+        self._is_read: bool | None = None
+        """Whether the samples are those of --posterior-data; None until `open` has looked."""
+
+    def open(self) -> None:
+        """Read --posterior-data if it exists. A run that resumes first knows its prior and the scale of its rewards
+        when it has read its checkpoint, and calls it then. A later call does nothing.
+
+        Raises:
+            AgreedError: on all ranks: the file has other prompts, or was made with another prior, reward, scale of the
+                rewards or precision.
+        """
+        if self._is_read is not None:
+            return
         # One rank looks: on the others the file may appear while they look.
-        self._is_read = run.parallel.gather_over_world(self._path is not None and self._path.exists())[0]
+        self._is_read = self._run.parallel.gather_over_world(self._path is not None and self._path.exists())[0]
         if self._is_read:
             self._rollouts = self._read()
 
@@ -85,17 +93,22 @@ class PriorSamples:
         """This replica's prompts with their samples; `index` is the place of the prompt. The first call draws and
         scores them, unless they were read, and writes --posterior-data.
 
+        A function or a server gets about as many samples in one call as responses of a round, for which its time limit
+        is meant. The scale of several reward models is measured on all samples together.
+
         Raises:
+            AgreedError: as `open`.
             Interrupted: on all ranks: the process was asked to stop while the engine drew.
             AgreedError: on all ranks: a part of the reward failed, or a number is not finite.
         """
+        self.open()
         if self._rollouts is None:
             start = time.perf_counter()
             rollouts = self._drawn()
             steps = self.steps(rollouts)
             for response, value in self.scored(steps):
                 response.log_prior = value
-            self._rewards.score(steps, self._scale)
+            self._rewards.score(steps, self._scale, in_one_call=_responses_of_a_round(self._run))
             read_on_all(lambda: _require_finite(rollouts), self._run.parallel)
             self._write(rollouts)
             self._rollouts = rollouts
@@ -103,8 +116,8 @@ class PriorSamples:
         return self._rollouts
 
     def steps(self, rollouts: Sequence[Rollout]) -> list[Step]:
-        """For each rollout the micro-batches of its distinct responses. As many are computed together as are decoded
-        together, or as fit --max-tokens-per-micro-batch.
+        """For each rollout the micro-batches of its distinct responses. As many are computed together as a micro-batch
+        of training has, or as fit --max-tokens-per-micro-batch: more might not fit the memory.
 
         Raises:
             AgreedError: on all ranks: a prompt and a response do not fit it.
@@ -113,7 +126,8 @@ class PriorSamples:
             dataclasses.replace(rollout, responses=list({each.tokens: each for each in rollout.responses}.values()))
             for rollout in rollouts
         ]
-        at_once = self._run.config.sampling.sampling_batch_size
+        config = self._run.config
+        at_once = config.training.micro_batch_size * config.sampling.samples_per_prompt
         return read_on_all(
             lambda: [self._placement.alone(rollout, at_once=at_once) for rollout in distinct], self._run.parallel
         )
@@ -157,6 +171,7 @@ class PriorSamples:
             "prior": self._prior.fingerprint(),
             "reward": self._rewards.fingerprints(),
             "max_new_tokens": self._run.config.sampling.max_new_tokens,
+            "precision": _precision(self._run.config),
         }
 
     def _places(self) -> dict[str, str]:
@@ -184,8 +199,7 @@ class PriorSamples:
         made_with = read_on_all(lambda: _read_description(path), parallel)
         found = read_on_all(lambda: self._checked(path, made_with), parallel)
         require_same_rollouts(found, str(path), parallel)
-        if not self._scale.state_dict():
-            self._scale.load_state_dict(made_with["reward_scale"])
+        self._scale.load_state_dict(made_with["reward_scale"])
         return [found[i] for i in self._mine]
 
     def _checked(self, path: Path, made_with: Mapping[str, Any]) -> list[Rollout]:
@@ -201,6 +215,12 @@ class PriorSamples:
                 f"posterior_data={path} was made in another way: {'; '.join(changed)}. Give the name of a new file, or "
                 "the settings of this one"
             )
+        scale = self._scale.state_dict()
+        if scale and scale != made_with["reward_scale"]:
+            raise ConfigError(
+                f"posterior_data={path}: its rewards have the zero and unit {made_with['reward_scale']} of each reward "
+                f"model, and the held-out answers that the run goes on with have {scale}: give the name of a new file"
+            )
         rollouts = read_rollouts(str(path), needs_log_proposal=False)
         if len(rollouts) < len(self._prompts):
             raise ConfigError(
@@ -208,15 +228,16 @@ class PriorSamples:
                 f"{len(self._prompts)}: give the name of a new file, or --posterior-prompts {len(rollouts)}"
             )
         return [
-            self._of_prompt(rollout, prompt, f"posterior_data={path}, {rollout.id}")
-            for rollout, prompt in zip(rollouts, self._prompts, strict=False)
+            self._of_prompt(rollout, place, f"posterior_data={path}, {rollout.id}")
+            for place, rollout in enumerate(rollouts[: len(self._prompts)])
         ]
 
-    def _of_prompt(self, rollout: Rollout, prompt: Prompt, where: str) -> Rollout:
-        """A rollout of the file with the first N samples, if it is one of this prompt."""
+    def _of_prompt(self, rollout: Rollout, place: int, where: str) -> Rollout:
+        """A rollout of the file with the first N samples, if it is one of the prompt at this place."""
+        prompt = self._prompts[place]
         if rollout.prompt_tokens != prompt.tokens or (prompt.record and rollout.record != prompt.record):
             raise ConfigError(
-                f"{where}: prompt {rollout.index + 1} of the run is another one, {prompt.record_id}: give the name of "
+                f"{where}: prompt {place + 1} of the run is another one, {prompt.record_id}: give the name of "
                 "a new file, or the prompts, tokenizer and lengths that this one was made with"
             )
         if len(rollout.responses) < self._count:
@@ -228,7 +249,22 @@ class PriorSamples:
         if any(response.log_prior is None or response.reward is None for response in samples):
             raise ConfigError(f"{where}: a response has no log_prior or no reward: give the name of a new file")
         by_tokens = {response.tokens: response for response in samples}
-        return dataclasses.replace(rollout, responses=[by_tokens[response.tokens] for response in samples])
+        equal_ones = [by_tokens[response.tokens] for response in samples]
+        return dataclasses.replace(rollout, index=place, responses=equal_ones)
+
+
+def _responses_of_a_round(run: Run) -> int:
+    """Responses of a replica; a stage without rounds has the default number of prompts."""
+    config = run.config
+    return -(-config.brain.prompts_per_round // run.parallel.dp_size) * config.sampling.samples_per_prompt
+
+
+def _precision(config: RunConfig) -> str:
+    """The number format that models compute in. With FP8, all its settings that are not the default ones."""
+    if config.fp8.fp8_format is None:
+        return "bf16" if config.model.bf16 else "float32"
+    settings = dataclasses.asdict(config.fp8).items()
+    return ", ".join(f"{name}={value}" for name, value in settings if value not in (None, False))
 
 
 def _description(path: Path) -> Path:

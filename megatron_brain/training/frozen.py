@@ -32,6 +32,7 @@ class FrozenModel:
     def __init__(self, run: Run, name: str, directory: str | None, *, head: Head, offload: bool = False) -> None:
         self._run, self._name, self._head, self._offload = run, name, head, offload
         self._found: FrozenCheckpoint | None = None
+        self._fingerprint: str | None = None
         self._chunks: list[Chunk] | None = None
         self._weights: HostWeights | None = None
         self.point_to(directory)
@@ -42,17 +43,21 @@ class FrozenModel:
         return None if self._found is None else str(self._found.info.path.resolve())
 
     def fingerprint(self) -> str:
-        """A checksum that tells the checkpoint's weights apart from others, wherever they are.
+        """A checksum that tells the checkpoint's weights apart from others, wherever they are
+        (`checkpointing.index_checksum`). It is read once.
 
         Raises:
             ConfigError: there is no checkpoint.
+            DamagedError: its list of tensors is damaged.
         """
-        return index_checksum(self._require_found().info.path)
+        if self._fingerprint is None:
+            self._fingerprint = index_checksum(self._require_found().info.path)
+        return self._fingerprint
 
     def point_to(self, directory: str | None) -> None:
         """Use another checkpoint. The model must not have been used yet."""
         assert self._chunks is None, "the model is loaded already"
-        self._found = None if directory is None else self._find(directory)
+        self._found, self._fingerprint = None if directory is None else self._find(directory), None
         if self._found is not None:
             self._run.in_use.add(self._found.info.path.resolve())
 

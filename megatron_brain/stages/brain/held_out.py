@@ -13,7 +13,7 @@ from megatron_brain.config.stage_spec import VALID_DATA
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.records import Prompt
 from megatron_brain.generation.batch import Completion
-from megatron_brain.generation.engine import Engine
+from megatron_brain.generation.engine import THE_PRIOR, Engine
 from megatron_brain.generation.seeds import held_out_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.objectives.posterior import DISTANCES
@@ -28,7 +28,7 @@ from megatron_brain.stages.comparison import (
     wins_over,
 )
 from megatron_brain.stages.posterior import add_distances
-from megatron_brain.stages.prior_samples import THE_PRIOR, PriorSamples
+from megatron_brain.stages.prior_samples import PriorSamples
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.best import Direction
@@ -109,6 +109,8 @@ class HeldOut:
         self._samples: PriorSamples | None = None
         if run.config.posterior.posterior_samples:
             self._samples = PriorSamples(run, prompts, engine, prior, rewards, self._scale)
+            if not run.resuming:
+                self._samples.open()
         self._by_prior: list[dict] | None = None
         """The rows of all prompts with the prior's answers."""
         self._kl: float | None = None
@@ -224,26 +226,36 @@ class HeldOut:
             yield f"held_out/{place}", "\n".join(lines)
 
     def state_dict(self) -> dict:
-        """JSON-able state, the same on all ranks. The samples of the prior are not in it, which would be megabytes in
-        every checkpoint: they are in --posterior-data, or drawn again with the same draws."""
-        return {"made_with": self._made_with(), "kl_to_prior": self._kl, "reward_scale": self._scale.state_dict()}
+        """JSON-able state, the same on all ranks, which all call it. The samples of the prior are not in it, which
+        would be megabytes in every checkpoint: they are in --posterior-data, or drawn again with the same draws."""
+        made_with = read_on_all(self._made_with, self._run.parallel)
+        return {"made_with": made_with, "kl_to_prior": self._kl, "reward_scale": self._scale.state_dict()}
 
     def records(self) -> list[dict]:
         """This replica's share of the prior's answers."""
         return [] if self._by_prior is None else [{"held_out": i, "row": self._by_prior[i]} for i in self._mine]
 
     def load_state_dict(self, state: Mapping | None, records: Sequence[Mapping]) -> None:
-        """Go on with the prior's answers of an earlier run, if they were made in the same way.
+        """Go on with the prior's answers of an earlier run, if they were made in the same way. All ranks call it.
 
         Args:
             state: what `state_dict` returned; None: the run had no held-out prompts.
             records: what `records` returned, of all replicas.
+
+        Raises:
+            AgreedError: on all ranks: --posterior-data cannot be used, as in `PriorSamples.open`.
         """
-        if state is None:
-            return
+        if state is not None:
+            self._take_up(state, records)
+        if self._samples is not None:
+            self._samples.open()
+
+    def _take_up(self, state: Mapping, records: Sequence[Mapping]) -> None:
         self._kl = state["kl_to_prior"]
-        before, now = state["made_with"], self._made_with()
-        changed = [name for name, value in now.items() if before.get(name) != value]
+        before, now = state["made_with"], read_on_all(self._made_with, self._run.parallel)
+        mine = [name for name, value in now.items() if before.get(name) != value]
+        # Rank 0 decides: checkpoints without checksums may look different to other nodes.
+        changed = self._run.parallel.gather_over_world(mine)[0]
         if changed:
             log.warning(
                 "the prior answers the held-out prompts anew: its answers were made with another %s. Win-rates are not "
@@ -261,7 +273,7 @@ class HeldOut:
         contents = self._run.corpora[VALID_DATA.name].contents
         return {
             "valid_data": xxhash.xxh3_64_hexdigest(repr(contents).encode()),
-            "prior": self._prior.path,
+            "prior": self._prior.fingerprint(),
             "seed": config.training.seed,
             **{name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")},
             "reward": dict(self._rewards.rows()),

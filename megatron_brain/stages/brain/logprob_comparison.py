@@ -24,7 +24,9 @@ def compare_logprobs(
     """Metrics over the responses of all replicas, the same on all ranks. All ranks call it together.
 
     Args:
-        rollouts: this replica's, with both log-probabilities and the other numbers that the objective needs.
+        rollouts: this replica's, with both log-probabilities and the other numbers that the objective needs. If some
+            response of any replica has no `largest_token_difference`, as in files of other engines, that metric is left
+            out.
         strength: b of beta.
         limit: of the mean difference, in nats per token.
 
@@ -39,7 +41,8 @@ def compare_logprobs(
     sums = {name: value for name, value in found.items() if name not in largest}
     everyone = parallel.gather_over_data_parallel((sums, largest))
     total = {name: sum(replica[name] for replica, _ in everyone) for name in sums}
-    metrics = {name: max(replica[name] for _, replica in everyone) for name in largest}
+    known = [name for name in largest if all(name in replica for _, replica in everyone)]
+    metrics = {name: max(replica[name] for _, replica in everyone) for name in known}
     metrics["sampler_logprob_difference"] = total["difference"] / total["tokens"]
     if has_weights:
         metrics |= {name: total[name] / total["groups"] for name in WEIGHTS if name in total}
@@ -50,13 +53,14 @@ def compare_logprobs(
 def _differences(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """The mean is of the sums over responses, which make the weights; the largest is of single tokens."""
     responses = [response for rollout in rollouts for response in rollout.responses]
-    return {
+    found: dict[str, float] = {
         "difference": sum(abs(response.trainer_logprob - response.sampler_logprob) for response in responses),
         "tokens": sum(len(response.tokens) for response in responses),
-        "sampler_logprob_largest_difference": max(
-            (response.largest_token_difference for response in responses), default=0.0
-        ),
     }
+    of_tokens = [response.largest_token_difference for response in responses]
+    if None not in of_tokens:
+        found["sampler_logprob_largest_difference"] = max(of_tokens, default=0.0)
+    return found
 
 
 def _weights(rollouts: Sequence[Rollout], objective: Objective, strength: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from megatron_brain.data.order import SampleOrder
 from megatron_brain.data.records import Prompt
 from megatron_brain.errors import ConfigError
 from megatron_brain.generation.batch import Completion
-from megatron_brain.generation.engine import Engine
+from megatron_brain.generation.engine import THE_PRIOR, Engine
 from megatron_brain.generation.seeds import sample_seeds
 from megatron_brain.models.provider import Chunk
 from megatron_brain.stages.brain.objectives import objective_of
@@ -113,7 +113,7 @@ class SampledResponses:
 
     def _hand_over(self, trainer: Trainer, chunks: Sequence[Chunk]) -> None:
         """Give the engine the weights, unless it has them."""
-        label = "the prior" if self.from_prior else f"iteration {trainer.iteration}"
+        label = THE_PRIOR if self.from_prior else f"iteration {trainer.iteration}"
         if not (self._engine.keeps_weights and self._engine.holds == label):
             self._engine.take_weights(chunks, label)
 

@@ -182,6 +182,8 @@ class RoundMaker:
         is_prior = self.proposal.from_prior or self._policy_is_prior(number)
         gives_prior = is_prior and temperature == 1.0 and "log_prior" in needs
         if temperature is None or not ("log_proposal" in needs or gives_prior):
+            for response in (response for rollout in rollouts for response in rollout.responses):
+                response.sampler_token_logprobs = None  # Nothing will be compared with them.
             return
         if self._is_missing("trainer_logprob", rollouts):
             # The code that trains computes log q', in its micro-batches. So beta is exactly 1/n before the first step.
@@ -220,7 +222,7 @@ class RoundMaker:
         if not self._is_missing("log_proposal", rollouts):
             # For tokens drawn from q', the mean of -log q' estimates the entropy of q'.
             metrics["proposal_entropy"] = -self._total(sum(sum(r.values("log_proposal")) for r in rollouts)) / tokens
-        if not self._is_missing("trainer_logprob", rollouts):
+        if not any([self._is_missing(name, rollouts) for name in ("trainer_logprob", "sampler_logprob")]):
             metrics |= compare_logprobs(
                 rollouts,
                 self._objective,

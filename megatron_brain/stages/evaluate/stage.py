@@ -11,6 +11,7 @@ from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.data.records import Prompt
 from megatron_brain.files import write_whole
 from megatron_brain.generation.batch import Completion
+from megatron_brain.generation.engine import THE_PRIOR
 from megatron_brain.stages.answers import gather_rows, my_share, read_prompts, sample_answers
 from megatron_brain.stages.comparison import (
     add_judge_scores,
@@ -32,7 +33,7 @@ from megatron_brain.stages.evaluate.llm_judge import (
 )
 from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_ratio
 from megatron_brain.stages.posterior import add_distances, add_kl_from_policy
-from megatron_brain.stages.prior_samples import THE_PRIOR, PriorSamples
+from megatron_brain.stages.prior_samples import PriorSamples
 from megatron_brain.stages.rewards.rewards import Rewards
 from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.banner import show_banner
@@ -62,6 +63,8 @@ def main(run: Run) -> None:
     engine = open_engine(run, prompts)
     asked = run.config.posterior.posterior_samples
     posterior = PriorSamples(run, prompts, engine, prior, rewards, scale) if asked else None
+    if posterior is not None:
+        posterior.open()
     places = [(name, place) for name, place in models.items() if place is not None]
     show_banner(run, [*places, *rewards.rows(), *([] if posterior is None else posterior.rows())])
 
@@ -146,7 +149,9 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
         the mean of every number, of distances over the rows that have them. For the kinds reward and judge, if all
         prompts have both scores, also `win_rate/<kind>/policy_vs_baseline`, `.../policy_vs_reference`,
         `.../baseline_vs_reference`. Equal texts tie. With distances `posterior/reward_gain_reached`: how much of the
-        posterior's gain in expected reward over the prior the policy's own samples have.
+        posterior's gain in expected reward over the prior the policy's own samples have. The posterior's gain is too
+        low by O(1/N), so this share is too high: 1.9 times for N = 8 samples, 1.01 times for N = 64, where exp(r/tau)
+        of one response in ten is 148 times that of the others.
     """
     columns = {
         name: [row[name] for row in rows]

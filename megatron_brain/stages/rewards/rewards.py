@@ -87,7 +87,7 @@ class Rewards:
             found.append(f"{name}{part.weight:g} x {part.kind} {contents}")
         return found
 
-    def score(self, steps: Sequence[Step], scale: Scale) -> None:
+    def score(self, steps: Sequence[Step], scale: Scale, *, in_one_call: int | None = None) -> None:
         """Fill in `reward_parts` and `reward` of all responses in `steps`.
 
         `reward_parts` holds what each part says. `reward` is the sum over functions and servers of weight times part,
@@ -96,7 +96,9 @@ class Rewards:
         Args:
             steps: this replica's micro-batches that are computed together. Their rollouts are whole, and `index` is
                 unique among the rollouts of all replicas.
-            scale: zero and unit of several reward models. What it lacks is measured on these responses.
+            scale: zero and unit of several reward models. What it lacks is measured on all these responses.
+            in_one_call: the most responses that a function or a server scores in one call, which --reward-timeout
+                limits; None: all.
 
         Raises:
             AgreedError: on all ranks: a part failed, was too slow, or gave something else than one finite number for
@@ -107,7 +109,7 @@ class Rewards:
             if part.kind == "model":
                 self._score_with_model(part, steps, rollouts, scale)
             else:
-                self._score_elsewhere(part, rollouts)
+                self._score_elsewhere(part, rollouts, in_one_call)
         for response in (response for rollout in rollouts for response in rollout.responses):
             first, *others = (self._term(part, response.reward_parts[part.name], scale) for part in self.parts)
             response.reward = sum(others, first)
@@ -155,16 +157,24 @@ class Rewards:
                     part.source,
                 )
 
-    def _score_elsewhere(self, part: RewardPart, rollouts: Sequence[Rollout]) -> None:
+    def _score_elsewhere(self, part: RewardPart, rollouts: Sequence[Rollout], in_one_call: int | None) -> None:
         """Score on the leading rank of the replica, and take its numbers on the others."""
-        parallel, scorer = self._run.parallel, self._scorers[part.name]
         answers = answers_of(rollouts)
-        mine = read_on_all(lambda: None if scorer is None else scorer(answers) if answers else [], parallel)
-        everyone = parallel.gather_over_world((parallel.dp_rank, mine))
-        values = next(rewards for rank, rewards in everyone if rank == parallel.dp_rank and rewards is not None)
+        size, calls = in_one_call or len(answers), 1
+        if in_one_call is not None:
+            calls = max(self._run.parallel.gather_over_world(math.ceil(len(answers) / in_one_call)))
+        # All ranks wait together for each call: a replica may need fewer of them than others.
+        slices = [answers[number * size : (number + 1) * size] for number in range(calls)]
+        values = [value for some in slices for value in self._scored_elsewhere(part, some)]
         responses = (response for rollout in rollouts for response in rollout.responses)
         for response, value in zip(responses, values, strict=True):
             response.reward_parts[part.name] = value
+
+    def _scored_elsewhere(self, part: RewardPart, answers: Sequence[Answer]) -> list[float]:
+        parallel, scorer = self._run.parallel, self._scorers[part.name]
+        mine = read_on_all(lambda: None if scorer is None else scorer(answers) if answers else [], parallel)
+        everyone = parallel.gather_over_world((parallel.dp_rank, mine))
+        return next(rewards for rank, rewards in everyone if rank == parallel.dp_rank and rewards is not None)
 
     def _term(self, part: RewardPart, value: float, scale: Scale) -> float:
         if part.kind != "model" or len(self._models) == 1:

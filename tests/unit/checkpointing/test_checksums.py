@@ -11,7 +11,7 @@ from megatron_brain.checkpointing import load_weights, read_info, read_records, 
 from megatron_brain.checkpointing.boxes import BoxPart
 from megatron_brain.checkpointing.checksums import checksum
 from megatron_brain.checkpointing.folders import INFO
-from megatron_brain.checkpointing.index import INDEX, StoredBox, read_index
+from megatron_brain.checkpointing.index import INDEX, StoredBox, index_checksum, read_index
 from megatron_brain.checkpointing.verification import find_damaged_boxes, my_share
 from megatron_brain.commands import inspect_checkpoint as inspect_command
 from megatron_brain.errors import ConfigError
@@ -207,3 +207,29 @@ def test_a_checkpoint_of_which_one_part_has_lost_its_checksum_is_damaged(saved):
     index.write_text(index.read_text().replace('"checksum"', '"chdcksum"', 1))
     with pytest.raises(ConfigError, match=r"tensors.json: .* has no checksum, and others have\. Copy it again"):
         read_index(saved)
+
+
+def test_the_checksum_of_an_index_is_of_the_values_and_neither_of_the_place_nor_of_the_files_names(saved, tmp_path):
+    before = index_checksum(saved)
+    moved = saved.rename(tmp_path / "moved")
+    (moved / DATA).rename(moved / "weights_00007.safetensors")
+    place = moved / INDEX
+    place.write_text(place.read_text().replace(DATA, "weights_00007.safetensors"))
+    assert index_checksum(moved) == before
+    index = json.loads(place.read_text())
+    [box, *_] = index["tensors"]["decoder.final_layernorm.weight"]["boxes"]
+    box["checksum"] = "0" * 16
+    place.write_text(json.dumps(index))
+    assert index_checksum(moved) != before
+
+
+def test_without_checksums_the_times_of_the_files_tell_that_other_weights_took_their_place(saved):
+    index = json.loads((saved / INDEX).read_text())
+    for tensor in index["tensors"].values():
+        for box in tensor["boxes"]:
+            box["checksum"] = None
+    (saved / INDEX).write_text(json.dumps(index))
+    before = index_checksum(saved)
+    assert index_checksum(saved) == before
+    (saved / DATA).write_bytes((saved / DATA).read_bytes())
+    assert index_checksum(saved) != before, "they may be others, of the same shapes"

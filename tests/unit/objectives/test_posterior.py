@@ -90,8 +90,32 @@ def test_the_bias_falls_with_the_number_of_samples_by_exact_expectation(name):
             expected += log_probability.exp().item() * measured(POLICY, torch.tensor(drawn))[name]
         biases.append(expected - exact(POLICY)[name])
     assert abs(biases[2]) < abs(biases[0]) / 2
-    if name in ("kl_to_prior", "reward"):
+    if name == "reward":
         assert biases[0] < biases[1] < biases[2] < 0, "too low, by less and less"
+
+
+@pytest.mark.parametrize(
+    ("high", "n", "expected", "exact_value", "too_high"),
+    [(0.9, 2, 0.1175, 0.1009, 1.118), (0.9, 8, 0.1078, 0.1009, 1.001), (0.1, 8, 0.9138, 1.9578, 1.877)]
+    + [(0.1, 64, 1.9704, 1.9578, 1.014)],
+)
+def test_the_posteriors_kl_to_the_prior_may_be_too_low_or_too_high_and_the_share_of_its_gain_is_too_high(
+    high, n, expected, exact_value, too_high
+):
+    """Two rewards that are 5 tau apart: the number of samples with the better one has a binomial distribution."""
+    rewards = doubles(0.0, 5.0)
+    prior = doubles(1 - high, high)
+    posterior = (prior.log() + rewards).softmax(0)
+    divergence = gain = 0.0
+    for k in range(n + 1):
+        probability = math.comb(n, k) * high**k * (1 - high) ** (n - k)
+        drawn = torch.tensor([1] * k + [0] * (n - k))
+        found = distances(prior.log()[drawn], rewards[drawn], prior.log()[drawn], reward_temperature=1.0)
+        divergence += probability * found["kl_to_prior"].item()
+        gain += probability * (found["reward"] - found["prior_reward"]).item()
+    assert divergence == pytest.approx(expected, abs=1e-4)
+    assert kl(posterior, prior) == pytest.approx(exact_value, abs=1e-4)
+    assert ((posterior - prior) @ rewards).item() / gain == pytest.approx(too_high, abs=1e-3)
 
 
 def test_kl_alpha_beta_lacks_the_log_of_the_mean_ratio_which_is_at_most_0_on_average():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from megatron_brain.generation.batch import Completion
 from megatron_brain.generation.seeds import held_out_seeds, posterior_seeds, sample_seed
 from megatron_brain.objectives.posterior import DISTANCES
 from megatron_brain.stages import comparison
+from megatron_brain.stages.brain import rollouts
 from megatron_brain.stages.brain.held_out import HeldOut, held_out_metrics, summarize
 from megatron_brain.stages.brain.stage import BrainStage
 from megatron_brain.stages.sft.stage import SFTStage
@@ -249,6 +251,39 @@ def test_runs_that_draw_nothing_answer_held_out_prompts_too(folder, tmp_path, so
     metrics = make(folder, *flags, *held_out(folder), "--save", str(tmp_path / "run"), sampled=False).train()
     assert metrics["validation/kl_to_prior"] != 0.0 and metrics["validation/response_length"] <= 4
     assert not [name for name in metrics if "win_rate" in name], "there is nothing to compare by"
+
+
+@pytest.mark.parametrize("unknown", [None, "sampler_logprob"], ids=["as documented", "of given pairs"])
+def test_rollouts_of_the_documented_form_train(folder, tmp_path, unknown):
+    text = rollouts.__doc__
+    text = text[text.index("{") : text.index("`record` stands")].replace('"tokens": [...]', '"tokens": [5, 6]')
+    record = json.loads(text.replace("[...]", "[3, 4]").replace(", ...]", "]"))
+    [response] = record["responses"]
+    record["responses"] = [{k: v for k, v in response.items() if k != unknown}] * 2
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({**record, "index": i}) + "\n" for i in range(4)))
+    flags = ["--rollout-data", str(tmp_path / "r.jsonl"), "--train-iters", "1", "--save", str(tmp_path / "run")]
+    make(folder, *flags, sampled=False).train()
+    compared = {name: value for name, value in numbers(tmp_path / "run")[0].items() if "sampler" in name}
+    assert compared == ({} if unknown else {"sampler_logprob_difference": 0.0})
+
+
+def test_a_prior_that_was_replaced_in_place_answers_anew(folder, tmp_path, caplog):
+    """An equal one at another place does not."""
+    make(folder, *held_out(folder), "--save", str(tmp_path / "run"), "--train-iters", "2").train()
+    shutil.copytree(folder / "prior", tmp_path / "prior")
+    start = ["--load", str(tmp_path / "run"), "--prior-load", str(tmp_path / "prior")]
+    with caplog.at_level(logging.WARNING):
+        make(folder, *held_out(folder), *start)
+    assert "answers the held-out prompts anew" not in caplog.text
+    [place] = (tmp_path / "prior").glob("iter_*")
+    [other] = (tmp_path / "run").glob("iter_*2")
+    for file in [*place.glob("*.safetensors"), place / "tensors.json"]:
+        file.unlink()
+    for file in [*other.glob("*.safetensors"), other / "tensors.json"]:
+        shutil.copy(file, place / file.name)
+    with caplog.at_level(logging.WARNING):
+        make(folder, *held_out(folder), *start)
+    assert "made with another prior." in caplog.text
 
 
 def test_texts_show_the_priors_answer_and_the_current_ones(folder):

@@ -68,6 +68,20 @@ def test_replicas_are_joined_to_means_over_all_groups_and_maxima():
     )
 
 
+def test_the_largest_difference_is_left_out_where_a_response_of_any_replica_lacks_it():
+    known, unknown = (rollout((-2.0, -2.1, -1.0, 0.5), (-3.0, -2.7, -2.0, 0.0)) for _ in range(2))
+    unknown.responses[1].largest_token_difference = None
+    shares = []
+    for share in ([known], [unknown]):
+        keep = SimpleNamespace(gather_over_data_parallel=lambda item: shares.append(item) or [item])
+        compare_logprobs(share, BRAIN, keep, strength=1.0, limit=1.0)
+    both = SimpleNamespace(gather_over_data_parallel=lambda item: shares)
+    expected = compare_logprobs([known], BRAIN, ALONE, strength=1.0, limit=1.0)
+    del expected["sampler_logprob_largest_difference"]
+    for mine in (known, unknown):
+        assert compare_logprobs([mine], BRAIN, both, strength=1.0, limit=1.0) == pytest.approx(expected)
+
+
 def test_an_objective_without_alpha_has_the_differences_alone():
     group = rollout((-2.0, -2.1, -1.0, 0.5), (-3.0, -2.7, -2.0, 0.0))
     found = compare_logprobs([group], RLOO(kl_coefficient=0.1, clip_ratio=0.2), ALONE, strength=1.0, limit=1.0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 
 import pytest
@@ -206,7 +207,7 @@ def test_what_else_the_report_says_is_what_it_says_without_samples(folder, measu
     assert not [name for name in plain["metrics"] if "posterior" in name or "plain" in name]
 
 
-def test_equal_samples_are_scored_once(folder, tmp_path):
+def test_equal_samples_are_scored_once_in_calls_of_a_rounds_size(folder, tmp_path):
     seen = []
     original = ScoringFunction.__call__
 
@@ -217,10 +218,13 @@ def test_equal_samples_are_scored_once(folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ScoringFunction, "__call__", noted)
         data = ["--posterior-data", str(tmp_path / "p.jsonl")]
-        report(folder, tmp_path / "o.json", "--posterior-samples", "512", *data)
+        report(folder, tmp_path / "o.json", "--posterior-samples", "512", "--samples-per-prompt", "2", *data)
     lines = read(tmp_path / "p.jsonl")
     distinct = {(line["id"], response["tokens"][0]) for line in lines for response in line["responses"]}
-    assert len(seen[0]) == len(distinct) < PROMPTS * 512 == sum(len(line["responses"]) for line in lines)
+    # A round of 64 prompts has 128 responses: a call with its time limit gets no more. The last call is for answers.
+    *of_samples, _ = seen
+    assert max(map(len, of_samples)) == 128 and len(of_samples) == math.ceil(len(distinct) / 128) > 1
+    assert sum(map(len, of_samples)) == len(distinct) < PROMPTS * 512 == sum(len(line["responses"]) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +233,7 @@ def test_equal_samples_are_scored_once(folder, tmp_path):
         (["--prior-load", "POLICY"], r"made in another way: prior is \S+/policy/iter_\S+ \w+, and was \S+/prior/iter"),
         (["--reward-function", "OTHER"], r"reward is \S+:other \['1 x function other .*, and was \S+:rule"),
         (["--reward-weights", "2"], r"reward is .*'2 x function.* and was .*'1 x function"),
+        (["--bf16"], r"precision is  ?bf16, and was  ?float32"),
         (["--max-new-tokens", "2"], r"max_new_tokens is  ?2, and was  ?1"),
         (["--posterior-samples", "513"], r"it has 512 samples of a prompt: .* --posterior-samples 512"),
         (["--max-prompts", "5"], r"has samples for 4 prompts, the run measures on 5: .* --posterior-prompts 4"),
@@ -335,3 +340,65 @@ def test_a_resumed_run_gives_the_same_distances_with_and_without_a_file(brain, f
     found, _ = report(folder, tmp_path / "o.json", *shared, policy="prior")
     own = numbers(tmp_path / "whole")[0]
     assert found["metrics"]["posterior/reward"]["value"] == pytest.approx(own["validation/posterior_reward"])
+
+
+def test_samples_are_scored_in_micro_batches_of_trainings_size(brain):
+    trainer = brain("--posterior-samples", "64", "--posterior-prompts", "1", "--micro-batch-size", "2")
+    samples = trainer.stage._held_out._samples
+    steps = samples.steps(samples.rollouts())
+    sizes = [len(part.responses) for step in steps for micro_batch in step for part in micro_batch]
+    assert len(sizes) > 1 and set(sizes[:-1]) == {2 * 2} and sizes[-1] <= 4
+
+
+def test_a_resumed_run_compares_the_prior_of_its_checkpoint_with_the_file(brain, folder, tmp_path):
+    """The folder that the run began from holds newer weights by then."""
+    sft = shutil.copytree(folder / "prior", tmp_path / "sft")
+    data = ["--posterior-samples", "8", "--posterior-data", str(tmp_path / "p.jsonl")]
+    flags = [
+        *data,
+        "--save-interval",
+        "2",
+        "--load",
+        str(sft),
+        "--finetune",
+        "--save",
+        str(tmp_path / "run"),
+        "--auto-resume",
+    ]
+    brain(*flags, "--train-iters", "2").train()
+    [newer] = (folder / "policy").glob("iter_*")
+    shutil.copytree(newer, sft / "iter_0000099")
+    (sft / "latest_checkpointed_iteration.txt").write_text("99")
+    resumed = brain(*flags)
+    assert resumed.run.resuming and resumed.stage._maker.prior.path.endswith("iter_0000003")
+    resumed.train()
+    # A run that starts from the newer weights has another prior.
+    with pytest.raises(AgreedError, match="made in another way: prior is"):
+        brain(*data, "--load", str(sft), "--finetune")
+
+
+def test_the_place_in_the_file_says_which_prompt_samples_belong_to(folder, measured, tmp_path):
+    name = "prior_samples.jsonl"
+    shutil.copy(folder / f"{name}.json", tmp_path / f"{name}.json")
+    lines = [{**line, "index": 10 + line["index"]} for line in rollouts(folder)]
+    (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, _ = report(
+        folder, tmp_path / "o.json", "--posterior-samples", "512", "--posterior-data", str(tmp_path / name)
+    )
+    assert again == measured[0]
+
+
+def test_a_file_with_rewards_of_another_scale_than_the_held_out_answers_is_refused(brain, tmp_path):
+    data = ["--posterior-samples", "8", "--posterior-data", str(tmp_path / "p.jsonl")]
+    first = brain(*data).stage._held_out._samples
+    first._scale.load_state_dict({"one": [0.0, 2.0]})
+    first.rollouts()
+    other = brain("--posterior-samples", "8").stage._held_out._samples
+    other._path, other._is_read = first._path, None
+    other._scale.load_state_dict({"one": [0.0, 3.0]})
+    with pytest.raises(
+        AgreedError, match=r"p.jsonl: its rewards have the zero and unit .*2.0.* goes on with have .*3.0"
+    ):
+        other.open()
+    other._scale.load_state_dict({"one": [0.0, 2.0]})
+    other.open()

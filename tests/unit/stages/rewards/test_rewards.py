@@ -145,6 +145,26 @@ def test_a_replica_without_responses_asks_nobody(score):
     assert score(reward_function="RULE:fails", some=[]).values == []
 
 
+def test_a_function_gets_no_more_in_one_call_than_asked_and_replicas_wait_for_the_calls_of_others(score):
+    waits = []
+
+    def gather(item):
+        if isinstance(item, tuple):
+            waits.append(item[1])
+        return [3, item] if isinstance(item, int) else [item]
+
+    parallel = SimpleNamespace(
+        leads_replica=True, dp_rank=0, gather_over_world=gather, gather_over_data_parallel=lambda item: [item]
+    )
+    settings = {"reward_load": "1,7", "reward_function": "RULE:right", "parallel": parallel}
+    whole, waits[:] = score(**settings), []
+    some, scale = rollouts(), Scale()
+    whole.rewards.score(steps_of(some), scale, in_one_call=3)
+    assert [[response.reward for response in rollout.responses] for rollout in some] == whole.values
+    # Four responses in calls of three; another replica has three calls.
+    assert waits == [[0.0, 0.0, 1.0], [0.0], []]
+
+
 def test_each_part_has_its_mean_and_deviation_in_the_log(score):
     done = score(reward_load="1", reward_function="RULE:right")
     metrics = done.rewards.metrics(done.rollouts)
