@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_brain.config.addresses import require_address
 from megatron_brain.errors import ConfigError
 
 
@@ -43,12 +44,11 @@ class JudgingConfig:
                 if (value := getattr(self, name)) is not None:
                     raise ConfigError(f"{name}={value}: nothing reads it without --judge-url; give that, or drop it")
             return
-        if not self.judge_url.startswith(("http://", "https://")):
-            raise ConfigError(f"judge_url={self.judge_url}: is no address; write http://host:port/v1")
         if "@" in self.judge_url or "?" in self.judge_url:
             raise ConfigError(
                 "judge_url: must hold no name, password or key, because settings are written to files; give the key in "
                 "the environment variable OPENAI_API_KEY"
             )
+        require_address("judge_url", self.judge_url, example="http://host:port/v1")
         if self.judge_model is None:
             raise ConfigError("judge_model is not set: --judge-url needs it; give --judge-model")
