@@ -39,9 +39,9 @@ class StubJson:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
-                with lock:
+                with lock:  # The client may send its next request as soon as it has the body.
                     now.discard(number)
+                self.wfile.write(body)
 
             def log_message(self, *args):
                 pass
