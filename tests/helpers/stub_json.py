@@ -25,7 +25,7 @@ class StubJson:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                request = json.loads(self.rfile.read(int(self.headers["content-length"])) or "null")
                 with lock:
                     number = len(stub.requests)
                     stub.requests.append((self.path, request))

@@ -132,16 +132,17 @@ class LanguageModelJudge:
         slots = asyncio.Semaphore(self._settings.judge_concurrency)
 
         async def work(client: httpx2.AsyncClient, key: str, comparison: Comparison) -> None:
-            async with slots:
-                reply = await self._ask(client, comparison)
-                self.file.add(
-                    key,
-                    parse_verdict(reply),
-                    model=self._model,
-                    id=comparison.record_id,
-                    order=comparison.order,
-                    reply=reply,
-                )
+            await slots.acquire()
+            reply = await self._ask(client, comparison)
+            self.file.add(
+                key,
+                parse_verdict(reply),
+                model=self._model,
+                id=comparison.record_id,
+                order=comparison.order,
+                reply=reply,
+            )
+            slots.release()  # A mistake keeps its slot: no request follows it.
 
         try:
             async with (
