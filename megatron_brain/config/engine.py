@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_brain.config.addresses import require_address
 from megatron_brain.errors import ConfigError
 
 
@@ -48,8 +49,7 @@ class EngineConfig:
             if self.engine == "native" and given is not None:
                 raise ConfigError(f"{name}={given}: engine=native does not read it; add --engine vllm, or drop it")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"engine_url={self.engine_url}: {url!r} is no address; write http://host:port")
+            require_address("engine_url", url, example="http://host:port")
         if len(set(self.urls)) != len(self.urls):
             raise ConfigError(f"engine_url={self.engine_url}: a server is named twice; name each once")
 

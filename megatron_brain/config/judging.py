@@ -1,7 +1,9 @@
 """Settings of the language model that compares answers."""
 
+import dataclasses
 from dataclasses import dataclass
 
+from megatron_brain.config.addresses import require_address
 from megatron_brain.errors import ConfigError
 
 
@@ -21,7 +23,7 @@ class JudgingConfig:
     judge_max_tokens: int = 16
     """Longest reply of the judge, in tokens; raise it for a --judge-template that asks for reasons."""
 
-    judge_max_calls: int = 2000
+    judge_max_verdicts: int = 2000
     """Largest number of verdicts that the report uses; the first prompts are compared. A prompt needs two or four."""
 
     judge_concurrency: int = 8
@@ -34,21 +36,22 @@ class JudgingConfig:
     """File that keeps every verdict, and from which they are used again; unset: --output with .verdicts.jsonl added."""
 
     def __post_init__(self) -> None:
-        for name in ("judge_max_tokens", "judge_max_calls", "judge_concurrency", "judge_timeout"):
+        for name in ("judge_max_tokens", "judge_max_verdicts", "judge_concurrency", "judge_timeout"):
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError(f"{name}={value}: must be positive")
         if self.judge_url is None:
-            for name in ("judge_model", "judge_template", "judge_cache"):
-                if (value := getattr(self, name)) is not None:
-                    raise ConfigError(f"{name}={value}: nothing reads it without --judge-url; give that, or drop it")
+            for field in dataclasses.fields(self):
+                if (value := getattr(self, field.name)) != field.default:
+                    raise ConfigError(
+                        f"{field.name}={value}: nothing reads it without --judge-url; give that, or drop it"
+                    )
             return
-        if not self.judge_url.startswith(("http://", "https://")):
-            raise ConfigError(f"judge_url={self.judge_url}: is no address; write http://host:port/v1")
         if "@" in self.judge_url or "?" in self.judge_url:
             raise ConfigError(
                 "judge_url: must hold no name, password or key, because settings are written to files; give the key in "
                 "the environment variable OPENAI_API_KEY"
             )
+        require_address("judge_url", self.judge_url, example="http://host:port/v1")
         if self.judge_model is None:
             raise ConfigError("judge_model is not set: --judge-url needs it; give --judge-model")

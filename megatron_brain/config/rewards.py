@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from megatron_brain.config.addresses import require_address
 from megatron_brain.errors import ConfigError
 
 Kind = Literal["model", "function", "url"]
@@ -54,8 +55,8 @@ def reward_parts(
     for kind, source in sources:
         if kind == "function" and not all(source.rpartition(":")[::2]):
             raise ConfigError(f"reward_function={source}: give path/to/file.py:function")
-        if kind == "url" and not (source.startswith(("http://", "https://")) and urlsplit(source).netloc):
-            raise ConfigError(f"reward_url={source}: is no address; write http://host:port/path")
+        if kind == "url":
+            require_address("reward_url", source, example="http://host:port/path")
     return tuple(
         RewardPart(name=name, kind=kind, source=source, weight=weight)
         for (kind, source), name, weight in zip(sources, _names(sources), _weights(weights, sources), strict=True)

@@ -68,7 +68,10 @@ def make_report(counts: Counter[str], kept: int, limits: LengthLimits) -> ReadRe
     """
     report = ReadReport(kept=kept, **counts)
     if not kept:
-        raise ConfigError(f"no record left ({report}) at --seq-length {limits.seq_length}; raise the length limits")
+        cures = ["raise the length limits"] if report.dropped_overlong or report.dropped_unlearned else []
+        if report.dropped_dialogues:
+            cures.append("give dialogues that agree up to their last answer and end in it")
+        raise ConfigError(f"no record left ({report}) at --seq-length {limits.seq_length}; {' or '.join(cures)}")
     return report
 
 

@@ -27,26 +27,43 @@ def bootstrap(values: Sequence[float], *, samples: int, seed: int) -> Estimate:
     return Estimate(float(data.mean()), float(low), float(high))
 
 
-def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], *, samples: int, seed: int
+def bootstrap_statistic(
+    columns: Sequence[Sequence[float]],
+    statistic: Callable[[numpy.ndarray], numpy.ndarray],
+    *,
+    samples: int,
+    seed: int,
 ) -> Estimate | None:
-    """The ratio of two means over the same prompts, with an interval as `bootstrap` makes it: both means are those of
-    the same resampled prompts. With a seed they are resampled as `bootstrap` does it.
+    """A statistic of several numbers per prompt with a percentile bootstrap interval over prompts. With a seed they are
+    resampled as `bootstrap` does it.
 
     Args:
-        numerators, denominators: a number for each prompt; denominators are not negative.
+        columns: `[columns, prompts]`, at least one prompt.
+        statistic: makes `[samples]` of `[columns, samples, prompts]`; NaN where it has no value.
 
     Returns:
-        None where all denominators of some resampling are 0, so that the interval has no end.
+        the estimate. A resampling without a value counts as one below the interval and as one above it, because
+        nobody knows on which side it belongs: such resamplings never make the interval narrower. None where an end
+        would be one of them (they are more than about 2.5%), or where the prompts themselves give no value.
     """
-    pairs = numpy.asarray([numerators, denominators], dtype=numpy.float64)
-    assert pairs.shape[1] and (pairs[1] >= 0).all(), "no values to average, or a negative denominator"
-    draws = numpy.random.default_rng(seed).integers(pairs.shape[1], size=(samples, pairs.shape[1]))
-    above, below = pairs[:, draws].mean(axis=2)
-    if not below.all():
-        return None
-    low, high = numpy.percentile(above / below, [2.5, 97.5])
-    return Estimate(float(pairs[0].mean() / pairs[1].mean()), float(low), float(high))
+    data = numpy.asarray(columns, dtype=numpy.float64)
+    assert data.shape[1], "no values"
+    value = float(statistic(data[:, None, :])[0])
+    draws = numpy.random.default_rng(seed).integers(data.shape[1], size=(samples, data.shape[1]))
+    resampled = statistic(data[:, draws])
+    unknown = numpy.isnan(resampled)
+    with numpy.errstate(invalid="ignore"):  # Between infinity and a number lies no number.
+        low = float(numpy.percentile(numpy.where(unknown, -numpy.inf, resampled), 2.5))
+        high = float(numpy.percentile(numpy.where(unknown, numpy.inf, resampled), 97.5))
+    return Estimate(value, low, high) if all(map(math.isfinite, (value, low, high))) else None
+
+
+def ratio(columns: numpy.ndarray) -> numpy.ndarray:
+    """A statistic, `[2, samples, prompts]` -> `[samples]`: the sum of the first column over that of the second, whose
+    numbers are not negative. NaN where that is 0."""
+    assert (columns[1] >= 0).all(), "a negative denominator"
+    above, below = columns.sum(axis=-1)
+    return numpy.divide(above, below, out=numpy.full(below.shape, numpy.nan), where=below > 0)
 
 
 def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequence[bool] | None = None) -> list[float]:
@@ -59,30 +76,3 @@ def wins(scores: Sequence[float], other_scores: Sequence[float], *, ties: Sequen
     assert not any(score != score for score in (*scores, *other_scores)), "a score is NaN: there is no winner"
     ties = [False] * len(scores) if ties is None else ties
     return [0.5 if tie or a == b else float(a > b) for a, b, tie in zip(scores, other_scores, ties, strict=True)]
-
-
-def bootstrap_statistic(
-    columns: Sequence[Sequence[float]],
-    statistic: Callable[[numpy.ndarray], numpy.ndarray],
-    *,
-    samples: int,
-    seed: int,
-) -> Estimate | None:
-    """A statistic of several numbers per prompt with a percentile bootstrap interval over prompts.
-
-    Args:
-        columns: `[columns, prompts]`, at least one prompt.
-        statistic: makes `[samples]` of `[columns, samples, prompts]`; NaN where it has no value.
-
-    Returns:
-        the estimate, whose interval is over the resamplings with a value; None if the prompts themselves, or all
-        resamplings, give none.
-    """
-    data = numpy.asarray(columns, dtype=numpy.float64)
-    value = float(statistic(data[:, None, :])[0])
-    draws = numpy.random.default_rng(seed).integers(data.shape[1], size=(samples, data.shape[1]))
-    resampled = statistic(data[:, draws])
-    if math.isnan(value) or numpy.isnan(resampled).all():
-        return None
-    low, high = numpy.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))

@@ -34,8 +34,8 @@ async def post_until_answered(
     """The answer to a POST request, whatever its status is, unless the status says that there may be another later.
 
     The request is sent again without end, after a pause that grows, where the server cannot be reached, does not
-    answer within the client's limit, or answers with a status of 500 or more, 408, 425 or 429. No pause is shorter
-    than the server's `Retry-After`.
+    answer within the client's limit, sends what cannot be decoded, or answers with a status of 500 or more, 408, 425 or
+    429. No pause is shorter than the server's `Retry-After`.
 
     Args:
         note: gets each such problem in words.
@@ -66,7 +66,7 @@ async def _post(client: httpx2.AsyncClient, url: str, content: bytes, headers: M
     """
     try:
         reply = await client.post(url, content=content, headers=dict(headers))
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:
         raise _PassingError(f"{type(error).__name__} {error}".rstrip()) from error
     if reply.status_code >= 500 or reply.status_code in _PASSING:
         pause = _seconds(reply.headers.get("retry-after", ""))

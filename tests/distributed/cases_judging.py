@@ -26,7 +26,8 @@ def case_one_rank_asks_a_language_judge_and_the_report_is_that_of_one_process(la
     with _shared_stub(chat_judge(lambda message: "A" if len(message) % 3 else "tie"), place) as (stub, url):
         report = _evaluated(layout, context, url, "judged")
     if stub is not None:
-        assert len(stub.requests) == 2 * _PROMPTS, "the policy is the baseline, so only the reference is compared with"
+        # One is the sample. The policy is the baseline, so only the reference is compared with.
+        assert len(stub.requests) == 1 + 2 * _PROMPTS
         told = {
             "rows": [row["llm/policy_vs_reference"] for row in report["rows"]],
             "metrics": {name: value for name, value in report["metrics"].items() if "llm" in name},
@@ -40,14 +41,27 @@ def case_one_rank_asks_a_language_judge_and_the_report_is_that_of_one_process(la
 @some
 def case_a_language_judge_that_fails_ends_all_ranks_with_one_message(layout: Layout, context: Context) -> None:
     place = context.shared / f"refusing_judge_{context.world_size}_{layout.name}.url"
-    with (
-        _shared_stub(lambda number, request: (400, "no such model"), place) as (_, url),
-        pytest.raises(AgreedError, match="answered with status 400 on .*no such model") as caught,
-    ):
-        _evaluated(layout, context, url, "refused")
-    told: list = [None] * layout.size
-    torch.distributed.all_gather_object(told, str(caught.value))
-    assert len(set(told)) == 1
+    answers = chat_judge(lambda message: "A")
+
+    def refuses(number: int, request: dict) -> tuple:
+        return answers(number, request) if number == 0 else (400, "no credit")
+
+    def refused(name: str) -> str:
+        with pytest.raises(AgreedError, match="answered with status 400 on .*no credit") as caught:
+            _evaluated(layout, context, url, name)
+        told: list = [None] * layout.size
+        torch.distributed.all_gather_object(told, str(caught.value))
+        assert len(set(told)) == 1
+        return told[0]
+
+    with _shared_stub(refuses, place) as (_, url):
+        output = _output(layout, context, "refused")
+        assert f"The report without verdicts is {output}" in refused("refused")
+        report = json.loads(output.read_text())
+        assert len(report["rows"]) == _PROMPTS and "kl_to_prior" in report["metrics"]
+        assert report["llm_judge"]["comparisons"]["policy_vs_reference"]["compared"] == 0
+        assert "on a sample" in refused("refused_at_once")
+    assert not _output(layout, context, "refused_at_once").exists()
 
 
 @contextmanager
@@ -65,6 +79,10 @@ def _shared_stub(reply, place: Path):
         torch.distributed.barrier()
 
 
+def _output(layout: Layout, context: Context, name: str) -> Path:
+    return context.shared / f"{name}_{context.world_size}_{layout.name}.json"
+
+
 def _evaluated(layout: Layout, context: Context, url: str, name: str) -> dict | None:
     """The report of an evaluation, on the rank that writes it. Ranks hear of each other every 20 ms."""
     from megatron_brain.config.loader import load_config
@@ -72,7 +90,7 @@ def _evaluated(layout: Layout, context: Context, url: str, name: str) -> dict | 
     from megatron_brain.stages.evaluate.stage import main
     from megatron_brain.training.start import open_run
 
-    output = context.shared / f"{name}_{context.world_size}_{layout.name}.json"
+    output = _output(layout, context, name)
     model = str(start("sft", context))
     flags = ["--load", model, "--prior-load", model, "--prompts", str(context.assets / "sft.jsonl")]
     flags += ["--max-prompts", str(_PROMPTS), "--max-new-tokens", "8", "--seq-length", "64", "--output", str(output)]

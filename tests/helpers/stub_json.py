@@ -25,7 +25,7 @@ class StubJson:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                request = json.loads(self.rfile.read(int(self.headers["content-length"])) or "null")
                 with lock:
                     number = len(stub.requests)
                     stub.requests.append((self.path, request))
@@ -39,9 +39,9 @@ class StubJson:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
-                with lock:
+                with lock:  # The client may send its next request as soon as it has the body.
                     now.discard(number)
+                self.wfile.write(body)
 
             def log_message(self, *args):
                 pass

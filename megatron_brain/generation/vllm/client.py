@@ -222,7 +222,7 @@ class Server:
                 response = await self._http.request(method, path, json=body, params=params)
         except TimeoutError:
             raise self._fault(f"no answer to {path} within {timeout:g} s") from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise self._fault(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         status = response.status_code
         if status < 400 or (may_lack and status == 404):

@@ -14,7 +14,7 @@ from megatron_brain.errors import UserError
 from megatron_brain.generation.batch import Completion
 from megatron_brain.generation.vllm.client import Server, UnavailableError
 from megatron_brain.generation.vllm.handover import Giver, HandOver, Held
-from megatron_brain.generation.vllm.spread import Question, Spread, Waiting
+from megatron_brain.generation.vllm.spread import Request, Spread, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Drawing:
         self._found: dict[int, tuple[int, Completion]] = {}
         """By its place, the server that gave a response, and the response."""
 
-    async def draw(self, questions: Sequence[Question]) -> list[Completion]:
-        """The responses, in the order of the questions.
+    async def draw(self, requests: Sequence[Request]) -> list[Completion]:
+        """The responses, in the order of the requests.
 
         Raises:
             NoAnswerError: no server answers for longer than the time limit, or a server restarts again and again.
@@ -75,7 +75,7 @@ class Drawing:
                 for server in range(len(self._servers)):
                     self._prove(server)
                 watch = group.create_task(self._watch())
-                while missing := [question for question in questions if question.place not in self._found]:
+                while missing := [request for request in requests if request.place not in self._found]:
                     await self._ask_all(missing)
                     await self._prove_answers()
                 watch.cancel()
@@ -83,24 +83,24 @@ class Drawing:
                     proof.cancel()
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
-        return [self._found[question.place][1] for question in questions]
+        return [self._found[request.place][1] for request in requests]
 
-    async def _ask_all(self, questions: Sequence[Question]) -> None:
-        waiting = Waiting(questions)
+    async def _ask_all(self, requests: Sequence[Request]) -> None:
+        waiting = Waiting(requests)
 
         async def ask_next() -> None:
             while waiting:
                 server = await self._spread.take()
-                if not waiting:  # The last question was taken while this waited for a place.
+                if not waiting:  # The last request was taken while this waited for a place.
                     await self._spread.give_back(server)
                     return
                 await self._ask_until_answered(server, waiting.take(server))
 
         # No more at one time than have a place: one that is asked again gets the next place, not the last.
-        count = min(len(questions), self._most * len(self._servers))
+        count = min(len(requests), self._most * len(self._servers))
         await asyncio.gather(*(self._group.create_task(ask_next()) for _ in range(count)))
 
-    async def _ask_until_answered(self, server: int, question: Question) -> None:
+    async def _ask_until_answered(self, server: int, request: Request) -> None:
         """Ask a server at which a place was taken, and others if it fails."""
         try:
             async with asyncio.timeout(self._timeout):
@@ -111,18 +111,18 @@ class Drawing:
                     with attempt:
                         if attempt.retry_state.attempt_number > 1:
                             server = await self._spread.take()
-                        await self._ask(server, question)
+                        await self._ask(server, request)
         except TimeoutError:
             raise NoAnswerError(self._said(f"no response within --engine-timeout {self._timeout:g} s")) from None
 
-    async def _ask(self, server: int, question: Question) -> None:
+    async def _ask(self, server: int, request: Request) -> None:
         """Ask a server at which a place was taken."""
         started = self._held[server].start_time
         try:
             completion = await self._servers[server].complete(
                 self._giver.model,
-                question.prompt,
-                seed=question.seed,
+                request.prompt,
+                seed=request.seed,
                 sampling=self._sampling,
                 eos_id=self._giver.eos_id,
                 vocab_size=self._vocab_size,
@@ -136,7 +136,7 @@ class Drawing:
             await self._spread.give_back(server)
         # A process that has ended meanwhile may have given this answer, even if another one was proven since.
         if self._held[server].start_time == started:
-            self._found[question.place] = (server, completion)
+            self._found[request.place] = (server, completion)
         else:
             raise UnavailableError(self._servers[server].url, "restarted while it answered")
 

@@ -26,7 +26,7 @@ from megatron_brain.generation.vllm.handover import Giver, HandOver, Held
 from megatron_brain.generation.vllm.jobs import Job, wait_together
 from megatron_brain.generation.vllm.opening import open_servers, require_processed_logprobs
 from megatron_brain.generation.vllm.probes import Expected, Values, mean_difference
-from megatron_brain.generation.vllm.spread import Question
+from megatron_brain.generation.vllm.spread import Request
 from megatron_brain.models.gpt import PolicyModel
 from megatron_brain.runtime.parallel import Parallel
 
@@ -220,7 +220,7 @@ class VllmEngine:
         start = time.perf_counter()
         # Each response is a request of its own: of several in one request vLLM seeds the k-th with seed + k.
         pairs = [(prompt, seed) for prompt, of_prompt in zip(prompts, seeds, strict=True) for seed in of_prompt]
-        questions = [Question(place=place, prompt=prompt, seed=seed) for place, (prompt, seed) in enumerate(pairs)]
+        requests = [Request(place=place, prompt=prompt, seed=seed) for place, (prompt, seed) in enumerate(pairs)]
         most = max(1, self._settings.engine_concurrency // self._parallel.dp_size)
         async with self._servers(most + 1) as servers:  # One more, for what proves a server.
             drawing = Drawing(
@@ -234,7 +234,7 @@ class VllmEngine:
                 first=self._parallel.dp_rank,
                 timeout=self._settings.engine_timeout,
             )
-            drawn = iter(await drawing.draw(questions))
+            drawn = iter(await drawing.draw(requests))
         return [[next(drawn) for _ in of_prompt] for of_prompt in seeds], time.perf_counter() - start
 
     async def _open(self, longest_sequence: int) -> str:

@@ -1,4 +1,4 @@
-"""Spreads the prompts of a round over servers by load, and keeps requests from servers that failed."""
+"""Spreads the prompts of a round over servers by load, and sends none to servers that failed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_brain.generation.engine import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A response to draw. `place`: its own among those of the round."""
+class Request:
+    """One response to draw. `place`: its own among those of the round."""
 
     place: int
     prompt: Prompt
@@ -20,32 +20,32 @@ class Question:
 
 
 class Waiting:
-    """Questions that wait for a server.
+    """Requests that wait for a server.
 
     A server gets all responses of a prompt if it can, because it then computes the prompt once. It gets the next prompt
-    that nobody has begun when its own is used up, and helps with the longest one when all are begun.
+    that nobody has begun when its own is used up, and takes from the one with most responses left when all are begun.
     """
 
-    def __init__(self, questions: Iterable[Question]) -> None:
-        self._of_prompt: dict[Prompt, deque[Question]] = {}
-        for question in questions:
-            self._of_prompt.setdefault(question.prompt, deque()).append(question)
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._of_prompt: dict[Prompt, deque[Request]] = {}
+        for request in requests:
+            self._of_prompt.setdefault(request.prompt, deque()).append(request)
         self._fresh = deque(self._of_prompt)
         self._own: dict[int, Prompt] = {}
 
     def __bool__(self) -> bool:
         return bool(self._of_prompt)
 
-    def take(self, server: int) -> Question:
-        """The next question for a server; there must be one."""
+    def take(self, server: int) -> Request:
+        """The next request for a server; there must be one."""
         own = self._own.get(server)
         if own is None or own not in self._of_prompt:
             own = self._fresh.popleft() if self._fresh else max(self._of_prompt, key=self._left)
             self._own[server] = own
-        question = self._of_prompt[own].popleft()
+        request = self._of_prompt[own].popleft()
         if not self._of_prompt[own]:
             del self._of_prompt[own]
-        return question
+        return request
 
     def _left(self, prompt: Prompt) -> int:
         return len(self._of_prompt[prompt])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_brain.errors import ConfigError
 from megatron_brain.runtime.parallel import Parallel
 from megatron_brain.stages.evaluate.spec import verdict_file
 from megatron_brain.stages.intervals import Estimate
@@ -24,21 +25,21 @@ _SLICE = 20.0
 
 
 def open_llm_judge(run: Run) -> LanguageModelJudge | None:
-    """The judge of --judge-url, on the writing rank. All ranks must call it.
+    """The judge of --judge-url, on the writing rank, after it has answered. All ranks must call it.
 
     Raises:
-        AgreedError: on all ranks: its template, its key or its file of verdicts cannot be used.
+        AgreedError: on all ranks: it does not answer, or its template, its key or its file of verdicts cannot be used.
     """
     settings = run.config.judging
     if settings.judge_url is None:
         return None
 
-    def opened() -> LanguageModelJudge | None:
-        if not run.parallel.is_writer:
-            return None
-        return LanguageModelJudge(settings, VerdictFile(Path(verdict_file(run.config))), os.environ)
+    def opened() -> LanguageModelJudge:
+        judge = LanguageModelJudge(settings, VerdictFile(Path(verdict_file(run.config))), os.environ)
+        judge.require_answer()
+        return judge
 
-    return read_on_all(opened, run.parallel)
+    return while_others_wait(opened if run.parallel.is_writer else None, run.parallel)
 
 
 def describe_llm_judge(run: Run) -> dict[str, str]:
@@ -48,22 +49,30 @@ def describe_llm_judge(run: Run) -> dict[str, str]:
 
 
 def add_verdicts(run: Run, judge: LanguageModelJudge | None, rows: Sequence[dict]) -> None:
-    """Add the judge's verdicts to the rows of the writing rank. All ranks must call it.
+    """Add the judge's verdicts to the rows of the writing rank, which has written the report without them. All ranks
+    must call it.
+
+    Args:
+        judge: None on the other ranks.
 
     Raises:
         AgreedError: on all ranks: the judge failed.
     """
-    if run.config.judging.judge_url is None:
-        return
-    most = run.config.judging.judge_max_calls
-    work = None if judge is None else lambda: compare_answers(judge, rows, max_calls=most)
-    while_others_wait(work, run.parallel)
+
+    def compare() -> None:
+        assert judge is not None
+        try:
+            compare_answers(judge, rows, max_verdicts=run.config.judging.judge_max_verdicts)
+        except ConfigError as error:
+            raise ConfigError(f"{error}. The report without verdicts is {run.config.generate.output}") from error
+
+    while_others_wait(None if judge is None else compare, run.parallel)
 
 
 def llm_metrics(run: Run, rows: Sequence[dict]) -> dict[str, Estimate]:
     """The metrics of the verdicts in the rows; none without such a judge."""
-    limits = {"bootstrap_samples": run.config.evaluate.bootstrap_samples, "seed": run.config.training.seed}
-    return summarize_verdicts(rows, **limits)
+    samples, seed = run.config.evaluate.bootstrap_samples, run.config.training.seed
+    return summarize_verdicts(rows, bootstrap_samples=samples, seed=seed)
 
 
 def llm_report(run: Run, rows: Sequence[dict]) -> dict:
@@ -95,7 +104,7 @@ def while_others_wait(work: Callable[[], T] | None, parallel: Parallel) -> T | N
         except BaseException as error:  # The main thread raises it.
             done.set_exception(error)
 
-    # A daemon does not hold up the end of a process that a signal stops.
+    # A daemon thread lets the process end when a signal stops it.
     threading.Thread(target=run, daemon=True).start()
     while not all(parallel.gather_over_world(bool(concurrent.futures.wait([done], timeout=_SLICE).done))):
         pass

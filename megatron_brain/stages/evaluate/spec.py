@@ -1,6 +1,7 @@
 """The descriptor of the evaluate stage."""
 
 from megatron_brain.config.checks import require_reward, require_set
+from megatron_brain.config.posterior import PosteriorConfig
 from megatron_brain.config.run import RunConfig
 from megatron_brain.config.stage_spec import (
     PROMPTS,
@@ -24,7 +25,7 @@ def _require(config: RunConfig) -> None:
         require_reward(config)
     elif config.scoring.judge is None and config.judging.judge_url is None:
         require_reward(config, "--judge", "--judge-url")
-    if not posterior.posterior_samples and posterior.reward_temperature != 1.0:
+    if not posterior.posterior_samples and posterior.reward_temperature != PosteriorConfig.reward_temperature:
         raise ConfigError(
             f"reward_temperature={posterior.reward_temperature} is read with --posterior-samples alone: give that, or "
             "leave it out"

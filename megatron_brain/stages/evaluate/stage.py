@@ -31,7 +31,8 @@ from megatron_brain.stages.evaluate.llm_judge import (
     llm_report,
     open_llm_judge,
 )
-from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_ratio
+from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_statistic, ratio
+from megatron_brain.stages.judging.judge import LanguageModelJudge
 from megatron_brain.stages.posterior import add_distances, add_kl_from_policy
 from megatron_brain.stages.prior_samples import PriorSamples
 from megatron_brain.stages.rewards.rewards import Rewards
@@ -39,6 +40,8 @@ from megatron_brain.stages.rewards.scale import Scale
 from megatron_brain.training.banner import show_banner
 from megatron_brain.training.frozen import FrozenModel
 from megatron_brain.training.run import Run
+from megatron_brain.training.same_data import read_on_all
+from megatron_brain.user_functions import ScoringFunction
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +97,30 @@ def main(run: Run) -> None:
         add_distances(run, posterior, policy, by_place)
         add_kl_from_policy(run, posterior, by_place)
     everything = gather_rows(list(zip(mine, rows, strict=True)), run.parallel)
-    add_verdicts(run, llm_judge, everything)
-    if run.parallel.is_writer:
+    _report(run, judge, llm_judge, everything)
+
+
+def _report(run: Run, judge: ScoringFunction | None, llm_judge: LanguageModelJudge | None, rows: list[dict]) -> None:
+    """Add what both judges say to the rows of the writing rank, and write the report. All ranks call it."""
+
+    def without_verdicts() -> dict[str, Estimate]:
+        if not run.parallel.is_writer:
+            return {}
         if judge is not None:
-            add_judge_scores(judge, everything, _ANSWERS)
-        _write_report(run, everything)
+            add_judge_scores(judge, rows, _ANSWERS)
+        metrics = _write_report(run, rows)
+        _log_metrics(metrics)
+        return metrics
+
+    if run.config.judging.judge_url is None:
+        without_verdicts()
+        return
+    # A language model that fails, perhaps after an hour, does not take the rest of the report with it.
+    written = read_on_all(without_verdicts, run.parallel)
+    add_verdicts(run, llm_judge, rows)
+    if run.parallel.is_writer:
+        metrics = _write_report(run, rows)
+        _log_metrics({name: metrics[name] for name in metrics if name not in written})
 
 
 def _add_rewards(
@@ -117,15 +139,15 @@ def _add_rewards(
     add_rewards(rewards, scale, rows, answered, answers)
 
 
-def _write_report(run: Run, rows: list[dict]) -> None:
+def _write_report(run: Run, rows: list[dict]) -> dict[str, Estimate]:
+    """Write the report of what is in the rows, and return its metrics."""
     settings = run.config.evaluate
     require_finite(rows)
     estimates = summarize(rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed)
     estimates |= llm_metrics(run, rows)
-    metrics = {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
     report = {
         "num_prompts": len(rows),
-        "metrics": metrics,
+        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
         **llm_report(run, rows),
         "examples": [
             {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
@@ -134,8 +156,12 @@ def _write_report(run: Run, rows: list[dict]) -> None:
         "rows": rows,
     }
     write_whole(Path(run.config.generate.output), json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+    return estimates
+
+
+def _log_metrics(metrics: Mapping[str, Estimate]) -> None:
     for name, estimate in metrics.items():
-        log.info("%-40s %8.4f  [%.4f, %.4f]", name, *estimate.values())
+        log.info("%-40s %8.4f  [%.4f, %.4f]", name, estimate.value, estimate.low, estimate.high)
 
 
 def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dict[str, Estimate]:
@@ -171,7 +197,7 @@ def summarize(rows: Sequence[dict], *, bootstrap_samples: int, seed: int) -> dic
     if measured:
         gained = [row["reward/plain"] - row["posterior/prior_reward"] for row in measured]
         possible = [max(0.0, row["posterior/reward"] - row["posterior/prior_reward"]) for row in measured]
-        reached = bootstrap_ratio(gained, possible, samples=bootstrap_samples, seed=seed)
+        reached = bootstrap_statistic([gained, possible], ratio, samples=bootstrap_samples, seed=seed)
         if reached is not None:
             found["posterior/reward_gain_reached"] = reached
     return found

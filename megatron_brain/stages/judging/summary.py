@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy
 
 from megatron_brain.stages.comparison import wins_over
-from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_statistic
+from megatron_brain.stages.intervals import Estimate, bootstrap, bootstrap_statistic, ratio
 from megatron_brain.stages.judging.comparison import OTHERS
 
 _POINTS = {"policy": 1.0, "tie": 0.5}
@@ -25,7 +25,7 @@ def summarize_verdicts(rows: Sequence[dict], *, bootstrap_samples: int, seed: in
         is left out.
     """
     metrics: dict[str, Estimate | None] = {}
-    limits = {"samples": bootstrap_samples, "seed": seed}
+    resampling = {"samples": bootstrap_samples, "seed": seed}
     for other in OTHERS:
         name = f"policy_vs_{other}"
         compared = [row for row in rows if f"llm/{name}" in row]
@@ -33,21 +33,21 @@ def summarize_verdicts(rows: Sequence[dict], *, bootstrap_samples: int, seed: in
         decided = [row for row, result in zip(compared, results, strict=True) if result["winner"] is not None]
         points = [_POINTS.get(row[f"llm/{name}"]["winner"], 0.0) for row in decided]
         if points:
-            metrics[f"win_rate/llm/{name}"] = bootstrap(points, **limits)
-            metrics[f"llm/ties/{name}"] = bootstrap([float(point == 0.5) for point in points], **limits)
+            metrics[f"win_rate/llm/{name}"] = bootstrap(points, **resampling)
+            metrics[f"llm/ties/{name}"] = bootstrap([float(point == 0.5) for point in points], **resampling)
         if not results:
             continue
         verdicts = [result["verdicts"] for result in results]
         firsts = [of_pair.count("A") for of_pair in verdicts]
         answers = [of_pair.count("A") + of_pair.count("B") for of_pair in verdicts]
         unparsable, asked = [of_pair.count(None) for of_pair in verdicts], [len(of_pair) for of_pair in verdicts]
-        metrics[f"llm/position_bias/{name}"] = bootstrap_statistic([firsts, answers], _ratio, **limits)
-        metrics[f"llm/unparsable/{name}"] = bootstrap_statistic([unparsable, asked], _ratio, **limits)
+        metrics[f"llm/position_bias/{name}"] = bootstrap_statistic([firsts, answers], ratio, **resampling)
+        metrics[f"llm/unparsable/{name}"] = bootstrap_statistic([unparsable, asked], ratio, **resampling)
         for kind in ("reward", "judge"):
             pair = _both_decided(decided, points, kind, other)
             if pair is not None:
-                metrics[f"llm/agreement/{kind}/{name}"] = bootstrap_statistic(pair, _agreement, **limits)
-                metrics[f"llm/kappa/{kind}/{name}"] = bootstrap_statistic(pair, _kappa, **limits)
+                metrics[f"llm/agreement/{kind}/{name}"] = bootstrap_statistic(pair, _agreement, **resampling)
+                metrics[f"llm/kappa/{kind}/{name}"] = bootstrap_statistic(pair, _kappa, **resampling)
     return {name: estimate for name, estimate in metrics.items() if estimate is not None}
 
 
@@ -81,12 +81,6 @@ def _both_decided(rows: Sequence[dict], points: Sequence[float], kind: str, othe
         return None
     pairs = [[mine, theirs] for mine, theirs in zip(points, won, strict=True) if 0.5 not in (mine, theirs)]
     return [list(column) for column in zip(*pairs, strict=True)] or None
-
-
-def _ratio(columns: numpy.ndarray) -> numpy.ndarray:
-    """`[2, samples, prompts]` -> `[samples]`: the sum of the first column over that of the second."""
-    above, below = columns.sum(axis=-1)
-    return numpy.divide(above, below, out=numpy.full(below.shape, numpy.nan), where=below > 0)
 
 
 def _agreement(columns: numpy.ndarray) -> numpy.ndarray:

@@ -22,10 +22,11 @@ class JudgeTemplate:
         source: the text of the file.
 
     Raises:
-        ConfigError: there is no such file, or it is no template of exactly these fields.
+        ConfigError: there is no such file, or it is no template of exactly these fields, or cannot be rendered.
     """
 
     def __init__(self, path: str | None) -> None:
+        self._path = path
         try:
             self.source = Path(path or _DEFAULT).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +43,17 @@ class JudgeTemplate:
             raise ConfigError(
                 f"judge_template={path}: must use {', '.join(_FIELDS)} and no other field; wrong or missing: {wrong}"
             )
+        self.message("A question?", "An answer.", "Another answer.")
 
     def message(self, prompt: str, answer_a: str, answer_b: str) -> str:
-        """The text for the judge."""
-        return self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
+        """The text for the judge.
+
+        Raises:
+            ConfigError: the template cannot be rendered with these texts.
+        """
+        try:
+            return self._template.render(prompt=prompt, answer_a=answer_a, answer_b=answer_b)
+        except Exception as error:  # A template is code, which may raise anything.
+            raise ConfigError(
+                f"judge_template={self._path}: cannot be rendered ({type(error).__name__}: {error}); correct the file"
+            ) from error

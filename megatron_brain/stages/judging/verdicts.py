@@ -10,6 +10,11 @@ from megatron_brain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+_START = b'{"key": "'
+"""How each line of a file of verdicts begins."""
+
+_CURE = "remove the line, or give another file with --judge-cache"
+
 Verdict = Literal["A", "B", "tie"]
 
 _IN_BRACKETS = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
@@ -41,41 +46,48 @@ def parse_verdict(reply: str) -> Verdict | None:
 class VerdictFile:
     """The file that keeps verdicts, one JSON object a line: `key`, `model`, `id`, `order`, `verdict` and `reply`.
 
-    A line is written as soon as its verdict is there, so an evaluation that was stopped goes on from them.
+    A line is written as soon as its verdict is there, so an evaluation that was stopped goes on from them. Lines are
+    only ever added, and several runs may add to one file: what is in it stays, even where it is no verdict.
 
     Args:
-        path: the file, which may exist. A last line that was not finished is removed, and the log says so.
+        path: the file, which may exist. A line that an interrupted run left unfinished is passed over with a warning.
 
     Attributes:
         known: verdicts by key; None for a reply without one.
 
     Raises:
-        ConfigError: a line is no verdict; names file and line.
+        ConfigError: another line is no verdict; names file and line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, Verdict | None] = {}
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            log.warning("%s: its last line is not whole, as an interrupted run leaves it; it is removed", path)
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                kept = json.loads(line)
-                key, verdict = kept["key"], kept["verdict"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}: is no verdict; remove the line, or give another file") from error
-            if verdict not in ("A", "B", "tie", None):
-                raise ConfigError(f"{path}:{number}: the verdict must be A, B, tie or null; remove the line")
-            self.known[key] = verdict
+        lines = (path.read_bytes() if path.exists() else b"").split(b"\n")
+        self._last_line_is_open = bool(lines[-1])
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                self._read(line, f"{path}:{number}")
+
+    def _read(self, line: bytes, where: str) -> None:
+        try:
+            kept = json.loads(line)
+        except ValueError as error:
+            if line.startswith(_START) or _START.startswith(line):
+                log.warning("%s: is not whole, as an interrupted run leaves it; its verdict is asked for again", where)
+                return
+            raise ConfigError(f"{where}: is no verdict; {_CURE}") from error
+        if not isinstance(kept, dict) or not isinstance(kept.get("key"), str) or "verdict" not in kept:
+            raise ConfigError(f"{where}: is no verdict; {_CURE}")
+        if kept["verdict"] not in ("A", "B", "tie", None):
+            raise ConfigError(f"{where}: the verdict must be A, B, tie or null; {_CURE}")
+        self.known[kept["key"]] = kept["verdict"]
 
     def add(self, key: str, verdict: Verdict | None, **others: str) -> None:
         """Keep a verdict, and write it at once."""
         self.known[key] = verdict
-        line = json.dumps({"key": key, "verdict": verdict, **others}, ensure_ascii=False)
+        line = json.dumps({"key": key, "verdict": verdict, **others}) + "\n"  # ASCII, for a reply may hold anything.
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        # Without a buffer a line is one call of the system, so lines of several runs do not mix.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(("\n" if self._last_line_is_open else "").encode() + line.encode())
+        self._last_line_is_open = False

@@ -148,8 +148,9 @@ class RewardServer:
         slots = asyncio.Semaphore(self._settings.reward_concurrency)
 
         async def work(client: httpx2.AsyncClient, place: int) -> None:
-            async with slots:
-                rewards[place] = await self._score_batch(client, batches[place], problems, place)
+            await slots.acquire()
+            rewards[place] = await self._score_batch(client, batches[place], problems, place)
+            slots.release()  # A mistake keeps its slot: no request follows it.
 
         try:
             async with (

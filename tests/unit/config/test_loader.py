@@ -76,6 +76,8 @@ SPECIAL = {
     "reward_weights": ("0.5,-2", {"reward_function": "rules.py:right", "reward_load": "reward"}),
     "judge_url": ("http://host:8000/v1", {"judge_model": "m"}),
     **{name: ("a name", JUDGE) for name in ("judge_model", "judge_template", "judge_cache")},
+    **{name: (64, JUDGE) for name in ("judge_max_tokens", "judge_max_verdicts", "judge_concurrency")},
+    "judge_timeout": (60.0, JUDGE),
     "lr_warmup_iters": (3, {}),
     "lr_decay_iters": (30, {}),
     "min_lr": (5e-6, {}),

@@ -111,3 +111,11 @@ def test_report_reads_as_a_line_and_as_metrics():
 def test_nothing_left_is_an_error():
     with pytest.raises(ConfigError, match="no record left .*5 dropped overlong.*--seq-length 10"):
         make_report(Counter(read=5, dropped_overlong=5), 0, limits(10))
+
+
+@pytest.mark.parametrize("dropped", [("overlong",), ("unlearned",), ("dialogues",), ("overlong", "dialogues")])
+def test_the_cure_where_nothing_is_left_is_that_of_what_was_dropped(dropped):
+    with pytest.raises(ConfigError) as caught:
+        make_report(Counter({"read": 9, **{f"dropped_{name}": 3 for name in dropped}}), 0, limits(10))
+    assert ("length limits" in str(caught.value)) == (dropped != ("dialogues",))
+    assert ("agree up to their last answer" in str(caught.value)) == ("dialogues" in dropped)

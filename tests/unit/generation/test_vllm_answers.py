@@ -1,10 +1,14 @@
 """Which answers of a server are taken for a response."""
 
+import asyncio
+
 import pytest
+from helpers.stub_json import StubJson
 
 from megatron_brain.config.stages import SamplingConfig
 from megatron_brain.generation.batch import Completion
 from megatron_brain.generation.vllm import answers
+from megatron_brain.generation.vllm.client import Server, UnavailableError
 
 URL, PROMPT, EOS = "http://server:8000", (3, 4, 5), 7
 
@@ -88,3 +92,15 @@ def test_what_is_no_vllm_server_is_told():
             answers.read_served(URL, body)
     with pytest.raises(answers.AnswerError, match="is it a vLLM server"):
         answers.read_choice(URL, {"choices": []})
+
+
+def test_an_answer_that_cannot_be_decoded_is_one_that_may_come_later():
+    async def pause(url):
+        async with Server(url, request_timeout=20, slow_timeout=20, connections=1) as server:
+            await server.pause()
+
+    def garbled(number, request):
+        return 200, "no gzip", {"content-encoding": "gzip"}
+
+    with StubJson(garbled) as stub, pytest.raises(UnavailableError, match="/pause: DecodingError"):
+        asyncio.run(pause(stub.url))

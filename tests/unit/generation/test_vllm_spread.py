@@ -3,7 +3,7 @@
 import asyncio
 from collections import Counter
 
-from megatron_brain.generation.vllm.spread import Question, Spread, Waiting
+from megatron_brain.generation.vllm.spread import Request, Spread, Waiting
 
 
 def opened(count, **options):
@@ -53,34 +53,34 @@ def test_a_closed_server_gets_no_request_until_it_is_opened_again():
     assert asyncio.run(main()) == ([1, 1], [0, 0])
 
 
-def questions(*counts):
+def requests(*counts):
     """Responses to prompts (0,), (1,), ...: so many to each."""
     prompts = [(prompt,) for prompt, count in enumerate(counts) for _ in range(count)]
-    return [Question(place=place, prompt=prompt, seed=place) for place, prompt in enumerate(prompts)]
+    return [Request(place=place, prompt=prompt, seed=place) for place, prompt in enumerate(prompts)]
 
 
 def test_a_server_gets_all_responses_of_a_prompt_and_then_a_prompt_that_nobody_has_begun():
-    waiting = Waiting(questions(2, 2, 2))
+    waiting = Waiting(requests(2, 2, 2))
     taken = [(server, waiting.take(server).prompt[0]) for server in (0, 1, 1, 0, 1, 1)]
     assert taken == [(0, 0), (1, 1), (1, 1), (0, 0), (1, 2), (1, 2)]
     assert not waiting
 
 
 def test_a_server_without_a_prompt_helps_with_the_one_that_has_most_left():
-    waiting = Waiting(questions(2, 4))
+    waiting = Waiting(requests(2, 4))
     assert [waiting.take(server).prompt for server in (0, 1)] == [(0,), (1,)]
     assert [waiting.take(2).place for _ in range(2)] == [3, 4], "the prompt of server 1 has three left"
     assert sorted(waiting.take(server).place for server in (0, 1)) == [1, 5]
     assert not waiting
 
 
-def test_equal_prompts_go_to_one_server_and_every_question_is_given_once():
-    asked = [Question(place=place, prompt=(place % 3,), seed=0) for place in range(30)]
+def test_equal_prompts_go_to_one_server_and_every_request_is_given_once():
+    asked = [Request(place=place, prompt=(place % 3,), seed=0) for place in range(30)]
     waiting, places, servers = Waiting(asked), [], {}
     while waiting:
         server = len(places) % 3
-        question = waiting.take(server)
-        places.append(question.place)
-        servers.setdefault(question.prompt, set()).add(server)
+        request = waiting.take(server)
+        places.append(request.place)
+        servers.setdefault(request.prompt, set()).add(server)
     assert sorted(places) == list(range(30))
     assert all(len(of_prompt) == 1 for of_prompt in servers.values())

@@ -3,7 +3,7 @@
 import numpy
 import pytest
 
-from megatron_brain.stages.intervals import bootstrap, bootstrap_ratio, wins
+from megatron_brain.stages.intervals import bootstrap, bootstrap_statistic, ratio, wins
 
 
 def test_wins_count_one_losses_zero_and_ties_one_half():
@@ -72,7 +72,7 @@ def test_no_values_are_refused():
 
 def test_a_ratio_of_means_by_hand_and_its_interval_by_the_same_resampled_prompts():
     above, below = [1.0, 0.0, 2.0, 5.0], [2.0, 1.0, 4.0, 3.0]
-    found = bootstrap_ratio(above, below, samples=500, seed=3)
+    found = bootstrap_statistic([above, below], ratio, samples=500, seed=3)
     assert found.value == pytest.approx(8 / 10)
     draws = numpy.random.default_rng(3).integers(4, size=(500, 4))
     ratios = [sum(above[i] for i in draw) / sum(below[i] for i in draw) for draw in draws]
@@ -80,10 +80,39 @@ def test_a_ratio_of_means_by_hand_and_its_interval_by_the_same_resampled_prompts
 
 
 def test_a_ratio_that_is_the_same_for_all_prompts_has_no_width():
-    found = bootstrap_ratio([1.0, 2.0, 4.0], [2.0, 4.0, 8.0], samples=100, seed=0)
+    found = bootstrap_statistic([[1.0, 2.0, 4.0], [2.0, 4.0, 8.0]], ratio, samples=100, seed=0)
     assert found.low == found.value == found.high == 0.5
 
 
 def test_a_ratio_to_nothing_has_no_interval():
-    assert bootstrap_ratio([1.0, 2.0], [0.0, 0.0], samples=10, seed=0) is None
-    assert bootstrap_ratio([1.0, 2.0], [0.0, 1.0], samples=100, seed=0) is None, "some resamplings have only zeros"
+    assert bootstrap_statistic([[1.0, 2.0], [0.0, 0.0]], ratio, samples=10, seed=0) is None
+    assert bootstrap_statistic([[1.0, 2.0], [0.0, 1.0]], ratio, samples=100, seed=0) is None, (
+        "some resamplings have only zeros"
+    )
+
+
+def test_resamplings_without_a_value_widen_the_interval_and_never_narrow_it():
+    generator = numpy.random.default_rng(5)
+    values = generator.normal(size=40)
+    means = values[numpy.random.default_rng(0).integers(40, size=(1000, 40))].mean(axis=1)
+    order = numpy.sort(means)
+
+    def without(unknown):
+        def statistic(columns):
+            mean = columns[0].mean(axis=-1)
+            return numpy.where(unknown(mean), numpy.nan, mean) if len(mean) > 1 else mean
+
+        return bootstrap_statistic([values], statistic, samples=1000, seed=0)
+
+    full = without(lambda mean: mean > numpy.inf)
+    assert (full.low, full.high) == tuple(numpy.percentile(means, [2.5, 97.5]))
+    # The ten smallest, the ten largest, or ten in the middle: both ends are ten places further out, or where they were.
+    for start in (0, 500, 990):
+        some = without(lambda mean, start=start: (mean >= order[start]) & (mean <= order[start + 9]))
+        assert some.low <= full.low and some.high >= full.high
+    assert without(lambda mean: mean >= order[960]) is None, "4% could all be below the interval, or above it"
+
+
+def test_a_negative_denominator_is_refused():
+    with pytest.raises(AssertionError, match="negative denominator"):
+        bootstrap_statistic([[1.0], [-1.0]], ratio, samples=10, seed=0)

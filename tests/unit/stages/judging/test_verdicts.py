@@ -55,16 +55,54 @@ def test_verdicts_are_written_at_once_and_read_again(tmp_path):
     assert VerdictFile(tmp_path / "deep" / "v.jsonl").known == {"one": "A", "two": None}
 
 
-def test_a_line_that_was_cut_short_is_removed_and_told(tmp_path, caplog):
+def test_a_line_that_was_cut_short_is_passed_over_and_told_and_stays(tmp_path, caplog):
     path = tmp_path / "v.jsonl"
-    path.write_text('{"key": "one", "verdict": "A"}\n{"key": "tw')
+    for cut in ('{"key": "tw', '{"k', '{"key": "two", "verdict": "A'):
+        path.write_text(before := '{"key": "one", "verdict": "A"}\n' + cut)
+        file = VerdictFile(path)
+        assert file.known == {"one": "A"} and "v.jsonl:2: is not whole" in caplog.text
+        file.add("two", "B")
+        file.add("three", "A")
+        assert VerdictFile(path).known == {"one": "A", "two": "B", "three": "A"}
+        assert path.read_text().startswith(f"{before}\n")
+        caplog.clear()
+
+
+def test_a_last_verdict_without_its_newline_counts_and_stays(tmp_path):
+    path = tmp_path / "v.jsonl"
+    path.write_text('{"key": "one", "verdict": "A"}')
     file = VerdictFile(path)
-    assert file.known == {"one": "A"} and "not whole" in caplog.text
+    file.add("two", "B")
+    assert file.known == VerdictFile(path).known == {"one": "A", "two": "B"}
+
+
+def test_a_verdict_that_another_run_is_writing_is_never_cut(tmp_path):
+    path = tmp_path / "v.jsonl"
+    with path.open("a") as other:
+        other.write('{"key": "one", ')
+        other.flush()
+        file = VerdictFile(path)
+        other.write('"verdict": "A"}\n')
     file.add("two", "B")
     assert VerdictFile(path).known == {"one": "A", "two": "B"}
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", "no json", '{"key": "a", "verdict": "C"}'])
+@pytest.mark.parametrize("text", ['{"all": "of my data"}', "some notes", "[1, 2]", "a,b\n1,2\n3,4"])
+def test_a_file_of_something_else_is_refused_and_stays_as_it_is(text, tmp_path):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ConfigError, match="data.json:1: is no verdict"):
+        VerdictFile(tmp_path / "data.json")
+    assert (tmp_path / "data.json").read_text() == text
+
+
+def test_a_reply_may_hold_half_of_a_surrogate_pair(tmp_path):
+    VerdictFile(tmp_path / "v.jsonl").add("one", None, reply="\ud83d")
+    assert VerdictFile(tmp_path / "v.jsonl").known == {"one": None}
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[1]", "no json", '{"key": "a", "verdict": "C"}', '{"key": ["a"], "verdict": "A"}', '{"key": "a"}']
+)
 def test_a_line_that_is_no_verdict_is_named(line, tmp_path):
     path = tmp_path / "v.jsonl"
     path.write_text(f'{{"key": "one", "verdict": "A"}}\n{line}\n')
@@ -92,3 +130,18 @@ def test_a_template_without_exactly_these_fields_is_refused(text, wrong, tmp_pat
         JudgeTemplate(str(tmp_path / "t.jinja"))
     with pytest.raises(ConfigError, match="cannot be read"):
         JudgeTemplate(str(tmp_path / "none.jinja"))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{{ prompt.foo }}", "{% include 'a.jinja' %}", "{{ prompt / 2 }}", "{{ prompt.__class__.mro() }}"]
+)
+def test_a_template_that_fails_when_it_is_used_is_refused_before_anything_is_sampled(wrong, tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ prompt }} {{ answer_a }} {{ answer_b }} " + wrong)
+    with pytest.raises(ConfigError, match=r"t.jinja: cannot be rendered \("):
+        JudgeTemplate(str(tmp_path / "t.jinja"))
+
+
+def test_a_template_that_some_texts_break_names_itself(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ prompt }} {{ answer_a }} {{ answer_b }} {{ 1 // (prompt | length) }}")
+    with pytest.raises(ConfigError, match=r"t.jinja: cannot be rendered \(ZeroDivisionError"):
+        JudgeTemplate(str(tmp_path / "t.jinja")).message("", "a", "b")
