@@ -167,12 +167,13 @@ class Chain:
             kind=f"prior_{split}",
         )
 
-    def brain(self, name: str, seed: int, flags: Flags, data: str) -> Step:
+    def brain(self, name: str, seed: int, flags: Flags, data: str, *, may_diverge: bool) -> Step:
         """The training of a run.
 
         Args:
             flags: all settings of the brain stage that differ from its YAML file.
             data: `prompts`, or `pairs`.
+            may_diverge: whether a training whose numbers are not finite any more is a result.
         """
         folder, seeds, shared = self._work / name / "brain", self._of_seed(seed), f"shared/seed{seed}"
         train = self._shared / ("pairs/train.jsonl" if data == "pairs" else "parts/brain_prompts.jsonl")
@@ -197,6 +198,7 @@ class Chain:
             iterations=flags["train_iters"],
             checkpoint=folder,
             resumes=True,
+            may_diverge=may_diverge,
             minutes=self._brain_minutes(flags, data),
         )
 
@@ -224,21 +226,23 @@ class Chain:
         needs = [f"shared/seed{seed}/prior_test", *self._judge_needs()]
         return self._script("best_of", words, name=f"{name}/best_of", needs=needs, outputs=(output,), fresh=(output,))
 
-    def choice(self, experiment: str, metric: str, runs: Sequence[tuple[Setting, str]]) -> Step:
+    def choice(self, experiment: str, runs: Sequence[tuple[Setting, str, int]]) -> Step:
         """The choice of the best value of every grid.
 
         Args:
-            metric: what is compared, of the last validation of each run.
-            runs: setting and name of each run.
+            runs: setting, name and last iteration of each run.
         """
-        words = [f"{EXAMPLE}/experiments/choose.py", "--metric", metric, "--out", str(self._work / "tuned.yaml")]
-        for setting, name in runs:
+        words = [f"{EXAMPLE}/experiments/choose.py", "--out", str(self._work / "tuned.yaml")]
+        words += ["--temperature", str(self._sizes.brain["reward_temperature"])]
+        for setting, name, iterations in runs:
             ((flag, (value,)),) = setting.grid.items()
-            words.append(f"{grid_name(setting)}:{flag}:{value:g}:{self._work / name / 'brain' / 'metrics.jsonl'}")
+            metrics = self._work / name / "brain" / "metrics.jsonl"
+            words.append(f"{grid_name(setting)}:{setting.choose_by}:{flag}:{value:g}:{iterations}:{metrics}")
         return self._step(
             f"{experiment}/choose",
             ["python", *words],
-            needs=[f"{name}/brain" for _, name in runs],
+            needs=[f"{name}/brain" for _, name, _ in runs],
+            takes_diverged=True,
             outputs=(self._work / "tuned.yaml",),
         )
 

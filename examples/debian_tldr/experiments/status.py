@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plan import Plan
-from state import Condition, State
+from state import OVER, Condition, State
 from steps import Step
 
 SHARED = "shared"
@@ -17,7 +17,7 @@ SHARED = "shared"
 def minutes_left(plan: Plan, state: State, conditions: Mapping[str, Condition], jobs: int) -> float:
     """Estimate of the minutes until an experiment is finished with so many jobs: machine time of the steps left."""
     pace = paces(plan, state)
-    left = [step for name, step in plan.steps.items() if conditions[name] != "done"]
+    left = [step for name, step in plan.steps.items() if conditions[name] not in OVER]
     return sum(machine_minutes(step, jobs) * pace.get(step.kind, 1.0) for step in left)
 
 
@@ -52,7 +52,7 @@ def status_lines(plan: Plan, state: State, jobs: int, *, at_work: bool) -> list[
     width = max(len(row) for row in rows)
     lines = [f"{'':{width}}  {'state':12} {'minutes':>8} {'left':>6}  steps left"]
     for row, names in rows.items():
-        left = [name for name in names if conditions[name] != "done"]
+        left = [name for name in names if conditions[name] not in OVER]
         taken = sum(marker["seconds"] for name in names if (marker := state.marker(name)) is not None) / 60
         ahead = sum(plan.steps[name].minutes * pace.get(plan.steps[name].kind, 1.0) for name in left)
         words = _state(names, conditions, at_work)
@@ -76,6 +76,8 @@ def _state(names: list[str], conditions: Mapping[str, Condition], at_work: bool)
         return "done"
     if "changed" in found:
         return "changed"
+    if "diverged" in found and found <= {"done", "diverged"}:
+        return "diverged"
     if "begun" in found:
         return "under way" if at_work else "interrupted"
     return "partly done" if "done" in found else "left"

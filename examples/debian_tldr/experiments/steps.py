@@ -43,6 +43,10 @@ class Step:
     """Of a training stage: the folder of its checkpoints."""
     resumes: bool = False
     """Whether a stopped step goes on from its checkpoint. Others start anew."""
+    may_diverge: bool = False
+    """Whether it is over, too, once it has ended with a FloatingPointError: its numbers were not finite any more."""
+    takes_diverged: bool = False
+    """Whether it starts although steps that it needs have diverged."""
     slots: int = 1
     """Processes that it has."""
     minutes: float

@@ -136,23 +136,93 @@ def test_every_tuned_name_of_the_experiments_is_tuned_with_the_flags_that_it_has
                     assert tuned[setting.tuned] == (setting.data, setting.flags), setting.name
 
 
-def test_the_choice_takes_the_value_with_the_lowest_last_metric_and_keeps_earlier_choices(modules, tmp_path):
-    def metrics(name, *values):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps({"iteration": i, "validation/kl": v}) + "\n" for i, v in enumerate(values)))
-        return path
+@pytest.fixture
+def candidate(modules, tmp_path):
+    """Makes a run of 8 iterations for `choose`, from the numbers of its validations by iteration."""
 
+    def make(setting, lr, distances, criterion="distance"):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        keys = modules.choose.KEYS[criterion]
+        values = {at: value if criterion == "objective" else [value] for at, value in distances.items()}
+        lines = [{"iteration": at, **dict(zip(keys, value, strict=True))} for at, value in values.items()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return modules.choose.Candidate(setting, criterion, "lr", lr, 8, path)
+
+    return make
+
+
+def test_the_choice_is_the_value_with_the_lowest_mean_distance_after_the_last_iteration(modules, candidate):
     runs = [
-        ("a", "lr", 1e-5, metrics("1", 0.1, 0.9)),
-        ("a", "lr", 3e-5, metrics("2", 0.9, 0.5)),
-        ("a", "lr", 1e-4, metrics("3", 0.9, float("nan"))),
-        ("b", "lr", 1e-5, metrics("4", 0.3)),
-        ("b", "lr", 3e-5, metrics("5", 0.2)),
-        ("b", "lr", 3e-5, metrics("6", 0.6)),
+        candidate("a", 1e-5, {0: 1.0, 4: 0.1, 8: 0.9}),
+        candidate("a", 3e-5, {0: 1.0, 8: 0.5}),
+        candidate("a", 1e-4, {0: 1.0, 8: 0.7}),
+        candidate("b", 1e-5, {0: 1.0, 8: 0.3}),
+        candidate("b", 3e-5, {0: 1.0, 8: 0.2}),
+        candidate("b", 3e-5, {0: 1.0, 8: 0.6}),
     ]
-    choices = modules.choose.choose(runs, "validation/kl")
+    choices = modules.choose.choose(runs, 0.2)
     assert {name: choice["flags"] for name, choice in choices.items()} == {"a": {"lr": 3e-5}, "b": {"lr": 1e-5}}
+    assert choices["a"]["start"] == 1.0 and choices["a"]["warnings"] == []
     assert choices["b"]["reached"] == {"lr 1e-05": 0.3, "lr 3e-05": 0.4}
+
+
+def test_a_run_that_ended_before_its_last_iteration_loses_against_every_other_one(modules, candidate):
+    diverged, bad = candidate("a", 1e-4, {0: 1.0, 4: 0.1}), candidate("a", 1e-5, {0: 1.0, 8: 5.0})
+    choice = modules.choose.choose([diverged, bad, candidate("a", 3e-5, {0: 1.0, 8: 4.0})], 0.2)["a"]
+    assert choice["flags"] == {"lr": 3e-5} and choice["reached"]["lr 0.0001"] == "diverged"
+    only = modules.choose.choose([diverged], 0.2)["a"]
+    assert only["flags"] == {} and "all values of lr diverged" in only["warnings"][0]
+
+
+def test_the_choice_warns_of_a_value_at_the_edge_of_the_grid_and_of_one_that_is_not_better_than_the_start(
+    modules, candidate
+):
+    runs = [candidate("a", lr, {0: 1.0, 8: at}) for lr, at in ((1e-5, 1.0), (3e-5, 1.2), (1e-4, 1.3))]
+    low, start = modules.choose.choose(runs, 0.2)["a"]["warnings"]
+    assert "1e-05 is the lowest value of the grid" in low and "no value of lr ends better than the start" in start
+    runs = [candidate("a", lr, {0: 1.0, 8: at}) for lr, at in ((1e-5, 1.0), (3e-5, 0.9), (1e-4, 0.8))]
+    (high,) = modules.choose.choose(runs, 0.2)["a"]["warnings"]
+    assert "0.0001 is the highest value of the grid" in high
+
+
+def test_a_choice_by_the_objective_takes_the_highest_reward_less_the_weighted_divergence(modules, candidate):
+    # 0.5 - 0.2 * 0.5 = 0.4; 0.7 - 0.2 * 2 = 0.3; 0.1
+    ends = {1e-6: (0.1, 0.0), 1e-5: (0.5, 0.5), 3e-5: (0.7, 2.0)}
+    runs = [candidate("a", lr, {0: (0.0, 0.0), 8: end}, "objective") for lr, end in ends.items()]
+    choice = modules.choose.choose(runs, 0.2)["a"]
+    assert choice["flags"] == {"lr": 1e-5} and choice["warnings"] == []
+    assert choice["reached"] == pytest.approx({"lr 1e-06": 0.1, "lr 1e-05": 0.4, "lr 3e-05": 0.3})
+
+
+def test_a_planned_choice_is_of_the_last_iteration_and_by_the_criterion_of_each_setting(modules, work):
+    plan = plan_of(modules, "tuning", work)
+    words = plan.steps["tuning/choose"].command
+    runs = [modules.choose.parse_run(word) for word in words if word.endswith("metrics.jsonl")]
+    by_setting = {run.setting: run.criterion for run in runs}
+    assert (by_setting["self-normalized-k8"], by_setting["rloo"]) == ("distance", "objective")
+    for run in runs:
+        brain = flags_of(plan.steps[f"tuning/{run.metrics.parts[-4]}/seed1/brain"].command)
+        assert int(brain["--train-iters"]) == run.iterations and float(brain["--lr"]) == run.value
+
+
+def test_an_experiment_tells_what_speaks_against_its_tuned_values_and_refuses_a_setting_without_one(modules, work):
+    tuned = yaml.safe_load((work / "tuned.yaml").read_text())
+    tuned["rloo"]["warnings"] = ["lr 3e-05 is the highest value of the grid"]
+    (work / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    (told,) = modules.plan.tuning_warnings(plan_of(modules, "methods", work))
+    assert "rloo: lr 3e-05 is the highest value of the grid" in told
+    assert modules.plan.tuning_warnings(plan_of(modules, "baseline", work)) == []
+    tuned["rloo"] = {"flags": {}, "warnings": ["all values of lr diverged"]}
+    (work / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    with pytest.raises(modules.user_errors.UserError, match="no values for rloo; all values of lr diverged"):
+        plan_of(modules, "methods", work)
+
+
+def test_the_learning_rate_of_every_run_but_the_quickstart_falls_to_zero(modules, work):
+    for name in set(EXPERIMENTS) - {"quickstart_seeds", "smoke"}:
+        for _, stage, words in stages_of(plan_of(modules, name, work)):
+            flags = flags_of(words)
+            assert stage != "brain" or (flags["--lr-decay-style"], float(flags["--min-lr"])) == ("linear", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +237,8 @@ def test_the_choice_takes_the_value_with_the_lowest_last_metric_and_keeps_earlie
         ({"settings": [{"name": "a", "label": "A", "grid": {"lr": ["1e-5"]}}]}, r"write 1.0e-5"),
         ({"settings": [{"name": "a", "label": "A", "best_of": 4}]}, r"best-of-n and a number `best_of` go together"),
         ({"settings": [{"name": "a", "label": "A", "same_as": "b/c", "flags": {"lr": 1}}]}, r"leave out flags"),
-        ({"choose_by": "validation/loss"}, r"compares the values of a grid, and it has none"),
+        ({"choose_by": "distance"}, r"compares the values of a grid, and it has none"),
+        ({"choose_by": "loss", "grid": {"lr": [1.0]}}, r"choose_by='loss' must be one of distance, objective"),
         ({"sizes": {"prompts": 3}}, r"with sizes of x: unknown key prompts"),
     ],
 )

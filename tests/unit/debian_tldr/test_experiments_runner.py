@@ -1,5 +1,6 @@
 """The runner of the experiments with stub commands: what it runs, skips, resumes, refuses and records."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -92,8 +93,34 @@ def test_a_failing_step_names_its_log_and_stops_only_what_needs_it(stub, capsys)
 
 def test_a_command_that_ends_well_without_its_outputs_has_failed(stub):
     outcome = stub.run(stub.plan(stub.script("empty", "", outputs=["empty.json"])))
-    assert outcome.left == ["empty"]
+    assert outcome.left == ["empty"] and "without" in outcome.failed["empty"]
     assert stub.modules.state.State(stub.work).marker("empty")["done"] is False
+
+
+def compared(stub, ending):
+    """A plan of two candidates, of which the second ends as `ending` says, and a step that compares them."""
+    bad = stub.script("bad", f"open({str(stub.work / 'tries')!r}, 'a').write('x')\n{ending}", outputs=["out"])
+    bad = dataclasses.replace(bad, may_diverge=True)
+    choose = stub.write("chosen", "1", needs=["good", "bad"], takes_diverged=True)
+    return stub.plan(stub.write("good", "1", may_diverge=True), bad, choose, stub.write("uses", "1", needs=["bad"]))
+
+
+def test_a_candidate_that_diverged_is_over_and_blocks_neither_the_choice_nor_the_next_session(stub):
+    plan = compared(stub, "raise FloatingPointError('loss nan')")
+    outcome = stub.run(plan)
+    assert not outcome.failed and outcome.left == ["uses"]
+    assert stub.run(plan).left == ["uses"] and (stub.work / "tries").read_text() == "x"
+    assert stub.calls() == ["good", "chosen"]
+    assert conditions(stub, plan)["bad"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["raise OSError('disk full')", "print('FloatingPointError', flush=True); import os; os.kill(os.getpid(), 9)"],
+)
+def test_a_candidate_that_failed_for_another_reason_is_no_result(stub, ending):
+    outcome = stub.run(compared(stub, ending))
+    assert list(outcome.failed) == ["bad"] and outcome.left == ["bad", "chosen", "uses"]
 
 
 def test_a_changed_command_is_refused_and_says_what_changed_and_a_rerun_makes_all_that_depends_on_it_anew(stub):
