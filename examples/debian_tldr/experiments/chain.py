@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from settings import ROOT, Flags, Setting, Sizes, grid_name
-from steps import ENVIRONMENT, Step, flag_words
+from steps import ENVIRONMENT, Step, flag_words, sources_of
 
 EXAMPLE = "examples/debian_tldr"
+JUDGE = f"{EXAMPLE}/judge.py"
 SPLITS = ("train.jsonl", "valid.jsonl", "test.jsonl")
 RESPONSES_OF_A_PAIR = 2
 
@@ -67,6 +68,7 @@ class Chain:
                 ["python", "tools/convert_hf_to_megatron.py", "--hf-model", str(shared / "base_hf")]
                 + ["--save", str(shared / "base")],
                 needs=["shared/base_hf"],
+                reads=(ROOT / "tools" / "convert_hf_to_megatron.py",),
                 outputs=(latest(shared / "base"),),
                 fresh=(shared / "base",),
             ),
@@ -243,6 +245,7 @@ class Chain:
             ["python", *words],
             needs=[f"{name}/brain" for _, name, _ in runs],
             takes_diverged=True,
+            reads=(ROOT / EXAMPLE / "experiments" / "choose.py",),
             outputs=(self._work / "tuned.yaml",),
         )
 
@@ -298,7 +301,7 @@ class Chain:
         return self._shared / f"seed{seed}"
 
     def _judge_words(self) -> list[str]:
-        return ["--judge", f"{EXAMPLE}/judge.py:{self._judge}"]
+        return ["--judge", f"{JUDGE}:{self._judge}"]
 
     def _judge_needs(self) -> list[str]:
         return [] if self._smoke else ["shared/judge"]
@@ -332,12 +335,16 @@ class Chain:
         file = f"{EXAMPLE}/{config or stage}.yaml"
         start = ["torchrun", "--standalone", "--nproc-per-node", str(slots)] if slots > 1 else ["python"]
         command = [*start, "-m", "megatron_brain", stage, "--config", file, *words, "--no-progress", *flag_words(flags)]
-        return self._step(name, command, reads=(ROOT / file,), resumes=resumes, slots=slots, **more)
+        reads = (ROOT / file, *(sources_of(ROOT / JUDGE) if "--judge" in words else ()))
+        return self._step(name, command, reads=reads, resumes=resumes, slots=slots, **more)
 
     def _script(self, what: str, words: list[str], *, name: str | None = None, **more: Any) -> Step:
         """A script of the example."""
         command = ["python", f"{EXAMPLE}/{words[0]}", *words[1:]]
-        return self._step(name or f"shared/{what}", command, kind=what, **more)
+        # make_preferences.py takes the judge by its name.
+        scripts = [words[0]] + (["judge.py"] if "--judge" in words else [])
+        reads = dict.fromkeys(path for script in scripts for path in sources_of(ROOT / EXAMPLE / script))
+        return self._step(name or f"shared/{what}", command, kind=what, reads=tuple(reads), **more)
 
     def _step(
         self, name: str, command: list[str], *, kind: str | None = None, minutes: float | None = None, **more: Any

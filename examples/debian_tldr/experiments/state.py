@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steps import Step, file_hash, own_identity, result_hash
+from versions import versions
 
 Condition = Literal["done", "diverged", "begun", "new", "changed"]
 OVER: tuple[Condition, ...] = ("done", "diverged")
@@ -73,7 +74,7 @@ class State:
         if marker is None:
             return "new"
         own = own_identity(step, self.work)
-        same = all(marker["identity"][key] == value for key, value in own.items())
+        same = all(marker["identity"].get(key) == value for key, value in own.items())
         if not same or any(of_needs[name] == "changed" for name in step.needs):
             return "changed"
         if not are_ready(step, of_needs):
@@ -92,6 +93,8 @@ class State:
             gone = [word for word in was["command"] if word not in own["command"]]
             come = [word for word in own["command"] if word not in was["command"]]
             return f"its command had {' '.join(gone) or 'nothing'} where it now has {' '.join(come) or 'nothing'}"
+        if was.get("megatron_brain") != own["megatron_brain"]:
+            return f"megatron_brain was {was.get('megatron_brain')} and is {own['megatron_brain']}"
         if files := [name for name in own["reads"] if was["reads"].get(name) != own["reads"][name]]:
             return f"{', '.join(files)} had another content"
         return "a step that it needs was or will be made anew"
@@ -102,10 +105,11 @@ class State:
         marker = self.marker(step.name)
         goes_on = step.resumes and step.checkpoint is not None and saved_iteration(step.checkpoint) is not None
         if marker is None or marker["identity"] != identity or not goes_on:
-            marker = {"started": now(), "seconds": 0.0, "machine_seconds": 0.0, "cpu_seconds": 0.0}
+            times = {"seconds": 0.0, "machine_seconds": 0.0, "cpu_seconds": 0.0}
+            marker = {"started": now(), "versions": [], **times}
             self.clear(step)
         marker |= {"identity": identity, "done": False, "diverged": False, "removed": False}
-        marker |= {"kind": step.kind, "minutes": step.minutes}
+        marker |= {"kind": step.kind, "minutes": step.minutes, "versions": _with_versions(marker)}
         write_json(self._marker_path(step.name), marker)
 
     def clear(self, step: Step) -> None:
@@ -141,7 +145,7 @@ class State:
         """Mark a step as finished."""
         marker = self._known(step.name)
         digests = {str(path.relative_to(self.work)): file_hash(path) for path in step.digests}
-        marker |= {"done": True, "ended": now(), "digests": digests}
+        marker |= {"done": True, "ended": now(), "digests": digests, "versions": _with_versions(marker)}
         marker["result"] = result_hash(marker["identity"], digests)
         write_json(self._marker_path(step.name), marker)
 
@@ -170,6 +174,12 @@ class State:
 
     def _marker_path(self, name: str) -> Path:
         return self.work / "state" / f"{name}.json"
+
+
+def _with_versions(marker: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The different versions with which a step began, went on and ended, those of now included."""
+    known, current = list(marker["versions"]), versions()
+    return known if current in known else [*known, current]
 
 
 def are_ready(step: Step, conditions: Mapping[str, Condition]) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import yaml
@@ -97,6 +98,37 @@ def test_equal_compute_is_the_same_number_of_responses_a_step(modules, work):
 def flags_of(words):
     """Values of a command's flags by their names; the last one of a flag counts, as for the stage."""
     return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
+
+
+def test_an_edit_of_the_judge_between_seeds_is_refused_by_each_step_that_asks_it(modules, work, tmp_path, monkeypatch):
+    example = tmp_path / "examples" / "debian_tldr"
+    shutil.copytree(FOLDER.parent, example)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(FOLDER.parents[2] / "tools" / "convert_hf_to_megatron.py", tmp_path / "tools")
+    for module in (modules.chain, modules.steps):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    asking = {"prior_valid", "brain", "evaluate", "best_of", "pairs"}
+    for name in ("baseline", "methods"):
+        steps = plan_of(modules, name, work, seeds=[1]).steps
+        identities = {each: modules.steps.own_identity(step, work) for each, step in steps.items()}
+        original = (example / "judge.py").read_text()
+        (example / "judge.py").write_text(original + "# edited\n")
+        changed = {each for each, step in steps.items() if modules.steps.own_identity(step, work) != identities[each]}
+        (example / "judge.py").write_text(original)
+        # fetch_judge.py imports a name of it.
+        expected = {each for each in steps if each.rsplit("/", 1)[1] in {*asking, "prior_test", "judge"}}
+        assert changed == expected and {each.rsplit("/", 1)[1] for each in changed} >= asking - {"best_of"}
+
+
+def test_every_script_of_a_plan_is_read_with_the_modules_that_it_imports(modules, work):
+    steps = plan_of(modules, "methods", work, seeds=[1]).steps
+    root = FOLDER.parents[2]
+    for step in steps.values():
+        if step.command[1].endswith(".py"):
+            assert root / step.command[1] in step.reads
+    names = {path.name for path in steps["methods/best-of-8/seed1/best_of"].reads}
+    assert names == {"best_of_n.py", "judge.py", "user_errors.py"}
+    assert "descriptions.py" in {path.name for path in steps["shared/data"].reads}
 
 
 def test_a_setting_that_is_the_same_as_another_has_its_steps_and_its_own_folder(modules, work):

@@ -17,6 +17,9 @@ from helpers.experiments import FOLDER, StubPlans, importable
 def modules():
     with importable() as found:
         found.execute.POLL_SECONDS = 0.01
+        # git takes longer than the stubs do.
+        current = found.versions.versions()
+        found.state.versions = lambda: current
         yield found
 
 
@@ -148,6 +151,14 @@ def test_a_changed_settings_file_is_a_changed_step(stub, modules, tmp_path, monk
         stub.run(plan)
 
 
+def test_another_version_of_the_package_is_a_changed_step(stub, modules, monkeypatch):
+    plan = stub.plan(stub.write("a", "1"))
+    stub.run(plan)
+    monkeypatch.setattr(modules.steps.megatron_brain, "__version__", "99")
+    with pytest.raises(modules.user_errors.UserError, match=r"megatron_brain was .* and is 99"):
+        stub.run(plan)
+
+
 def test_an_interrupted_step_of_another_configuration_is_not_gone_on_with(stub):
     stub.slow("brain")
     stop_when_it_trains(stub)
@@ -244,11 +255,13 @@ def children_with(word: str) -> list[int]:
     return found
 
 
-def run_plan(stub, evaluation="{}"):
+def run_plan(stub, evaluation="{}", iterations=3):
     brain, result = "stub/x/seed1/brain", "stub/x/seed1/evaluation.json"
     data = stub.write("shared/data", "records", digests=(stub.work / "shared/data",))
     evaluate = stub.write(result, evaluation, needs=[brain], loads=(brain,))
-    return stub.plan(data, stub.train(brain, 3, needs=["shared/data"]), evaluate, runs=[("x", [brain, result])])
+    return stub.plan(
+        data, stub.train(brain, iterations, minutes=0.0, needs=["shared/data"]), evaluate, runs=[("x", [brain, result])]
+    )
 
 
 def test_a_finished_run_has_its_record_metrics_and_evaluation_and_no_checkpoints(stub, capsys):
@@ -267,11 +280,39 @@ def test_a_finished_run_has_its_record_metrics_and_evaluation_and_no_checkpoints
     assert expected.items() <= record.items()
     assert record["commands"] == [list(step.command) for step in plan.steps.values()]
     assert record["started"] <= record["ended"] and record["seconds"] > 0
-    assert {"python", "torch", "megatron-core", "transformers", "commit"} == set(record["versions"])
+    assert {"python", "megatron_brain", "torch", "megatron-core", "transformers", "commit"} == set(record["versions"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert (folder / "evaluation.json").read_text() == "{}"
     assert not list((folder / "brain").glob("iter_*")) and "removed its checkpoints" in capsys.readouterr().out
     assert stub.run(plan).left == []
+
+
+def test_a_run_has_the_versions_with_which_its_steps_began_went_on_and_ended(stub, modules, monkeypatch):
+    folder = stub.work / "stub/x/seed1"
+    commit = [{"commit": "first"}]
+    monkeypatch.setattr(modules.state, "versions", lambda: commit[-1])
+    plan, slow = run_plan(stub, iterations=300), stub.slow("stub/x/seed1/brain")
+    assert stub.run(plan, minutes=0.03).left
+    slow.unlink()
+    commit.append({"commit": "second"})
+    assert stub.run(plan).left == []
+    # The versions at the time of writing do not count.
+    (folder / "run.json").unlink()
+    commit.append({"commit": "third"})
+    stub.run(plan)
+    assert json.loads((folder / "run.json").read_text())["versions"] == {"commit": "first, second"}
+
+
+def test_another_label_method_or_setting_of_a_finished_run_is_recorded_without_running_it_again(stub):
+    plan = run_plan(stub)
+    stub.run(plan)
+    calls, (run,) = stub.calls(), plan.runs
+    setting = dataclasses.replace(run.setting, label="Another", method="other")
+    renamed = dataclasses.replace(plan, runs=[dataclasses.replace(run, setting=setting, flags={"lr": 0.25})])
+    stub.run(renamed)
+    record = json.loads((run.folder / "run.json").read_text())
+    assert (record["label"], record["method"], record["settings"]) == ("Another", "other", {"lr": 0.25})
+    assert stub.calls() == calls
 
 
 def test_the_hash_of_the_data_is_that_of_their_checksums(stub, modules):
