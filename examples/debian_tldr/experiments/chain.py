@@ -123,7 +123,7 @@ class Chain:
             "generate",
             words,
             config="evaluate",
-            flags=self._sizes.generate,
+            flags={},
             needs=["shared/sft", "shared/parts"],
             outputs=(output,),
             fresh=(output,),

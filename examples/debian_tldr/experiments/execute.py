@@ -60,7 +60,7 @@ class Executor:
         jobs: processes that run at one time.
         lock: descriptor that commands inherit, so that the lock is held as long as one of them runs.
         minutes: how long the session may last; None: as long as it takes.
-        keep_checkpoints: whether the checkpoints of finished runs stay.
+        keep_checkpoints: whether the checkpoints of finished runs stay, even if the experiment does not ask for that.
         rerun_changed: whether steps that were made with another configuration are made anew.
     """
 
@@ -77,10 +77,12 @@ class Executor:
     ) -> None:
         self._plan, self._state, self._jobs, self._lock = plan, state, jobs, lock
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._keep, self._rerun_changed = keep_checkpoints, rerun_changed
+        self._keep = keep_checkpoints or plan.experiment.keep_checkpoints
+        self._rerun_changed = rerun_changed
         self._running: dict[str, Job] = {}
         self._failed: dict[str, str] = {}
         self._stopped: set[str] = set()
+        self._signal: str | None = None
         self._asked_at: float | None = None
         self._conditions: dict[str, Condition] = {}
 
@@ -117,6 +119,8 @@ class Executor:
 
     def _loop(self) -> None:
         while True:
+            if self._signal is not None:
+                self._ask_to_stop(self._signal)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._ask_to_stop("--max-minutes is over")
             if self._asked_at is None:
@@ -258,7 +262,8 @@ class Executor:
         return f"without {', '.join(missing)}" if missing else None
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._ask_to_stop(signal.Signals(number).name)
+        # To print here could meet a print that the signal has interrupted, which is an error.
+        self._signal = signal.Signals(number).name
 
     def _ask_to_stop(self, why: str) -> None:
         """Start nothing more, and let the steps that run save and end."""

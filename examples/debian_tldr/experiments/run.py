@@ -99,10 +99,13 @@ def run_session(plan: Plan, state: State, args: argparse.Namespace, lock: int) -
         keep_checkpoints=args.keep_checkpoints,
         rerun_changed=args.rerun_changed,
     )
-    outcome = executor.run()
-    status = FAILED if outcome.failed else LEFT if outcome.left else SUCCESS
-    entry = {"experiment": plan.experiment.name, "started": started, "jobs": args.jobs, "status": status}
-    state.append("sessions", entry | {"seconds": round(time.monotonic() - clock, 1)})
+    status = None
+    try:
+        outcome = executor.run()
+        status = FAILED if outcome.failed else LEFT if outcome.left else SUCCESS
+    finally:
+        entry = {"experiment": plan.experiment.name, "started": started, "jobs": args.jobs, "status": status}
+        state.append("sessions", entry | {"seconds": round(time.monotonic() - clock, 1)})
     for warning in tuning_warnings(plan):
         say(f"WARNING: {warning}")
     for name, why in outcome.failed.items():

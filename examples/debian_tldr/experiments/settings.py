@@ -41,7 +41,6 @@ class Sizes:
     valid_posterior_samples: int
     sft: Flags = field(default_factory=dict)
     reward: Flags = field(default_factory=dict)
-    generate: Flags = field(default_factory=dict)
     evaluate: Flags = field(default_factory=dict)
     brain: Flags = field(default_factory=dict)
     """Settings of every run of the brain stage. An experiment and its settings may change them."""
@@ -93,6 +92,8 @@ class Experiment:
     """The grid of settings that have none."""
     evaluate: bool = True
     """Whether the trained policies are evaluated on held-out prompts."""
+    keep_checkpoints: bool = False
+    """Whether the checkpoints of finished runs stay."""
     choose_by: str | None = None
     """By which criterion of `choose.py` the best value of each `grid` is chosen, unless a setting has its own."""
     smoke: bool = False

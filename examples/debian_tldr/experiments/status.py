@@ -59,15 +59,15 @@ def status_lines(plan: Plan, state: State, jobs: int, *, at_work: bool) -> list[
         lines.append(f"{row:{width}}  {words:12} {taken:8.1f} {ahead:6.1f}  {', '.join(_short(name) for name in left)}")
     total = minutes_left(plan, state, conditions, jobs)
     lines.append(f"{len(plan.runs)} runs; about {total:.0f} minutes left with {jobs} jobs")
-    lines.append(f"machine time of all experiments in {state.work} so far: {used_hours(state.work):.2f} hours")
+    lines.append(f"wall time of all ended sessions in {state.work}: {session_hours(state.work):.2f} hours")
     return lines
 
 
-def used_hours(work: Path) -> float:
-    """Machine time of all commands that were run for a WORK, interrupted and failed ones included."""
-    path = work / "log" / "steps.jsonl"
+def session_hours(work: Path) -> float:
+    """Hours by the clock of all sessions for a WORK that have ended, whatever came of them."""
+    path = work / "log" / "sessions.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return sum(json.loads(line)["machine_seconds"] for line in lines) / 3600
+    return sum(json.loads(line)["seconds"] for line in lines) / 3600
 
 
 def _state(names: list[str], conditions: Mapping[str, Condition], at_work: bool) -> str:

@@ -86,12 +86,14 @@ def test_all_settings_of_the_baselines_differ_in_baseline_and_rounds_alone(modul
     )
 
 
-def test_equal_compute_is_the_same_number_of_responses_a_step(modules, work):
+def test_equal_tokens_are_nearly_as_many_tokens_a_step_as_one_prompt_more_or_less_allows(modules, work):
     plan = plan_of(modules, "samples", work, seeds=[1])
     flags = {name.split("/")[1]: flags_of(words) for name, stage, words in stages_of(plan) if stage == "brain"}
-    responses = {name: int(f["--global-batch-size"]) * int(f["--samples-per-prompt"]) for name, f in flags.items()}
-    assert {count for name, count in responses.items() if name.endswith("equal-compute")} == {32}
-    assert responses["self-normalized-k8"] == 32
+    tokens = {name: 68 + 2 * 13 * int(f["--samples-per-prompt"]) for name, f in flags.items()}
+    expected = tokens["self-normalized-k8"] * 4
+    for name in ("n2-equal-tokens", "n32-equal-tokens"):
+        batch = int(flags[name]["--global-batch-size"])
+        assert all(abs(batch * tokens[name] - expected) < abs((batch + n) * tokens[name] - expected) for n in (-1, 1))
     assert {flags[name]["--global-batch-size"] for name in ("n2", "n4", "n16", "n32")} == {"4"}
 
 
@@ -156,15 +158,15 @@ def test_every_tuned_name_of_the_experiments_is_tuned_with_the_flags_that_it_has
     read = modules.settings.read_experiment
     tuned = {}
     for setting in read(FOLDER / "tuning.yaml").settings:
-        flags = {name: value for name, value in setting.flags.items() if name != "lr"}
+        flags = {name: value for name, value in setting.flags.items() if name not in ("lr", "train_iters")}
         tuned[modules.settings.grid_name(setting)] = (setting.data, flags)
-    # K = 64 is tuned as K = 32, and the number of samples as n = 8.
-    other = {"baseline": "-k64", "samples": ""}
-    for name in ("baseline", "samples", "ladder", "methods"):
+    # samples.yaml says of these that they use the rate of other settings.
+    other = ("n4", "n16", "n2-equal-tokens", "n32-equal-tokens")
+    for name in ("baseline", "samples", "ladder", "methods", "drift"):
         for setting in read(FOLDER / f"{name}.yaml").settings:
             if setting.tuned is not None:
                 assert setting.tuned in tuned
-                if not (name in other and setting.name.endswith(other[name])):
+                if setting.name not in other:
                     assert tuned[setting.tuned] == (setting.data, setting.flags), setting.name
 
 
@@ -237,6 +239,12 @@ def test_a_planned_choice_is_of_the_last_iteration_and_by_the_criterion_of_each_
         assert int(brain["--train-iters"]) == run.iterations and float(brain["--lr"]) == run.value
 
 
+def test_a_tuning_run_is_at_least_one_whole_round(modules, work):
+    for _, stage, words in stages_of(plan_of(modules, "tuning", work)):
+        flags = flags_of(words)
+        assert stage != "brain" or int(flags.get("--refresh-interval", 0)) <= int(flags["--train-iters"])
+
+
 def test_an_experiment_tells_what_speaks_against_its_tuned_values_and_refuses_a_setting_without_one(modules, work):
     tuned = yaml.safe_load((work / "tuned.yaml").read_text())
     tuned["rloo"]["warnings"] = ["lr 3e-05 is the highest value of the grid"]
@@ -282,7 +290,7 @@ def test_a_mistake_in_an_experiment_is_named(modules, tmp_path, change, told):
 
 
 def test_an_unknown_experiment_or_setting_is_told_with_those_that_exist(modules, work):
-    with pytest.raises(modules.user_errors.UserError, match=r"there are baseline.yaml, ladder.yaml"):
+    with pytest.raises(modules.user_errors.UserError, match=r"there are baseline.yaml, drift.yaml"):
         plan_of(modules, "nothing", work)
     with pytest.raises(modules.user_errors.UserError, match=r"--only nope: .*it has self-normalized-k8"):
         plan_of(modules, "baseline", work, only=["nope"])
