@@ -5,9 +5,10 @@
 
 It needs no model: the samples with their rewards are those that `evaluate --posterior-samples N --posterior-data FILE`
 wrote, drawn from the SFT model at temperature 1. The first n of each prompt count. References, and the SFT model's own
-answers with their scores, come from the report of the same `evaluate`. The result has the form of such a report, over
-the prompts that have samples. Its `kl_to_prior` is no measurement but `log n - (n - 1)/n`, which the KL divergence of
-best-of-n from the SFT model does not exceed (Beirami et al. 2024, arXiv 2401.01879).
+answers, come from the report of the same `evaluate`. The result has the form of such a report, over the prompts that
+have samples. It has no scores of the SFT model's answers, and so no win-rates against them: these were sampled at
+another temperature. `kl_to_prior_at_most` is `log n - (n - 1)/n`, which the KL divergence of best-of-n from the SFT
+model does not exceed (Beirami et al. 2024, arXiv 2401.01879).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from user_errors import UserError, run
 from megatron_brain.stages.evaluate.stage import summarize
 
 OF_BASELINE = ("id", "prompt", "reference", "baseline", "length/baseline", "unfinished/baseline")
-SCORES_KEPT = ("reward/baseline", "reward/reference", "judge/baseline", "judge/reference")
+SCORES_KEPT = ("reward/reference", "judge/reference")
 
 Judge = Callable[[list[str], list[str], list[str]], list[float]]
 
@@ -94,7 +95,7 @@ def best_rows(samples: list[dict], evaluated: dict[str, dict], count: int) -> li
                 "policy": best["text"],
                 "length/policy": len(best["tokens"]),
                 "unfinished/policy": float(not best["finished"]),
-                "kl_to_prior": math.log(count) - (count - 1) / count,
+                "kl_to_prior_at_most": math.log(count) - (count - 1) / count,
                 "reward/policy": best["reward"],
                 "reward/plain": best["reward"],
             }

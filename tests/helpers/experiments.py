@@ -13,6 +13,7 @@ MODULES = (
     "user_errors",
     "settings",
     "steps",
+    "versions",
     "chain",
     "plan",
     "state",

@@ -72,7 +72,10 @@ def training_lines(shift=0.0):
                 "validation/posterior_kl_to_policy": 1.0 - 0.1 * iteration + shift,
                 "validation/posterior_kl_alpha_beta": 0.5 - 0.05 * iteration + shift,
                 "validation/posterior_kl_to_prior": 0.7,
-                "validation/posterior_reward": 1.5,
+                "validation/posterior_reward": 1.5 + shift,
+                "validation/posterior_prior_reward": 0.2 + shift,
+                "validation/prior_reward_mean": 0.1 + shift,
+                "validation/prior_judge_mean": 0.3,
             }
         lines.append(line)
     return lines

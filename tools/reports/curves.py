@@ -10,6 +10,8 @@ import numpy
 
 from reports.runs import Setting
 
+DISTANCES = ("validation/posterior_kl_to_policy", "validation/posterior_kl_alpha_beta")
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -50,6 +52,31 @@ def training_curves(settings: Sequence[Setting], keys: Sequence[str]) -> tuple[l
         values = {key: numpy.array([[lines[at][key] for at in common] for lines in found], dtype=float) for key in keys}
         curves.append(Curve(setting.name, numpy.array(common), values))
     return curves, notes
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The distance to the posterior at the first and at the last two validations, means of the seeds."""
+
+    name: str
+    iterations: tuple[int, int, int]
+    values: tuple[float, float, float]
+    falling: int
+    """Seeds whose distance fell between the last two."""
+    seeds: int
+
+
+def endings(settings: Sequence[Setting]) -> list[Ending]:
+    """How the trainings ended, of the settings whose seeds have three validations with a distance."""
+    curves, _ = training_curves(settings, DISTANCES[:1])
+    found = []
+    for curve in curves:
+        if len(curve.iterations) >= 3:
+            first, last_but_one, last = curve.values[DISTANCES[0]][:, [0, -2, -1]].T
+            at = curve.iterations[[0, -2, -1]].tolist()
+            means = (float(first.mean()), float(last_but_one.mean()), float(last.mean()))
+            found.append(Ending(curve.name, (at[0], at[1], at[2]), means, int((last < last_but_one).sum()), len(last)))
+    return found
 
 
 @dataclass(frozen=True)

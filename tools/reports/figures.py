@@ -1,5 +1,6 @@
 """The figures of a report, as PNG and SVG. Line styles and markers tell settings apart without colours."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import matplotlib
 import numpy
 
 from megatron_brain.stages.intervals import Estimate
-from reports.curves import Curve, Sweep, sweeps, training_curves
+from reports.curves import DISTANCES, Curve, Sweep, sweeps, training_curves
 from reports.findings import Findings
-from reports.quantities import MAIN
+from reports.quantities import KL_AT_MOST, MAIN, has, on_common_prompts
+from reports.runs import Setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -23,11 +25,17 @@ matplotlib.rcParams |= {"grid.alpha": 0.3, "axes.spines.top": False, "axes.spine
 
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#7a6a00", "#56b4e9")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_STAR = {"color": "0.35", "markeredgecolor": "black", "markersize": 13}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*")
 
 REWARD, JUDGE, KL = "validation/reward_mean", "validation/judge_mean", "validation/kl_to_prior"
-POSTERIOR_POINT = ("validation/posterior_kl_to_prior", "validation/posterior_reward")
-DISTANCES = ("validation/posterior_kl_to_policy", "validation/posterior_kl_alpha_beta")
+PRIOR_REWARD, PRIOR_JUDGE = "validation/prior_reward_mean", "validation/prior_judge_mean"
+"""Each seed has a reward model with a zero of its own, so rewards are shown less the prior's."""
+POSTERIOR_POINT = (
+    "validation/posterior_kl_to_prior",
+    "validation/posterior_reward",
+    "validation/posterior_prior_reward",
+)
 _AT_THE_END = ("kl_to_prior", "reward/plain")
 _POSTERIOR_AT_THE_END = ("posterior/kl_to_prior", "posterior/reward")
 _WIN_RATES = [quantity for quantity in MAIN if quantity.key.startswith("win_rate/")]
@@ -77,28 +85,25 @@ Drawn = tuple[list[Figure], list[str]]
 
 
 def _frontier(findings: Findings, folder: Path) -> Drawn:
-    curves, notes = training_curves(findings.settings, [KL, REWARD])
+    curves, notes = training_curves(findings.settings, [KL, REWARD, PRIOR_REWARD])
     if not curves:
-        return [], [*notes, f"no figure of the frontier along training: no run has {KL} and {REWARD}"]
+        return [], [*notes, f"no figure of the frontier along training: no run has {KL}, {REWARD} and {PRIOR_REWARD}"]
     points, _ = training_curves(findings.settings, POSTERIOR_POINT)
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for curve in curves:
-        kl, reward = curve.values[KL], curve.values[REWARD]
-        look = style(findings, curve.name)
-        for of_seed in range(len(kl)):
-            axes.plot(kl[of_seed], reward[of_seed], color=look["color"], linewidth=0.5, alpha=0.4)
-        axes.plot(kl.mean(axis=0), reward.mean(axis=0), **look)
+        kl, gain = curve.values[KL], curve.values[REWARD] - curve.values[PRIOR_REWARD]
+        ends = {"xerr": _range(kl), "yerr": _range(gain), "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar(kl.mean(axis=0), gain.mean(axis=0), **ends, **style(findings, curve.name))
     for number, curve in enumerate(points):
         # The posterior does not change in training, but its estimate may, if the samples of the prior do.
-        x, y = (curve.values[key].mean() for key in POSTERIOR_POINT)
-        axes.plot(
-            x, y, "*", color="0.35", markeredgecolor="black", markersize=13, label=None if number else "posterior"
-        )
+        kl, reward, prior_reward = (curve.values[key].mean() for key in POSTERIOR_POINT)
+        axes.plot(kl, reward - prior_reward, "*", **_STAR, label=None if number else "posterior")
     axes.set_xlabel("KL to the prior (nats)")
-    axes.set_ylabel("reward on held-out prompts")
+    axes.set_ylabel("reward above the prior's, held-out prompts")
     caption = (
-        "Reward against KL to the prior along training, on the held-out prompts of the validations. Thick: mean of the "
-        "seeds, a marker for each validation; thin: each seed."
+        "Reward less that of the prior under the same seed's reward model, against KL to the prior, along "
+        f"training: mean of the seeds at each validation; bars: range of the seeds. {_validation_prompts(findings)} The bars do not "
+        "show what other prompts would give."
     )
     if points:
         caption += " Star: the posterior, the mean of the settings' estimates where there are several."
@@ -107,29 +112,56 @@ def _frontier(findings: Findings, folder: Path) -> Drawn:
     return [_finish(figure, [axes], folder, "frontier", caption)], notes
 
 
+def _validation_prompts(findings: Findings) -> str:
+    """A sentence on the number of prompts of the validations, from the flags of the runs' commands."""
+    commands = [command for setting in findings.settings for run in setting.runs for command in run.commands]
+    # Of a command's stage; the SFT stage validates, too.
+    pairs = [pair for command in commands if "brain" in command for pair in itertools.pairwise(command)]
+    counts = sorted({int(value) for flag, value in pairs if flag == "--max-valid-records"})
+    return f"A point is of at most {' or '.join(map(str, counts))} prompts (--max-valid-records)." if counts else ""
+
+
 def _frontier_at_the_end(findings: Findings, folder: Path) -> Drawn:
-    found = {setting.name: _estimates(findings, setting.name, _AT_THE_END) for setting in findings.settings}
-    if not any(found.values()):
+    keys = {setting.name: _keys_at_the_end(setting) for setting in findings.settings}
+    shown = [setting for setting in findings.settings if keys[setting.name]]
+    if not shown:
         return [], [f"no figure of the frontier at the end: no setting has {' and '.join(_AT_THE_END)}"]
+    found, count = on_common_prompts(shown, [keys[setting.name] for setting in shown])
+    if count < 2:
+        return [], ["no figure of the frontier at the end: the settings have no prompts in common"]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    star: dict[str, Any] = {"color": "0.35", "markeredgecolor": "black", "markersize": 13, "label": "posterior"}
-    for name, of_policy in found.items():
-        if of_policy is not None:
-            kl, reward = of_policy
-            look = style(findings, name) | {"linestyle": "none", "markersize": 6}
-            axes.errorbar(kl.value, reward.value, xerr=_ends(kl), yerr=_ends(reward), elinewidth=0.8, capsize=2, **look)
-        of_posterior = _estimates(findings, name, _POSTERIOR_AT_THE_END)
-        if of_posterior is not None:
+    star: dict[str, Any] = {**_STAR, "label": "posterior"}
+    for setting, (kl, reward, *of_posterior) in zip(shown, found, strict=True):
+        look = style(findings, setting.name) | {"linestyle": "none", "markersize": 6, "elinewidth": 0.8, "capsize": 2}
+        if keys[setting.name][0] == KL_AT_MOST:
+            look |= {"markerfacecolor": "none", "label": f"{setting.name} (KL at most)"}
+            axes.errorbar(kl.value, reward.value, yerr=_ends(reward), **look)
+        else:
+            axes.errorbar(kl.value, reward.value, xerr=_ends(kl), yerr=_ends(reward), **look)
+        if of_posterior:
             axes.plot(of_posterior[0].value, of_posterior[1].value, "*", **star)
             star["label"] = None
     axes.set_xlabel("KL to the prior (nats)")
     axes.set_ylabel("reward of samples of temperature 1")
     caption = (
         "Reward against KL to the prior of the trained policies, on the samples of evaluate at temperature 1, with 95% "
-        "intervals. Stars: the posterior, as each setting's evaluation estimates it."
+        f"intervals. All points are of the same {count} prompts, those that have all of the numbers. Stars: the "
+        "posterior, as each setting's evaluation estimates it."
     )
-    notes = [f"{name} is not in the frontier at the end" for name, of_policy in found.items() if of_policy is None]
+    if any(own[:1] == [KL_AT_MOST] for own in keys.values()):
+        caption += " Open markers: KL to the prior is a bound, which the policy does not exceed."
+    notes = [f"{name} is not in the frontier at the end" for name, own in keys.items() if not own]
     return [_finish(figure, [axes], folder, "frontier_end", caption)], notes
+
+
+def _keys_at_the_end(setting: Setting) -> list[str]:
+    """Keys of a setting's KL, its reward and, where it has them, the same of the posterior; none if it is not shown."""
+    kl, reward = _AT_THE_END
+    own = next((key for key in (kl, KL_AT_MOST) if has(setting, key)), None)
+    if own is None or not has(setting, reward):
+        return []
+    has_posterior = all(has(setting, key) for key in _POSTERIOR_AT_THE_END)
+    return [own, reward, *(_POSTERIOR_AT_THE_END if has_posterior else ())]
 
 
 def _distances(findings: Findings, folder: Path) -> Drawn:
@@ -159,8 +191,13 @@ def _mean_and_range(axis: Any, curve: Curve, key: str, look: dict[str, Any], pla
     mean = values.mean(axis=0)
     # Bars of several settings at one step would hide each other.
     aside = place * 0.05 * (numpy.diff(steps).min() if len(steps) > 1 else 1)
-    ends = [mean - values.min(axis=0), values.max(axis=0) - mean]
-    axis.errorbar(steps + aside, mean, yerr=ends, elinewidth=0.8, capsize=2, **look)
+    axis.errorbar(steps + aside, mean, yerr=_range(values), elinewidth=0.8, capsize=2, **look)
+
+
+def _range(values: numpy.ndarray) -> list[numpy.ndarray]:
+    """Lengths of bars from the mean over seeds to the smallest and the largest of `values`, `[S, T]`."""
+    mean = values.mean(axis=0)
+    return [mean - values.min(axis=0), values.max(axis=0) - mean]
 
 
 def _win_rates(findings: Findings, folder: Path) -> Drawn:
@@ -185,20 +222,25 @@ def _win_rates(findings: Findings, folder: Path) -> Drawn:
 
 
 def _judge_against_reward(findings: Findings, folder: Path) -> Drawn:
-    curves, notes = training_curves(findings.settings, [REWARD, JUDGE])
+    keys = [REWARD, PRIOR_REWARD, JUDGE, PRIOR_JUDGE]
+    curves, notes = training_curves(findings.settings, keys)
     if not curves:
-        return [], [*notes, f"no figure of judge against reward: no run has {REWARD} and {JUDGE}"]
+        return [], [*notes, f"no figure of judge against reward: no run has {', '.join(keys)}"]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     for curve in curves:
-        reward, judge = (curve.values[key].mean(axis=0) for key in (REWARD, JUDGE))
+        reward, judge = (
+            (curve.values[key] - curve.values[of_prior]).mean(axis=0)
+            for key, of_prior in ((REWARD, PRIOR_REWARD), (JUDGE, PRIOR_JUDGE))
+        )
         look = style(findings, curve.name)
         axes.plot(reward, judge, **look)
         axes.plot(reward[0], judge[0], "o", markersize=11, markerfacecolor="none", color=look["color"])
-    axes.set_xlabel("training reward on held-out prompts")
-    axes.set_ylabel("judge on held-out prompts")
+    axes.set_xlabel("training reward above the prior's, held-out prompts")
+    axes.set_ylabel("judge above the prior's")
     caption = (
-        "The judge, which the policy never sees, against the training reward along training, means of the seeds. Large "
-        "circle: the first validation. A path that goes on to the right and turns down exploits the reward."
+        "The judge against the training reward along training, both less those of the prior under the same seed, means "
+        "of the seeds. No method asks the judge in training, but DPO on given pairs trains on pairs that it labelled. "
+        "Large circle: the first validation. A path that goes on to the right and turns down exploits the reward."
     )
     return [_finish(figure, [axes], folder, "judge_against_reward", caption)], notes
 
@@ -243,11 +285,6 @@ def _along(axis: Any, lines: Sequence[Sweep], of_setting: dict[str, Estimate]) -
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.minorticks_off()
-
-
-def _estimates(findings: Findings, name: str, keys: Sequence[str]) -> list[Estimate] | None:
-    found = [findings.estimates.get((name, key)) for key in keys]
-    return None if any(each is None for each in found) else [each for each in found if each is not None]
 
 
 def _ends(estimate: Estimate) -> list[list[float]]:

@@ -11,6 +11,7 @@ from megatron_brain.stages.intervals import Estimate, wins
 from reports.crossed import crossed_interval, ratio_cells
 from reports.runs import Run, Setting
 
+KL_AT_MOST = "kl_to_prior_at_most"
 GAIN = "posterior/reward_gain_reached"
 _GAIN_OF = ("reward/plain", "posterior/prior_reward", "posterior/reward")
 """What the gain is made of."""
@@ -46,7 +47,8 @@ MAIN = (
     Quantity(
         "win_rate/judge/policy_vs_baseline",
         "win-rate: judge, vs SFT",
-        "share of prompts where the judge, which the policy never sees, prefers it to the SFT model's",
+        "share of prompts where the judge prefers it to the SFT model's; no method asks the judge in training, but DPO "
+        "on given pairs trains on pairs that the judge labelled",
         (0, 1),
     ),
     Quantity(
@@ -68,6 +70,12 @@ MAIN = (
     Quantity("judge/policy", "judge", "mean score of the judge for the policy's answers"),
     Quantity("judge/baseline", "judge of SFT", "mean score of the judge for the SFT model's answers", of_policy=False),
     Quantity("kl_to_prior", "KL to the prior", "KL(policy ‖ prior) on fresh samples of temperature 1, nats"),
+    Quantity(
+        KL_AT_MOST,
+        "KL to the prior, at most",
+        "a bound by a formula, no measurement: that of best-of-n, whose answers are sampled at temperature 1",
+        optional=True,
+    ),
     Quantity("length/policy", "length", "tokens of the policy's answers"),
 )
 POSTERIOR = (
@@ -105,7 +113,7 @@ def known(settings: Sequence[Setting]) -> tuple[list[Quantity], list[Quantity], 
                 table.append(quantity)
             if len(lacking) == len(settings) and not quantity.optional:
                 nowhere.append(quantity.key)
-            elif 0 < len(lacking) < len(settings):
+            elif 0 < len(lacking) < len(settings) and quantity.key != KL_AT_MOST:
                 notes.append(f"{quantity.key} ({quantity.title}) has no number for {', '.join(lacking)}: runs lack it")
     if nowhere:
         notes.append(f"no setting has these in all its runs, so they are not shown: {', '.join(nowhere)}")
@@ -153,6 +161,31 @@ def estimate(setting: Setting, quantity: Quantity) -> Estimate | None:
     """The quantity over seeds and prompts with its interval; None if it has none."""
     table = cells(setting.runs, quantity)
     return None if table is None else crossed_interval(table, bounds=quantity.bounds)
+
+
+def on_common_prompts(settings: Sequence[Setting], keys: Sequence[Sequence[str]]) -> tuple[list[list[Estimate]], int]:
+    """Numbers of several settings over the prompts that have all of them in all of the settings.
+
+    Args:
+        keys: for each setting the keys of its rows.
+
+    Returns:
+        the estimates by setting and key, and the number of prompts; no estimates for less than two prompts.
+    """
+    needed = [(setting, key) for setting, own in zip(settings, keys, strict=True) for key in own]
+    shared = numpy.logical_and.reduce([_shared_prompts(setting.runs, key) for setting, key in needed])
+    count = int(shared.sum())
+    if count < 2:
+        return [[] for _ in settings], count
+    tables = [
+        [_table(setting.runs, key)[:, shared] for key in own] for setting, own in zip(settings, keys, strict=True)
+    ]
+    return [[crossed_interval(table) for table in own] for own in tables], count
+
+
+def has(setting: Setting, key: str) -> bool:
+    """Whether each run of the setting has a number of its rows for some prompt."""
+    return all(_column(run, key) is not None for run in setting.runs)
 
 
 def difference(one: Setting, other: Setting, quantity: Quantity) -> tuple[Estimate, tuple[int, ...]] | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_brain.stages.intervals import Estimate
+from reports.curves import endings
 from reports.findings import Findings
 from reports.quantities import Quantity, cells
 from reports.runs import Setting
@@ -39,6 +40,7 @@ def shown_tables(findings: Findings) -> list[Table]:
         if quantities:
             tables.append(_of_settings(title, quantities, findings))
     tables += _of_differences(findings)
+    tables += _of_endings(findings.settings)
     return [*tables, _of_runs(findings.settings)]
 
 
@@ -75,6 +77,29 @@ def _of_differences(findings: Findings) -> list[Table]:
         "there is no difference; nothing is corrected for that."
     )
     return [Table("Differences", ["A minus B", "quantity", "difference", "seeds", "in words"], rows, [note])]
+
+
+def _of_endings(settings: Sequence[Setting]) -> list[Table]:
+    """Whether the distance to the posterior was still falling when training ended."""
+    found = endings(settings)
+    if not found:
+        return []
+    rows = []
+    for each in found:
+        first, last_but_one, last = each.values
+        where = [f"{value:.3f} ({at})" for value, at in zip(each.values, each.iterations, strict=True)]
+        words = f"still falling in {each.falling} of {each.seeds} seeds" if each.falling else "not falling in any seed"
+        if last >= first:
+            words += "; not below the start"
+        rows.append([each.name, *where, f"{last - last_but_one:+.3f}", words])
+    notes = [
+        "KL(posterior ‖ policy) of the validations, means of the seeds, with the training step in brackets. There is "
+        "no interval over prompts, because validations have no rows.",
+        "A comparison of settings that are still falling is one of these lengths of training, not of where they lead. "
+        "A learning rate that falls to zero ends every change: a distance that stands still shows no optimum either.",
+    ]
+    columns = ["setting", "first", "last but one", "last", "change", "in words"]
+    return [Table("The distance at the end of training", columns, rows, notes)]
 
 
 def _of_runs(settings: Sequence[Setting]) -> Table:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from settings import ROOT, Flags, Setting, Sizes, grid_name
-from steps import ENVIRONMENT, Step, flag_words
+from steps import ENVIRONMENT, Step, flag_words, sources_of
 
 EXAMPLE = "examples/debian_tldr"
+JUDGE = f"{EXAMPLE}/judge.py"
 SPLITS = ("train.jsonl", "valid.jsonl", "test.jsonl")
 RESPONSES_OF_A_PAIR = 2
 
@@ -67,6 +68,7 @@ class Chain:
                 ["python", "tools/convert_hf_to_megatron.py", "--hf-model", str(shared / "base_hf")]
                 + ["--save", str(shared / "base")],
                 needs=["shared/base_hf"],
+                reads=(ROOT / "tools" / "convert_hf_to_megatron.py",),
                 outputs=(latest(shared / "base"),),
                 fresh=(shared / "base",),
             ),
@@ -121,7 +123,7 @@ class Chain:
             "generate",
             words,
             config="evaluate",
-            flags=self._sizes.generate,
+            flags={},
             needs=["shared/sft", "shared/parts"],
             outputs=(output,),
             fresh=(output,),
@@ -167,12 +169,13 @@ class Chain:
             kind=f"prior_{split}",
         )
 
-    def brain(self, name: str, seed: int, flags: Flags, data: str) -> Step:
+    def brain(self, name: str, seed: int, flags: Flags, data: str, *, may_diverge: bool) -> Step:
         """The training of a run.
 
         Args:
             flags: all settings of the brain stage that differ from its YAML file.
             data: `prompts`, or `pairs`.
+            may_diverge: whether a training whose numbers are not finite any more is a result.
         """
         folder, seeds, shared = self._work / name / "brain", self._of_seed(seed), f"shared/seed{seed}"
         train = self._shared / ("pairs/train.jsonl" if data == "pairs" else "parts/brain_prompts.jsonl")
@@ -197,6 +200,7 @@ class Chain:
             iterations=flags["train_iters"],
             checkpoint=folder,
             resumes=True,
+            may_diverge=may_diverge,
             minutes=self._brain_minutes(flags, data),
         )
 
@@ -224,21 +228,24 @@ class Chain:
         needs = [f"shared/seed{seed}/prior_test", *self._judge_needs()]
         return self._script("best_of", words, name=f"{name}/best_of", needs=needs, outputs=(output,), fresh=(output,))
 
-    def choice(self, experiment: str, metric: str, runs: Sequence[tuple[Setting, str]]) -> Step:
+    def choice(self, experiment: str, runs: Sequence[tuple[Setting, str, int]]) -> Step:
         """The choice of the best value of every grid.
 
         Args:
-            metric: what is compared, of the last validation of each run.
-            runs: setting and name of each run.
+            runs: setting, name and last iteration of each run.
         """
-        words = [f"{EXAMPLE}/experiments/choose.py", "--metric", metric, "--out", str(self._work / "tuned.yaml")]
-        for setting, name in runs:
+        words = [f"{EXAMPLE}/experiments/choose.py", "--out", str(self._work / "tuned.yaml")]
+        words += ["--temperature", str(self._sizes.brain["reward_temperature"])]
+        for setting, name, iterations in runs:
             ((flag, (value,)),) = setting.grid.items()
-            words.append(f"{grid_name(setting)}:{flag}:{value:g}:{self._work / name / 'brain' / 'metrics.jsonl'}")
+            metrics = self._work / name / "brain" / "metrics.jsonl"
+            words.append(f"{grid_name(setting)}:{setting.choose_by}:{flag}:{value:g}:{iterations}:{metrics}")
         return self._step(
             f"{experiment}/choose",
             ["python", *words],
-            needs=[f"{name}/brain" for _, name in runs],
+            needs=[f"{name}/brain" for _, name, _ in runs],
+            takes_diverged=True,
+            reads=(ROOT / EXAMPLE / "experiments" / "choose.py",),
             outputs=(self._work / "tuned.yaml",),
         )
 
@@ -294,7 +301,7 @@ class Chain:
         return self._shared / f"seed{seed}"
 
     def _judge_words(self) -> list[str]:
-        return ["--judge", f"{EXAMPLE}/judge.py:{self._judge}"]
+        return ["--judge", f"{JUDGE}:{self._judge}"]
 
     def _judge_needs(self) -> list[str]:
         return [] if self._smoke else ["shared/judge"]
@@ -328,12 +335,16 @@ class Chain:
         file = f"{EXAMPLE}/{config or stage}.yaml"
         start = ["torchrun", "--standalone", "--nproc-per-node", str(slots)] if slots > 1 else ["python"]
         command = [*start, "-m", "megatron_brain", stage, "--config", file, *words, "--no-progress", *flag_words(flags)]
-        return self._step(name, command, reads=(ROOT / file,), resumes=resumes, slots=slots, **more)
+        reads = (ROOT / file, *(sources_of(ROOT / JUDGE) if "--judge" in words else ()))
+        return self._step(name, command, reads=reads, resumes=resumes, slots=slots, **more)
 
     def _script(self, what: str, words: list[str], *, name: str | None = None, **more: Any) -> Step:
         """A script of the example."""
         command = ["python", f"{EXAMPLE}/{words[0]}", *words[1:]]
-        return self._step(name or f"shared/{what}", command, kind=what, **more)
+        # make_preferences.py takes the judge by its name.
+        scripts = [words[0]] + (["judge.py"] if "--judge" in words else [])
+        reads = dict.fromkeys(path for script in scripts for path in sources_of(ROOT / EXAMPLE / script))
+        return self._step(name or f"shared/{what}", command, kind=what, reads=tuple(reads), **more)
 
     def _step(
         self, name: str, command: list[str], *, kind: str | None = None, minutes: float | None = None, **more: Any

@@ -15,7 +15,7 @@ from datetime import datetime
 from plan import Plan, Run
 from records import is_recorded, write_record
 from settings import ROOT
-from state import Condition, State, now, saved_iteration
+from state import OVER, Condition, State, are_ready, now, saved_iteration
 from steps import Step
 from user_errors import UserError
 
@@ -37,6 +37,8 @@ class Job:
     process: subprocess.Popen
     started: str
     clock: float
+    log_start: int
+    """Place in its log, in bytes, where its output begins."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Executor:
         jobs: processes that run at one time.
         lock: descriptor that commands inherit, so that the lock is held as long as one of them runs.
         minutes: how long the session may last; None: as long as it takes.
-        keep_checkpoints: whether the checkpoints of finished runs stay.
+        keep_checkpoints: whether the checkpoints of finished runs stay, even if the experiment does not ask for that.
         rerun_changed: whether steps that were made with another configuration are made anew.
     """
 
@@ -75,10 +77,12 @@ class Executor:
     ) -> None:
         self._plan, self._state, self._jobs, self._lock = plan, state, jobs, lock
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._keep, self._rerun_changed = keep_checkpoints, rerun_changed
+        self._keep = keep_checkpoints or plan.experiment.keep_checkpoints
+        self._rerun_changed = rerun_changed
         self._running: dict[str, Job] = {}
         self._failed: dict[str, str] = {}
         self._stopped: set[str] = set()
+        self._signal: str | None = None
         self._asked_at: float | None = None
         self._conditions: dict[str, Condition] = {}
 
@@ -102,7 +106,7 @@ class Executor:
                 signal.signal(number, handler)
         return Outcome(
             failed=self._failed,
-            left=[name for name, condition in self._conditions.items() if condition != "done"],
+            left=[name for name, condition in self._conditions.items() if condition not in OVER],
         )
 
     def _refusal(self, changed: list[str]) -> str:
@@ -115,6 +119,8 @@ class Executor:
 
     def _loop(self) -> None:
         while True:
+            if self._signal is not None:
+                self._ask_to_stop(self._signal)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._ask_to_stop("--max-minutes is over")
             if self._asked_at is None:
@@ -135,9 +141,10 @@ class Executor:
         """See where every step stands, and close the runs that are finished."""
         self._conditions = self._state.conditions(self._plan.steps)
         for run in self._plan.runs:
-            if any(self._conditions[name] != "done" for name in run.steps):
+            found = {self._conditions[name] for name in run.steps}
+            if not found <= set(OVER):
                 continue
-            if not is_recorded(run, self._state):
+            if found == {"done"} and not is_recorded(run, self._state):
                 write_record(self._plan, run, self._state)
                 say(f"{run.name}: finished, {run.folder / 'run.json'}")
             if not self._keep:
@@ -152,8 +159,8 @@ class Executor:
     def _start_ready(self) -> None:
         """Start steps in the order of the plan, as long as there are free slots."""
         for name, step in self._plan.steps.items():
-            over = self._conditions[name] == "done" or name in self._failed or name in self._stopped
-            if over or name in self._running or any(self._conditions[need] != "done" for need in step.needs):
+            over = self._conditions[name] in OVER or name in self._failed or name in self._stopped
+            if over or name in self._running or not are_ready(step, self._conditions):
                 continue
             if self._conditions[name] == "changed" and not self._rerun_changed:
                 self._failed[name] = self._refusal([name])
@@ -185,6 +192,7 @@ class Executor:
         with log.open("a", encoding="utf-8") as output:
             output.write(f"\n{now()} {shlex.join(step.command)}\n")
             output.flush()
+            log_start = output.tell()
             process = subprocess.Popen(
                 [*INTERPRETERS[step.command[0]], *step.command[1:]],
                 cwd=ROOT,
@@ -195,18 +203,21 @@ class Executor:
                 pass_fds=(self._lock,),
                 start_new_session=True,  # The terminal's Ctrl-C reaches the runner alone, which then stops its steps.
             )
-        self._running[step.name] = Job(step, process, now(), time.monotonic())
+        self._running[step.name] = Job(step, process, now(), time.monotonic(), log_start)
 
     def _ended(self, job: Job, cpu_seconds: float) -> None:
         step, status = job.step, job.process.returncode
         seconds = time.monotonic() - job.clock
         why = self._why_unfinished(step) if status == 0 else f"ended with status {status}"
-        outcome = "finished" if why is None else "stopped" if status == 0 or self._asked_at is not None else "failed"
+        outcome = self._outcome(job, why)
         times = {"seconds": seconds, "machine_seconds": seconds * min(step.slots, self._jobs) / self._jobs}
         self._state.add_time(step, job.started, {**times, "cpu_seconds": cpu_seconds}, outcome)
         if why is None:
             self._state.finish(step)
             say(f"{step.name}: finished after {seconds / 60:.1f} minutes")
+        elif outcome == "diverged":
+            self._state.diverge(step, why)
+            say(f"{step.name}: diverged, its numbers are not finite any more; {self._state.log_path(step.name)}")
         elif outcome == "stopped":
             self._stopped.add(step.name)
             say(f"{step.name}: stopped, {why}")
@@ -217,17 +228,42 @@ class Executor:
             for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]:
                 print(f"    {line}", flush=True)
 
+    def _outcome(self, job: Job, why: str | None) -> str:
+        """What is told of a command that ended.
+
+        Args:
+            why: why its step is not finished; None where it is.
+        """
+        step, status = job.step, job.process.returncode
+        if why is None:
+            return "finished"
+        # A status below 0 is a signal: it says nothing of the numbers.
+        if step.may_diverge and status > 0 and "FloatingPointError" in self._output(job):
+            return "diverged"
+        stops_early = status == 0 and step.resumes and self._is_short(step)
+        return "stopped" if stops_early or self._asked_at is not None else "failed"
+
+    def _output(self, job: Job) -> str:
+        """What a command has printed."""
+        text = self._state.log_path(job.step.name).read_bytes()[job.log_start :]
+        return text.decode(errors="replace")
+
+    def _is_short(self, step: Step) -> bool:
+        """Whether the last checkpoint of a training stage is not that of its last iteration."""
+        if step.iterations is None or step.checkpoint is None:
+            return False
+        return saved_iteration(step.checkpoint) != step.iterations
+
     def _why_unfinished(self, step: Step) -> str | None:
         """Why a command that ended well has not finished its step; None where it has."""
-        if step.iterations is not None and step.checkpoint is not None:
-            saved = saved_iteration(step.checkpoint)
-            if saved != step.iterations:
-                return f"at iteration {saved or 0} of {step.iterations}"
+        if step.checkpoint is not None and self._is_short(step):
+            return f"at iteration {saved_iteration(step.checkpoint) or 0} of {step.iterations}"
         missing = [str(path) for path in step.outputs if not path.exists()]
         return f"without {', '.join(missing)}" if missing else None
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._ask_to_stop(signal.Signals(number).name)
+        # To print here could meet a print that the signal has interrupted, which is an error.
+        self._signal = signal.Signals(number).name
 
     def _ask_to_stop(self, why: str) -> None:
         """Start nothing more, and let the steps that run save and end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chain import Chain
-from settings import Experiment, Flags, Setting, read_experiment, read_sizes, read_yaml
+from settings import Experiment, Flags, Setting, grid_name, read_experiment, read_sizes, read_yaml
 from steps import Step
 from user_errors import UserError
 
@@ -108,7 +108,8 @@ class Planner:
         if setting.best_of is not None:
             steps = [chain.best_of(name, seed, setting.best_of)]
         else:
-            steps = [chain.brain(name, seed, {**sizes.brain, **experiment.flags, **changed}, setting.data)]
+            flags = {**sizes.brain, **experiment.flags, **changed}
+            steps = [chain.brain(name, seed, flags, setting.data, may_diverge=setting.choose_by is not None)]
             steps += [chain.evaluate(name, seed)] if experiment.evaluate else []
         for step in (*chain.shared_steps(), *chain.seed_steps(seed), *steps):
             known = self._candidates.setdefault(step.name, step)
@@ -129,7 +130,11 @@ class Planner:
     def add_choice(self, experiment: Experiment, runs: Sequence[Run]) -> None:
         """Add the step that chooses the best value of every grid and writes it to `WORK/tuned.yaml`."""
         chain = Chain(self._work, read_sizes(experiment))
-        step = chain.choice(experiment.name, str(experiment.choose_by), [(run.setting, run.name) for run in runs])
+        iterations = [self._candidates[f"{run.name}/brain"].iterations for run in runs]
+        compared = [
+            (run.setting, run.name, last) for run, last in zip(runs, iterations, strict=True) if last is not None
+        ]
+        step = chain.choice(experiment.name, compared)
         self._candidates[step.name] = step
         self._wanted.append(step.name)
 
@@ -154,17 +159,32 @@ class Planner:
     def _tuned_flags(self, setting: Setting) -> Flags:
         if setting.tuned is None:
             return {}
-        if setting.tuned in self._tuned:
-            return self._tuned[setting.tuned]["flags"]
+        if flags := self._tuned.get(setting.tuned, {}).get("flags"):
+            return flags
         if self._draft:
             return {"lr": UNTUNED}
         raise UserError(
-            f"setting {setting.name}: {self._work / 'tuned.yaml'} has no values for {setting.tuned}; run "
-            f"run.py tuning.yaml --work {self._work} first"
+            f"setting {setting.name}: {self._work / 'tuned.yaml'} has no values for {setting.tuned}; "
+            + (
+                f"{'; '.join(self._tuned[setting.tuned]['warnings'])}, in tuning.yaml"
+                if setting.tuned in self._tuned
+                else f"run run.py tuning.yaml --work {self._work} first"
+            )
         )
 
     def _folder_of(self, experiment: Experiment, setting: Setting, seed: int) -> Path:
         return self._work / experiment.name / setting.name / f"seed{seed}"
+
+
+def tuning_warnings(plan: Plan) -> list[str]:
+    """What `WORK/tuned.yaml` says against the values that a plan's settings use, or that it chose itself."""
+    path = plan.work / "tuned.yaml"
+    tuned = read_yaml(path) if path.exists() else {}
+    settings = [run.setting for run in plan.runs]
+    names = dict.fromkeys(grid_name(setting) if setting.choose_by else setting.tuned for setting in settings)
+    return [
+        f"{path}: {name}: {warning}" for name in names if name in tuned for warning in tuned[name].get("warnings", ())
+    ]
 
 
 def closure(steps: Mapping[str, Step], names: Iterable[str]) -> set[str]:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import user_errors
 from execute import Executor, say
 from lock import is_locked, locked
-from plan import Plan, make_plan
+from plan import Plan, make_plan, tuning_warnings
 from settings import FOLDER, ROOT
-from state import State, now
+from state import OVER, State, now
 from status import minutes_left, status_lines
 
 SUCCESS, FAILED, LEFT = 0, 1, 3
@@ -39,6 +39,7 @@ def main() -> None:
         print_commands(plan)
     if draft:
         print("\n".join(status_lines(plan, state, args.jobs, at_work=is_locked(work))))
+        print("".join(f"WARNING: {warning}\n" for warning in tuning_warnings(plan)), end="")
         return
     with locked(work) as lock:
         sys.exit(run_session(plan, state, args, lock))
@@ -86,7 +87,7 @@ def run_session(plan: Plan, state: State, args: argparse.Namespace, lock: int) -
     """Run what is left, and return the exit status."""
     started, clock = now(), time.monotonic()
     conditions = state.conditions(plan.steps)
-    left = [name for name, condition in conditions.items() if condition != "done"]
+    left = [name for name, condition in conditions.items() if condition not in OVER]
     minutes = minutes_left(plan, state, conditions, args.jobs)
     say(f"{plan.experiment.name}: {len(left)} of {len(plan.steps)} steps are left, about {minutes:.0f} minutes")
     executor = Executor(
@@ -98,10 +99,15 @@ def run_session(plan: Plan, state: State, args: argparse.Namespace, lock: int) -
         keep_checkpoints=args.keep_checkpoints,
         rerun_changed=args.rerun_changed,
     )
-    outcome = executor.run()
-    status = FAILED if outcome.failed else LEFT if outcome.left else SUCCESS
-    entry = {"experiment": plan.experiment.name, "started": started, "jobs": args.jobs, "status": status}
-    state.append("sessions", entry | {"seconds": round(time.monotonic() - clock, 1)})
+    status = None
+    try:
+        outcome = executor.run()
+        status = FAILED if outcome.failed else LEFT if outcome.left else SUCCESS
+    finally:
+        entry = {"experiment": plan.experiment.name, "started": started, "jobs": args.jobs, "status": status}
+        state.append("sessions", entry | {"seconds": round(time.monotonic() - clock, 1)})
+    for warning in tuning_warnings(plan):
+        say(f"WARNING: {warning}")
     for name, why in outcome.failed.items():
         say(f"FAILED: {name}: {why}")
     if outcome.left:

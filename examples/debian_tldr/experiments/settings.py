@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from choose import CRITERIA
 from user_errors import UserError
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,7 +41,6 @@ class Sizes:
     valid_posterior_samples: int
     sft: Flags = field(default_factory=dict)
     reward: Flags = field(default_factory=dict)
-    generate: Flags = field(default_factory=dict)
     evaluate: Flags = field(default_factory=dict)
     brain: Flags = field(default_factory=dict)
     """Settings of every run of the brain stage. An experiment and its settings may change them."""
@@ -68,6 +68,8 @@ class Setting:
     """Name under which `WORK/tuned.yaml` has more flags of it."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """One flag and the values to try: each makes a setting `NAME-FLAGVALUE`. Default: that of the experiment."""
+    choose_by: str | None = None
+    """By which criterion of `choose.py` the best value of its `grid` is chosen. Default: that of the experiment."""
     same_as: str | None = None
     """`EXPERIMENT/SETTING`: the runs are those of another experiment."""
     like: str | None = None
@@ -90,8 +92,10 @@ class Experiment:
     """The grid of settings that have none."""
     evaluate: bool = True
     """Whether the trained policies are evaluated on held-out prompts."""
+    keep_checkpoints: bool = False
+    """Whether the checkpoints of finished runs stay."""
     choose_by: str | None = None
-    """Metric of validations by which the best value of each `grid` is chosen, the lowest one."""
+    """By which criterion of `choose.py` the best value of each `grid` is chosen, unless a setting has its own."""
     smoke: bool = False
     """Whether it runs with the `smoke` block of `common.yaml`."""
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -147,7 +151,8 @@ def read_experiment(path: Path) -> Experiment:
     settings = []
     for number, entry in enumerate(content["settings"], start=1):
         place = f"{path}, setting {number}"
-        completed = {"grid": content.get("grid", {}), **complete(entry, path.parent, place)}
+        usual = {"grid": content.get("grid", {}), "choose_by": content.get("choose_by")}
+        completed = {**usual, **complete(entry, path.parent, place)}
         setting = build(Setting, completed, place)
         _check(setting, f"{path}, setting {setting.name}")
         settings += expand_grid(setting)
@@ -156,8 +161,12 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"{path}: two settings are called {', '.join(twice)}")
     experiment = build(Experiment, {**content, "name": path.stem, "settings": settings}, str(path))
     for setting in settings:
-        if experiment.choose_by and not setting.grid:
+        if setting.choose_by and not setting.grid:
             raise UserError(f"{path}, setting {setting.name}: choose_by compares the values of a grid, and it has none")
+        if setting.choose_by not in (None, *CRITERIA):
+            raise UserError(
+                f"{path}, setting {setting.name}: choose_by={setting.choose_by!r} must be one of {CRITERIA}"
+            )
     if not experiment.seeds or len(set(experiment.seeds)) != len(experiment.seeds):
         raise UserError(f"{path}: seeds={experiment.seeds} must be different numbers, at least one")
     return experiment
@@ -210,6 +219,8 @@ def grid_name(setting: Setting) -> str:
 def _check(setting: Setting, place: str) -> None:
     if setting.data not in ("prompts", "pairs"):
         raise UserError(f"{place}: data={setting.data!r} must be prompts or pairs")
+    if setting.choose_by not in (None, *CRITERIA):
+        raise UserError(f"{place}: choose_by={setting.choose_by!r} must be one of {', '.join(CRITERIA)}")
     if len(setting.grid) > 1:
         raise UserError(f"{place}: grid has {len(setting.grid)} flags; give one")
     for flag, values in setting.grid.items():

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steps import Step, file_hash, own_identity, result_hash
+from versions import versions
 
-Condition = Literal["done", "begun", "new", "changed"]
+Condition = Literal["done", "diverged", "begun", "new", "changed"]
+OVER: tuple[Condition, ...] = ("done", "diverged")
+"""Conditions of steps that are not started again."""
 
 
 def now() -> str:
@@ -51,9 +54,10 @@ class State:
     def conditions(self, steps: Mapping[str, Step]) -> dict[str, Condition]:
         """Where every step stands. The steps come after those they need.
 
-        `changed` is a step that has begun, or is finished, with another command, other settings or other results of the
-        steps it needs than it would have now. `begun` is one that was interrupted, or whose outputs are gone, or that
-        has to wait for steps it needs before one can tell.
+        `diverged` is a step whose numbers were not finite any more, where that is a result. `changed` is a step that
+        has begun, or is finished, with another command, other settings or other results of the steps it needs than it
+        would have now. `begun` is one that was interrupted, or whose outputs are gone, or that has to wait for steps it
+        needs before one can tell.
         """
         found: dict[str, Condition] = {}
         for name, step in steps.items():
@@ -70,13 +74,15 @@ class State:
         if marker is None:
             return "new"
         own = own_identity(step, self.work)
-        same = all(marker["identity"][key] == value for key, value in own.items())
+        same = all(marker["identity"].get(key) == value for key, value in own.items())
         if not same or any(of_needs[name] == "changed" for name in step.needs):
             return "changed"
-        if any(of_needs[name] != "done" for name in step.needs):
+        if not are_ready(step, of_needs):
             return "begun"
         if marker["identity"]["needs"] != self._results(step):
             return "changed"
+        if marker["diverged"]:
+            return "diverged"
         whole = marker["removed"] or all(path.exists() for path in step.outputs)
         return "done" if marker["done"] and whole else "begun"
 
@@ -87,6 +93,8 @@ class State:
             gone = [word for word in was["command"] if word not in own["command"]]
             come = [word for word in own["command"] if word not in was["command"]]
             return f"its command had {' '.join(gone) or 'nothing'} where it now has {' '.join(come) or 'nothing'}"
+        if was.get("megatron_brain") != own["megatron_brain"]:
+            return f"megatron_brain was {was.get('megatron_brain')} and is {own['megatron_brain']}"
         if files := [name for name in own["reads"] if was["reads"].get(name) != own["reads"][name]]:
             return f"{', '.join(files)} had another content"
         return "a step that it needs was or will be made anew"
@@ -97,9 +105,11 @@ class State:
         marker = self.marker(step.name)
         goes_on = step.resumes and step.checkpoint is not None and saved_iteration(step.checkpoint) is not None
         if marker is None or marker["identity"] != identity or not goes_on:
-            marker = {"started": now(), "seconds": 0.0, "machine_seconds": 0.0, "cpu_seconds": 0.0}
+            times = {"seconds": 0.0, "machine_seconds": 0.0, "cpu_seconds": 0.0}
+            marker = {"started": now(), "versions": [], **times}
             self.clear(step)
-        marker |= {"identity": identity, "done": False, "removed": False, "kind": step.kind, "minutes": step.minutes}
+        marker |= {"identity": identity, "done": False, "diverged": False, "removed": False}
+        marker |= {"kind": step.kind, "minutes": step.minutes, "versions": _with_versions(marker)}
         write_json(self._marker_path(step.name), marker)
 
     def clear(self, step: Step) -> None:
@@ -135,12 +145,18 @@ class State:
         """Mark a step as finished."""
         marker = self._known(step.name)
         digests = {str(path.relative_to(self.work)): file_hash(path) for path in step.digests}
-        marker |= {"done": True, "ended": now(), "digests": digests}
+        marker |= {"done": True, "ended": now(), "digests": digests, "versions": _with_versions(marker)}
         marker["result"] = result_hash(marker["identity"], digests)
         write_json(self._marker_path(step.name), marker)
 
+    def diverge(self, step: Step, why: str) -> None:
+        """Mark a step as one that has diverged. What it left behind stays."""
+        marker = self._known(step.name) | {"diverged": True, "ended": now(), "why": why}
+        marker["result"] = result_hash(marker["identity"], {"diverged": why})
+        write_json(self._marker_path(step.name), marker)
+
     def forget_checkpoint(self, step: Step) -> None:
-        """Remove the checkpoints of a finished step. Its metrics stay."""
+        """Remove the checkpoints of a step that is over. Its metrics stay."""
         assert step.checkpoint is not None and self.work in step.checkpoint.parents
         marker = self._known(step.name)
         write_json(self._marker_path(step.name), marker | {"removed": True})
@@ -158,6 +174,17 @@ class State:
 
     def _marker_path(self, name: str) -> Path:
         return self.work / "state" / f"{name}.json"
+
+
+def _with_versions(marker: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The different versions with which a step began, went on and ended, those of now included."""
+    known, current = list(marker["versions"]), versions()
+    return known if current in known else [*known, current]
+
+
+def are_ready(step: Step, conditions: Mapping[str, Condition]) -> bool:
+    """Whether all that a step needs is there."""
+    return all(conditions[need] in (OVER if step.takes_diverged else ("done",)) for need in step.needs)
 
 
 def saved_iteration(checkpoint: Path) -> int | None:

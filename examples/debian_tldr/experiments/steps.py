@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from settings import ROOT, Flags
+
+import megatron_brain
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "THP_MEM_ALLOC_ENABLE": "1"}
 """One thread a process, as there is a process for each core. Huge pages help, as each step allocates large tensors."""
@@ -30,7 +33,7 @@ class Step:
     loads: tuple[str, ...] = ()
     """Those of its needs whose checkpoints it loads."""
     reads: tuple[Path, ...] = ()
-    """Files of the checkout, settings above all, whose contents decide the result."""
+    """Files of the checkout, settings and scripts, whose contents decide the result."""
     outputs: tuple[Path, ...]
     """Files that are there once the step is finished."""
     digests: tuple[Path, ...] = ()
@@ -43,6 +46,10 @@ class Step:
     """Of a training stage: the folder of its checkpoints."""
     resumes: bool = False
     """Whether a stopped step goes on from its checkpoint. Others start anew."""
+    may_diverge: bool = False
+    """Whether it is over, too, once it has ended with a FloatingPointError: its numbers were not finite any more."""
+    takes_diverged: bool = False
+    """Whether it starts although steps that it needs have diverged."""
     slots: int = 1
     """Processes that it has."""
     minutes: float
@@ -62,6 +69,21 @@ def flag_words(flags: Flags) -> list[str]:
     return words
 
 
+def sources_of(script: Path) -> tuple[Path, ...]:
+    """A script, and the modules in its folder that it imports, and so on."""
+    found, left = [], [script]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            left += [place for name in names if (place := script.parent / f"{name}.py").exists()]
+    return tuple(sorted(found))
+
+
 def own_identity(step: Step, work: Path) -> dict[str, Any]:
     """What decides the result of a step, without the results of those it needs.
 
@@ -69,6 +91,7 @@ def own_identity(step: Step, work: Path) -> dict[str, Any]:
         work: the folder of results. It is called WORK in what is returned, so that it can be moved.
     """
     return {
+        "megatron_brain": megatron_brain.__version__,
         "command": [word.replace(str(work), "WORK") for word in step.command],
         "reads": {str(path.relative_to(ROOT)): file_hash(path) for path in step.reads},
     }

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import yaml
@@ -85,18 +86,51 @@ def test_all_settings_of_the_baselines_differ_in_baseline_and_rounds_alone(modul
     )
 
 
-def test_equal_compute_is_the_same_number_of_responses_a_step(modules, work):
+def test_equal_tokens_are_nearly_as_many_tokens_a_step_as_one_prompt_more_or_less_allows(modules, work):
     plan = plan_of(modules, "samples", work, seeds=[1])
     flags = {name.split("/")[1]: flags_of(words) for name, stage, words in stages_of(plan) if stage == "brain"}
-    responses = {name: int(f["--global-batch-size"]) * int(f["--samples-per-prompt"]) for name, f in flags.items()}
-    assert {count for name, count in responses.items() if name.endswith("equal-compute")} == {32}
-    assert responses["self-normalized-k8"] == 32
+    tokens = {name: 68 + 2 * 13 * int(f["--samples-per-prompt"]) for name, f in flags.items()}
+    expected = tokens["self-normalized-k8"] * 4
+    for name in ("n2-equal-tokens", "n32-equal-tokens"):
+        batch = int(flags[name]["--global-batch-size"])
+        assert all(abs(batch * tokens[name] - expected) < abs((batch + n) * tokens[name] - expected) for n in (-1, 1))
     assert {flags[name]["--global-batch-size"] for name in ("n2", "n4", "n16", "n32")} == {"4"}
 
 
 def flags_of(words):
     """Values of a command's flags by their names; the last one of a flag counts, as for the stage."""
     return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
+
+
+def test_an_edit_of_the_judge_between_seeds_is_refused_by_each_step_that_asks_it(modules, work, tmp_path, monkeypatch):
+    example = tmp_path / "examples" / "debian_tldr"
+    shutil.copytree(FOLDER.parent, example)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(FOLDER.parents[2] / "tools" / "convert_hf_to_megatron.py", tmp_path / "tools")
+    for module in (modules.chain, modules.steps):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    asking = {"prior_valid", "brain", "evaluate", "best_of", "pairs"}
+    for name in ("baseline", "methods"):
+        steps = plan_of(modules, name, work, seeds=[1]).steps
+        identities = {each: modules.steps.own_identity(step, work) for each, step in steps.items()}
+        original = (example / "judge.py").read_text()
+        (example / "judge.py").write_text(original + "# edited\n")
+        changed = {each for each, step in steps.items() if modules.steps.own_identity(step, work) != identities[each]}
+        (example / "judge.py").write_text(original)
+        # fetch_judge.py imports a name of it.
+        expected = {each for each in steps if each.rsplit("/", 1)[1] in {*asking, "prior_test", "judge"}}
+        assert changed == expected and {each.rsplit("/", 1)[1] for each in changed} >= asking - {"best_of"}
+
+
+def test_every_script_of_a_plan_is_read_with_the_modules_that_it_imports(modules, work):
+    steps = plan_of(modules, "methods", work, seeds=[1]).steps
+    root = FOLDER.parents[2]
+    for step in steps.values():
+        if step.command[1].endswith(".py"):
+            assert root / step.command[1] in step.reads
+    names = {path.name for path in steps["methods/best-of-8/seed1/best_of"].reads}
+    assert names == {"best_of_n.py", "judge.py", "user_errors.py"}
+    assert "descriptions.py" in {path.name for path in steps["shared/data"].reads}
 
 
 def test_a_setting_that_is_the_same_as_another_has_its_steps_and_its_own_folder(modules, work):
@@ -124,35 +158,111 @@ def test_every_tuned_name_of_the_experiments_is_tuned_with_the_flags_that_it_has
     read = modules.settings.read_experiment
     tuned = {}
     for setting in read(FOLDER / "tuning.yaml").settings:
-        flags = {name: value for name, value in setting.flags.items() if name != "lr"}
+        flags = {name: value for name, value in setting.flags.items() if name not in ("lr", "train_iters")}
         tuned[modules.settings.grid_name(setting)] = (setting.data, flags)
-    # K = 64 is tuned as K = 32, and the number of samples as n = 8.
-    other = {"baseline": "-k64", "samples": ""}
-    for name in ("baseline", "samples", "ladder", "methods"):
+    # samples.yaml says of these that they use the rate of other settings.
+    other = ("n4", "n16", "n2-equal-tokens", "n32-equal-tokens")
+    for name in ("baseline", "samples", "ladder", "methods", "drift"):
         for setting in read(FOLDER / f"{name}.yaml").settings:
             if setting.tuned is not None:
                 assert setting.tuned in tuned
-                if not (name in other and setting.name.endswith(other[name])):
+                if setting.name not in other:
                     assert tuned[setting.tuned] == (setting.data, setting.flags), setting.name
 
 
-def test_the_choice_takes_the_value_with_the_lowest_last_metric_and_keeps_earlier_choices(modules, tmp_path):
-    def metrics(name, *values):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps({"iteration": i, "validation/kl": v}) + "\n" for i, v in enumerate(values)))
-        return path
+@pytest.fixture
+def candidate(modules, tmp_path):
+    """Makes a run of 8 iterations for `choose`, from the numbers of its validations by iteration."""
 
+    def make(setting, lr, distances, criterion="distance"):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        keys = modules.choose.KEYS[criterion]
+        values = {at: value if criterion == "objective" else [value] for at, value in distances.items()}
+        lines = [{"iteration": at, **dict(zip(keys, value, strict=True))} for at, value in values.items()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return modules.choose.Candidate(setting, criterion, "lr", lr, 8, path)
+
+    return make
+
+
+def test_the_choice_is_the_value_with_the_lowest_mean_distance_after_the_last_iteration(modules, candidate):
     runs = [
-        ("a", "lr", 1e-5, metrics("1", 0.1, 0.9)),
-        ("a", "lr", 3e-5, metrics("2", 0.9, 0.5)),
-        ("a", "lr", 1e-4, metrics("3", 0.9, float("nan"))),
-        ("b", "lr", 1e-5, metrics("4", 0.3)),
-        ("b", "lr", 3e-5, metrics("5", 0.2)),
-        ("b", "lr", 3e-5, metrics("6", 0.6)),
+        candidate("a", 1e-5, {0: 1.0, 4: 0.1, 8: 0.9}),
+        candidate("a", 3e-5, {0: 1.0, 8: 0.5}),
+        candidate("a", 1e-4, {0: 1.0, 8: 0.7}),
+        candidate("b", 1e-5, {0: 1.0, 8: 0.3}),
+        candidate("b", 3e-5, {0: 1.0, 8: 0.2}),
+        candidate("b", 3e-5, {0: 1.0, 8: 0.6}),
     ]
-    choices = modules.choose.choose(runs, "validation/kl")
+    choices = modules.choose.choose(runs, 0.2)
     assert {name: choice["flags"] for name, choice in choices.items()} == {"a": {"lr": 3e-5}, "b": {"lr": 1e-5}}
+    assert choices["a"]["start"] == 1.0 and choices["a"]["warnings"] == []
     assert choices["b"]["reached"] == {"lr 1e-05": 0.3, "lr 3e-05": 0.4}
+
+
+def test_a_run_that_ended_before_its_last_iteration_loses_against_every_other_one(modules, candidate):
+    diverged, bad = candidate("a", 1e-4, {0: 1.0, 4: 0.1}), candidate("a", 1e-5, {0: 1.0, 8: 5.0})
+    choice = modules.choose.choose([diverged, bad, candidate("a", 3e-5, {0: 1.0, 8: 4.0})], 0.2)["a"]
+    assert choice["flags"] == {"lr": 3e-5} and choice["reached"]["lr 0.0001"] == "diverged"
+    only = modules.choose.choose([diverged], 0.2)["a"]
+    assert only["flags"] == {} and "all values of lr diverged" in only["warnings"][0]
+
+
+def test_the_choice_warns_of_a_value_at_the_edge_of_the_grid_and_of_one_that_is_not_better_than_the_start(
+    modules, candidate
+):
+    runs = [candidate("a", lr, {0: 1.0, 8: at}) for lr, at in ((1e-5, 1.0), (3e-5, 1.2), (1e-4, 1.3))]
+    low, start = modules.choose.choose(runs, 0.2)["a"]["warnings"]
+    assert "1e-05 is the lowest value of the grid" in low and "no value of lr ends better than the start" in start
+    runs = [candidate("a", lr, {0: 1.0, 8: at}) for lr, at in ((1e-5, 1.0), (3e-5, 0.9), (1e-4, 0.8))]
+    (high,) = modules.choose.choose(runs, 0.2)["a"]["warnings"]
+    assert "0.0001 is the highest value of the grid" in high
+
+
+def test_a_choice_by_the_objective_takes_the_highest_reward_less_the_weighted_divergence(modules, candidate):
+    # 0.5 - 0.2 * 0.5 = 0.4; 0.7 - 0.2 * 2 = 0.3; 0.1
+    ends = {1e-6: (0.1, 0.0), 1e-5: (0.5, 0.5), 3e-5: (0.7, 2.0)}
+    runs = [candidate("a", lr, {0: (0.0, 0.0), 8: end}, "objective") for lr, end in ends.items()]
+    choice = modules.choose.choose(runs, 0.2)["a"]
+    assert choice["flags"] == {"lr": 1e-5} and choice["warnings"] == []
+    assert choice["reached"] == pytest.approx({"lr 1e-06": 0.1, "lr 1e-05": 0.4, "lr 3e-05": 0.3})
+
+
+def test_a_planned_choice_is_of_the_last_iteration_and_by_the_criterion_of_each_setting(modules, work):
+    plan = plan_of(modules, "tuning", work)
+    words = plan.steps["tuning/choose"].command
+    runs = [modules.choose.parse_run(word) for word in words if word.endswith("metrics.jsonl")]
+    by_setting = {run.setting: run.criterion for run in runs}
+    assert (by_setting["self-normalized-k8"], by_setting["rloo"]) == ("distance", "objective")
+    for run in runs:
+        brain = flags_of(plan.steps[f"tuning/{run.metrics.parts[-4]}/seed1/brain"].command)
+        assert int(brain["--train-iters"]) == run.iterations and float(brain["--lr"]) == run.value
+
+
+def test_a_tuning_run_is_at_least_one_whole_round(modules, work):
+    for _, stage, words in stages_of(plan_of(modules, "tuning", work)):
+        flags = flags_of(words)
+        assert stage != "brain" or int(flags.get("--refresh-interval", 0)) <= int(flags["--train-iters"])
+
+
+def test_an_experiment_tells_what_speaks_against_its_tuned_values_and_refuses_a_setting_without_one(modules, work):
+    tuned = yaml.safe_load((work / "tuned.yaml").read_text())
+    tuned["rloo"]["warnings"] = ["lr 3e-05 is the highest value of the grid"]
+    (work / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    (told,) = modules.plan.tuning_warnings(plan_of(modules, "methods", work))
+    assert "rloo: lr 3e-05 is the highest value of the grid" in told
+    assert modules.plan.tuning_warnings(plan_of(modules, "baseline", work)) == []
+    tuned["rloo"] = {"flags": {}, "warnings": ["all values of lr diverged"]}
+    (work / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    with pytest.raises(modules.user_errors.UserError, match="no values for rloo; all values of lr diverged"):
+        plan_of(modules, "methods", work)
+
+
+def test_the_learning_rate_of_every_run_but_the_quickstart_falls_to_zero(modules, work):
+    for name in set(EXPERIMENTS) - {"quickstart_seeds", "smoke"}:
+        for _, stage, words in stages_of(plan_of(modules, name, work)):
+            flags = flags_of(words)
+            assert stage != "brain" or (flags["--lr-decay-style"], float(flags["--min-lr"])) == ("linear", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +277,8 @@ def test_the_choice_takes_the_value_with_the_lowest_last_metric_and_keeps_earlie
         ({"settings": [{"name": "a", "label": "A", "grid": {"lr": ["1e-5"]}}]}, r"write 1.0e-5"),
         ({"settings": [{"name": "a", "label": "A", "best_of": 4}]}, r"best-of-n and a number `best_of` go together"),
         ({"settings": [{"name": "a", "label": "A", "same_as": "b/c", "flags": {"lr": 1}}]}, r"leave out flags"),
-        ({"choose_by": "validation/loss"}, r"compares the values of a grid, and it has none"),
+        ({"choose_by": "distance"}, r"compares the values of a grid, and it has none"),
+        ({"choose_by": "loss", "grid": {"lr": [1.0]}}, r"choose_by='loss' must be one of distance, objective"),
         ({"sizes": {"prompts": 3}}, r"with sizes of x: unknown key prompts"),
     ],
 )
@@ -179,7 +290,7 @@ def test_a_mistake_in_an_experiment_is_named(modules, tmp_path, change, told):
 
 
 def test_an_unknown_experiment_or_setting_is_told_with_those_that_exist(modules, work):
-    with pytest.raises(modules.user_errors.UserError, match=r"there are baseline.yaml, ladder.yaml"):
+    with pytest.raises(modules.user_errors.UserError, match=r"there are baseline.yaml, drift.yaml"):
         plan_of(modules, "nothing", work)
     with pytest.raises(modules.user_errors.UserError, match=r"--only nope: .*it has self-normalized-k8"):
         plan_of(modules, "baseline", work, only=["nope"])

@@ -1,5 +1,6 @@
 """The runner of the experiments with stub commands: what it runs, skips, resumes, refuses and records."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,9 @@ from helpers.experiments import FOLDER, StubPlans, importable
 def modules():
     with importable() as found:
         found.execute.POLL_SECONDS = 0.01
+        # git takes longer than the stubs do.
+        current = found.versions.versions()
+        found.state.versions = lambda: current
         yield found
 
 
@@ -92,8 +96,34 @@ def test_a_failing_step_names_its_log_and_stops_only_what_needs_it(stub, capsys)
 
 def test_a_command_that_ends_well_without_its_outputs_has_failed(stub):
     outcome = stub.run(stub.plan(stub.script("empty", "", outputs=["empty.json"])))
-    assert outcome.left == ["empty"]
+    assert outcome.left == ["empty"] and "without" in outcome.failed["empty"]
     assert stub.modules.state.State(stub.work).marker("empty")["done"] is False
+
+
+def compared(stub, ending):
+    """A plan of two candidates, of which the second ends as `ending` says, and a step that compares them."""
+    bad = stub.script("bad", f"open({str(stub.work / 'tries')!r}, 'a').write('x')\n{ending}", outputs=["out"])
+    bad = dataclasses.replace(bad, may_diverge=True)
+    choose = stub.write("chosen", "1", needs=["good", "bad"], takes_diverged=True)
+    return stub.plan(stub.write("good", "1", may_diverge=True), bad, choose, stub.write("uses", "1", needs=["bad"]))
+
+
+def test_a_candidate_that_diverged_is_over_and_blocks_neither_the_choice_nor_the_next_session(stub):
+    plan = compared(stub, "raise FloatingPointError('loss nan')")
+    outcome = stub.run(plan)
+    assert not outcome.failed and outcome.left == ["uses"]
+    assert stub.run(plan).left == ["uses"] and (stub.work / "tries").read_text() == "x"
+    assert stub.calls() == ["good", "chosen"]
+    assert conditions(stub, plan)["bad"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["raise OSError('disk full')", "print('FloatingPointError', flush=True); import os; os.kill(os.getpid(), 9)"],
+)
+def test_a_candidate_that_failed_for_another_reason_is_no_result(stub, ending):
+    outcome = stub.run(compared(stub, ending))
+    assert list(outcome.failed) == ["bad"] and outcome.left == ["bad", "chosen", "uses"]
 
 
 def test_a_changed_command_is_refused_and_says_what_changed_and_a_rerun_makes_all_that_depends_on_it_anew(stub):
@@ -118,6 +148,14 @@ def test_a_changed_settings_file_is_a_changed_step(stub, modules, tmp_path, monk
     stub.run(plan)
     (tmp_path / "brain.yaml").write_text("lr: 2")
     with pytest.raises(modules.user_errors.UserError, match=r"brain.yaml had another content"):
+        stub.run(plan)
+
+
+def test_another_version_of_the_package_is_a_changed_step(stub, modules, monkeypatch):
+    plan = stub.plan(stub.write("a", "1"))
+    stub.run(plan)
+    monkeypatch.setattr(modules.steps.megatron_brain, "__version__", "99")
+    with pytest.raises(modules.user_errors.UserError, match=r"megatron_brain was .* and is 99"):
         stub.run(plan)
 
 
@@ -161,6 +199,16 @@ def test_a_signal_stops_the_steps_that_run_and_starts_no_more(stub):
     outcome = stub.run(plan)
     assert outcome.left == ["brain", "after"] and not outcome.failed
     assert (stub.work / "brain" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_a_signal_prints_nothing_while_another_print_may_be_under_way(stub, modules, monkeypatch):
+    told = []
+    executor = modules.execute.Executor(stub.plan(), modules.state.State(stub.work), jobs=1, lock=0)
+    monkeypatch.setattr(modules.execute, "say", told.append)
+    executor._on_signal(signal.SIGTERM, None)
+    assert told == []
+    executor._loop()
+    assert told == ["SIGTERM: asks nothing to save and end"]
 
 
 def test_a_stage_that_somebody_else_stopped_is_not_taken_for_finished(stub):
@@ -217,11 +265,13 @@ def children_with(word: str) -> list[int]:
     return found
 
 
-def run_plan(stub, evaluation="{}"):
+def run_plan(stub, evaluation="{}", iterations=3):
     brain, result = "stub/x/seed1/brain", "stub/x/seed1/evaluation.json"
     data = stub.write("shared/data", "records", digests=(stub.work / "shared/data",))
     evaluate = stub.write(result, evaluation, needs=[brain], loads=(brain,))
-    return stub.plan(data, stub.train(brain, 3, needs=["shared/data"]), evaluate, runs=[("x", [brain, result])])
+    return stub.plan(
+        data, stub.train(brain, iterations, minutes=0.0, needs=["shared/data"]), evaluate, runs=[("x", [brain, result])]
+    )
 
 
 def test_a_finished_run_has_its_record_metrics_and_evaluation_and_no_checkpoints(stub, capsys):
@@ -240,11 +290,39 @@ def test_a_finished_run_has_its_record_metrics_and_evaluation_and_no_checkpoints
     assert expected.items() <= record.items()
     assert record["commands"] == [list(step.command) for step in plan.steps.values()]
     assert record["started"] <= record["ended"] and record["seconds"] > 0
-    assert {"python", "torch", "megatron-core", "transformers", "commit"} == set(record["versions"])
+    assert {"python", "megatron_brain", "torch", "megatron-core", "transformers", "commit"} == set(record["versions"])
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert (folder / "evaluation.json").read_text() == "{}"
     assert not list((folder / "brain").glob("iter_*")) and "removed its checkpoints" in capsys.readouterr().out
     assert stub.run(plan).left == []
+
+
+def test_a_run_has_the_versions_with_which_its_steps_began_went_on_and_ended(stub, modules, monkeypatch):
+    folder = stub.work / "stub/x/seed1"
+    commit = [{"commit": "first"}]
+    monkeypatch.setattr(modules.state, "versions", lambda: commit[-1])
+    plan, slow = run_plan(stub, iterations=300), stub.slow("stub/x/seed1/brain")
+    assert stub.run(plan, minutes=0.03).left
+    slow.unlink()
+    commit.append({"commit": "second"})
+    assert stub.run(plan).left == []
+    # The versions at the time of writing do not count.
+    (folder / "run.json").unlink()
+    commit.append({"commit": "third"})
+    stub.run(plan)
+    assert json.loads((folder / "run.json").read_text())["versions"] == {"commit": "first, second"}
+
+
+def test_another_label_method_or_setting_of_a_finished_run_is_recorded_without_running_it_again(stub):
+    plan = run_plan(stub)
+    stub.run(plan)
+    calls, (run,) = stub.calls(), plan.runs
+    setting = dataclasses.replace(run.setting, label="Another", method="other")
+    renamed = dataclasses.replace(plan, runs=[dataclasses.replace(run, setting=setting, flags={"lr": 0.25})])
+    stub.run(renamed)
+    record = json.loads((run.folder / "run.json").read_text())
+    assert (record["label"], record["method"], record["settings"]) == ("Another", "other", {"lr": 0.25})
+    assert stub.calls() == calls
 
 
 def test_the_hash_of_the_data_is_that_of_their_checksums(stub, modules):
@@ -255,8 +333,11 @@ def test_the_hash_of_the_data_is_that_of_their_checksums(stub, modules):
     assert modules.records.hash_of({"shared/data": "0"}) != record["data_hash"]
 
 
-def test_checkpoints_stay_if_asked(stub):
-    stub.run(run_plan(stub), keep_checkpoints=True)
+@pytest.mark.parametrize("asks", ["command line", "experiment"])
+def test_checkpoints_stay_if_asked(stub, asks):
+    plan = run_plan(stub)
+    experiment = dataclasses.replace(plan.experiment, keep_checkpoints=asks == "experiment")
+    stub.run(dataclasses.replace(plan, experiment=experiment), keep_checkpoints=asks == "command line")
     assert list((stub.work / "stub/x/seed1/brain").glob("iter_*"))
 
 
@@ -294,8 +375,6 @@ def test_the_log_has_the_machine_time_and_the_cpu_time_of_every_command(stub, mo
     assert share == {"a": pytest.approx(0.5, abs=0.1), "both": 1.0}
     assert 0.5 <= lines[0]["cpu_seconds"] < 1.5 and lines[1]["cpu_seconds"] < 0.5
     assert [line["outcome"] for line in lines] == ["finished", "finished"]
-    table = modules.status.status_lines(plan, modules.state.State(stub.work), 2, at_work=False)
-    assert any("machine time" in line for line in table)
 
 
 @pytest.fixture
@@ -324,6 +403,10 @@ def test_the_exit_status_tells_whether_all_is_done_failed_or_left(stub, session,
     assert "FAILED: bad: ended with status 1; its output is in" in capsys.readouterr().out
     sessions = [json.loads(line) for line in (stub.work / "log" / "sessions.jsonl").read_text().splitlines()]
     assert [one["status"] for one in sessions] == [3, 0, 1]
+    # The budget is counted by the clock: a lone step has one of two slots, but the machine for itself.
+    (stub.work / "log" / "sessions.jsonl").write_text('{"seconds": 1800}\n{"seconds": 5400}\n')
+    session(stub.plan(good), "--status")
+    assert "wall time of all ended sessions" in (shown := capsys.readouterr().out) and "2.00 hours" in shown
 
 
 def test_status_and_dry_run_show_what_is_done_and_left_and_run_nothing(stub, session, capsys):

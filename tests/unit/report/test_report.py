@@ -60,11 +60,11 @@ def test_every_figure_is_there_in_both_forms_and_not_empty(made):
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
-        ("frontier", ["KL to the prior (nats)", "reward on held-out prompts", "posterior"]),
+        ("frontier", ["KL to the prior (nats)", "reward above the prior's, held-out prompts", "posterior"]),
         ("frontier_end", ["KL to the prior (nats)", "reward of samples of temperature 1", "posterior"]),
         ("distance", ["training step", "KL(posterior ‖ policy) (nats)", "KL(alpha ‖ beta) (nats)"]),
         ("win_rates", ["win-rate: reward, vs SFT", "win-rate: reward, vs human", "win-rate: judge, vs SFT"]),
-        ("judge_against_reward", ["training reward on held-out prompts", "judge on held-out prompts"]),
+        ("judge_against_reward", ["training reward above the prior's, held-out prompts", "judge above the prior's"]),
         ("by_samples_per_prompt", ["--samples-per-prompt", "16", "KL(posterior ‖ policy)"]),
     ],
 )
@@ -156,6 +156,79 @@ def test_a_setting_without_the_posterior_is_in_the_frontier_at_the_end(tmp_path)
     assert report.main([str(tmp_path / "baseline"), "--out", str(tmp_path / "out")]) == 0
     shown = text_of((tmp_path / "out" / "figures" / "frontier_end.svg").read_text())
     assert "label of one" in shown and "posterior" not in shown
+
+
+def figures_of(work, folder):
+    """Matplotlib's axes of each figure by its name, as they were drawn, and captions by name."""
+    from reports import figures
+    from reports.findings import find
+    from reports.runs import read_settings
+
+    drawn = {}
+
+    def keep(figure, axes, _, name, caption):
+        drawn[name] = axes
+        figures.pyplot.close(figure)
+        return figures.Figure(name, caption)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_finish", keep)
+        made, notes = figures.draw_all(find(read_settings([work])[0], None), folder)
+    return drawn, {figure.name: figure.caption for figure in made}, notes
+
+
+def test_rewards_along_training_are_above_the_prior_of_their_seed(tmp_path):
+    """Seeds whose reward models have other zeros give the same points."""
+    for seed, zero in ((0, 0.0), (1, 50.0)):
+        write_run(tmp_path / "work", seed=seed, lines=training_lines(shift=zero))
+    axes, _, _ = figures_of(tmp_path / "work", tmp_path)
+    for name in ("frontier", "judge_against_reward"):
+        (axis,) = axes[name]
+        line = axis.lines[0]
+        rewards = line.get_ydata() if name == "frontier" else line.get_xdata()
+        assert list(rewards) == pytest.approx([-0.1, 0.3, 0.7])
+    (frontier,) = axes["frontier"]
+    star = next(line for line in frontier.lines if line.get_marker() == "*")
+    assert star.get_ydata()[0] == pytest.approx(1.3)
+    # The range of the seeds is nothing, once their zeros are gone.
+    segments = [segment for bars in frontier.collections for segment in bars.get_segments()]
+    assert segments and max(abs(segment[0] - segment[-1]).max() for segment in segments) < 1e-9
+
+
+def test_the_caption_of_the_frontier_has_the_number_of_prompts_of_the_validations(tmp_path):
+    commands = [["x", "sft", "--max-valid-records", "300"], ["x", "brain", "--max-valid-records", "32"]]
+    write_run(tmp_path / "work", lines=training_lines(), commands=commands)
+    assert "at most 32 prompts" in figures_of(tmp_path / "work", tmp_path)[1]["frontier"]
+
+
+def test_the_frontier_at_the_end_is_over_the_prompts_that_all_its_settings_have_and_bounds_are_open(tmp_path):
+    policy = rows_of([1.0, 1.0, 1.0, 1.0], reward__plain=[1.0, 2.0, 3.0, 70.0])
+    best = rows_of([1.0, 1.0, 1.0, 1.0], reward__plain=[4.0, 5.0, 6.0, 7.0], kl_to_prior_at_most=[1.3] * 4)[:3]
+    write_run(tmp_path / "work", "policy", rows=policy)
+    write_run(tmp_path / "work", "best", rows=[{k: v for k, v in row.items() if k != "kl_to_prior"} for row in best])
+    axes, captions, _ = figures_of(tmp_path / "work", tmp_path)
+    (axis,) = axes["frontier_end"]
+    points = {line.get_ydata()[0]: line for line in axis.lines if line.get_marker() in ("o", "s")}
+    assert set(points) == {2.0, 5.0} and "the same 3 prompts" in captions["frontier_end"]
+    assert points[5.0].get_markerfacecolor() == "none" and points[2.0].get_markerfacecolor() != "none"
+    assert points[5.0].get_xdata()[0] == pytest.approx(1.3) and "a bound" in captions["frontier_end"]
+
+
+def test_the_report_says_whether_the_distance_was_still_falling(tmp_path):
+    from reports.runs import read_settings
+    from reports.tables import _of_endings
+
+    worse = [
+        {"iteration": at, "validation/posterior_kl_to_policy": value} for at, value in ((0, 1.0), (4, 0.9), (8, 1.25))
+    ]
+    write_run(tmp_path, "falls", 0, lines=training_lines())
+    write_run(tmp_path, "falls", 1, lines=worse)
+    write_run(tmp_path, "rises", 0, lines=worse)
+    (table,) = _of_endings(read_settings([tmp_path])[0])
+    rows = {row[0]: row[1:] for row in table.rows}
+    # falls: (1 + 1) / 2, (0.6 + 0.9) / 2, (0.2 + 1.25) / 2
+    assert rows["label of falls"] == ["1.000 (0)", "0.750 (4)", "0.725 (8)", "-0.025", "still falling in 1 of 2 seeds"]
+    assert rows["label of rises"][3:] == ["+0.350", "not falling in any seed; not below the start"]
 
 
 def test_a_mistake_is_one_message(tmp_path, capsys):
