@@ -101,9 +101,9 @@ def _frontier(findings: Findings, folder: Path) -> Drawn:
     axes.set_xlabel("KL to the prior (nats)")
     axes.set_ylabel("reward above the prior's, held-out prompts")
     caption = (
-        "Reward less that of the prior under the same seed's reward model, against KL to the prior, along "
-        "training: mean of the seeds at each validation; bars: range of the seeds. "
-        f"{_validation_prompts(findings)} The bars do not show what other prompts would give."
+        "Reward less that of the prior under the same seed's reward model, against KL to the prior, along training: "
+        f"mean of the seeds at each validation; bars: range of the seeds. {_validation_prompts(findings)} "
+        "The bars do not show what other prompts would give."
     )
     if points:
         caption += " Star: the posterior, the mean of the settings' estimates where there are several."
