@@ -143,7 +143,7 @@ CASES = [
     BadInput("no prompt", generate("--max-prompts", "0"), r"max_prompts=0", r"at least 1"),
     BadInput("no resampling", evaluate("--bootstrap-samples", "0"), r"bootstrap_samples=0", r"at least 1"),
     BadInput(
-        "no judgement", lambda site: site.assets.evaluate(), r"no reward", r"--reward-function, --reward-url or --judge"
+        "no judgement", lambda site: site.assets.evaluate(), r"no reward", r"--reward-url, --judge or --judge-url"
     ),
     # Tools.
     BadInput("no GPU", _plan("--gpus", "0"), r"--gpus: 0", r"at least 1", has_several_lines=True),
