@@ -43,6 +43,8 @@ def main() -> None:
     ):
         table.box = ROUNDED if console.is_terminal else ASCII
         console.print(table)
+    for sentence in findings(evaluation):
+        console.print(sentence, soft_wrap=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -151,6 +153,28 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         interval = f"{metric['low']:.3f} to {metric['high']:.3f}"
         table.add_row(Text(name), f"{metric['value']:.3f}", interval)
     return table
+
+
+def findings(evaluation: dict[str, Any]) -> list[str]:
+    """What the win-rates of BRAIn against SFT show, in words. An interval that contains one half shows nothing."""
+    sentences = []
+    for kind, scorer in (("reward", "the reward model"), ("judge", "the judge")):
+        metric = evaluation["metrics"].get(f"win_rate/{kind}/policy_vs_baseline")
+        if metric is None:
+            continue
+        if metric["low"] > 0.5:
+            verdict = "BRAIn's answers are better than SFT's"
+        elif metric["high"] < 0.5:
+            verdict = "BRAIn's answers are worse than SFT's"
+        else:
+            verdict = "no difference between BRAIn and SFT is shown"
+        interval = f"{metric['low']:.3f} to {metric['high']:.3f}"
+        sentences.append(f"Under {scorer}, {verdict}: win-rate {metric['value']:.3f}, 95% interval {interval}.")
+    if sentences:
+        sentences.append(
+            "The intervals are over prompts. Another seed gives another policy, and perhaps another answer."
+        )
+    return sentences
 
 
 def example_table(examples: list[dict[str, Any]], max_prompt_words: int) -> Table:

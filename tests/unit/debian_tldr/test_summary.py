@@ -88,3 +88,29 @@ def test_summary_names_every_missing_key_of_the_evaluation(example, results, mon
     results["--evaluation"].write_text(json.dumps({"num_prompts": 1, "metrics": {}, "examples": []}))
     with pytest.raises(example.user_errors.UserError, match="has 0 examples, --examples asks for 3"):
         run(example.summary, monkeypatch, *flags(results))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (0.51, 0.62, "BRAIn's answers are better than SFT's: win-rate 0.560, 95% interval 0.510 to 0.620."),
+        (0.38, 0.49, "BRAIn's answers are worse than SFT's"),
+        (0.5, 0.62, "no difference between BRAIn and SFT is shown"),
+    ],
+)
+def test_summary_says_in_words_what_an_interval_shows(example, results, monkeypatch, capsys, low, high, told):
+    path = results["--evaluation"]
+    evaluation = json.loads(path.read_text())
+    metric = {"value": 0.56, "low": low, "high": high}
+    evaluation["metrics"]["win_rate/judge/policy_vs_baseline"] = metric
+    path.write_text(json.dumps(evaluation))
+    run(example.summary, monkeypatch, *flags(results))
+    printed = capsys.readouterr().out
+    assert f"Under the judge, {told}" in printed
+    assert "Under the reward model" not in printed, "there is no such number"
+    assert "Another seed gives another policy" in printed
+
+
+def test_summary_without_win_rates_says_nothing_in_words(example, results, monkeypatch, capsys):
+    run(example.summary, monkeypatch, *flags(results))
+    assert "Under the" not in capsys.readouterr().out
