@@ -14,7 +14,6 @@ model does not exceed (Beirami et al. 2024, arXiv 2401.01879).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pathlib import Path
 import judge
 from user_errors import UserError, run
 
-from megatron_brain.stages.evaluate.stage import summarize
+from megatron_brain.stages.evaluate.stage import summarize, write_report
 
 OF_BASELINE = ("id", "prompt", "reference", "baseline", "length/baseline", "unfinished/baseline")
 SCORES_KEPT = ("reward/reference", "judge/reference")
@@ -38,17 +37,7 @@ def main() -> None:
     rows = best_rows(samples, {row["id"]: row for row in evaluation["rows"]}, args.n)
     add_judge(rows, getattr(judge, args.judge))
     metrics = summarize(rows, bootstrap_samples=args.bootstrap_samples, seed=args.seed)
-    report = {
-        "num_prompts": len(rows),
-        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()},
-        "examples": [
-            {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
-            for r in rows[:3]
-        ],
-        "rows": rows,
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    write_report(args.output, rows, metrics, num_examples=3)
     for name, estimate in metrics.items():
         print(f"{name:40} {estimate.value:8.4f}  [{estimate.low:.4f}, {estimate.high:.4f}]")
 

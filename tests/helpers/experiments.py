@@ -120,6 +120,10 @@ class StubPlans:
         ]
         return plan.Plan(experiment=experiment, work=self.work, steps={step.name: step for step in steps}, runs=made)
 
+    def conditions(self, plan):
+        """What the runner finds of each step, by its name."""
+        return self.modules.state.State(self.work).conditions(plan.steps)
+
     def run(self, plan, **options):
         """Run what is left of a plan; returns its outcome."""
         with self.modules.lock.locked(self.work) as lock:

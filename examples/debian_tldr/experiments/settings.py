@@ -102,7 +102,7 @@ class Experiment:
     """Sizes of `common.yaml` that it changes. Those that shared stages read must be the same in all of a WORK."""
 
 
-T = TypeVar("T")
+T = TypeVar("T", Sizes, Setting, Experiment)
 
 
 def read_yaml(path: Path) -> Any:
@@ -112,7 +112,9 @@ def read_yaml(path: Path) -> Any:
         UserError: it is no YAML, or a key stands twice in one mapping.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        loader = _UniqueKeys(path.read_text(encoding="utf-8"))
+        loader.name = str(path)  # Marks name it.
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {error}") from error
 
@@ -163,10 +165,6 @@ def read_experiment(path: Path) -> Experiment:
     for setting in settings:
         if setting.choose_by and not setting.grid:
             raise UserError(f"{path}, setting {setting.name}: choose_by compares the values of a grid, and it has none")
-        if setting.choose_by not in (None, *CRITERIA):
-            raise UserError(
-                f"{path}, setting {setting.name}: choose_by={setting.choose_by!r} must be one of {CRITERIA}"
-            )
     if not experiment.seeds or len(set(experiment.seeds)) != len(experiment.seeds):
         raise UserError(f"{path}: seeds={experiment.seeds} must be different numbers, at least one")
     return experiment
@@ -245,7 +243,7 @@ def build(kind: type[T], entry: Any, place: str) -> T:
     """
     if not isinstance(entry, Mapping):
         raise UserError(f"{place}: expected keys and values, found {entry!r}")
-    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
+    known = {one.name: one for one in fields(kind)}
     if unknown := sorted(set(entry) - set(known)):
         raise UserError(f"{place}: unknown key {', '.join(map(str, unknown))}; known are {', '.join(known)}")
     missing = [

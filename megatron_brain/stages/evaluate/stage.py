@@ -145,18 +145,38 @@ def _write_report(run: Run, rows: list[dict]) -> dict[str, Estimate]:
     require_finite(rows)
     estimates = summarize(rows, bootstrap_samples=settings.bootstrap_samples, seed=run.config.training.seed)
     estimates |= llm_metrics(run, rows)
+    output = Path(run.config.generate.output)
+    write_report(output, rows, estimates, num_examples=settings.num_examples, more=llm_report(run, rows))
+    return estimates
+
+
+def write_report(
+    path: Path,
+    rows: Sequence[dict],
+    metrics: Mapping[str, Estimate],
+    *,
+    num_examples: int,
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """Write the JSON report of an evaluation, whole or not at all.
+
+    Args:
+        rows: one row per prompt, with the texts of its answers `policy` and `baseline`, and `reference`.
+        metrics: what `summarize` made of them.
+        num_examples: how many prompts stand at the top with their answers.
+        more: further keys and values of the report.
+    """
     report = {
         "num_prompts": len(rows),
-        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
-        **llm_report(run, rows),
+        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in metrics.items()},
+        **(more or {}),
         "examples": [
             {"prompt": r["prompt"], "reference": r["reference"], "baseline": r["baseline"], "response": r["policy"]}
-            for r in rows[: settings.num_examples]
+            for r in rows[:num_examples]
         ],
         "rows": rows,
     }
-    write_whole(Path(run.config.generate.output), json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
-    return estimates
+    write_whole(path, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _log_metrics(metrics: Mapping[str, Estimate]) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.debian_tldr import EXAMPLE
+from helpers.experiments import StubPlans, importable
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,18 @@ def example():
         sys.path.remove(str(EXAMPLE))
         for name in names:
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with importable() as found:
+        found.execute.POLL_SECONDS = 0.01
+        # git takes longer than the stubs do.
+        current = found.versions.versions()
+        found.state.versions = lambda: current
+        yield found
+
+
+@pytest.fixture
+def stub(modules, tmp_path):
+    return StubPlans(modules, tmp_path / "work")

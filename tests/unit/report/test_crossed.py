@@ -6,9 +6,10 @@ import os
 import numpy
 import pytest
 
-stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("scipy")
 
-from reports.crossed import crossed_interval, ratio_cells  # noqa: E402
+from reports.crossed import crossed_interval, ratio_cells
+from scipy import stats
 
 
 def half_width(cells, **named):

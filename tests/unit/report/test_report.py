@@ -240,8 +240,7 @@ def test_a_mistake_is_one_message(tmp_path, capsys):
 @pytest.mark.skipif("BROWSER_TESTS" not in os.environ, reason="BROWSER_TESTS=1 opens the page in a headless Chromium")
 def test_a_real_browser_shows_the_page_without_an_error(made, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on PATH: apt-get install chromium")
+    assert browser is not None, "no Chromium on PATH: apt-get install chromium"
     # A script of the test itself says how far everything reaches on a narrow screen, and whether all images are there.
     probe = (
         "<script>addEventListener('load', () => { const images = [...document.images];"
