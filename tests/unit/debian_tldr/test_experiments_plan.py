@@ -298,5 +298,5 @@ def test_an_unknown_experiment_or_setting_is_told_with_those_that_exist(modules,
 
 def test_a_key_that_stands_twice_is_an_error(modules, tmp_path):
     (tmp_path / "x.yaml").write_text("question: a\nquestion: b\n")
-    with pytest.raises(modules.user_errors.UserError, match=r"line 1: 'question' stands twice"):
+    with pytest.raises(modules.user_errors.UserError, match=r"x\.yaml, line 1: 'question' stands twice"):
         modules.settings.read_experiment(tmp_path / "x.yaml")
