@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_brain.errors import ConfigError
-from megatron_brain.files import explained, folder_problem, sync_folder
+from megatron_brain.files import explained, sync_folder
 from megatron_brain.generation.vllm.jobs import run_on_all
 from megatron_brain.runtime.parallel import Parallel
 
@@ -73,8 +73,6 @@ class SyncFolders:
 
     def _begin(self) -> None:
         root = self.folder.parent
-        if (problem := folder_problem("--engine-sync-dir", str(root))) is not None:
-            raise ConfigError(problem)
         others = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
         if others:
             log.warning(
